@@ -10,7 +10,8 @@ import sys
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
 
-from flash_attn_shim import adjust, finder, policy
+from flash_attn_shim import adjust, finder
+from flash_attn_shim.adjust import transformers
 from flash_attn_shim.autoload import PRESENTED, gate
 
 NAME = "flash-attn"
@@ -61,15 +62,10 @@ def find_distributions(name):
 
 def refusal():
     """Why the record is not announced right now, in words; None if it is."""
-    seen, _, why = finder.locate("flash_attn")
-    if not seen:
-        return f"flash_attn is not presented: {why}"
-    refused = policy.refusal_to_adjust_transformers(finder.environment()) or adjust.transformers_left_alone()
-    if refused:
-        return refused
-    if _is_really_recorded():
+    refused = transformers.refusal() or adjust.transformers_left_alone()
+    if refused is None and _is_really_recorded():
         return "a real flash-attn distribution is installed"
-    return None
+    return refused
 
 
 def _is_really_recorded():

@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 
 from flash_attn_shim import adjust, finder, metadata, policy
+from flash_attn_shim.adjust import transformers
 from flash_attn_shim.autoload import ADJUSTED, PRESENTED, gate
 
 
@@ -46,6 +47,6 @@ def status():
         unknown_mode=policy.unknown_mode(env),
         names=tuple(Name(name, *finder.locate(name)) for name in PRESENTED),
         metadata=metadata.refusal(),
-        transformers=policy.refusal_to_adjust_transformers(env) or adjust.transformers_left_alone(),
+        transformers=transformers.refusal() or adjust.transformers_left_alone(),
         adjustments=tuple((name, adjust.journal.get(name, "not adjusted")) for name in ADJUSTED if name in sys.modules),
     )
