@@ -191,9 +191,7 @@ _PATTERNS = {
 def _read(function):
     """(names of the patterns a mask function consists of, the packed sequences' numbers `(batch, tokens)` or None)."""
     maker = function.__qualname__.partition(".")[0]
-    inside = dict(
-        zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True)
-    )
+    inside = inspect.getclosurevars(function).nonlocals
     if function.__module__ == "transformers.masking_utils":
         if maker in _PATTERNS:
             return {maker}, None
