@@ -6,7 +6,9 @@ LAYOUTS = ("contiguous", "transposed", "packed", "expanded", "offset", "strided_
 
 
 def laid_out(x, layout):
-    """x (..., S, H, D) with its values (expanded: with those of its first sequence or head) in the strides that `layout` names."""
+    """x (..., S, H, D) with its values (expanded: with those of its first sequence or head) in the strides that
+    `layout` names.
+    """
     if layout == "contiguous":
         return x.contiguous()
     if layout == "transposed":  # (B, H, S, D) in memory
@@ -30,7 +32,9 @@ def laid_out(x, layout):
 
 
 def random_dout(layout):
-    """A maker of output gradients for rule.verify. "expanded" is what `out.sum().backward()` hands over: all strides 0."""
+    """A maker of output gradients for rule.verify. "expanded" is what `out.sum().backward()` hands over: all strides
+    0.
+    """
 
     def make(shape, dtype):
         if layout == "expanded":

@@ -1,10 +1,12 @@
 """Attention written as plainly as possible: one head of one sequence at a time, the score matrix in full.
 
-Every function computes in the dtype of its inputs. Fed with float64 it is the oracle; fed with the dtype under test it is the "plain PyTorch
-implementation" of the error rule in `rule.py`. Nothing here imports the product.
+Every function computes in the dtype of its inputs. Fed with float64 it is the oracle; fed with the dtype under test
+it is the "plain PyTorch implementation" of the error rule in `rule.py`. Nothing here imports the product.
 
-Semantics: with offset = seqlen_k - seqlen_q, query i sees key j iff i + offset - left <= j <= i + offset + right (a negative bound is open, causal
-is right = 0); a score is scaled, soft-capped, biased by ALiBi, masked; a query that sees no key gives zeros and a log-sum-exp of -inf.
+Semantics: with offset = seqlen_k - seqlen_q, query i sees key j iff i + offset - left <= j <= i + offset + right (a
+negative bound is open, causal is right = 0); a score is scaled, soft-capped, biased by ALiBi, masked; a query that
+sees no key gives zeros and a
+log-sum-exp of -inf.
 """
 
 import math
@@ -14,7 +16,9 @@ import torch
 
 
 class Attended(NamedTuple):
-    """out: (B, Sq, H, Dv), or (total_q, H, Dv); lse: (B, H, Sq), or (H, total_q); p: (B, H, Sq, Sk), or a list of (H, sq, sk)."""
+    """out: (B, Sq, H, Dv), or (total_q, H, Dv); lse: (B, H, Sq), or (H, total_q); p: (B, H, Sq, Sk), or a list of (H,
+    sq, sk).
+    """
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -31,7 +35,9 @@ class Cached(NamedTuple):
 
 
 def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p):
-    """q (Sq, D), k (Sk, D), v (Sk, Dv), keep (Sq, Sk) or None: out (Sq, Dv), lse (Sq,), probabilities before dropout (Sq, Sk)."""
+    """q (Sq, D), k (Sk, D), v (Sk, Dv), keep (Sq, Sk) or None: out (Sq, Dv), lse (Sq,), probabilities before dropout
+    (Sq, Sk).
+    """
     seqlen_q, seqlen_k = q.shape[0], k.shape[0]
     distance = torch.arange(seqlen_q)[:, None] + (seqlen_k - seqlen_q) - torch.arange(seqlen_k)[None, :]
     left, right = int(window[0]), 0 if causal else int(window[1])
@@ -52,8 +58,9 @@ def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p)
     row_max = torch.where(sees_some, s.detach().amax(dim=-1), 0.0) if seqlen_k else s.new_zeros(seqlen_q)
     weight = torch.exp(s - row_max[:, None])
     total = weight.sum(dim=-1)
-    p = weight / torch.where(sees_some, total, 1.0)[:, None]
-    lse = torch.where(sees_some, row_max + torch.log(total.detach()), -math.inf)
+    total = torch.where(sees_some, total, 1.0)
+    p = weight / total[:, None]
+    lse = torch.where(sees_some, row_max + torch.log(total), -math.inf)
     kept = p if keep is None else p * keep.to(p.dtype) / (1.0 - dropout_p)
     return kept @ v, lse, p
 
@@ -102,9 +109,21 @@ def dense(q, k, v, *, alibi_slopes=None, keep=None, **how):
 
 
 def varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *, seqused_q=None, seqused_k=None, block_table=None, alibi_slopes=None, keep=None, **how
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    *,
+    seqused_q=None,
+    seqused_k=None,
+    block_table=None,
+    alibi_slopes=None,
+    keep=None,
+    **how,
 ):
-    """q (total_q, H, D), k (total_k, Hkv, D) or, with block_table, (num_blocks, page_size, Hkv, D); keep (B, H, max_sq, max_sk).
+    """q (total_q, H, D), k (total_k, Hkv, D) or, with block_table, (num_blocks, page_size, Hkv, D); keep (B, H,
+    max_sq, max_sk).
 
     Rows of q that belong to no sequence, or lie beyond seqused_q, see nothing.
     """
@@ -140,7 +159,9 @@ def varlen(
 
 
 def gather_pages(cache, pages, length):
-    """The first `length` tokens of the sequence that lies in `pages` of a paged cache (num_blocks, page_size, Hkv, D)."""
+    """The first `length` tokens of the sequence that lies in `pages` of a paged cache (num_blocks, page_size, Hkv,
+    D).
+    """
     page_size = cache.shape[1]
     tokens = [cache[int(pages[t // page_size]), t % page_size] for t in range(length)]
     return torch.stack(tokens) if tokens else cache.new_zeros(0, *cache.shape[2:])
@@ -149,7 +170,8 @@ def gather_pages(cache, pages, length):
 def rotate(x, cos, sin, positions, interleaved):
     """Rotary embedding of x (S, H, D): pair c of token t turns by the angle whose cosine is cos[positions[t], c].
 
-    Interleaved pairs are the dimensions (2c, 2c + 1), otherwise (c, c + rotary_dim / 2); dimensions beyond rotary_dim stay.
+    Interleaved pairs are the dimensions (2c, 2c + 1), otherwise (c, c + rotary_dim / 2); dimensions beyond rotary_dim
+    stay.
     """
     half = cos.shape[1]
     turned = x.clone()
@@ -179,10 +201,12 @@ def kvcache(
     alibi_slopes=None,
     **how,
 ):
-    """q (B, Sq, H, D); caches (B_cache, S_cache, Hkv, D), or with block_table (num_blocks, page_size, Hkv, D); k and v (B, S_new, Hkv, D).
+    """q (B, Sq, H, D); caches (B_cache, S_cache, Hkv, D), or with block_table (num_blocks, page_size, Hkv, D); k and
+    v (B, S_new, Hkv, D).
 
-    New keys go to the positions cache_seqlens, cache_seqlens + 1, ... and turn by them. Queries turn by those positions too if the mask is causal
-    or a window, and all by cache_seqlens if not. The keys of a sequence begin at cache_leftpad.
+    New keys go to the positions cache_seqlens, cache_seqlens + 1, ... and turn by them. Queries turn by those
+    positions too if the mask is causal or a window, and all by cache_seqlens if not. The keys of a sequence begin at
+    cache_leftpad.
     """
     rules = _rules(**how)
     k_cache, v_cache = k_cache.clone(), v_cache.clone()

@@ -1,8 +1,9 @@
 """The error rule, and the one harness that applies it to a call, forward and backward.
 
-The rule is FlashAttention's own: against the fp64 oracle, the error may be at most twice that of a plain PyTorch implementation in the dtype under
-test, plus 1e-5. It alone would let a tier compute its scores in bf16, so the forward pass must also have accumulated in fp32: its error stays
-within the rounding of the probabilities and of the output, and the log-sum-exp within fp32.
+The rule is FlashAttention's own: against the fp64 oracle, the error may be at most twice that of a plain PyTorch
+implementation in the dtype under test, plus 1e-5. It alone would let a tier compute its scores in bf16, so the
+forward pass must also have accumulated
+in fp32: its error stays within the rounding of the probabilities and of the output, and the log-sum-exp within fp32.
 """
 
 import torch
@@ -24,7 +25,9 @@ def assert_within_rule(name, ours, plain, exact):
 def assert_accumulated_in_fp32(out, exact, v, dropout_p=0.0):
     """The probabilities may be rounded to v's dtype once, and so may the output; nothing before them."""
     allowed = 2 * torch.finfo(v.dtype).eps * largest(v.double()) / (1.0 - dropout_p) + 1e-5
-    assert largest(out.double() - exact) <= allowed, f"out: error {largest(out.double() - exact):.3g}, fp32 accumulation {allowed:.3g}"
+    assert largest(out.double() - exact) <= allowed, (
+        f"out: error {largest(out.double() - exact):.3g}, fp32 accumulation {allowed:.3g}"
+    )
 
 
 def assert_lse(lse, exact):
@@ -40,14 +43,18 @@ def assert_lse(lse, exact):
 
 def same_bits(a, b):
     """Equal, NaN included."""
-    return torch.equal(torch.nan_to_num(a, nan=1.25), torch.nan_to_num(b, nan=1.25)) and torch.equal(a.isnan(), b.isnan())
+    return torch.equal(torch.nan_to_num(a, nan=1.25), torch.nan_to_num(b, nan=1.25)) and torch.equal(
+        a.isnan(), b.isnan()
+    )
 
 
 def verify(call, reference, tensors, *, dout=None, wanted=None, dropout_p=0.0):
-    """Runs call and reference on `tensors` (dict of name to tensor, strides kept) and applies the rule to values and gradients.
+    """Runs call and reference on `tensors` (dict of name to tensor, strides kept) and applies the rule to values and
+    gradients.
 
-    call(*tensors) gives out, or a tuple that begins with (out, softmax_lse); reference(*tensors) gives an oracle result in its inputs' dtype.
-    dout: a function that makes the output's gradient from its shape and dtype, or None for the forward pass only.
+    call(*tensors) gives out, or a tuple that begins with (out, softmax_lse); reference(*tensors) gives an oracle
+    result in its inputs' dtype. dout: a function that makes the output's gradient from its shape and dtype, or None
+    for the forward pass only.
     wanted: the names of the tensors that require a gradient, by default all. Returns what call returned.
     """
     wanted = [] if dout is None else list(tensors) if wanted is None else list(wanted)
@@ -62,7 +69,7 @@ def verify(call, reference, tensors, *, dout=None, wanted=None, dropout_p=0.0):
 
     assert out.is_contiguous()
     assert_within_rule("out", out.detach(), plain.out.detach(), exact.out.detach())
-    values = list(before.values())[-1]
+    values = torch.nan_to_num(list(before.values())[-1])
     assert_accumulated_in_fp32(out.detach(), exact.out.detach(), values, dropout_p)
     if lse is not None:
         assert_lse(lse.detach(), exact.lse.detach())

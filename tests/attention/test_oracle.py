@@ -44,7 +44,11 @@ def test_against_pytorch_math(causal):
 
 
 def test_softcap_alibi_and_lse_by_hand():
-    q, k, v = torch.tensor([[[[3.0]]]]).double(), torch.tensor([[[[1.0]], [[2.0]]]]).double(), torch.ones(1, 2, 1, 1).double()
+    q, k, v = (
+        torch.tensor([[[[3.0]]]]).double(),
+        torch.tensor([[[[1.0]], [[2.0]]]]).double(),
+        torch.ones(1, 2, 1, 1).double(),
+    )
     _, lse, p = oracle.dense(q, k, v, softmax_scale=1.0, softcap=2.0, alibi_slopes=torch.tensor([0.5]))
     scores = [2 * math.tanh(3 / 2) - 0.5, 2 * math.tanh(6 / 2)]
     assert lse.item() == pytest.approx(math.log(math.exp(scores[0]) + math.exp(scores[1])))
