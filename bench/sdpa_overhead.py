@@ -12,6 +12,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+
 from flash_attn_mps.interface import flash_attn_func
 
 GOAL = 1.15

@@ -13,12 +13,12 @@ def largest(error):
     return error.abs().max().item() if error.numel() else 0.0
 
 
-def assert_within_rule(name, ours, plain, exact):
+def assert_within_rule(name, ours, plain, exact, slack=1e-5):
     """ours and plain: in the dtype under test; exact: float64, of the same shape."""
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert ours.dtype == plain.dtype, f"{name}: dtype {ours.dtype}, expected {plain.dtype}"
     assert torch.isfinite(ours).all(), f"{name} is not finite"
-    error, allowed = largest(ours.double() - exact), 2 * largest(plain.double() - exact) + 1e-5
+    error, allowed = largest(ours.double() - exact), 2 * largest(plain.double() - exact) + slack
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -81,8 +81,11 @@ def verify(call, reference, tensors, *, dout=None, wanted=None, dropout_p=0.0):
         assert torch.equal(gradient, untouched), "dout was changed"
         exact_grads = torch.autograd.grad(exact.out, [exact_leaves[name] for name in wanted], gradient.double())
         plain_grads = torch.autograd.grad(plain.out, [plain_leaves[name] for name in wanted], gradient)
+        # Where a query sees a single key, ds = dp - delta = 0, exactly so in plain PyTorch; FlashAttention takes delta
+        # from dout and out instead, and what is left is the fp32 rounding of two inner products over head_dim.
+        slack = 1e-5 * max(1.0, out.shape[-1] / 128)
         for name, mine, theirs, true in zip(wanted, ours, plain_grads, exact_grads, strict=True):
-            assert_within_rule(f"d{name}", mine, theirs, true)
+            assert_within_rule(f"d{name}", mine, theirs, true, slack)
 
     for name, tensor in tensors.items():
         assert same_bits(tensor, before[name]), f"{name} was changed"

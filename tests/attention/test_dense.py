@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flash_attn_mps.interface import flash_attn_func
 
 from . import oracle

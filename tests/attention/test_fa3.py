@@ -4,6 +4,7 @@ upstream's main branch.
 
 import pytest
 import torch
+
 from flash_attn_mps.interface3 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 from . import oracle

@@ -4,6 +4,7 @@ too.
 
 import pytest
 import torch
+
 from flash_attn_mps.interface import flash_attn_with_kvcache
 
 from . import oracle
@@ -60,7 +61,7 @@ def build(case):
         call["v"] = randn(BATCH, new, heads_k, dim_v, dtype=dtype, layout=case["strides"])
         if case["rotary"] is not None:
             turned = dim // 2 if case["rotary"].startswith("partial") else dim
-            call["rotary_cos"], call["rotary_sin"] = rotary_tables(CAPACITY, turned, dtype)
+            call["rotary_cos"], call["rotary_sin"] = rotary_tables(CAPACITY + 33, turned, dtype)
             call["rotary_interleaved"] = case["rotary"].endswith("interleaved")
 
     where = case["where"]

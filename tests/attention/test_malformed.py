@@ -382,6 +382,11 @@ APPEND = [
         lambda a: {n: torch.ones(6, 8) for n in ("rotary_cos", "rotary_sin")},
         ("rotary_cos", "rotary_sin"),
     ),
+    (
+        "rotary too short for the queries",
+        lambda a: {"q": torch.randn(2, 8, 4, 16), "causal": True},
+        ("rotary_cos", "rotary_sin"),
+    ),
     ("cos int", lambda a: {"rotary_cos": a.rotary_cos.int()}, "rotary_cos"),
     ("cos list", lambda a: {"rotary_cos": a.rotary_cos.tolist()}, "rotary_cos"),
     ("cos device", lambda a: {"rotary_cos": a.rotary_cos.to("meta")}, "rotary_cos"),

@@ -13,7 +13,7 @@ def meta(*shape, dtype=torch.float16, requires_grad=False):
 
 
 def ints(*shape):
-    return torch.empty(*shape, dtype=torch.int32, device="meta")
+    return torch.empty(shape, dtype=torch.int32, device="meta")
 
 
 def assert_is(tensor, shape, dtype=torch.float16):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flash_attn_mps.interface import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,

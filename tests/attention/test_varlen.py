@@ -5,6 +5,7 @@ backward.
 import numpy as np
 import pytest
 import torch
+
 from flash_attn_mps.interface import flash_attn_varlen_func
 
 from . import oracle
