@@ -25,7 +25,9 @@ def add_arguments(parser):
 def run(arguments):
     refused = _present()
     if refused:
-        print(f"The shim does not present flash_attn here: {refused}. `mtlflashattn doctor` says more.", file=sys.stderr)
+        print(
+            f"The shim does not present flash_attn here: {refused}. `mtlflashattn doctor` says more.", file=sys.stderr
+        )
         return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -43,7 +45,7 @@ def run(arguments):
     logging.set_verbosity_error()  # transformers warns that CUDA's flash-attn has no float32; this one does
     logging.disable_progress_bar()
     device = "mps" if torch.backends.mps.is_available() else "cpu"
-    print("Model: all-MiniLM-L6-v2, attn_implementation=\"flash_attention_2\", float32, on " + device)
+    print('Model: all-MiniLM-L6-v2, attn_implementation="flash_attention_2", float32, on ' + device)
     if device == "cpu":
         print("There is no Metal GPU here: the torch tier serves it, exact and in plain PyTorch.")
 
@@ -67,7 +69,9 @@ def run(arguments):
     print(f"\nAttention calls\n{trace.table()}")
     difference = (embeddings - torch.from_numpy(eager.encode(texts))).abs().max().item()
     fine = difference < _LIMIT and trace.calls
-    print(f"\nLargest difference from eager attention: {difference:.1e} ({'below' if fine else 'NOT below'} {_LIMIT:g})")
+    print(
+        f"\nLargest difference from eager attention: {difference:.1e} ({'below' if fine else 'NOT below'} {_LIMIT:g})"
+    )
     return 0 if fine else 1
 
 
