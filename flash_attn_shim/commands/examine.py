@@ -1,5 +1,6 @@
 """The findings of `mtlflashattn doctor`, as plain data."""
 
+import contextlib
 import os
 import platform
 import site
@@ -48,10 +49,8 @@ def _hook(status):
 
 def _hook_paths():
     directories = [*site.getsitepackages(), site.getusersitepackages()]
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError):
         directories.append(str(metadata.distribution("mtlflashattn").locate_file("")))
-    except metadata.PackageNotFoundError:
-        pass
     found = {}
     for directory in directories:
         for name in _HOOK_FILES:

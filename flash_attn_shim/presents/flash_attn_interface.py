@@ -1,6 +1,6 @@
 """`flash_attn_interface`, the top-level module of FlashAttention 3. See `flash_attn_mps.interface3`."""
 
-import flash_attn_shim.needs_torch  # noqa: F401, I001
+import flash_attn_shim.needs_torch  # noqa: F401
 from flash_attn_mps.interface3 import (
     flash_attn_combine,
     flash_attn_func,

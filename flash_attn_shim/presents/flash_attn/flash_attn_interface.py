@@ -1,6 +1,6 @@
 """`flash_attn.flash_attn_interface`: the FlashAttention 2 functions. See `flash_attn_mps.interface`."""
 
-import flash_attn_shim.needs_torch  # noqa: F401, I001
+import flash_attn_shim.needs_torch  # noqa: F401
 from flash_attn_mps.interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
