@@ -1,4 +1,4 @@
-"""The `mtlflashattn` command. A subcommand is a module here with `add_arguments(parser)` and `run(arguments) -> int`."""
+"""The `mtlflashattn` command: each subcommand is a module here with `add_arguments(parser)` and `run(arguments)`."""
 
 import argparse
 from importlib import import_module
