@@ -1,4 +1,4 @@
-"""Inspect the built distributions: `check_dist.py DIRECTORY`. The hook files are at the root and recorded, nothing else is."""
+"""Inspect the built distributions in a directory: the hook files are at the root and recorded, nothing else is."""
 
 import sys
 import tarfile

@@ -119,7 +119,7 @@ def test_trace_counts_calls_by_shape_and_tier():
         check=True,
     )
     head, *rows = [line.split() for line in run.stderr.splitlines() if not line.startswith("mtlflashattn:")]
-    assert head == "dtype head dim seqlen q seqlen k mask tier calls".split()
+    assert head == ["dtype", "head", "dim", "seqlen", "q", "seqlen", "k", "mask", "tier", "calls"]
     assert [row for row in rows if row[-1] == "2"] == [["float32", "16", "8", "8", "causal", rows[0][-2], "2"]]
     assert ["float32", "16", "8", "8", "window(3,0)+softcap", "torch", "1"] in rows
 
