@@ -1,7 +1,8 @@
 """The built wheel, and environments it is installed in: once a session."""
 
 import pytest
-from environments import build, make_venv, write
+
+from .environments import build, make_venv, write
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """The hook behind a module's execution, on a library made for it: what it changes, and that it leaves no trace."""
 
 import pytest
-from environments import write
+
+from .environments import write
 
 ON = {"MTLFLASHATTN_SHIM": "on"}
 

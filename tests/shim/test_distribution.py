@@ -7,7 +7,8 @@ import zipfile
 from email import message_from_string
 
 import pytest
-from environments import ROOT, build, make_venv
+
+from .environments import ROOT, build, make_venv
 
 HOOK = ("mtlflashattn.pth", "mtlflashattn.start")
 
@@ -40,7 +41,7 @@ def test_wheel_holds_the_hook_and_records_it(wheel):
     assert len(lines) == 1
     assert lines[0].startswith("import ")
     assert "exec" not in lines[0]
-    assert "mtlflashattn = flash_attn_mps.cli:main" in entry_points
+    assert "mtlflashattn = flash_attn_shim.commands:main" in entry_points
     required = {item.split(";")[0] for item in metadata.get_all("Requires-Dist") if ";" not in item}
     assert required == {"torch>=2.7", "packaging>=23", "einops>=0.7"}
 

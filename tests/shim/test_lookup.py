@@ -3,7 +3,8 @@
 import sys
 
 import pytest
-from environments import MAC, write
+
+from .environments import MAC, write
 
 ON = {"MTLFLASHATTN_SHIM": "on"}
 

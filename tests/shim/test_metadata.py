@@ -1,7 +1,8 @@
 """What `importlib.metadata` says about flash-attn, and that it says everything else as before."""
 
 import pytest
-from environments import MAC, make_venv, write
+
+from .environments import MAC, make_venv, write
 
 ON = {"MTLFLASHATTN_SHIM": "on"}
 

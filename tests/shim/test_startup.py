@@ -3,7 +3,8 @@
 import sys
 
 import pytest
-from environments import ROOT, make_venv
+
+from .environments import ROOT, make_venv
 
 FOUND = "import importlib.util as u; print(u.find_spec('flash_attn') is not None)"
 
@@ -117,11 +118,11 @@ def test_uninstalled_under_a_running_interpreter(tmp_path, wheel):
 
 
 def test_startup_costs_less_than_a_millisecond():
-    """A gross regression alone: a loaded machine must not fail it. `bench/startup.py` measures."""
+    """By the fastest start of each, which a loaded machine disturbs least; `bench/startup.py` takes the medians."""
     sys.path.insert(0, str(ROOT / "bench"))
     try:
         import startup
     finally:
         sys.path.pop(0)
-    without, with_hook = startup.measure(rounds=25)
-    assert with_hook - without < 2.5
+    without, with_hook = startup.measure(rounds=60)
+    assert min(with_hook) - min(without) < 1.0
