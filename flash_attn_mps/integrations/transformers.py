@@ -100,7 +100,7 @@ def attention(
         "dropout_p": dropout,
         "softmax_scale": scaling,
         "causal": causal,
-        "window_size": (-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1),
+        "window_size": _window(module, causal, sliding_window),
         "softcap": 0.0 if softcap is None else softcap,
     }
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -113,6 +113,16 @@ def attention(
         out = flash_attn_varlen_func(*(tensor.flatten(0, 1) for tensor in (q, k, v)), *lengths, **options)
         return out.unflatten(0, q.shape[:2]), None
     return flash_attn_func(q, k, v, **options), None
+
+
+def _window(module, causal, sliding_window):
+    if sliding_window is None:
+        return (-1, -1)
+    if causal:
+        return (sliding_window - 1, 0)
+    # What the model's own mask says. In 5.23 ModernBERT passes one more than that to the layer, T5Gemma does not.
+    reach = getattr(module.config, "sliding_window", None)
+    return (reach, reach) if reach is not None else (sliding_window - 1, sliding_window - 1)
 
 
 def _padded(q, k, v, keep, options):
