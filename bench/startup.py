@@ -6,6 +6,7 @@ Makes two throw-away venvs of this interpreter, alike but for the hook files, so
 """
 
 import compileall
+import os
 import shutil
 import statistics
 import subprocess
@@ -31,8 +32,9 @@ def make_environment(directory, hook):
 
 
 def start(python):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     begin = time.perf_counter()
-    subprocess.run([python, "-c", "pass"], check=True)
+    subprocess.run([python, "-c", "pass"], env=environment, check=True)
     return (time.perf_counter() - begin) * 1e3
 
 
