@@ -63,8 +63,8 @@ class _Attention(torch.autograd.Function):
 class _NoSecondDerivative(torch.autograd.Function):
     """Gradients that depend on the inputs in the graph, so that whoever differentiates them meets an error.
 
-    `once_differentiable` does not see to that: its node has no path to q, k and v, and `torch.autograd.grad` with respect
-    to these leaves it out without a word.
+    `once_differentiable` does not see to that: its node has no path to q, k and v, and `torch.autograd.grad` with
+    respect to these leaves it out without a word.
     """
 
     @staticmethod
