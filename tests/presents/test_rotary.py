@@ -368,7 +368,7 @@ def test_relative_positions():
 
 
 def test_packed_qkv_through_a_subclass():
-    """The pattern of ModernBERT in transformers 4.57: a subclass that rotates the q and k of packed tokens through a view."""
+    """The pattern of ModernBERT in transformers 4.57: a subclass that rotates packed q and k through a view."""
 
     class Unpadded(RotaryEmbedding):
         def __init__(self, dim, max_seqlen):
