@@ -5,6 +5,7 @@ import pickle
 import einops
 import pytest
 import torch
+
 from flash_attn import bert_padding
 from flash_attn.bert_padding import (
     index_first_axis,

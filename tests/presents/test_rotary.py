@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+
 from flash_attn.layers.rotary import (
     ApplyRotaryEmb,
     RotaryEmbedding,

@@ -2,8 +2,9 @@
 
 import torch
 from einops import rearrange, repeat
-from flash_attn.ops.triton.rotary import apply_rotary
 from torch import Tensor, nn
+
+from flash_attn.ops.triton.rotary import apply_rotary
 
 
 def rotate_half(x, interleaved=False):

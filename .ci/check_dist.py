@@ -1,0 +1,31 @@
+"""Inspect the built distributions in a directory: the hook files are at the root and recorded, nothing else is."""
+
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+PACKAGES = {"flash_attn_mps", "flash_attn_shim"}
+HOOKS = {"mtlflashattn.pth", "mtlflashattn.start"}
+
+
+def main(directory: Path) -> None:
+    (wheel,) = directory.glob("*.whl")
+    (sdist,) = directory.glob("*.tar.gz")
+    assert wheel.name.endswith("-py3-none-any.whl"), wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        info = next(name.split("/")[0] for name in names if name.endswith(".dist-info/RECORD"))
+        recorded = {line.rsplit(",", 2)[0] for line in archive.read(f"{info}/RECORD").decode().splitlines()}
+    assert {name.split("/")[0] for name in names} == PACKAGES | HOOKS | {info}, sorted(names)
+    assert recorded == names, sorted(recorded ^ names)
+    needed = {"flash_attn_mps/py.typed", "flash_attn_shim/presents/flash_attn/__init__.py", f"{info}/licenses/LICENSE"}
+    assert needed <= names, sorted(needed - names)
+    with tarfile.open(sdist) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    tracked = {"README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "pyproject.toml", *HOOKS}
+    assert tracked <= held, sorted(tracked - held)
+    print(f"{wheel.name}: {len(names)} files; {sdist.name}: {len(held)} files")
+
+
+main(Path(sys.argv[1]))

@@ -1,0 +1,59 @@
+"""Gradients for tiers that compute them from the output and the log-sum-exp."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .problem import AttentionProblem, Result
+
+_TENSORS = [field.name for field in dataclasses.fields(AttentionProblem) if "Tensor" in field.type]
+
+
+def differentiable(p: AttentionProblem, forward: Callable, backward: Callable) -> Result:
+    """`forward(p, seed) -> (out, lse, probs)` as a `Result`, with `backward` behind it where a gradient is needed.
+
+    `backward(p, seed, out, lse, dout, dlse)` gives the gradients of q, k and v. The gradient of the log-sum-exp is
+    honoured; second derivatives raise.
+    """
+    seed = _draw_seed() if p.dropout_p else None
+    if p.requires_grad:
+        out, lse, probs = _Attention.apply(p.q, p.k, p.v, p, seed, forward, backward)
+    else:
+        out, lse, probs = forward(p, seed)
+    return Result(out, lse, probs)
+
+
+def _draw_seed() -> int:
+    """From torch's default generator: `torch.manual_seed` makes it reproducible, and no device is waited for."""
+    return int(torch.empty((), dtype=torch.int64).random_())
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, p: AttentionProblem, seed: int | None, forward: Any, backward: Any):
+        out, lse, probs = forward(p, seed)
+        # Every tensor goes through save_for_backward, so that checkpointing and offloading hooks see it.
+        ctx.names = [name for name in _TENSORS if isinstance(getattr(p, name), torch.Tensor)]
+        ctx.save_for_backward(out, lse, *(getattr(p, name) for name in ctx.names))
+        ctx.problem = dataclasses.replace(p, **dict.fromkeys(ctx.names))
+        ctx.seed, ctx.backward_of = seed, backward
+        ctx.set_materialize_grads(False)
+        if probs is not None:
+            ctx.mark_non_differentiable(probs)
+        return out, lse, probs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _dprobs: Any):
+        out, lse, *saved = ctx.saved_tensors
+        p = dataclasses.replace(ctx.problem, **dict(zip(ctx.names, saved, strict=True)))
+        if dout is None:
+            dout = torch.zeros_like(out)
+        grads = ctx.backward_of(p, ctx.seed, out, lse, dout, dlse)
+        wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
+        return *wanted, None, None, None, None

@@ -1,0 +1,235 @@
+"""Argument checks. Every message names the argument, what came and what would be accepted.
+
+`names` maps the canonical name of an argument to the one that the caller used (`q` is `qkv` in the packed functions).
+It is read only when something is wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 512
+NO_NAMES: Mapping[str, str] = {}
+
+
+def show(value: Any) -> str:
+    """Describe a value briefly: a tensor by shape, dtype and device, anything else by type and repr."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {tuple(value.shape)}, {value.dtype}, on {value.device}"
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def malformed(name: str, came: Any, accepted: str) -> ValueError:
+    return ValueError(f"{name}: got {came if isinstance(came, str) else show(came)}; accepted: {accepted}")
+
+
+def unsupported(name: str, came: Any, accepted: str) -> NotImplementedError:
+    came = came if isinstance(came, str) else show(came)
+    return NotImplementedError(f"{name}: got {came}, which is not supported; supported: {accepted}")
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Can the values be looked at without waiting for a device (and without breaking a trace)?"""
+    return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def tensor_of_rank(value: Any, name: str, ranks: tuple[int, ...], dims: str) -> torch.Tensor:
+    """A strided tensor with one of the `ranks`."""
+    if not isinstance(value, torch.Tensor):
+        raise malformed(name, value, f"a tensor ({dims})")
+    if value.layout is not torch.strided or value.is_nested:
+        raise unsupported(
+            name, f"a {'nested' if value.is_nested else value.layout} tensor", f"a strided tensor ({dims})"
+        )
+    if value.dim() not in ranks:
+        raise malformed(name, value, f"a tensor ({dims})")
+    return value
+
+
+def tensor(value: Any, name: str, dims: str, like: torch.Tensor | None = None) -> torch.Tensor:
+    """A strided tensor of as many dimensions as `dims` names, on the device of `like`."""
+    tensor_of_rank(value, name, (len(dims.rstrip(",").split(",")),), dims)
+    if like is not None and value.device != like.device:
+        raise malformed(name, value, f"a tensor on {like.device}, where the queries are")
+    return value
+
+
+def int32(value: Any, name: str, dims: str, length: int | None, like: torch.Tensor) -> torch.Tensor:
+    """An int32 tensor, of `length` along its first dimension where that is known."""
+    tensor(value, name, dims, like)
+    if value.dtype != torch.int32:
+        raise malformed(name, value, f"dtype torch.int32 ({dims})")
+    if length is not None and value.shape[0] != length:
+        raise malformed(name, value, f"{length} along the first dimension ({dims})")
+    return value
+
+
+def qkv(q: Any, k: Any, v: Any, dims: tuple[str, str], names: Mapping[str, str]) -> None:
+    """q, k and v: rank, dtype, device, head counts and head dims. `dims` names the dimensions of q and of k and v."""
+    q_name, k_name, v_name = (names.get(n, n) for n in "qkv")
+    tensor(q, q_name, dims[0])
+    tensor(k, k_name, dims[1], q)
+    tensor(v, v_name, dims[1], q)
+    if q.dtype not in DTYPES:
+        raise unsupported(q_name, f"dtype {q.dtype}", "torch.float16, torch.bfloat16, torch.float32")
+    if k.dtype != q.dtype:
+        raise malformed(k_name, f"dtype {k.dtype}", f"{q.dtype}, the dtype of {q_name}")
+    if v.dtype != q.dtype:
+        raise malformed(v_name, f"dtype {v.dtype}", f"{q.dtype}, the dtype of {q_name}")
+    heads, head_dim = q.shape[-2:]
+    heads_k, head_dim_v = v.shape[-2:]
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise unsupported(q_name, f"head_dim {head_dim}", f"1 to {MAX_HEAD_DIM}")
+    if not 1 <= head_dim_v <= MAX_HEAD_DIM:
+        raise unsupported(v_name, f"head_dim {head_dim_v}", f"1 to {MAX_HEAD_DIM}")
+    if k.shape[-1] != head_dim:
+        raise malformed(k_name, f"head_dim {k.shape[-1]}", f"{head_dim}, the head_dim of {q_name}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise malformed(v_name, v, f"the shape of {k_name}, {tuple(k.shape)}, up to head_dim")
+    if heads == 0:
+        raise malformed(q_name, "no heads", "at least one")
+    if heads_k == 0 or heads % heads_k:
+        raise malformed(k_name, f"{heads_k} heads", f"a number that divides the {heads} heads of {q_name}")
+
+
+def number(value: Any, name: str, accepted: str) -> float:
+    """A Python or NumPy number, or a 0-d tensor on the CPU, as a float."""
+    if isinstance(value, (float, int)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, (bool, str, bytes)) or (isinstance(value, torch.Tensor) and value.dim() > 0):
+        raise malformed(name, value, accepted)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise malformed(name, value, accepted) from None
+
+
+def softmax_scale(value: Any, head_dim: int, like: torch.Tensor) -> float | torch.Tensor:
+    """None (1 / sqrt(head_dim)), a number, or a 0-d tensor; a tensor on another device than the CPU stays there."""
+    if value is None:
+        return head_dim**-0.5
+    accepted = "None, a finite number or a 0-d tensor"
+    if isinstance(value, torch.Tensor) and value.dim() == 0:
+        if value.requires_grad and torch.is_grad_enabled():
+            raise unsupported("softmax_scale", "a tensor that requires grad", "a detached tensor; or scale q yourself")
+        if not readable(value):
+            if value.device.type != "cpu" and value.device != like.device:
+                raise malformed("softmax_scale", value, f"a 0-d tensor on {like.device} or on the CPU")
+            return value
+    scale = number(value, "softmax_scale", accepted)
+    if not math.isfinite(scale):
+        raise malformed("softmax_scale", value, accepted)
+    return scale
+
+
+def softcap(value: Any) -> float:
+    accepted = "0 (off) or a finite number above 0"
+    cap = number(value, "softcap", accepted)
+    if not 0 <= cap < math.inf:
+        raise malformed("softcap", value, accepted)
+    return cap
+
+
+def dropout_p(value: Any) -> float:
+    accepted = "a probability in [0, 1)"
+    p = number(value, "dropout_p", accepted)
+    if not 0 <= p < 1:
+        raise malformed("dropout_p", value, accepted)
+    return p
+
+
+def integer(value: Any, name: str, accepted: str) -> int:
+    """A Python or NumPy integer, or a 0-d integer tensor (one on a device is waited for)."""
+    if type(value) is int:
+        return value
+    if isinstance(value, torch.Tensor):
+        if value.dim() > 0 or value.is_floating_point() or value.dtype == torch.bool:
+            raise malformed(name, value, accepted)
+        return value.item()
+    if isinstance(value, bool):
+        raise malformed(name, value, accepted)
+    if isinstance(value, torch.SymInt):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise malformed(name, value, accepted) from None
+
+
+def window(window_size: Any, causal: Any) -> tuple[int, int]:
+    """(left, right) with -1 for an open side. Causal means right = 0, also when a larger right was asked for."""
+    accepted = "two integers (left, right), -1 for an open side"
+    if isinstance(window_size, torch.Tensor):
+        if window_size.dim() != 1 or window_size.is_floating_point():
+            raise malformed("window_size", window_size, accepted)
+        window_size = window_size.tolist()
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise malformed("window_size", window_size, accepted)
+    left, right = (max(integer(w, "window_size", accepted), -1) for w in window_size)
+    return left, 0 if causal else right
+
+
+def alibi_slopes(value: Any, batch: int, heads: int, like: torch.Tensor) -> torch.Tensor | None:
+    if value is None:
+        return None
+    accepted = f"a float32 tensor ({heads},) or ({batch}, {heads}) on {like.device}"
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or value.device != like.device:
+        raise malformed("alibi_slopes", value, accepted)
+    if value.shape not in ((heads,), (batch, heads)):
+        raise malformed("alibi_slopes", value, accepted)
+    if value.requires_grad and torch.is_grad_enabled():
+        raise unsupported("alibi_slopes", "a tensor that requires grad", "slopes without gradient: pass .detach()")
+    return value
+
+
+def cu_seqlens(value: Any, name: str, total: int | None, total_of: str, like: torch.Tensor) -> list[int] | None:
+    """Cumulative lengths (batch + 1,), from 0 to `total`. Returns the lengths where the values can be read for free."""
+    int32(value, name, "batch + 1,", None, like)
+    if value.shape[0] < 1:
+        raise malformed(name, value, "batch + 1 cumulative lengths, from 0 on")
+    if not readable(value):
+        return None
+    ends = value.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(ends)]
+    if ends[0] != 0 or any(n < 0 for n in lengths):
+        raise malformed(name, f"{show(ends)}", "values that start at 0 and never decrease")
+    if total is not None and ends[-1] != total:
+        raise malformed(name, f"a last value of {ends[-1]}", f"{total}, the number of rows of {total_of}")
+    return lengths
+
+
+def lengths(value: Any, name: str, batch: int, most: int, like: torch.Tensor) -> list[int] | None:
+    """Lengths (batch,), each between 0 and `most`. Returns them where they can be read for free."""
+    int32(value, name, "batch,", batch, like)
+    if not readable(value):
+        return None
+    values = value.tolist()
+    if any(not 0 <= n <= most for n in values):
+        raise malformed(name, show(values), f"lengths between 0 and {most}")
+    return values
+
+
+def max_seqlen(value: Any, name: str, known: list[int] | None) -> int:
+    """The longest sequence: at least as long as every length that is known."""
+    longest = integer(value, name, "an integer or a 0-d integer tensor, not negative")
+    if longest < 0 or (known and longest < max(known)):
+        least = max(known) if known else 0
+        raise malformed(name, value, f"at least {least}, the length of the longest sequence")
+    return longest
+
+
+def indices(value: torch.Tensor, name: str, limit: int, what: str, used: torch.Tensor | None = None) -> None:
+    """Index values in [0, limit), where they can be read for free; `used` masks the entries that count."""
+    if not readable(value) or value.numel() == 0:
+        return
+    checked = value if used is None else value[used]
+    if checked.numel() and not 0 <= int(checked.min()) <= int(checked.max()) < limit:
+        raise malformed(name, f"values from {int(checked.min())} to {int(checked.max())}", f"0 to {limit - 1}, {what}")

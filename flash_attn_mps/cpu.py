@@ -1,0 +1,55 @@
+"""The `cpu` tier: PyTorch's own flash attention for CPU tensors, where it computes exactly the same thing.
+
+Not used on MPS: stock attention there has been wrong in many releases (pytorch#195910, pytorch#174861, pytorch#176767).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
+
+from .problem import AttentionProblem, Result
+
+name = "cpu"
+
+
+def refuse(p: AttentionProblem) -> list[str]:
+    """Why this tier does not serve `p`, in words; empty if it does."""
+    q, k = p.q, p.k
+    if q.device.type != "cpu":
+        return [f"tensors are on {q.device}, not on the CPU"]
+    causal = (p.window_left, p.window_right) == (-1, 0)
+    limits = {
+        "sequences are ragged or paged": p.ragged_q or p.ragged_k or p.kv_batch_idx is not None,
+        "there are no scores": p.empty,
+        "the log-sum-exp is wanted": p.want_lse,
+        "window_size": (p.window_left, p.window_right) != (-1, -1) and not causal,
+        "causal with seqlen_q != seqlen_k (PyTorch aligns it to the top left)": causal and q.shape[1] != k.shape[1],
+        "softcap": p.softcap > 0,
+        "alibi_slopes": p.alibi_slopes is not None,
+        "dropout_p": p.dropout_p > 0,
+        "softmax_scale is a tensor": isinstance(p.softmax_scale, torch.Tensor),
+    }
+    reasons = [reason for reason, applies in limits.items() if applies]
+    if not reasons and not _is_flash(p, causal):
+        reasons = ["PyTorch would not use its flash attention for these head dims, strides or settings"]
+    return reasons
+
+
+def _is_flash(p: AttentionProblem, causal: bool) -> bool:
+    q, k, v = (t.transpose(1, 2) for t in (p.q, p.k, p.v))
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=p.softmax_scale, enable_gqa=p.heads != p.heads_k)
+    return choice == SDPBackend.FLASH_ATTENTION.value
+
+
+def run(p: AttentionProblem) -> Result:
+    out = F.scaled_dot_product_attention(
+        p.q.transpose(1, 2),
+        p.k.transpose(1, 2),
+        p.v.transpose(1, 2),
+        is_causal=p.window_right == 0,
+        scale=p.softmax_scale,
+        enable_gqa=p.heads != p.heads_k,
+    )
+    return Result(out.transpose(1, 2).contiguous())

@@ -1,0 +1,222 @@
+"""`AttentionProblem`: one validated description of any attention call.
+
+Every public function builds one of these and hands it to `dispatch`. It holds views, never copies: a dense batch, a
+slice of a packed qkv tensor, a packed batch of ragged sequences and a paged cache are the same problem with other
+strides and indices. The semantics are FlashAttention's (version 2.1 and later):
+
+* With `offset = seqlen_k - seqlen_q`, query i sees key j iff `i + offset - left <= j <= i + offset + right`; a side
+  that is -1 is open. Causal is right = 0.
+* A score is scaled, soft-capped (`cap * tanh(s / cap)`), biased by ALiBi (`- slope * |i + offset - j|`) and masked.
+* Query head h reads kv head `h // (heads // heads_k)`.
+* A query that sees no key gives zeros, a log-sum-exp of -inf and no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import checks
+
+
+@dataclass(slots=True, eq=False)
+class AttentionProblem:
+    """One attention call, validated. Treat it as immutable.
+
+    Queries and outputs are dense, `(batch, seqlen_q, heads, head_dim)`, or packed, `(total_q, heads, head_dim)` with
+    `cu_seqlens_q`. Keys and values are dense, packed with `cu_seqlens_k`, or paged, `(num_blocks, block, heads_k,
+    head_dim)` with `block_table`. All lengths and indices are int32 tensors on the device of the queries.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    batch: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    softmax_scale: float | torch.Tensor
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    alibi_slopes: torch.Tensor | None = None  # (heads,) or (batch, heads), float32
+    dropout_p: float = 0.0
+    cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,): rows of q of each sequence
+    cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): rows of k and v, or lengths alone where they are paged
+    seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
+    seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
+    block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
+    kv_batch_idx: torch.Tensor | None = None  # (batch,): which batch entry of k and v a sequence reads
+    leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
+    want_lse: bool = False  # is the log-sum-exp wanted too (and, under dropout, the probabilities)?
+    lengths_q: list[int] | None = None  # the lengths, where the host can read them for free; None where it cannot
+    lengths_k: list[int] | None = None
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def heads_k(self) -> int:
+        return self.k.shape[-2]
+
+    @property
+    def ragged_q(self) -> bool:
+        """Do the sequences differ in their number of queries?"""
+        return self.cu_seqlens_q is not None or self.seqused_q is not None
+
+    @property
+    def ragged_k(self) -> bool:
+        """Do the sequences differ in their number of keys?"""
+        return self.cu_seqlens_k is not None or self.seqused_k is not None or self.leftpad_k is not None
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.q.shape[:-1], self.v.shape[-1])
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """`(batch, heads, seqlen_q)`, or `(heads, total_q)` for packed queries."""
+        if self.cu_seqlens_q is None:
+            return (self.batch, self.heads, self.q.shape[1])
+        return (self.heads, self.q.shape[0])
+
+    @property
+    def empty(self) -> bool:
+        """Is there no score to compute?"""
+        return self.q.numel() == 0 or self.k.numel() == 0 or self.max_seqlen_q == 0 or self.max_seqlen_k == 0
+
+    @property
+    def requires_grad(self) -> bool:
+        return torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or self.v.requires_grad)
+
+
+@dataclass(slots=True, eq=False)
+class Result:
+    """What a tier gives back.
+
+    `out` of shape `AttentionProblem.out_shape`; `lse`, float32 `AttentionProblem.lse_shape`, if it was wanted; `probs`
+    `(batch, heads, max_seqlen_q, max_seqlen_k)` if it was wanted and there is dropout: negative where dropped.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor | None = None
+    probs: torch.Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Scoring:
+    """The arguments that every function shares, as the caller gave them."""
+
+    softmax_scale: Any = None
+    causal: Any = False
+    window_size: Any = (-1, -1)
+    softcap: Any = 0.0
+    alibi_slopes: Any = None
+    dropout_p: Any = 0.0
+    want_lse: Any = False
+
+    def checked(self, q: torch.Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> dict[str, Any]:
+        left, right = checks.window(self.window_size, self.causal)
+        return {
+            "softmax_scale": checks.softmax_scale(self.softmax_scale, q.shape[-1], q),
+            # A side that hides nothing is open: it spares masks, and lets more tiers serve the call.
+            "window_left": -1 if left >= seqlen_k - 1 else left,
+            "window_right": -1 if right >= seqlen_q - 1 else right,
+            "softcap": checks.softcap(self.softcap),
+            "alibi_slopes": checks.alibi_slopes(self.alibi_slopes, batch, q.shape[-2], q),
+            "dropout_p": checks.dropout_p(self.dropout_p),
+            "want_lse": bool(self.want_lse),
+        }
+
+
+def dense(q: Any, k: Any, v: Any, scoring: Scoring, names: Mapping[str, str] = checks.NO_NAMES) -> AttentionProblem:
+    """q `(batch, seqlen_q, heads, head_dim)`; k, v `(batch, seqlen_k, heads_k, head_dim)`; v's head_dim may differ."""
+    checks.qkv(q, k, v, ("batch, seqlen_q, heads, head_dim", "batch, seqlen_k, heads_k, head_dim"), names)
+    batch, seqlen_q = q.shape[:2]
+    if k.shape[0] != batch:
+        raise checks.malformed(names.get("k", "k"), k, f"a batch of {batch}, that of {names.get('q', 'q')}")
+    seqlen_k = k.shape[1]
+    return AttentionProblem(q, k, v, batch, seqlen_q, seqlen_k, **scoring.checked(q, batch, seqlen_q, seqlen_k))
+
+
+def varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    scoring: Scoring,
+    *,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    block_table: Any = None,
+    names: Mapping[str, str] = checks.NO_NAMES,
+) -> AttentionProblem:
+    """q `(total_q, heads, head_dim)`; k, v `(total_k, heads_k, head_dim)`, or paged with `block_table`."""
+    paged = block_table is not None
+    kv_dims = "num_blocks, block_size, heads_k, head_dim" if paged else "total_k, heads_k, head_dim"
+    checks.qkv(q, k, v, ("total_q, heads, head_dim", kv_dims), names)
+    cu_q_name, cu_k_name = names.get("cu_seqlens_q", "cu_seqlens_q"), names.get("cu_seqlens_k", "cu_seqlens_k")
+    lengths_q = checks.cu_seqlens(cu_seqlens_q, cu_q_name, q.shape[0], names.get("q", "q"), q)
+    batch = cu_seqlens_q.shape[0] - 1
+    if cu_seqlens_k is cu_seqlens_q and not paged and k.shape[0] == q.shape[0]:
+        lengths_k = lengths_q
+    else:
+        total_k = None if paged else k.shape[0]
+        lengths_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, total_k, names.get("k", "k"), q)
+        if cu_seqlens_k.shape[0] != batch + 1:
+            raise checks.malformed(cu_k_name, cu_seqlens_k, f"{batch + 1} values, as many as {cu_q_name}")
+    max_seqlen_q = checks.max_seqlen(max_seqlen_q, names.get("max_seqlen_q", "max_seqlen_q"), lengths_q)
+    max_seqlen_k = checks.max_seqlen(max_seqlen_k, names.get("max_seqlen_k", "max_seqlen_k"), lengths_k)
+    if paged:
+        pages(block_table, k, batch, lengths_k, cu_k_name, q)
+    if seqused_q is not None:
+        lengths_q = checks.lengths(seqused_q, "seqused_q", batch, max_seqlen_q, q)
+    if seqused_k is not None:
+        lengths_k = checks.lengths(seqused_k, "seqused_k", batch, max_seqlen_k, q)
+    return AttentionProblem(
+        q,
+        k,
+        v,
+        batch,
+        # No sequence is longer than all of them together, whatever was announced: the bound keeps loops short.
+        min(max_seqlen_q, q.shape[0]),
+        max_seqlen_k if paged else min(max_seqlen_k, k.shape[0]),
+        **scoring.checked(q, batch, max_seqlen_q, max_seqlen_k),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        block_table=block_table,
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+    )
+
+
+def pages(
+    block_table: Any,
+    k: torch.Tensor,
+    batch: int,
+    lengths: list[int] | None,
+    lengths_name: str,
+    q: torch.Tensor,
+    name: str = "block_table",
+) -> None:
+    """Check `block_table` `(batch, blocks per sequence)` against the pages of k and the lengths that it must hold."""
+    checks.int32(block_table, name, "batch, blocks per sequence", batch, q)
+    num_blocks, block_size = k.shape[:2]
+    if lengths is None or not checks.readable(block_table):
+        return
+    room = block_table.shape[1] * block_size
+    if lengths and max(lengths) > room:
+        raise checks.malformed(
+            lengths_name, f"a sequence of {max(lengths)} keys", f"at most {room}, the room of {name}"
+        )
+    needed = torch.tensor([-(-n // block_size) for n in lengths])  # only blocks that hold keys are looked at
+    used = torch.arange(block_table.shape[1]) < needed[:, None]
+    checks.indices(block_table, name, num_blocks, "the blocks of k", used)

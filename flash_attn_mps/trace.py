@@ -1,0 +1,74 @@
+"""`MTLFLASHATTN_TRACE=1`: prints at exit how often attention was called, per dtype, head dim, lengths, mask, tier."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections import Counter
+from typing import NamedTuple
+
+from .problem import AttentionProblem
+
+
+class Call(NamedTuple):
+    dtype: str
+    head_dim: str
+    seqlen_q: int
+    seqlen_k: int
+    mask: str
+    tier: str
+
+
+calls: Counter[Call] = Counter()
+enabled = False
+
+
+def enable() -> None:
+    """Count calls from now on."""
+    global enabled
+    enabled = True
+
+
+def record(p: AttentionProblem, tier: str) -> None:
+    if not enabled:
+        return
+    head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
+    dims = str(head_dim) if head_dim == head_dim_v else f"{head_dim}/{head_dim_v}"
+    calls[Call(str(p.q.dtype).removeprefix("torch."), dims, p.max_seqlen_q, p.max_seqlen_k, _mask(p), tier)] += 1
+
+
+def _mask(p: AttentionProblem) -> str:
+    left, right = p.window_left, p.window_right
+    parts = {
+        "full": (left, right) == (-1, -1),
+        "causal": (left, right) == (-1, 0),
+        f"window({left},{right})": left >= 0 or right > 0,
+        "varlen": p.cu_seqlens_q is not None,
+        "kvcache": p.cu_seqlens_q is None and p.seqused_k is not None,
+        "paged": p.block_table is not None,
+        "softcap": p.softcap > 0,
+        "alibi": p.alibi_slopes is not None,
+        "dropout": p.dropout_p > 0,
+        "grad": p.requires_grad,
+    }
+    return "+".join(part for part, applies in parts.items() if applies)
+
+
+def table() -> str:
+    """The counts as lines of text, most frequent first."""
+    head = (*(f.replace("_", " ") for f in Call._fields), "calls")
+    rows = [head, *((*map(str, call), str(count)) for call, count in calls.most_common())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _print_at_exit() -> None:
+    print(f"mtlflashattn: {sum(calls.values())} attention calls" + (f"\n{table()}" if calls else ""), file=sys.stderr)
+
+
+if os.environ.get("MTLFLASHATTN_TRACE", "").lower() not in ("", "0", "off", "false", "no"):
+    enable()
+    atexit.register(_print_at_exit)

@@ -1,0 +1,44 @@
+"""Makes `import flash_attn` work on Apple-silicon Macs, served by `flash_attn_mps`.
+
+An installed `mtlflashattn` does this by itself (`mtlflashattn.pth`). Where site-packages' .pth files do not run
+(`python -S`, zipapps, `pip install --target`, frozen programs), call `install()` before the first import of
+`flash_attn` or transformers.
+"""
+
+# This module is imported in every interpreter of the environment: it imports nothing at its top.
+
+__all__ = ["install", "status", "uninstall"]
+
+
+def install():
+    """Set the import hook, and adjust libraries that were imported before it was set. Calling it again is harmless.
+
+    Whether `flash_attn` is then seen is decided at each look-up, from `MTLFLASHATTN_SHIM` and the platform: see
+    `status()`.
+    """
+    from flash_attn_shim import adjust, autoload
+
+    autoload.install()
+    adjust.catch_up()
+
+
+def uninstall():
+    """Take the hook away, undo the adjustments and forget the presented modules. Real installations are not touched.
+
+    Functions that a program already holds keep working.
+    """
+    from flash_attn_shim import adjust, autoload, finder
+
+    autoload.uninstall()
+    adjust.undo()
+    finder.forget()
+
+
+def status():
+    """Return what looking up each presented name gives right now, and why, as a `flash_attn_shim.report.Status`.
+
+    Imports neither torch nor any presented module.
+    """
+    from flash_attn_shim import report
+
+    return report.status()

@@ -1,0 +1,127 @@
+"""Changes to other libraries right after they are executed: one file a library, with the reason and the versions it
+was tried with.
+
+An adjustment that does not fit the library's version leaves it untouched and says why in `journal`. Each file has
+`MODULES`: module name -> function that takes the executed module, changes it through an `Undo` and raises `Misfit`
+before it changed anything; `refusal()`, why the library is left alone; and `catch_up(undo)`, for what a late
+install must mend besides.
+"""
+
+import sys
+from importlib import import_module
+
+from flash_attn_shim import finder
+from flash_attn_shim.autoload import ADJUSTED
+
+PENDING = "is being imported"
+APPLIED = "adjusted"
+
+#: Module name -> PENDING, APPLIED, or why it was left alone.
+journal = {}
+
+
+class Misfit(Exception):
+    """The library is not what the adjustment was written for."""
+
+
+class Undo:
+    """Sets attributes of modules and classes and items of dicts, and takes back what nobody else has changed since."""
+
+    _ABSENT = object()
+
+    def __init__(self):
+        self._steps = []
+
+    def set(self, owner, name, value):
+        before = vars(owner).get(name, self._ABSENT)
+
+        def step():
+            if vars(owner).get(name) is value:
+                delattr(owner, name) if before is self._ABSENT else setattr(owner, name, before)
+
+        self._steps.append(step)
+        setattr(owner, name, value)
+
+    def set_item(self, mapping, key, value):
+        before = mapping.get(key, self._ABSENT)
+
+        def step():
+            if mapping.get(key) is value:
+                mapping.pop(key) if before is self._ABSENT else mapping.update({key: before})
+
+        self._steps.append(step)
+        mapping[key] = value
+
+    def then(self, step):
+        """Call `step` too when everything is undone."""
+        self._steps.append(step)
+
+    def run(self):
+        while self._steps:
+            self._steps.pop()()
+
+
+_undo = Undo()
+
+
+def find_spec(name, path, target):
+    """The other finders' spec of a module; its loader will execute the module and then call the adjustment."""
+    spec = finder.find_elsewhere(name, path, target)
+    if spec is None or spec.loader is None or _library(name).refusal():
+        return spec
+    loader, execute = spec.loader, spec.loader.exec_module
+
+    def exec_module(module):
+        del loader.exec_module  # the loader is as it was, whatever happens next
+        journal[name] = PENDING
+        try:
+            execute(module)
+        except BaseException:
+            del journal[name]
+            raise
+        _adjust(name, module)
+
+    try:
+        loader.exec_module = exec_module
+    except AttributeError:
+        journal[name] = f"left alone: {type(loader).__name__} does not let its exec_module be wrapped"
+    return spec
+
+
+def catch_up():
+    """Adjust libraries that were imported while the hook was not set, or was switched off."""
+    late = [name for name in ADJUSTED if sys.modules.get(name) is not None and journal.get(name) != APPLIED]
+    for name in late:
+        if not _library(name).refusal():
+            _adjust(name, sys.modules[name])
+    for library in {_library(name) for name in late}:
+        if not library.refusal():
+            library.catch_up(_undo)
+
+
+def undo():
+    """Take every adjustment back."""
+    _undo.run()
+    journal.clear()
+
+
+def transformers_left_alone():
+    """Why the transformers that is imported is not adjusted, in words; None if it is, or if none is imported."""
+    probe = "transformers.utils.import_utils"
+    if sys.modules.get(probe) is None:
+        return None
+    state = journal.get(probe, "transformers was imported before; flash_attn_shim.install() adjusts it")
+    return None if state in (PENDING, APPLIED) else state
+
+
+def _library(name):
+    return import_module(f"flash_attn_shim.adjust.{ADJUSTED[name]}")
+
+
+def _adjust(name, module):
+    try:
+        _library(name).MODULES[name](module, _undo)
+    except Misfit as reason:
+        journal[name] = f"left alone: {reason}"
+    else:
+        journal[name] = APPLIED

@@ -1,0 +1,64 @@
+"""What `mtlflashattn.pth` and `mtlflashattn.start` call in every interpreter of the environment.
+
+Imports `sys` alone: a start-up file that took 2 ms was too slow for others (astral-sh/uv#20222). All work waits
+until one of the names below is asked for; so do the switch and the platform check, because a program may set its
+environment first.
+"""
+
+import sys
+
+#: Top-level names that `flash_attn_shim/presents` holds.
+PRESENTED = ("flash_attn", "flash_attn_interface")
+
+#: Modules of other libraries that are changed once they are executed -> the file in `flash_attn_shim/adjust`.
+ADJUSTED = {
+    "transformers.utils.import_utils": "transformers",
+    "transformers.modeling_flash_attention_utils": "transformers",
+    "transformers.modeling_utils": "transformers",
+}
+
+_NAMES = frozenset((*PRESENTED, *ADJUSTED))
+
+
+class Gate:
+    """The one object that stands in `sys.meta_path`: a set look-up for names that are not ours."""
+
+    @staticmethod
+    def find_spec(fullname, path=None, target=None):
+        if fullname not in _NAMES:
+            return None
+        try:
+            from flash_attn_shim import finder
+        except ImportError:  # uninstalled under a running interpreter: as if the gate were not there
+            return None
+        return finder.find_spec(fullname, path, target)
+
+    @staticmethod
+    def find_distributions(context):
+        # pip and others ask with a path, for one directory at a time; nothing of ours lies in a directory of theirs.
+        if "path" in vars(context) or (context.name is not None and context.name[:1] not in ("f", "F")):
+            return ()
+        try:
+            from flash_attn_shim import metadata
+        except ImportError:
+            return ()
+        return metadata.find_distributions(context.name)
+
+
+gate = Gate()
+
+
+def install():
+    """Put the gate in front of `sys.meta_path` once: a venv runs .pth lines twice (python/cpython#75723).
+
+    In front, because an empty `flash_attn` directory that an uninstall left must not win; real installations still
+    do, since the finder asks everybody else first.
+    """
+    if gate not in sys.meta_path:
+        sys.meta_path.insert(0, gate)
+
+
+def uninstall():
+    """Take the gate out of `sys.meta_path`."""
+    if gate in sys.meta_path:
+        sys.meta_path.remove(gate)

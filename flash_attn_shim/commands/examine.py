@@ -1,0 +1,173 @@
+"""The findings of `mtlflashattn doctor`, as plain data."""
+
+import contextlib
+import os
+import platform
+import site
+import sys
+from importlib import import_module, metadata
+
+import flash_attn_shim
+from flash_attn_shim import policy
+
+_HOOK_FILES = ("mtlflashattn.pth", "mtlflashattn.start")
+_UF_HIDDEN = 0x8000  # macOS: stat.UF_HIDDEN, absent from `stat` elsewhere
+_SWITCHES = (policy.SWITCH, policy.MODULES, policy.TRANSFORMERS, "MTLFLASHATTN_TRACE")
+
+
+def everything():
+    """All findings: names, switches, hook, system, attention, libraries, advice."""
+    status = flash_attn_shim.status()  # before anything below imports a library and so changes the answer
+    hook = _hook(status)
+    attention = _attention()
+    findings = {
+        "names": [{"name": n.name, "visible": n.visible, "origin": n.origin, "why": n.why} for n in status.names],
+        "switches": {name: os.environ.get(name, "(not set)") for name in _SWITCHES},
+        "hook": hook,
+        "system": _system(),
+        "attention": attention,
+        "libraries": _libraries(status),
+    }
+    findings["advice"] = list(_advice(status, findings))
+    return findings
+
+
+def _hook(status):
+    """Where the start-up files are, whether Python ran them, and if not, why."""
+    files = {}
+    for path in _hook_paths():
+        hidden = bool(getattr(os.stat(path), "st_flags", 0) & _UF_HIDDEN)
+        files[path] = "hidden: Python skips it" if hidden else "found"
+    return {
+        "set in this process": "yes" if status.installed else "no",
+        "start-up files": files or "none found",
+        "site-packages at start-up": "off (-S)" if sys.flags.no_site else "on",
+        "read at start-up": ".start (Python 3.15 and later)" if sys.version_info >= (3, 15) else ".pth",
+        "metadata of flash-attn": "announced" if status.metadata is None else f"not announced: {status.metadata}",
+    }
+
+
+def _hook_paths():
+    directories = [*site.getsitepackages(), site.getusersitepackages()]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        directories.append(str(metadata.distribution("mtlflashattn").locate_file("")))
+    found = {}
+    for directory in directories:
+        for name in _HOOK_FILES:
+            path = os.path.join(directory, name)
+            if os.path.isfile(path):
+                found[os.path.realpath(path)] = path
+    return list(found.values())
+
+
+def _system():
+    machine = platform.machine()
+    if sys.platform == "darwin" and machine == "x86_64" and "ARM64" in platform.version():
+        machine += " (an Intel Python under Rosetta, on Apple silicon)"
+    return {
+        "mtlflashattn": _version("mtlflashattn"),
+        "Python": f"{platform.python_version()}, {sys.executable}",
+        "platform": f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(),
+        "machine": machine,
+    }
+
+
+def _attention():
+    """torch, its Metal support, and which tier of flash_attn_mps would serve a plain call."""
+    try:
+        import torch
+    except Exception as error:  # torch can be missing, or broken in any way
+        return {"torch": f"cannot be imported: {type(error).__name__}: {error}"}
+    mps = torch.backends.mps
+    state = "available" if mps.is_available() else "built, but not available" if mps.is_built() else "not in this torch"
+    found = {
+        "torch": f"{torch.__version__}, {os.path.dirname(torch.__file__)}",
+        "MPS": state,
+        "torch.mps.compile_shader": "present" if hasattr(torch.mps, "compile_shader") else "absent",
+    }
+    from flash_attn_mps import dispatch
+    from flash_attn_mps.problem import Scoring, dense
+
+    device = "mps" if mps.is_available() else "cpu"
+    q = torch.empty(1, 64, 4, 64, dtype=torch.float16, device=device)
+    refusals = dispatch.explain(dense(q, q, q, Scoring(causal=True)))
+    serving = next(name for name, reasons in refusals.items() if not reasons)
+    found[f"tier for a causal float16 call on {device}"] = serving
+    for name, reasons in refusals.items():
+        if reasons:
+            found[f"tier {name} is out"] = "; ".join(reasons)
+    return found
+
+
+def _libraries(status):
+    """What libraries that ask for flash_attn conclude here."""
+    return {
+        "transformers": _transformers(status),
+        "diffusers": _diffusers(),
+    }
+
+
+def _transformers(status):
+    version = _version("transformers")
+    if version is None:
+        return "not installed"
+    try:
+        utils = import_module("transformers.utils")
+        answer = utils.is_flash_attn_2_available()
+    except Exception as error:
+        return f"{version}: cannot be asked: {type(error).__name__}: {error}"
+    after = flash_attn_shim.status()
+    adjusted = "adjusted" if after.transformers is None else f"left alone: {after.transformers}"
+    return [
+        version,
+        f'is_flash_attn_2_available() is {answer}: attn_implementation="flash_attention_2" '
+        + ("loads" if answer else "is refused"),
+        adjusted,
+    ]
+
+
+def _diffusers():
+    version = _version("diffusers")
+    if version is None:
+        return "not installed"
+    try:
+        answer = import_module("diffusers.utils.import_utils").is_flash_attn_available()
+    except Exception as error:
+        return f"{version}: cannot be asked: {type(error).__name__}: {error}"
+    return [version, f"is_flash_attn_available() is {answer}"]
+
+
+def _version(distribution):
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _advice(status, findings):
+    """What to do about each thing that stands in the way, one sentence each."""
+    if status.unknown_mode is not None:
+        yield f"{policy.SWITCH}={status.unknown_mode} is not known and counts as auto. Known: off, auto, on."
+    files = findings["hook"]["start-up files"]
+    if isinstance(files, dict):
+        for path, state in files.items():
+            if state != "found":
+                yield f"The start-up file is hidden, so Python skips it: chflags nohidden '{path}'"
+    if not status.installed:
+        if sys.flags.no_site:
+            reason = "Python runs with -S, so site-packages' start-up files did not run"
+        elif files == "none found":
+            reason = "no start-up file was found (an install with --target, a zipapp or a frozen program has none)"
+        else:
+            reason = "the start-up file did not run"
+        yield f"The import hook is not set: {reason}. Call flash_attn_shim.install() first, or use `mtlflashattn run`."
+    if "Rosetta" in findings["system"]["machine"]:
+        yield "Install an arm64 build of Python: Metal cannot be used from one for Intel."
+    torch = findings["attention"]
+    if torch["torch"].startswith("cannot"):
+        yield "Install PyTorch: pip install torch"
+    elif sys.platform == "darwin" and torch["MPS"] != "available":
+        yield "This torch cannot use Metal here: MPS needs macOS 14 or later and an arm64 build of torch."
+    shown = {name["name"]: name for name in findings["names"]}["flash_attn"]
+    if not shown["visible"] and status.mode == "auto" and "not macOS" in shown["why"]:
+        yield f"To develop or test Mac-bound code here, on the CPU: set {policy.SWITCH}=on."

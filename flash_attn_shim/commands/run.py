@@ -1,0 +1,20 @@
+"""`mtlflashattn run script.py ...`: the script as `__main__`, with the import hook set first."""
+
+import os
+import runpy
+import sys
+
+import flash_attn_shim
+
+
+def add_arguments(parser):
+    parser.add_argument("script", help="path of a Python file")
+    parser.add_argument("arguments", nargs="...", help="arguments of the script")
+
+
+def run(arguments):
+    flash_attn_shim.install()
+    sys.argv = [arguments.script, *arguments.arguments]
+    sys.path[0] = os.path.dirname(os.path.abspath(arguments.script))  # as `python script.py` has it
+    runpy.run_path(arguments.script, run_name="__main__")
+    return 0

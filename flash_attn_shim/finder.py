@@ -1,0 +1,149 @@
+"""Finds presented modules: maps a top-level name to its file in `presents/`, unless a real installation has it.
+
+Submodules are not handled here: a presented package has an ordinary `__path__`, so adding a file adds a module.
+"""
+
+import os
+import sys
+from _frozen_importlib_external import PathFinder
+from _thread import _local
+
+from flash_attn_shim import policy
+from flash_attn_shim.autoload import ADJUSTED, gate
+
+PRESENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "presents")
+
+_SOURCE_OR_EXTENSION = (".py", ".pyc", ".so", ".pyd")
+
+# A finder that we ask may look the name up again and so arrive here in the same thread.
+_asking = _local()
+
+_warned = set()
+
+
+def environment():
+    """The `policy.Environment` of this process. Tests replace this function to be on another machine."""
+    uname = getattr(os, "uname", None)  # Windows has none
+    return policy.Environment(os.environ, sys.platform, uname().machine if uname else "unknown", is_installed)
+
+
+def find_spec(fullname, path, target):
+    """The gate's `find_spec` for one of its names."""
+    if fullname in _names_being_asked():
+        return None
+    if fullname in ADJUSTED:
+        from flash_attn_shim import adjust
+
+        return adjust.find_spec(fullname, path, target)
+    env = environment()
+    _warn_once_about_switch(env)
+    if policy.refusal(fullname, env):
+        return None
+    return find_elsewhere(fullname, path, target) or presented_spec(fullname)
+
+
+def presented_spec(name):
+    """The spec of our own file for a top-level name: a real one, from the ordinary path finder."""
+    return PathFinder.find_spec(name, [PRESENTS])
+
+
+def find_elsewhere(name, path=None, target=None):
+    """The spec of a real installation of the name, found by the other finders on `sys.meta_path`, or None.
+
+    A namespace package without modules in it is what an uninstall leaves (pip keeps directories with foreign files)
+    and does not count. Asks the finders themselves: `importlib.util.find_spec` takes import locks
+    (DataDog/dd-trace-py#17742).
+    """
+    names = _names_being_asked()
+    names.add(name)
+    namespace = None
+    try:
+        for finder in list(sys.meta_path):
+            find = None if finder is gate else getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find else None  # finders without it exist: googlecolab/colabtools#5000
+            if spec is None:
+                continue
+            if spec.loader is not None and "NamespaceLoader" not in type(spec.loader).__name__:
+                return spec
+            namespace = namespace or spec
+    finally:
+        names.discard(name)
+    return namespace if namespace is not None and _holds_modules(namespace.submodule_search_locations) else None
+
+
+def is_installed(name):
+    """Is there a real module of that name, imported or not? Does not import it."""
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return find_elsewhere(name) is not None
+
+
+def locate(name):
+    """What `import name` gives right now, without importing: (is it ours?, file or None, why, in words)."""
+    if name in sys.modules:
+        module = sys.modules[name]
+        if module is None:
+            return False, None, f'sys.modules["{name}"] is None: somebody blocks the import'
+        if is_ours(module):
+            return _ours_while_switched_on(name, module)
+        return False, getattr(module, "__file__", None), "another module of that name is imported already"
+    real = find_elsewhere(name)
+    if real is not None:
+        return False, real.origin or next(iter(real.submodule_search_locations), None), "a real installation has it"
+    refused = policy.refusal(name, environment())
+    if refused:
+        return False, None, refused
+    if gate not in sys.meta_path:
+        return False, None, "the import hook is not set: flash_attn_shim.install() sets it"
+    return True, presented_spec(name).origin, "presented by the shim"
+
+
+def is_ours(module):
+    """Was this module loaded from `presents/`?"""
+    origin = getattr(getattr(module, "__spec__", None), "origin", None)
+    return isinstance(origin, str) and origin.startswith(PRESENTS + os.sep)
+
+
+def forget():
+    """Drop presented modules from `sys.modules`."""
+    for name, module in list(sys.modules.items()):
+        if is_ours(module):
+            del sys.modules[name]
+
+
+def _ours_while_switched_on(name, module):
+    refused = policy.refusal(name, environment())
+    if refused:
+        return False, module.__file__, f"imported from the shim before, but {refused}"
+    return True, module.__file__, "presented by the shim, imported already"
+
+
+def _names_being_asked():
+    try:
+        return _asking.names
+    except AttributeError:
+        _asking.names = set()
+        return _asking.names
+
+
+def _holds_modules(directories):
+    for directory in directories:
+        for entry in os.scandir(directory) if os.path.isdir(directory) else ():
+            if entry.name.endswith(_SOURCE_OR_EXTENSION) or os.path.isfile(os.path.join(entry.path, "__init__.py")):
+                return True
+    return False
+
+
+def _warn_once_about_switch(env):
+    value = policy.unknown_mode(env)
+    if value is None or value in _warned:
+        return
+    _warned.add(value)
+    import warnings
+
+    try:
+        warnings.warn(
+            f"{policy.SWITCH}={value} is not known; it is taken for auto. Known: off, auto, on.", stacklevel=2
+        )
+    except UserWarning as error:  # -W error: an import must not fail for this
+        print(f"warning: {error}", file=sys.stderr)

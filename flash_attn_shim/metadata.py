@@ -1,0 +1,77 @@
+"""The distribution record that `importlib.metadata` sees: a virtual `flash-attn`, never a directory on disk.
+
+A `flash-attn` .dist-info on disk would make pip and uv believe that the real package is installed. transformers and
+others ask `importlib.metadata` before they use a module that they found, so the record is announced exactly while
+`flash_attn` may be seen, and only together with the adjustment of transformers: with metadata alone, transformers
+4.57 breaks ModernBERT's default attention.
+"""
+
+import sys
+from importlib.metadata import Distribution, DistributionFinder
+from pathlib import Path
+
+from flash_attn_shim import adjust, finder
+from flash_attn_shim.adjust import transformers
+from flash_attn_shim.autoload import PRESENTED, gate
+
+NAME = "flash-attn"
+VERSION = "2.8.3"
+
+_METADATA = f"""\
+Metadata-Version: 2.1
+Name: {NAME}
+Version: {VERSION}
+Summary: The FlashAttention 2 interface, presented by mtlflashattn; nothing is installed under this name
+"""
+
+
+class PresentedDistribution(Distribution):
+    """`flash-attn` as far as a reader of metadata can tell; its files are the presented ones."""
+
+    def __init__(self, names):
+        self._names = names
+
+    def read_text(self, filename):
+        if filename == "METADATA":
+            return _METADATA
+        if filename == "top_level.txt":
+            return "".join(f"{name}\n" for name in self._names)
+        if filename == "RECORD":
+            return "".join(f"{path.relative_to(finder.PRESENTS).as_posix()},,\n" for path in self._paths())
+        return None
+
+    def locate_file(self, path):
+        return Path(finder.PRESENTS, path)
+
+    def _paths(self):
+        for name in self._names:
+            module = Path(finder.PRESENTS, name)
+            yield from sorted(module.rglob("*.py")) if module.is_dir() else [module.with_suffix(".py")]
+
+
+def find_distributions(name):
+    """The virtual distribution if `name` (None: any) asks for it and it is announced now."""
+    if name is not None and name.lower().replace("_", "-").replace(".", "-") != NAME:
+        return ()
+    if refusal():
+        return ()
+    # Both names belong to the record: transformers 5.4 to 5.8 index packages_distributions() with either once its
+    # spec is found.
+    return (PresentedDistribution([name for name in PRESENTED if finder.locate(name)[0]]),)
+
+
+def refusal():
+    """Why the record is not announced right now, in words; None if it is."""
+    refused = transformers.refusal() or adjust.transformers_left_alone()
+    if refused is None and _is_really_recorded():
+        return "a real flash-attn distribution is installed"
+    return refused
+
+
+def _is_really_recorded():
+    context = DistributionFinder.Context(name=NAME)
+    for other in list(sys.meta_path):
+        find = None if other is gate else getattr(other, "find_distributions", None)
+        if find is not None and next(iter(find(context)), None) is not None:
+            return True
+    return False

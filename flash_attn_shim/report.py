@@ -1,0 +1,52 @@
+"""What `flash_attn_shim.status()` returns."""
+
+import sys
+from dataclasses import dataclass
+
+from flash_attn_shim import adjust, finder, metadata, policy
+from flash_attn_shim.adjust import transformers
+from flash_attn_shim.autoload import ADJUSTED, PRESENTED, gate
+
+
+@dataclass(frozen=True)
+class Name:
+    """A top-level name: does `import name` give the shim's module (`visible`), from which file (None: nothing), and
+    why."""
+
+    name: str
+    visible: bool
+    origin: str | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """The shim in this process, right now.
+
+    `installed`: the import hook is set. `mode`: "off", "auto" or "on", as `MTLFLASHATTN_SHIM` is read;
+    `unknown_mode`: its value if it is none of the known ones. `names`: one `Name` for each presented name.
+    `metadata`: why `importlib.metadata` does not see "flash-attn", None if it does. `transformers`: why
+    transformers is left alone, None if it is adjusted (or will be, when it is imported). `adjustments`: (module,
+    "adjusted" or why it was left alone) of each adjusted library that is imported.
+    """
+
+    installed: bool
+    mode: str
+    unknown_mode: str | None
+    names: tuple[Name, ...]
+    metadata: str | None
+    transformers: str | None
+    adjustments: tuple[tuple[str, str], ...]
+
+
+def status():
+    env = finder.environment()
+    return Status(
+        installed=gate in sys.meta_path,
+        mode=policy.mode(env),
+        unknown_mode=policy.unknown_mode(env),
+        names=tuple(Name(name, *finder.locate(name)) for name in PRESENTED),
+        metadata=metadata.refusal(),
+        transformers=transformers.refusal() or adjust.transformers_left_alone(),
+        adjustments=tuple((name, adjust.journal.get(name, "not adjusted")) for name in ADJUSTED if name in sys.modules),
+    )

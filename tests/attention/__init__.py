@@ -1,0 +1,3 @@
+"""Tests of the FlashAttention-2 and FlashAttention-3 functions, against an fp64 oracle that shares no code with the
+product.
+"""

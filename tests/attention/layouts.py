@@ -1,0 +1,48 @@
+"""Tensors with the strides that callers hand over."""
+
+import torch
+
+LAYOUTS = ("contiguous", "transposed", "packed", "expanded", "offset", "strided_last")
+
+
+def laid_out(x, layout):
+    """x (..., S, H, D) with its values (expanded: with those of its first sequence or head) in the strides that
+    `layout` names.
+    """
+    if layout == "contiguous":
+        return x.contiguous()
+    if layout == "transposed":  # (B, H, S, D) in memory
+        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    if layout == "packed":  # the middle of a packed qkv projection, neighbours poisoned
+        wide = torch.full((*x.shape[:-2], 3, *x.shape[-2:]), float("nan"), dtype=x.dtype)
+        wide[..., 1, :, :] = x
+        return wide[..., 1, :, :]
+    if layout == "expanded":  # stride 0, as `expand` gives it
+        dim = 0 if x.dim() == 4 and x.shape[0] > 1 else x.dim() - 2
+        return x.narrow(dim, 0, 1).clone().expand(x.shape) if x.shape[dim] else x
+    if layout == "offset":  # neither the storage's begin nor aligned
+        storage = torch.full((x.numel() + 3,), float("nan"), dtype=x.dtype)
+        storage[3:] = x.reshape(-1)
+        return storage[3:].view(x.shape)
+    if layout == "strided_last":
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    raise AssertionError(layout)
+
+
+def random_dout(layout):
+    """A maker of output gradients for rule.verify. "expanded" is what `out.sum().backward()` hands over: all strides
+    0.
+    """
+
+    def make(shape, dtype):
+        if layout == "expanded":
+            return torch.ones((), dtype=dtype).expand(shape)
+        return laid_out(torch.randn(shape).to(dtype), layout)
+
+    return make
+
+
+def randn(*shape, dtype, layout="contiguous"):
+    return laid_out(torch.randn(*shape).to(dtype), layout)

@@ -1,0 +1,160 @@
+"""The FlashAttention-3 functions: their own argument order, seqused, page_table, and the return convention of
+upstream's main branch.
+"""
+
+import pytest
+import torch
+
+from flash_attn_mps.interface3 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+
+from . import oracle
+from .layouts import randn, random_dout
+from .pairwise import case_id, pairwise
+from .rule import assert_lse, assert_within_rule, verify
+from .test_dense import DTYPES, MASKS
+from .test_varlen import cumulative, paged
+
+DENSE_CASES = pairwise(
+    lengths=[(1, 1), (1, 113), (64, 113), (113, 64), (7, 7)],
+    dims=[(64, 64), (192, 128), (64, 512), (40, 40)],
+    dtype=DTYPES,
+    heads=[(3, 3), (6, 2), (4, 1)],
+    mask=list(MASKS),
+    softcap=[0.0, 1.5],
+    scale=[None, 0.25],
+    hints=[{}, {"num_splits": 2, "pack_gqa": True, "sm_margin": 4, "deterministic": True}],
+    probs=[False, True],
+)
+
+
+@pytest.mark.parametrize("case", DENSE_CASES, ids=case_id)
+def test_dense(case):
+    (seqlen_q, seqlen_k), (dim, dim_v), (heads, heads_k) = case["lengths"], case["dims"], case["heads"]
+    rules = {**MASKS[case["mask"]], "softcap": case["softcap"], "softmax_scale": case["scale"]}
+    result = verify(
+        lambda *qkv: flash_attn_func(*qkv, return_attn_probs=case["probs"], **rules, **case["hints"]),
+        lambda *qkv: oracle.dense(*qkv, **rules),
+        {
+            "q": randn(2, seqlen_q, heads, dim, dtype=case["dtype"]),
+            "k": randn(2, seqlen_k, heads_k, dim, dtype=case["dtype"]),
+            "v": randn(2, seqlen_k, heads_k, dim_v, dtype=case["dtype"]),
+        },
+        dout=random_dout("contiguous"),
+    )
+    if case["probs"]:
+        assert isinstance(result, tuple)
+        assert len(result) == 2
+    else:
+        assert isinstance(result, torch.Tensor)
+
+
+def test_dense_by_position():
+    """(q, k, v, softmax_scale, causal): no dropout_p in between."""
+    verify(
+        lambda *qkv: flash_attn_func(*qkv, 0.3, True),
+        lambda *qkv: oracle.dense(*qkv, softmax_scale=0.3, causal=True),
+        {name: randn(1, 20, 2, 16, dtype=torch.float32) for name in "qkv"},
+        dout=random_dout("contiguous"),
+    )
+
+
+VARLEN_CASES = pairwise(
+    used=[(None, None), ([3, 12, 0], None), (None, [20, 0, 4]), ([1, 10, 7], [20, 12, 1])],
+    dtype=DTYPES,
+    heads=[(3, 3), (6, 2), (4, 1)],
+    dims=[(64, 64), (64, 96)],
+    mask=list(MASKS),
+    softcap=[0.0, 1.5],
+    probs=[False, True],
+    poison=[False, True],
+)
+
+
+@pytest.mark.parametrize("case", VARLEN_CASES, ids=case_id)
+def test_varlen(case):
+    """Tokens beyond seqused_q get zeros and no gradient; tokens beyond seqused_k, NaN or not, are never read."""
+    lengths_q, lengths_k = [5, 12, 7], [20, 14, 4]
+    (used_q, used_k), (dim, dim_v), (heads, heads_k) = case["used"], case["dims"], case["heads"]
+    cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
+    tensors = {
+        "q": randn(24, heads, dim, dtype=case["dtype"]),
+        "k": randn(38, heads_k, dim, dtype=case["dtype"]),
+        "v": randn(38, heads_k, dim_v, dtype=case["dtype"]),
+    }
+    if case["poison"]:
+        for name, used, starts in (("q", used_q, cu_q), ("k", used_k, cu_k), ("v", used_k, cu_k)):
+            for b in range(3 if used is not None else 0):
+                tensors[name][int(starts[b]) + used[b] : int(starts[b + 1])] = float("nan")
+    used = {
+        "seqused_q": None if used_q is None else torch.tensor(used_q, dtype=torch.int32),
+        "seqused_k": None if used_k is None else torch.tensor(used_k, dtype=torch.int32),
+    }
+    rules = {**MASKS[case["mask"]], "softcap": case["softcap"], **used}
+
+    def reference(q, k, v):
+        return oracle.varlen(q, k, v, cu_q, cu_k, **rules)
+
+    result = verify(
+        lambda *qkv: flash_attn_varlen_func(*qkv, cu_q, cu_k, 12, 20, return_attn_probs=case["probs"], **rules),
+        reference,
+        tensors,
+        dout=random_dout("contiguous"),
+    )
+    assert isinstance(result, tuple) == case["probs"]
+    assert not case["probs"] or len(result) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_kvcache(dtype, causal):
+    q = randn(2, 4, 4, 64, dtype=dtype)
+    k_cache, v_cache = randn(2, 40, 2, 64, dtype=dtype), randn(2, 40, 2, 32, dtype=dtype)
+    k, v = randn(2, 4, 2, 64, dtype=dtype), randn(2, 4, 2, 32, dtype=dtype)
+    call = {"cache_seqlens": torch.tensor([10, 36], dtype=torch.int32), "causal": causal}
+    call["cache_leftpad"] = torch.tensor([2, 0], dtype=torch.int32)
+    exact = oracle.kvcache(q.double(), k_cache.double(), v_cache.double(), k.double(), v.double(), **call)
+    plain = oracle.kvcache(q, k_cache, v_cache, k, v, **call)
+    copies = k_cache.clone(), v_cache.clone()
+    out, lse, *_ = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, return_softmax_lse=True, **call)
+    assert_within_rule("out", out, plain.out, exact.out)
+    assert_lse(lse, exact.lse)
+    assert torch.equal(k_cache, plain.k_cache)
+    assert torch.equal(v_cache, plain.v_cache)
+    assert torch.equal(flash_attn_with_kvcache(q, *copies, k, v, **call), out)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 64])
+def test_kvcache_page_table(page_size):
+    lengths = [70, 13]
+    k, v = (randn(83, 2, 32, dtype=torch.bfloat16) for _ in range(2))
+    (k_pages, table), (v_pages, _) = paged(k, lengths, page_size), paged(v, lengths, page_size)
+    q = randn(2, 3, 4, 32, dtype=torch.bfloat16)
+    rules = {"cache_seqlens": torch.tensor(lengths, dtype=torch.int32), "causal": True}
+    exact = oracle.kvcache(q.double(), k_pages.double(), v_pages.double(), block_table=table, **rules)
+    plain = oracle.kvcache(q, k_pages, v_pages, block_table=table, **rules)
+    out = flash_attn_with_kvcache(q, k_pages, v_pages, page_table=table, **rules)
+    assert_within_rule("out", out, plain.out, exact.out)
+
+
+UNSUPPORTED = {
+    "qv": torch.randn_like,
+    "q_descale": lambda q: torch.ones(1, 2),
+    "k_descale": lambda q: torch.ones(1, 2),
+    "v_descale": lambda q: torch.ones(1, 2),
+    "attention_chunk": lambda q: 16,
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("function", ["dense", "varlen", "kvcache"])
+def test_what_only_hopper_has_is_refused_by_name(function, name):
+    q = randn(1, 8, 2, 16, dtype=torch.float16)
+    extra = {name: UNSUPPORTED[name](q)}
+    cu = cumulative([8])
+    with pytest.raises((NotImplementedError, ValueError), match=rf"(?<!\w){name}(?!\w)"):
+        if function == "dense":
+            flash_attn_func(q, q, q, **extra)
+        elif function == "varlen":
+            flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 8, 8, **extra)
+        else:
+            flash_attn_with_kvcache(q, q.clone(), q.clone(), **extra)

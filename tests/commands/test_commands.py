@@ -1,0 +1,138 @@
+"""The `mtlflashattn` command, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from flash_attn_shim.commands import examine
+
+
+def mtlflashattn(*arguments, flags=(), **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MTLFLASHATTN_")}
+    return subprocess.run(
+        [sys.executable, *flags, "-m", "flash_attn_shim", *arguments],
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def findings(**environment):
+    result = mtlflashattn("doctor", "--json", **environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_doctor_says_that_the_shim_serves_and_from_where():
+    found = findings(MTLFLASHATTN_SHIM="on")
+    flash_attn = found["names"][0]
+    assert flash_attn["visible"]
+    assert flash_attn["origin"].endswith(os.path.join("presents", "flash_attn", "__init__.py"))
+    assert found["hook"]["metadata of flash-attn"] == "announced"
+    assert any("is True" in line for line in found["libraries"]["transformers"])
+
+
+def test_doctor_names_the_switch_that_is_off():
+    found = findings(MTLFLASHATTN_SHIM="off")
+    assert not found["names"][0]["visible"]
+    assert "MTLFLASHATTN_SHIM=off" in found["names"][0]["why"]
+    assert any("is False" in line for line in found["libraries"]["transformers"])
+
+
+def test_doctor_in_plain_words_and_its_advice():
+    text = mtlflashattn("doctor", MTLFLASHATTN_SHIM="perhaps").stdout
+    assert text.startswith("import flash_attn  ->  ")
+    assert "MTLFLASHATTN_SHIM=perhaps is not known and counts as auto" in text
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="on a Mac the platform is no obstacle")
+def test_doctor_names_the_platform():
+    assert "not macOS on arm64" in findings()["names"][0]["why"]
+
+
+def test_doctor_finds_a_real_installation(tmp_path):
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    found = findings(MTLFLASHATTN_SHIM="on", PYTHONPATH=str(tmp_path))["names"][0]
+    assert not found["visible"]
+    assert found["origin"] == str(package / "__init__.py")
+    assert "real installation" in found["why"]
+
+
+def test_doctor_reports_a_hidden_start_up_file(monkeypatch):
+    class Hidden:
+        st_flags = 0x8000
+
+    monkeypatch.setattr(examine, "_hook_paths", lambda: ["/site/mtlflashattn.pth"])
+    monkeypatch.setattr(examine.os, "stat", lambda path: Hidden)
+    status = examine.flash_attn_shim.status()
+    hook = examine._hook(status)
+    assert hook["start-up files"] == {"/site/mtlflashattn.pth": "hidden: Python skips it"}
+    found = {"hook": hook, "system": {"machine": "arm64"}, "attention": {"torch": "2.13"}}
+    found["names"] = [{"name": "flash_attn", "visible": False, "why": ""}]
+    assert any("chflags nohidden '/site/mtlflashattn.pth'" in advice for advice in examine._advice(status, found))
+
+
+def test_doctor_without_site_says_how_to_install_the_hook(tmp_path):
+    paths = os.pathsep.join(path for path in sys.path if path)
+    result = mtlflashattn("doctor", flags=("-S",), PYTHONPATH=paths, MTLFLASHATTN_SHIM="on")
+    assert "Python runs with -S" in result.stdout, result.stderr
+    assert "flash_attn_shim.install()" in result.stdout
+
+
+def test_doctor_with_a_broken_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('no such library')")
+    found = findings(MTLFLASHATTN_SHIM="on", PYTHONPATH=str(tmp_path))
+    assert "RuntimeError: no such library" in found["attention"]["torch"]
+    assert any("pip install torch" in advice for advice in found["advice"])
+
+
+def test_run_installs_the_hook_and_passes_arguments(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import sys, flash_attn, helper\nprint(flash_attn.__version__, sys.argv[1:], __name__, helper.here)"
+    )
+    (tmp_path / "helper.py").write_text("here = True")
+    result = mtlflashattn("run", str(script), "--flag", "x", MTLFLASHATTN_SHIM="on")
+    assert result.stdout.strip() == "2.8.3 ['--flag', 'x'] __main__ True", result.stderr
+
+
+def test_trace_counts_calls_by_shape_and_tier():
+    program = (
+        "import torch, flash_attn_mps as fa\n"
+        "q = torch.randn(1, 8, 2, 16)\n"
+        "fa.flash_attn_func(q, q, q, causal=True)\n"
+        "fa.flash_attn_func(q, q, q, causal=True)\n"
+        "fa.flash_attn_func(q, q, q, softcap=5.0, window_size=(3, 0))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "MTLFLASHATTN_TRACE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    head, *rows = [line.split() for line in run.stderr.splitlines() if not line.startswith("mtlflashattn:")]
+    assert head == ["dtype", "head", "dim", "seqlen", "q", "seqlen", "k", "mask", "tier", "calls"]
+    assert [row for row in rows if row[-1] == "2"] == [["float32", "16", "8", "8", "causal", rows[0][-2], "2"]]
+    assert ["float32", "16", "8", "8", "window(3,0)+softcap", "torch", "1"] in rows
+
+
+def test_demo_equals_eager_and_finds_the_switch():
+    result = mtlflashattn("demo")
+    assert result.returncode == 0, result.stdout + result.stderr
+    question, nearest = result.stdout.split("How do I switch it off?\n")[1].splitlines()[:2]
+    assert "MTLFLASHATTN_SHIM=off" in question + nearest
+    assert "below 0.001" in result.stdout
+
+
+def test_demo_respects_the_switch():
+    result = mtlflashattn("demo", MTLFLASHATTN_SHIM="off")
+    assert result.returncode == 2
+    assert "MTLFLASHATTN_SHIM=off" in result.stderr
