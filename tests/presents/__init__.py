@@ -1,10 +1,11 @@
 """Tests of the tree that an importer of `flash_attn` sees; importing this package makes that tree importable."""
 
-import importlib.util
-import sys
-from pathlib import Path
+import os
+from unittest import mock
 
-PRESENTS = Path(__file__).parents[2] / "flash_attn_shim" / "presents"
+import flash_attn_shim
 
-if importlib.util.find_spec("flash_attn") is None:
-    sys.path.insert(0, str(PRESENTS))
+# Only the top-level name passes the switch: its submodules are found on its __path__.
+with mock.patch.dict(os.environ, MTLFLASHATTN_SHIM="on"):
+    flash_attn_shim.install()
+    import flash_attn  # noqa: F401

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from flash_attn.ops import activations
 from flash_attn.ops.triton import k_activations
 from flash_attn.ops.triton.k_activations import Activation

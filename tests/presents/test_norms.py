@@ -6,10 +6,11 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+
 from flash_attn.ops import layer_norm as fused
 from flash_attn.ops import rms_norm as fused_rms
 from flash_attn.ops.triton import layer_norm as triton
-from torch import nn
 
 from .reference import TOLERANCE, assert_close
 

@@ -3,6 +3,9 @@
 `rearrange` and `repeat` are einops' own: callers import them from here.
 """
 
+import flash_attn_shim.needs_torch  # noqa: F401
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat

@@ -1,7 +1,8 @@
 """`flash_attn.losses.cross_entropy`."""
 
-from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 from torch import nn
+
+from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
 
 class CrossEntropyLoss(nn.Module):

@@ -1,8 +1,9 @@
 """`flash_attn.ops.layer_norm`: dropout, scale, add and layer norm in one call; `ops.rms_norm` builds on it."""
 
 import torch
-from flash_attn.ops.triton.layer_norm import dropout, normalize, residual_dtype, upcast
 from torch import Tensor, nn
+
+from flash_attn.ops.triton.layer_norm import dropout, normalize, residual_dtype, upcast
 
 
 class DropoutAddLayerNormFn:

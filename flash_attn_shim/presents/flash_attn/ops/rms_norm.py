@@ -1,12 +1,13 @@
 """`flash_attn.ops.rms_norm`: `flash_attn.ops.layer_norm` with the root mean square in place of mean and variance."""
 
 import torch
+from torch import nn
+
 from flash_attn.ops.layer_norm import (
     DropoutAddLayerNormFn,
     DropoutAddLayerNormParallelResidualFn,
     DropoutAddLayerNormSubsetFn,
 )
-from torch import nn
 
 
 def rms_norm(x, weight, epsilon):
