@@ -412,3 +412,32 @@ def test_packed_qkv_through_a_subclass():
             tokens = before[part, i]
             assert_close(qkv[part, i], reference.rotary(tokens, cos, sin, torch.arange(len(tokens))), scale=5)
     assert torch.equal(qkv[:, 2], before[:, 2])
+
+
+@pytest.mark.parametrize("interleaved", BOOLS)
+def test_compiles_without_a_break_for_any_length(interleaved):
+    """Also in place of parts, and what else reads the memory sees it."""
+    rotary = RotaryEmbedding(16, interleaved=interleaved)
+    rotary(torch.zeros(1, 40, 3, 1, 16))  # the tables
+
+    def step(x):
+        qkv = rotary(x * 1)
+        parts = x * 1
+        q = apply_rotary_emb(parts[:, :, 0], rotary._cos_cached, rotary._sin_cached, interleaved, inplace=True)
+        k = apply_rotary_emb(parts[:, :, 1], rotary._cos_cached, rotary._sin_cached, interleaved, inplace=True)
+        return qkv + torch.stack([q, k, k], 2) + parts.detach()
+
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(step, fullgraph=True, backend=count)
+    for length in (9, 8, 17, 30):
+        x = torch.randn(2, length, 3, 2, 16, requires_grad=True)
+        want, got = step(x), compiled(x)
+        assert_close(got, want.double(), scale=2)
+        weight = torch.randn_like(x)
+        assert_close(*(torch.autograd.grad(out, x, weight)[0] for out in (got, want)), scale=2)
+    assert len(graphs) <= 2
