@@ -12,7 +12,7 @@ SPACES = ("device", "constant", "threadgroup", "stack")
 
 
 class ThreadgroupRecord(ctypes.Structure):
-    _fields_ = [("address", c_uint64), ("size", c_uint64), ("number", c_uint64)]
+    _fields_ = [("address", c_uint64), ("size", c_uint64), ("number", c_uint64), ("unused", c_uint64)]
 
 
 class Region(ctypes.Structure):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .kernels import SPACES, Instance, Kernel, Kernels, attributes, parse_arguments, split, string_value, template_names
+from .kernels import IDENTIFIERS, SPACES, Instance, Kernel, Kernels, attributes, parse_arguments, split, string_value, template_names
 from .strictness import check_body, check_pointers, check_tokens
 from .tokens import Tokens
 
@@ -60,8 +60,10 @@ def translate(preprocessed: str) -> Unit:
     unit = Unit(Tokens(preprocessed))
     check_tokens(unit.tokens)
     aliases = _type_names(unit.tokens)
+    _vector_aliases(unit.tokens)
     _rewrite_expressions(unit.tokens, aliases)
     _declarations(unit, 0, len(unit.tokens), ())
+    _drop_identifier_attributes(unit.tokens)
     return unit
 
 
@@ -100,6 +102,20 @@ def _rewrite_expressions(tokens: Tokens, aliases: set[str]) -> None:
             if tokens[close + 2] not in ("*", "&"):
                 tokens.prepend(first, "__mh_make<")
                 tokens.append(close, ">")
+
+
+def _vector_aliases(tokens: Tokens) -> None:
+    """typedef vec<T, N> X, where T may be bool: clang has no vectors of bool, and where nothing is deduced, a class serves."""
+    i = 0
+    while i < len(tokens):
+        alias = tokens[i] == "typedef" or (tokens[i] == "using" and tokens[i + 2] == "=" and tokens[i - 1] != ">")
+        end = _skip_to(tokens, i, len(tokens), ";") if alias else i + 1
+        for j in range(i, end):
+            if tokens[j] == "vec" and tokens[j + 1] == "<" and (alias or tokens[j + 2] == "bool"):
+                if tokens[j - 1] == "::":
+                    tokens.blank(j - 2, j)
+                tokens.text[j] = "__mh::vec_t"
+        i = end
 
 
 def _skip_to(tokens: Tokens, i: int, end: int, stops: str) -> int:
@@ -330,6 +346,13 @@ def _drop_attributes(tokens: Tokens, first: int, last: int) -> None:
             tokens.blank(i, tokens.partner[i] + 1)
             i = tokens.partner[i]
         i += 1
+
+
+def _drop_identifier_attributes(tokens: Tokens) -> None:
+    """Metal lets the parameters of ordinary functions carry a kernel's attributes, to no effect."""
+    for i in range(len(tokens)):
+        if tokens[i] == "[" and tokens[i + 1] == "[" and set(attributes(tokens, i, tokens.partner[i])) & set(IDENTIFIERS):
+            tokens.blank(i, tokens.partner[i] + 1)
 
 
 def _threadgroup_variables(unit: Unit, kernel: Kernel) -> None:

@@ -22,7 +22,7 @@ enum { MH_MEM_DEVICE = 1, MH_MEM_THREADGROUP = 2 };
 
 // One threadgroup variable of a kernel: written by the compiler into section mh_tg (include/msl/cpu.h).
 struct mh_threadgroup_variable {
-  uint64_t address, size, id;
+  uint64_t address, size, number, unused;
 };
 
 // A range of memory that the launch may touch. Instrumented launches only.

@@ -108,7 +108,7 @@ constexpr uint margin = 0;
 template <typename Tag, typename T>
 struct threadgroup_variable {
   static device char storage[margin + sizeof(T) + margin];
-  static device ulong record[3];
+  static device ulong record[4];  // 32 bytes: the section must hold no padding
   static inline __attribute__((always_inline)) threadgroup T* get() {
     (void)&record;
     return (threadgroup T*)(ulong)&storage[margin];
@@ -117,8 +117,8 @@ struct threadgroup_variable {
 template <typename Tag, typename T>
 __attribute__((aligned(128))) device char threadgroup_variable<Tag, T>::storage[margin + sizeof(T) + margin];
 template <typename Tag, typename T>
-__attribute__((section(__MH_RECORDS), used)) device ulong threadgroup_variable<Tag, T>::record[3] = {
-    (ulong)&threadgroup_variable<Tag, T>::storage + margin, sizeof(T), Tag::number};
+__attribute__((section(__MH_RECORDS), used)) device ulong threadgroup_variable<Tag, T>::record[4] = {
+    (ulong)&threadgroup_variable<Tag, T>::storage + margin, sizeof(T), Tag::number, 0};
 
 }  // namespace __mh
 

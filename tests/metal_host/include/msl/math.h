@@ -155,7 +155,7 @@ __MH_EACH_FLOAT(__MH_SPLITTING, _)
 #undef __MH_SPLITTING
 #define __MH_CLASSIFY_VECTOR(name)                                                    \
   template <typename E, int N>                                                        \
-  inline vec<typename __mh::enable_if<is_floating_point<E>::value, bool>::type, N> name(__mh::ext<E, N> x) { \
+  inline __mh::vec_t<typename __mh::enable_if<is_floating_point<E>::value, bool>::type, N> name(__mh::ext<E, N> x) { \
     __mh::ext<int, N> r;                                                              \
     for (int i = 0; i < N; ++i) r[i] = name(E(x[i]));                                 \
     return r;                                                                         \

@@ -81,6 +81,9 @@ struct vec_of<bool, N> {
   typedef bool_vector<N> type;
 };
 
+template <typename T, int N>
+using vec_t = typename vec_of<T, N>::type;
+
 // __mh_make<T>(...) is what the front end makes of the functional notation T(...) for vector types.
 template <typename T>
 struct maker {
@@ -170,7 +173,7 @@ typedef __mh::bool_vector<4> bool4;
 namespace metal {
 
 template <typename T, int N>
-using vec = typename __mh::vec_of<T, N>::type;
+using vec = T __attribute__((ext_vector_type(N)));  // the front end takes __mh::vec_t where T may be bool
 
 }  // namespace metal
 
