@@ -1,0 +1,2 @@
+#include "runtime.h"
+void mh_begin_threadgroup(void) {}
