@@ -226,11 +226,14 @@ def _function(
     if class_name and not is_constructor and not {"static", "friend"} & set(specifiers):
         if not any(tokens[j] in SPACES for j in range(close + 1, i)):
             tokens.append(i - 1, " thread ")
+    is_kernel = "kernel" in specifiers  # [[kernel]] too
+    for j in range(first, name):
+        if tokens[j] == "kernel":
+            tokens.text[j] = ""
     body = _function_body(tokens, i, end)
     if body < 0:
         return _skip_to(tokens, i, end, ";") + 1
     found = attributes(tokens, first, parenthesis)
-    is_kernel = "kernel" in specifiers
     if not is_kernel:
         check_pointers(tokens, first, name, parenthesis)
     check_body(tokens, body)
@@ -328,9 +331,6 @@ def _kernel(
         max_threads=tokens.original(*limit) if limit else "1024",
     )
     _drop_attributes(tokens, first, tokens.partner[parenthesis])
-    for j in range(first, name):
-        if tokens[j] == "kernel":
-            tokens.text[j] = ""
     _threadgroup_variables(unit, kernel)
     tokens.append(kernel.end, kernel.wrapper())
     if template:
