@@ -18,6 +18,7 @@ ulong __mh_argument(uint index);
 void __mh_count_transcendental();
 void __mh_atomic_access(uint on);
 void __mh_matrix_access(uint kind);
+uint __mh_lane_index();
 #endif
 
 float acosf(float); float acoshf(float); float asinf(float); float asinhf(float); float atanf(float); float atanhf(float);
@@ -38,7 +39,13 @@ float powf(float, float); float fmodf(float, float); float ldexpf(float, int);
 #define __MH_MATRIX_STORE(statement) statement
 #endif
 
-inline __attribute__((always_inline)) uint __mh_lane() { return __mh_self.lane; }
+inline __attribute__((always_inline)) uint __mh_lane() {
+#ifdef __MH_INSTRUMENTED
+  return __mh_lane_index();
+#else
+  return __mh_self.lane;
+#endif
+}
 
 namespace __mh_f {
 #define __MH_LIBM(name) \
