@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from . import abi, cache as disk, sites, toolchain
+from . import abi, cache as disk, recursion, sites, toolchain
 from .frontend import Unit
 
 FAST_STACK = 128 << 10
@@ -106,7 +106,10 @@ def compile_unit(unit: Unit, host_names: list[str], instrumented: bool) -> dict[
             toolchain.run(["clang", *toolchain.target(), "-c", "-o", str(directory / "kernel.o"), str(directory / "kernel.s")])
             (directory / "kernel.s").unlink()
         else:
-            toolchain.clang([*flags, "-c", "-o", str(directory / "kernel.o"), "-"], input=source)
+            code = toolchain.clang([*flags, "-Xclang", "-disable-llvm-passes", "-S", "-emit-llvm", "-o", "-", "-"], input=source)
+            recursion.check(code)
+            options = [*toolchain.target(), *_FAST, "-fPIC", "-Wno-override-module"]
+            toolchain.clang(["-x", "ir", *options, "-c", "-o", str(directory / "kernel.o"), "-"], input=code)
         link([directory / "kernel.o", table], directory / "kernel.so")
         (directory / "kernel.o").unlink()
 

@@ -7,7 +7,7 @@ What differs between the languages, and what is done about it:
 * Threadgroup variables live in kernels only: each becomes a reference to storage that the back end lays out.
 * `float4(a, b)` is no constructor of a vector type in C++: it becomes a call of __mh_make<float4>.
 * A member function without an address space is `thread` in Metal, generic in OpenCL: it gets `thread`.
-* Metal copies structs between address spaces: classes get the defaulted copy constructors and assignments for it.
+* Metal copies structs out of constant memory: classes get a defaulted copy constructor for it.
 * A few words are keywords in OpenCL and names in Metal: they are renamed.
 """
 
@@ -286,7 +286,7 @@ def _class_body(unit: Unit, keyword: int, brace: int, namespace: tuple[str, ...]
 
 
 def _copying(tokens: Tokens, name: str, keyword: str, brace: int, end: int) -> None:
-    """Give a class the copies between address spaces that Metal's classes have."""
+    """Give a class the copy constructors that Metal's classes have: from constant memory and from all other."""
     constructors = []
     i = brace + 1
     while i < end:
@@ -297,9 +297,6 @@ def _copying(tokens: Tokens, name: str, keyword: str, brace: int, end: int) -> N
         return  # its author wrote a copy constructor
     text = "" if constructors else f" {name}() = default;"
     text += f" {name}(const {name}&) = default; {name}(const constant {name}&) = default;"
-    for space in ("thread", "device", "threadgroup"):
-        text += f" {space} {name}& operator=(const {name}&) {space} = default;"
-        text += f" {space} {name}& operator=(const constant {name}&) {space} = default;"
     tokens.append(brace, f" public:{text}" + (" private:" if keyword == "class" else ""))
 
 

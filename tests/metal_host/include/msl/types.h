@@ -156,10 +156,10 @@ constexpr T __mh_make(A... a) {
   return __mh::maker<T>::of(a...);
 }
 
-#define __MH_VECTORS(T)           \
-  typedef __mh::ext<T, 2> T##2;   \
-  typedef __mh::ext<T, 3> T##3;   \
-  typedef __mh::ext<T, 4> T##4;
+#define __MH_VECTORS(T)                                  \
+  typedef T T##2 __attribute__((ext_vector_type(2)));    \
+  typedef T T##3 __attribute__((ext_vector_type(3)));    \
+  typedef T T##4 __attribute__((ext_vector_type(4)));
 __MH_VECTORS(char)
 __MH_VECTORS(uchar)
 __MH_VECTORS(short)
