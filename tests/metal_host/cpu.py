@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from . import abi, cache as disk, sites, toolchain
+from . import abi, cache as disk, recursion, sites, toolchain
 from .frontend import Unit
 
 FAST_STACK = 128 << 10
@@ -38,9 +38,8 @@ def _compile_c(name: str, output: Path) -> None:
     toolchain.run(["clang", *flags, "-c", "-o", str(output), str(toolchain.RUNTIME / name)])
 
 
-@cache
-def runtime() -> ctypes.CDLL:
-    """The fiber runtime, its symbols visible to kernels."""
+def _runtime_files() -> list[Path]:
+    """The fiber runtime as a shared library, and the object that is linked into every kernel's."""
 
     def build(directory: Path) -> None:
         objects = []
@@ -50,17 +49,17 @@ def runtime() -> ctypes.CDLL:
         link(objects, directory / "runtime.so")
         _compile_c("table.c", directory / "table.o")
 
-    path, _ = _runtime_files(build)
+    return disk.fetch(disk.key("runtime", toolchain.digest(), *toolchain.target()), ("runtime.so", "table.o"), build)
+
+
+@cache
+def runtime() -> ctypes.CDLL:
+    """The fiber runtime, loaded once, its symbols visible to kernels."""
     if libm := ctypes.util.find_library("m"):
         ctypes.CDLL(libm, mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(_runtime_files()[0]), mode=ctypes.RTLD_GLOBAL)
     library.__mh_launch.argtypes = [ctypes.POINTER(abi.Launch)]
     return library
-
-
-def _runtime_files(build=None) -> list[Path]:
-    key = disk.key("runtime", toolchain.digest(), *toolchain.target())
-    return disk.fetch(key, ("runtime.so", "table.o"), build)
 
 
 @cache
@@ -106,7 +105,10 @@ def compile_unit(unit: Unit, host_names: list[str], instrumented: bool) -> dict[
             toolchain.run(["clang", *toolchain.target(), "-c", "-o", str(directory / "kernel.o"), str(directory / "kernel.s")])
             (directory / "kernel.s").unlink()
         else:
-            toolchain.clang([*flags, "-c", "-o", str(directory / "kernel.o"), "-"], input=source)
+            code = toolchain.clang([*flags, "-Xclang", "-disable-llvm-passes", "-S", "-emit-llvm", "-o", "-", "-"], input=source)
+            recursion.check(code)
+            options = [*toolchain.target(), *_FAST, "-fPIC", "-Wno-override-module"]
+            toolchain.clang(["-x", "ir", *options, "-c", "-o", str(directory / "kernel.o"), "-"], input=code)
         link([directory / "kernel.o", table], directory / "kernel.so")
         (directory / "kernel.o").unlink()
 

@@ -7,7 +7,7 @@ What differs between the languages, and what is done about it:
 * Threadgroup variables live in kernels only: each becomes a reference to storage that the back end lays out.
 * `float4(a, b)` is no constructor of a vector type in C++: it becomes a call of __mh_make<float4>.
 * A member function without an address space is `thread` in Metal, generic in OpenCL: it gets `thread`.
-* Metal copies structs between address spaces: classes get the defaulted copy constructors and assignments for it.
+* Metal copies structs out of constant memory: classes get a defaulted copy constructor for it.
 * A few words are keywords in OpenCL and names in Metal: they are renamed.
 """
 
@@ -226,11 +226,14 @@ def _function(
     if class_name and not is_constructor and not {"static", "friend"} & set(specifiers):
         if not any(tokens[j] in SPACES for j in range(close + 1, i)):
             tokens.append(i - 1, " thread ")
+    is_kernel = "kernel" in specifiers  # [[kernel]] too
+    for j in range(first, name):
+        if tokens[j] == "kernel":
+            tokens.text[j] = ""
     body = _function_body(tokens, i, end)
     if body < 0:
         return _skip_to(tokens, i, end, ";") + 1
     found = attributes(tokens, first, parenthesis)
-    is_kernel = "kernel" in specifiers
     if not is_kernel:
         check_pointers(tokens, first, name, parenthesis)
     check_body(tokens, body)
@@ -283,7 +286,7 @@ def _class_body(unit: Unit, keyword: int, brace: int, namespace: tuple[str, ...]
 
 
 def _copying(tokens: Tokens, name: str, keyword: str, brace: int, end: int) -> None:
-    """Give a class the copies between address spaces that Metal's classes have."""
+    """Give a class the copy constructors that Metal's classes have: from constant memory and from all other."""
     constructors = []
     i = brace + 1
     while i < end:
@@ -294,9 +297,6 @@ def _copying(tokens: Tokens, name: str, keyword: str, brace: int, end: int) -> N
         return  # its author wrote a copy constructor
     text = "" if constructors else f" {name}() = default;"
     text += f" {name}(const {name}&) = default; {name}(const constant {name}&) = default;"
-    for space in ("thread", "device", "threadgroup"):
-        text += f" {space} {name}& operator=(const {name}&) {space} = default;"
-        text += f" {space} {name}& operator=(const constant {name}&) {space} = default;"
     tokens.append(brace, f" public:{text}" + (" private:" if keyword == "class" else ""))
 
 
@@ -328,9 +328,6 @@ def _kernel(
         max_threads=tokens.original(*limit) if limit else "1024",
     )
     _drop_attributes(tokens, first, tokens.partner[parenthesis])
-    for j in range(first, name):
-        if tokens[j] == "kernel":
-            tokens.text[j] = ""
     _threadgroup_variables(unit, kernel)
     tokens.append(kernel.end, kernel.wrapper())
     if template:

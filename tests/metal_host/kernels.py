@@ -85,7 +85,7 @@ class Instance:
     def entry(self, symbol: str, prefix: str) -> str:
         call = f"{self.kernel.path}{self.template_arguments}()"
         limit = call.replace("__mh_call_", "__mh_max_")
-        return f" {prefix} void {symbol}() {{ {call}; }} __MH_EXPORT device uint {symbol}_max_threads = {limit};"
+        return f' {prefix} void {symbol}() {{ {call}; }} extern "C" {{ __MH_EXPORT device uint {symbol}_max_threads = {limit}; }}'
 
 
 @dataclass

@@ -29,7 +29,7 @@ static void shuffle(uint32_t base, uint32_t lanes) {
     if (source >= MH_LANES || !(lanes >> source & 1)) {  // undefined in Metal
       memset(to->out, 0xff, to->size);
       if (mh.launch->regions) {
-        struct mh_report* report = mh_new_report(MH_INACTIVE_LANE, to->site, source);
+        struct mh_report* report = mh_new_report(MH_INACTIVE_LANE, to->site, 0);
         if (report) report->kind = MH_SHUFFLE, report->thread = base + (uint32_t)__builtin_ctz(rest), report->other_thread = source, report->mask = lanes;
       }
       continue;

@@ -14,6 +14,7 @@
 #define MH_MAX_REPORTS 64
 
 void* memcpy(void*, const void*, size_t);
+void* memmove(void*, const void*, size_t);
 void* memset(void*, int, size_t);
 
 // Collectives; the numbers are known to include/msl/cpu.h and to faults.py.

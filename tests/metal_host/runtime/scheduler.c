@@ -17,8 +17,13 @@ static uint32_t pick(uint32_t candidates, uint32_t after) {
 }
 
 // No lane of the simdgroup can run and some wait in collectives: those that wait at one place are the active lanes there.
+// The earliest place in the code goes first, so that lanes which took the other branch catch up before paths meet again.
 static void release_partial(struct mh_simdgroup* sg, uint32_t base) {
-  uint64_t site = mh.fibers[base + (uint32_t)__builtin_ctz(sg->in_collective)].site;
+  uint64_t site = ~0ull;
+  for (uint32_t rest = sg->in_collective; rest; rest &= rest - 1) {
+    uint64_t at = mh.fibers[base + (uint32_t)__builtin_ctz(rest)].site;
+    if (at < site) site = at;
+  }
   uint32_t lanes = 0;
   for (uint32_t rest = sg->in_collective; rest; rest &= rest - 1) {
     uint32_t lane = (uint32_t)__builtin_ctz(rest);

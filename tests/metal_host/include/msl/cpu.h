@@ -18,12 +18,9 @@ ulong __mh_argument(uint index);
 void __mh_count_transcendental();
 void __mh_atomic_access(uint on);
 void __mh_matrix_access(uint kind);
+uint __mh_lane_index();
 #endif
 
-float acosf(float); float acoshf(float); float asinf(float); float asinhf(float); float atanf(float); float atanhf(float);
-float atan2f(float, float); float cosf(float); float coshf(float); float sinf(float); float sinhf(float); float tanf(float);
-float tanhf(float); float expf(float); float exp2f(float); float logf(float); float log2f(float); float log10f(float);
-float powf(float, float); float fmodf(float, float); float ldexpf(float, int);
 }
 
 #ifdef __MH_INSTRUMENTED
@@ -38,19 +35,39 @@ float powf(float, float); float fmodf(float, float); float ldexpf(float, int);
 #define __MH_MATRIX_STORE(statement) statement
 #endif
 
-inline __attribute__((always_inline)) uint __mh_lane() { return __mh_self.lane; }
+inline __attribute__((always_inline)) uint __mh_lane() {
+#ifdef __MH_INSTRUMENTED
+  return __mh_lane_index();
+#else
+  return __mh_self.lane;
+#endif
+}
 
-namespace __mh_f {
-#define __MH_LIBM(name) \
-  inline float name(float x) { return __MH_TRANSCENDENTAL name##f(x); }
+// The C library's functions, under names that no Metal source can mean.
+#ifdef __APPLE__
+#define __MH_C_NAME(name) "_" #name
+#else
+#define __MH_C_NAME(name) #name
+#endif
+#define __MH_LIBM(name)                                                    \
+  extern "C" float __mh_c_##name(float) __asm__(__MH_C_NAME(name##f));     \
+  namespace __mh_f {                                                       \
+  inline float name(float x) { return __MH_TRANSCENDENTAL __mh_c_##name(x); } \
+  }
 __MH_LIBM(acos) __MH_LIBM(acosh) __MH_LIBM(asin) __MH_LIBM(asinh) __MH_LIBM(atan) __MH_LIBM(atanh) __MH_LIBM(cos) __MH_LIBM(cosh)
 __MH_LIBM(sin) __MH_LIBM(sinh) __MH_LIBM(tan) __MH_LIBM(tanh) __MH_LIBM(exp) __MH_LIBM(exp2) __MH_LIBM(log) __MH_LIBM(log2)
 __MH_LIBM(log10)
 #undef __MH_LIBM
-inline float atan2(float y, float x) { return __MH_TRANSCENDENTAL atan2f(y, x); }
-inline float pow(float x, float y) { return __MH_TRANSCENDENTAL powf(x, y); }
-inline float fmod(float x, float y) { return fmodf(x, y); }
-inline float ldexp(float x, int e) { return ldexpf(x, e); }
+extern "C" float __mh_c_atan2(float, float) __asm__(__MH_C_NAME(atan2f));
+extern "C" float __mh_c_pow(float, float) __asm__(__MH_C_NAME(powf));
+extern "C" float __mh_c_fmod(float, float) __asm__(__MH_C_NAME(fmodf));
+extern "C" float __mh_c_ldexp(float, int) __asm__(__MH_C_NAME(ldexpf));
+
+namespace __mh_f {
+inline float atan2(float y, float x) { return __MH_TRANSCENDENTAL __mh_c_atan2(y, x); }
+inline float pow(float x, float y) { return __MH_TRANSCENDENTAL __mh_c_pow(x, y); }
+inline float fmod(float x, float y) { return __mh_c_fmod(x, y); }
+inline float ldexp(float x, int e) { return __mh_c_ldexp(x, e); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
 inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 }  // namespace __mh_f

@@ -1,5 +1,6 @@
 // What stands before every preprocessed source.
 #pragma once
+#pragma OPENCL EXTENSION __cl_clang_function_pointers : enable
 #define __MH_EXPORT __attribute__((visibility("default")))
 // In the tables of the instrumented build, what happens inside the library happens at the call.
 #pragma clang attribute push(__attribute__((nodebug)), apply_to = hasType(functionType))

@@ -252,13 +252,8 @@ struct array {
   constexpr const constant T& operator[](size_t i) const constant { return __element[i]; }
 
   array() = default;
-  array(const thread array&) = default;
-  array(const device array&) = default;
+  array(const array&) = default;
   array(const constant array&) = default;
-  array(const threadgroup array&) = default;
-  thread array& operator=(const thread array&) thread = default;
-  device array& operator=(const thread array&) device = default;
-  threadgroup array& operator=(const thread array&) threadgroup = default;
 };
 
 template <typename T>

@@ -39,35 +39,41 @@ struct enable_if<true, T> {
 
 // OpenCL has no vectors of bool; a comparison of vectors gives a vector of integers, 0 or -1, which converts to this.
 template <int N>
-struct bool_vector {
-  bool element[N];
+struct bool_elements;
+template <>
+struct bool_elements<2> {
+  bool x, y;
+};
+template <>
+struct bool_elements<3> {
+  bool x, y, z, padding;
+};
+template <>
+struct bool_elements<4> {
+  bool x, y, z, w;
+};
+template <int N>
+struct bool_vector : bool_elements<N> {
   bool_vector() = default;
   bool_vector(bool value) {
-    for (int i = 0; i < N; ++i) element[i] = value;
+    for (int i = 0; i < N; ++i) (&this->x)[i] = value;
   }
   template <typename E>
   bool_vector(ext<E, N> v) {
-    for (int i = 0; i < N; ++i) element[i] = v[i] != 0;
+    for (int i = 0; i < N; ++i) (&this->x)[i] = v[i] != 0;
   }
-  bool_vector(const thread bool_vector&) = default;
-  bool_vector(const device bool_vector&) = default;
-  bool_vector(const constant bool_vector&) = default;
-  bool_vector(const threadgroup bool_vector&) = default;
-  thread bool_vector& operator=(const thread bool_vector&) thread = default;
-  device bool_vector& operator=(const thread bool_vector&) device = default;
-  threadgroup bool_vector& operator=(const thread bool_vector&) threadgroup = default;
-  thread bool& operator[](int i) thread { return element[i]; }
-  const thread bool& operator[](int i) const thread { return element[i]; }
+  thread bool& operator[](int i) thread { return (&this->x)[i]; }
+  const thread bool& operator[](int i) const thread { return (&this->x)[i]; }
   friend bool_vector operator!(bool_vector a) {
-    for (int i = 0; i < N; ++i) a.element[i] = !a.element[i];
+    for (int i = 0; i < N; ++i) a[i] = !a[i];
     return a;
   }
   friend bool_vector operator&&(bool_vector a, bool_vector b) {
-    for (int i = 0; i < N; ++i) a.element[i] = a.element[i] && b.element[i];
+    for (int i = 0; i < N; ++i) a[i] = a[i] && b[i];
     return a;
   }
   friend bool_vector operator||(bool_vector a, bool_vector b) {
-    for (int i = 0; i < N; ++i) a.element[i] = a.element[i] || b.element[i];
+    for (int i = 0; i < N; ++i) a[i] = a[i] || b[i];
     return a;
   }
 };
@@ -150,10 +156,10 @@ constexpr T __mh_make(A... a) {
   return __mh::maker<T>::of(a...);
 }
 
-#define __MH_VECTORS(T)           \
-  typedef __mh::ext<T, 2> T##2;   \
-  typedef __mh::ext<T, 3> T##3;   \
-  typedef __mh::ext<T, 4> T##4;
+#define __MH_VECTORS(T)                                  \
+  typedef T T##2 __attribute__((ext_vector_type(2)));    \
+  typedef T T##3 __attribute__((ext_vector_type(3)));    \
+  typedef T T##4 __attribute__((ext_vector_type(4)));
 __MH_VECTORS(char)
 __MH_VECTORS(uchar)
 __MH_VECTORS(short)
