@@ -29,6 +29,8 @@ def refuse(p: AttentionProblem) -> list[str]:
         "softcap": p.softcap > 0,
         "alibi_slopes": p.alibi_slopes is not None,
         "dropout_p": p.dropout_p > 0,
+        "mask": p.mask is not None,
+        "sinks": p.sinks is not None,
         "softmax_scale is a tensor": isinstance(p.softmax_scale, torch.Tensor),
     }
     reasons = [reason for reason, applies in limits.items() if applies]

@@ -51,6 +51,10 @@ class AttentionProblem:
     kv_batch_idx: torch.Tensor | None = None  # (batch,): which batch entry of k and v a sequence reads
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
     want_lse: bool = False  # is the log-sum-exp wanted too (and, under dropout, the probabilities)?
+    mask: torch.Tensor | None = (
+        None  # broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added
+    )
+    sinks: torch.Tensor | None = None  # (heads,), float32: a score that every query of the head has besides its keys
     lengths_q: list[int] | None = None  # the lengths, where the host can read them for free; None where it cannot
     lengths_k: list[int] | None = None
 

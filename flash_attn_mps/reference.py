@@ -48,6 +48,8 @@ def forward(p: AttentionProblem, seed: int | None) -> tuple[torch.Tensor, torch.
         for block in _blocks(p, group, queries, keys):
             s, _ = block.scores(block.heads_first(queries.take(q, group, block.first, block.last)), k_rows)
             block_lse = torch.logsumexp(s, -1, keepdim=True)
+            if p.sinks is not None:
+                block_lse = torch.logaddexp(block_lse, p.sinks.view(p.heads_k, -1, 1, 1))
             prob = s.sub_(block_lse.masked_fill(block_lse == -torch.inf, 0.0)).exp_()
             if probs is not None:
                 probs[group.seqs, :, block.first : block.last, block.lo : block.hi] = prob.flatten(1, 2).to(q.dtype)
@@ -178,6 +180,12 @@ class _Block:
             slopes = p.alibi_slopes.unflatten(-1, (p.heads_k, -1))[..., None, None]
             slopes = slopes[self.group.seqs] if p.alibi_slopes.dim() == 2 else slopes
             s.sub_(slopes * distance.abs()[:, None, None])
+        if p.mask is not None:
+            mask = p.mask[self.group.seqs, :, self.first : self.last, self.lo : self.hi].unflatten(1, (p.heads_k, -1))
+            if mask.dtype == torch.bool:
+                s.masked_fill_(~mask, -torch.inf)
+            else:
+                s.add_(mask)
         hidden = self._hidden(distance)
         return s if hidden is None else s.masked_fill_(hidden[:, None, None], -torch.inf), capped
 

@@ -127,13 +127,17 @@ def _declares(tokens: Tokens, star: int) -> bool:
     """Is `type * name =|;` at the start of a statement, without an address space?"""
     if tokens.kind[star + 1 : star + 2] != ["word"] or tokens[star + 2] not in ("=", ";", ":"):
         return False
+    if tokens.kind[star - 1] == "number":
+        return False
     i = star - 1
+    angles = 0  # `i < count * width;` compares: a type has as many > as <
     while i > 0 and tokens[i] not in (";", "{", "}", "("):
+        angles += (tokens[i] == ">") - (tokens[i] == "<")
         if tokens[i] in _SPACES or not (tokens.kind[i] in ("word", "number") or tokens[i] in ("::", "<", ">", ",")):
             return False
         if tokens[i] in ("return", "else", "case"):
             return False
         i -= 1
-    if tokens[star + 2] == ";" and tokens[i] == "(":
+    if angles or (tokens[star + 2] == ";" and tokens[i] == "("):
         return False
     return not (tokens[i] == "(" and tokens[i - 1] not in ("for",))
