@@ -30,6 +30,7 @@ def refuse(p: AttentionProblem) -> list[str]:
         "there are no scores": p.empty,
         f"head_dim above {MAX_HEAD_DIM}": max(p.q.shape[-1], p.v.shape[-1]) > MAX_HEAD_DIM,
         "dropout_p": p.dropout_p > 0,
+        "attention_chunk": p.attention_chunk > 0,
         "gradients are needed": p.requires_grad,
         "softmax_scale is a tensor of another dtype than float": isinstance(p.softmax_scale, torch.Tensor)
         and p.softmax_scale.dtype not in _TYPES,
