@@ -85,6 +85,7 @@ RULES = [
     ("softmax_scale inf", lambda a: {"softmax_scale": INF}, "softmax_scale"),
     ("softmax_scale text", lambda a: {"softmax_scale": "0.1"}, "softmax_scale"),
     ("softmax_scale vector", lambda a: {"softmax_scale": torch.ones(4)}, "softmax_scale"),
+    ("softmax_scale too large for a float", lambda a: {"softmax_scale": 10**400}, "softmax_scale"),
     ("window_size one", lambda a: {"window_size": (1,)}, "window_size"),
     ("window_size three", lambda a: {"window_size": (1, 2, 3)}, "window_size"),
     ("window_size int", lambda a: {"window_size": 4}, "window_size"),
@@ -366,7 +367,7 @@ APPEND = [
         lambda a: {"k": torch.randn(2, 13, 2, 16), "v": torch.randn(2, 13, 2, 16)},
         ("k", "cache_seqlens"),
     ),
-    ("the same cache row twice", lambda a: {"cache_batch_idx": ints(3, 0)}, "cache_batch_idx"),
+    ("cache_batch_idx too large", lambda a: {"cache_batch_idx": ints(3, 0)}, "cache_batch_idx"),
     ("cos without sin", lambda a: {"rotary_sin": None}, "rotary_sin"),
     ("sin without cos", lambda a: {"rotary_cos": None}, "rotary_cos"),
     ("cos rank", lambda a: {"rotary_cos": a.rotary_cos[None]}, "rotary_cos"),
@@ -385,6 +386,16 @@ APPEND = [
     (
         "rotary too short for the queries",
         lambda a: {"q": torch.randn(2, 8, 4, 16), "causal": True},
+        ("rotary_cos", "rotary_sin"),
+    ),
+    (
+        "rotary too short, one length",
+        lambda a: {"cache_seqlens": 9, **{n: torch.ones(11, 8) for n in ("rotary_cos", "rotary_sin")}},
+        ("rotary_cos", "rotary_sin"),
+    ),
+    (
+        "rotary too short for the queries, one length",
+        lambda a: {"cache_seqlens": 9, "q": torch.randn(2, 8, 4, 16), "causal": True},
         ("rotary_cos", "rotary_sin"),
     ),
     ("cos int", lambda a: {"rotary_cos": a.rotary_cos.int()}, "rotary_cos"),

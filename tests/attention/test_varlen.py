@@ -196,6 +196,25 @@ def test_sequences_are_independent():
     assert dirty[9:49].isnan().all()
 
 
+def test_gradients_of_sequences_are_independent():
+    """Neither what stands in one sequence nor its output's gradient, NaN included, reaches the gradients of another."""
+    lengths = [9, 40, 7]
+    cu = cumulative(lengths)
+    q, k, v, dout = (randn(56, 2, 16, dtype=torch.float32) for _ in range(4))
+
+    def gradients():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = flash_attn_varlen_func(*leaves, cu, cu, 40, 40, causal=True, softcap=5.0)
+        return torch.autograd.grad(out, leaves, dout)
+
+    clean = gradients()
+    for x in (q, k, v, dout):
+        x[9:49] = float("nan")
+    for name, dirty, wanted in zip("qkv", gradients(), clean, strict=True):
+        torch.testing.assert_close(dirty[:9], wanted[:9], msg=f"d{name} of the first sequence")
+        torch.testing.assert_close(dirty[49:], wanted[49:], msg=f"d{name} of the last sequence")
+
+
 def test_one_sequence_equals_dense():
     from flash_attn_mps.interface import flash_attn_func
 
