@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .problem import AttentionProblem, Result
 
@@ -48,12 +47,30 @@ class _Attention(torch.autograd.Function):
         return out, lse, probs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _dprobs: Any):
         out, lse, *saved = ctx.saved_tensors
         p = dataclasses.replace(ctx.problem, **dict(zip(ctx.names, saved, strict=True)))
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = ctx.backward_of(p, ctx.seed, out, lse, dout, dlse)
+        with torch.no_grad():
+            grads = ctx.backward_of(p, ctx.seed, out, lse, dout, dlse)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _NoSecondDerivative.apply(*grads, p.q, p.k, p.v, dout, dlse)
         wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
         return *wanted, None, None, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Gradients that depend on the inputs in the graph, so that whoever differentiates them meets an error.
+
+    `once_differentiable` does not see to that: its node has no path to q, k and v, and `torch.autograd.grad` with
+    respect to these leaves it out without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, *_inputs: torch.Tensor | None):
+        return dq.view_as(dq), dk.view_as(dk), dv.view_as(dv)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any):
+        raise NotImplementedError("flash attention has no second derivative (double backward)")

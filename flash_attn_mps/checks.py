@@ -206,19 +206,22 @@ def cu_seqlens(value: Any, name: str, total: int | None, total_of: str, like: to
     return lengths
 
 
-def lengths(value: Any, name: str, batch: int, most: int, like: torch.Tensor) -> list[int] | None:
-    """Lengths (batch,), each between 0 and `most`. Returns them where they can be read for free."""
+def lengths(value: Any, name: str, batch: int, most: int | list[int], like: torch.Tensor) -> list[int] | None:
+    """Lengths (batch,), each from 0 to `most`, its own or one for all. Returns them where they can be read for free."""
     int32(value, name, "batch,", batch, like)
     if not readable(value):
         return None
     values = value.tolist()
-    if any(not 0 <= n <= most for n in values):
+    limits = most if isinstance(most, list) else [most] * batch
+    if any(not 0 <= n <= limit for n, limit in zip(values, limits, strict=True)):
         raise malformed(name, show(values), f"lengths between 0 and {most}")
     return values
 
 
-def max_seqlen(value: Any, name: str, known: list[int] | None) -> int:
-    """The longest sequence: at least as long as every length that is known."""
+def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> int:
+    """The longest sequence: at least as long as every length known. `total` stands for it where there is no value."""
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        return total
     longest = integer(value, name, "an integer or a 0-d integer tensor, not negative")
     if longest < 0 or (known and longest < max(known)):
         least = max(known) if known else 0

@@ -199,6 +199,7 @@ def flash_attn_with_kvcache(
 
     Not differentiable: backward raises `NotImplementedError`.
     """
+    checks.integer(num_splits, "num_splits", "an integer")
     scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, want_lse=return_softmax_lse)
     result = kvcache.attention(
         q,

@@ -37,6 +37,7 @@ def flash_attn_func(
     return_attn_probs=False,
 ):
     """Attention of a dense batch: `(batch, seqlen_q, heads, head_dim of v)`, or `(out, softmax_lse)`."""
+    checks.integer(num_splits, "num_splits", "an integer")
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk)
     scoring = Scoring(softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs)
     return _finish(dense(q, k, v, scoring))
@@ -107,6 +108,7 @@ def flash_attn_varlen_func(
     `seqused_q`, `seqused_k` `(batch,)` int32: how many rows of each sequence count; the others give zeros and are not
     seen.
     """
+    checks.integer(num_splits, "num_splits", "an integer")
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk)
     scoring = Scoring(softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -151,6 +153,7 @@ def flash_attn_with_kvcache(
     `cu_seqlens_k_new`. `rotary_seqlens` `(batch,)` int32 replaces `cache_seqlens` as the position where rotation
     starts.
     """
+    checks.integer(num_splits, "num_splits", "an integer")
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk)
     result = kvcache.attention(
         q,

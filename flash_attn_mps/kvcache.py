@@ -152,7 +152,7 @@ class _Cache:
     def check_queries(self, max_seqlen_q: Any) -> int:
         if self.cu_seqlens_q is None:
             return self.q.shape[1]
-        longest = checks.max_seqlen(max_seqlen_q, "max_seqlen_q", self.lengths_q)
+        longest = checks.max_seqlen(max_seqlen_q, "max_seqlen_q", self.lengths_q, self.q.shape[0])
         return min(longest, self.q.shape[0])
 
     def check_new(self, k: Any, v: Any, cu_seqlens_k_new: Any) -> None:
@@ -222,7 +222,7 @@ class _Cache:
         else:
             seqused = self._seqused()
         if self.block_table is not None:
-            pages(self.block_table, k, self.batch, lengths, "cache_seqlens", q, self.block_table_name)
+            pages(self.block_table, k, lengths, "cache_seqlens", self.block_table_name)
         return AttentionProblem(
             q,
             k,
@@ -268,19 +268,25 @@ class _Rotary:
             )
         if cache.lengths_new is None and cache.cu_new is None:
             raise checks.malformed("rotary_cos", "rotary embedding without k and v", "k and v too")
-        if seqlens is not None:
-            checks.lengths(seqlens, "rotary_seqlens", cache.batch, cos.shape[0], q)
-        elif cache.lengths and cache.lengths_new:
-            longest = max(a + b for a, b in zip(cache.lengths, cache.lengths_new, strict=True))
-            if longest > cos.shape[0]:
-                raise checks.malformed("rotary_cos", cos, f"at least {longest} positions, as many as keys")
         self.cache, self.cos, self.sin, self.interleaved = cache, cos, sin, interleaved
-        self.offsets = cache.seqlens if seqlens is None else seqlens
+        self.offsets, self.starts = cache.seqlens, cache.lengths
+        if seqlens is not None:
+            self.offsets = seqlens
+            self.starts = checks.lengths(seqlens, "rotary_seqlens", cache.batch, cos.shape[0], q)
+        self._check_room(cache.lengths_new, "keys")
+
+    def _check_room(self, lengths: list[int] | None, what: str) -> None:
+        """The table must reach as far as the rows, where the host can know that."""
+        if self.starts and lengths:
+            longest = max(a + b for a, b in zip(self.starts, lengths, strict=True))
+            if longest > self.cos.shape[0]:
+                raise checks.malformed("rotary_cos", self.cos, f"at least {longest} positions, for the {what}")
 
     def queries(self, max_seqlen_q: int, moving: bool) -> torch.Tensor:
         """Queries at consecutive positions; or, if neither causal nor local, all at the position after the cache."""
         q, packed = self.cache.q, self.cache.cu_seqlens_q
         if moving:
+            self._check_room(self.cache.lengths_q or [max_seqlen_q] * self.cache.batch, "queries")
             return self._rotate(q, packed, max_seqlen_q)
         if packed is not None:
             raise checks.unsupported("cu_seqlens_q", "rotary embedding of packed queries without causal", "causal=True")

@@ -164,6 +164,10 @@ def varlen(
     cu_q_name, cu_k_name = names.get("cu_seqlens_q", "cu_seqlens_q"), names.get("cu_seqlens_k", "cu_seqlens_k")
     lengths_q = checks.cu_seqlens(cu_seqlens_q, cu_q_name, q.shape[0], names.get("q", "q"), q)
     batch = cu_seqlens_q.shape[0] - 1
+    room = k.shape[0]
+    if paged:
+        checks.int32(block_table, "block_table", "batch, blocks per sequence", batch, q)
+        room = block_table.shape[1] * k.shape[1]
     if cu_seqlens_k is cu_seqlens_q and not paged and k.shape[0] == q.shape[0]:
         lengths_k = lengths_q
     else:
@@ -171,14 +175,14 @@ def varlen(
         lengths_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, total_k, names.get("k", "k"), q)
         if cu_seqlens_k.shape[0] != batch + 1:
             raise checks.malformed(cu_k_name, cu_seqlens_k, f"{batch + 1} values, as many as {cu_q_name}")
-    max_seqlen_q = checks.max_seqlen(max_seqlen_q, names.get("max_seqlen_q", "max_seqlen_q"), lengths_q)
-    max_seqlen_k = checks.max_seqlen(max_seqlen_k, names.get("max_seqlen_k", "max_seqlen_k"), lengths_k)
+    max_seqlen_q = checks.max_seqlen(max_seqlen_q, names.get("max_seqlen_q", "max_seqlen_q"), lengths_q, q.shape[0])
+    max_seqlen_k = checks.max_seqlen(max_seqlen_k, names.get("max_seqlen_k", "max_seqlen_k"), lengths_k, room)
     if paged:
-        pages(block_table, k, batch, lengths_k, cu_k_name, q)
+        pages(block_table, k, lengths_k, cu_k_name)
     if seqused_q is not None:
-        lengths_q = checks.lengths(seqused_q, "seqused_q", batch, max_seqlen_q, q)
+        lengths_q = checks.lengths(seqused_q, "seqused_q", batch, lengths_q or max_seqlen_q, q)
     if seqused_k is not None:
-        lengths_k = checks.lengths(seqused_k, "seqused_k", batch, max_seqlen_k, q)
+        lengths_k = checks.lengths(seqused_k, "seqused_k", batch, lengths_k or max_seqlen_k, q)
     return AttentionProblem(
         q,
         k,
@@ -199,16 +203,13 @@ def varlen(
 
 
 def pages(
-    block_table: Any,
+    block_table: torch.Tensor,
     k: torch.Tensor,
-    batch: int,
     lengths: list[int] | None,
     lengths_name: str,
-    q: torch.Tensor,
     name: str = "block_table",
 ) -> None:
     """Check `block_table` `(batch, blocks per sequence)` against the pages of k and the lengths that it must hold."""
-    checks.int32(block_table, name, "batch, blocks per sequence", batch, q)
     num_blocks, block_size = k.shape[:2]
     if lengths is None or not checks.readable(block_table):
         return

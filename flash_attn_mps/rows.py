@@ -95,9 +95,11 @@ class QueryRows:
         return buffer if self.starts is None else buffer[: self.total]
 
     def take(self, tensor: torch.Tensor, group: Group, first: int, last: int) -> torch.Tensor:
+        """`(sequences, rows, ...)`; rows that do not exist are zero."""
         if self.starts is None:
             return tensor[group.seqs, first:last]
-        return tensor[self._index(group, first, last).clamp_(max=self.total - 1)]
+        rows = tensor[self._index(group, first, last).clamp_(max=self.total - 1)]
+        return rows.masked_fill_(~self.valid(group, first, last)[(..., *[None] * (tensor.dim() - 1))], 0.0)
 
     def put(self, buffer: torch.Tensor, group: Group, first: int, last: int, values: torch.Tensor) -> None:
         if self.starts is None:
