@@ -2,8 +2,8 @@
 
 The rule is FlashAttention's own: against the fp64 oracle, the error may be at most twice that of a plain PyTorch
 implementation in the dtype under test, plus 1e-5. It alone would let a tier compute its scores in bf16, so the
-forward pass must also have accumulated
-in fp32: its error stays within the rounding of the probabilities and of the output, and the log-sum-exp within fp32.
+forward pass must also have accumulated in fp32: its error stays within the rounding of the probabilities and of the
+output, and the log-sum-exp within fp32.
 """
 
 import torch
@@ -49,13 +49,13 @@ def same_bits(a, b):
 
 
 def verify(call, reference, tensors, *, dout=None, wanted=None, dropout_p=0.0):
-    """Runs call and reference on `tensors` (dict of name to tensor, strides kept) and applies the rule to values and
-    gradients.
+    """Apply the rule to values and gradients of `call` on `tensors`, and return what call returned.
 
-    call(*tensors) gives out, or a tuple that begins with (out, softmax_lse); reference(*tensors) gives an oracle
-    result in its inputs' dtype. dout: a function that makes the output's gradient from its shape and dtype, or None
-    for the forward pass only.
-    wanted: the names of the tensors that require a gradient, by default all. Returns what call returned.
+    tensors: name to tensor, the last of them v (or what holds it); their strides are kept.
+    call: takes the tensors, gives out or a tuple that begins with (out, softmax_lse).
+    reference: takes the tensors, gives an oracle result in their dtype.
+    dout: makes the output's gradient from its shape and dtype; None for the forward pass only.
+    wanted: names of the tensors that require a gradient, by default all.
     """
     wanted = [] if dout is None else list(tensors) if wanted is None else list(wanted)
     before = {name: tensor.clone() for name, tensor in tensors.items()}

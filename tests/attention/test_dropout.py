@@ -1,6 +1,4 @@
-"""Dropout: which entries fall, how many, that the backward pass drops the same ones, and that the generator alone
-decides.
-"""
+"""Dropout: which entries fall and how many, that backward drops the same ones, and that the generator alone decides."""
 
 import math
 

@@ -1,6 +1,4 @@
-"""The FlashAttention-3 functions: their own argument order, seqused, page_table, and the return convention of
-upstream's main branch.
-"""
+"""The FlashAttention-3 functions: their argument order, seqused, page_table and upstream's newest return convention."""
 
 import pytest
 import torch
@@ -147,9 +145,7 @@ def test_kvcache_page_table(page_size):
 @pytest.mark.parametrize("seqlens", ["tensor", "int"])
 @pytest.mark.parametrize("where", ["rows", "pages"])
 def test_kvcache_of_packed_queries(where, seqlens, append, rotary_seqlens):
-    """cu_seqlens_q and cu_seqlens_k_new: each sequence as if it came alone. rotary_seqlens: where its rotation
-    begins.
-    """
+    """cu_seqlens_q, cu_seqlens_k_new: each sequence as if alone. rotary_seqlens: where its rotation begins."""
     lengths_q, lengths_new = [5, 2], [3, 4]
     cached = [11, 40] if seqlens == "tensor" else [20, 20]
     cache_seqlens = torch.tensor(cached, dtype=torch.int32) if seqlens == "tensor" else 20
@@ -213,9 +209,7 @@ def test_qkvpacked(heads_k):
 
 
 def test_combine():
-    """Attention over parts of the keys merges into attention over all; a part that a query does not see counts
-    nothing.
-    """
+    """Attention over parts of the keys merges into attention over all; a part that is not seen counts nothing."""
     q, k, v = (randn(2, s, 3, 16, dtype=torch.float32) for s in (9, 40, 40))
     outs, lses = [], []
     for part in (slice(0, 13), slice(13, 40)):

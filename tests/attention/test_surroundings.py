@@ -103,9 +103,7 @@ def test_drop_rate_under_a_bf16_default():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_default_device_changes_nothing(name):
-    """`torch.set_default_device("mps")` is common on Macs; tensors elsewhere must still work. Meta stands for it
-    here.
-    """
+    """`torch.set_default_device("mps")` is common on Macs, and CPU tensors must still work. Meta stands for it."""
     qkv = leaves()
     expected = forward_and_backward(name, qkv)
     with torch.device("meta"):

@@ -1,6 +1,4 @@
-"""flash_attn_varlen_func over lengths (empty ones included), masks, features, strides and paged keys, forward and
-backward.
-"""
+"""flash_attn_varlen_func over lengths (empty ones too), masks, features, strides and pages, forward and backward."""
 
 import numpy as np
 import pytest
@@ -58,9 +56,7 @@ def longest(lengths, kind="int"):
 
 
 def paged(x, lengths, page_size, poison=float("nan")):
-    """The tokens of x (total, H, D) spread over shuffled pages: (num_blocks, page_size, H, D) and block_table (B, max
-    blocks), int32.
-    """
+    """The tokens of x (total, H, D) in shuffled pages: (num_blocks, page_size, H, D), and block_table (B, blocks)."""
     blocks = [-(-length // page_size) for length in lengths]
     width = max(*blocks, 1) + 1
     order = torch.randperm(sum(blocks) + 2, generator=torch.Generator().manual_seed(1)).tolist()
