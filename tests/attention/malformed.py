@@ -10,7 +10,7 @@ import torch
 from flash_attn_mps import interface, interface3
 
 NAN, INF = float("nan"), float("inf")
-F16, F32, F64 = torch.float16, torch.float32, torch.float64
+F16, F64 = torch.float16, torch.float64
 
 
 def ints(*values):

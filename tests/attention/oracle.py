@@ -35,7 +35,7 @@ class Cached(NamedTuple):
 
 
 def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p):
-    """q (Sq, D), k (Sk, D), v (Sk, Dv), keep (Sq, Sk) or None, to out (Sq, Dv), lse (Sq,) and p (Sq, Sk) before dropout."""
+    """q (Sq, D), k (Sk, D), v (Sk, Dv), keep (Sq, Sk) or None: out (Sq, Dv), lse (Sq,), undropped p (Sq, Sk)."""
     seqlen_q, seqlen_k = q.shape[0], k.shape[0]
     distance = torch.arange(seqlen_q)[:, None] + (seqlen_k - seqlen_q) - torch.arange(seqlen_k)[None, :]
     left, right = int(window[0]), 0 if causal else int(window[1])
