@@ -23,7 +23,7 @@ CASES = pairwise(
     mask=["none", "causal", "both", "causal-left"],
     softcap=[0.0, 1.5],
     alibi=[None, "BH"],
-    dropout_p=[0.1, 0.5, 0.9],
+    dropout_p=[0.1, 0.5, 0.75],
 )
 
 

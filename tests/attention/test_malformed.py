@@ -1,4 +1,4 @@
-"""Malformed calls: each is refused by ValueError or NotImplementedError, naming the argument; none crashes or returns."""
+"""Malformed calls: each is refused, ValueError or NotImplementedError, by the argument's name; none returns."""
 
 import re
 from types import SimpleNamespace
