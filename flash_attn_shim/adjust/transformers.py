@@ -149,11 +149,10 @@ def catch_up(undo):
 
 def _replace_everywhere(import_utils, old, new):
     """Exchange the probe in every module that took it and in 5.x's table, and forget cached answers."""
-    for module in list(sys.modules.values()):
+    for module in [import_utils, *sys.modules.values()]:
         namespace = getattr(module, "__dict__", {})
         if namespace.get(_PROBE) is old:
             setattr(module, _PROBE, new)
-    vars(import_utils)[_PROBE] = new
     utils = sys.modules.get("transformers.modeling_flash_attention_utils")
     entry = vars(utils).get(_TABLE, {}).get(2, {}) if utils is not None else {}
     if entry.get("general_availability_check") is old:

@@ -3,6 +3,9 @@
 `rearrange` and `repeat` are einops' own: callers import them from here.
 """
 
+import flash_attn_shim.needs_torch  # noqa: F401
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -44,7 +47,7 @@ class IndexPutFirstAxis(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, indices, first_axis_dim):
         ctx.save_for_backward(indices)
-        return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy_(0, indices, values)
+        return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy_(0, indices.long(), values)
 
     @staticmethod
     def backward(ctx, grad_output):

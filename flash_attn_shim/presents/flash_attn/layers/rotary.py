@@ -1,5 +1,8 @@
 """`flash_attn.layers.rotary`: rotary position embedding as differentiable functions and as a module."""
 
+import flash_attn_shim.needs_torch  # noqa: F401
+
+# isort: split
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn

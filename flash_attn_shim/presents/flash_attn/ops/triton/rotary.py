@@ -1,5 +1,6 @@
 """`flash_attn.ops.triton.rotary`, without triton."""
 
+import flash_attn_shim.needs_torch  # noqa: F401
 from flash_attn_mps.rotary import apply_rotary
 
 __all__ = ["apply_rotary"]

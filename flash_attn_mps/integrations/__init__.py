@@ -1,0 +1,1 @@
+"""Ways into other libraries through the doors that they have themselves, one file a library."""
