@@ -73,12 +73,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inplace: boo
     # Both results exist before either is stored: in place, the first store changes x0.
     o0, o1 = x0 * cos - x1 * sin, x0 * sin + x1 * cos
 
-    out = x if inplace else torch.empty_like(x)
+    out = _memory(x) if inplace else torch.empty_like(x)
     out[..., first] = o0
     out[..., second] = o1
-    if not inplace and rotary_dim < x.shape[-1]:
+    if inplace:
+        return x
+    if rotary_dim < x.shape[-1]:
         out[..., rotary_dim:] = x[..., rotary_dim:]
     return out
+
+
+def _memory(x: Tensor) -> Tensor:
+    """`x` to write to. Of a view, without the version that autograd counts for all views of one tensor together.
+
+    Callers rotate q in its part of a qkv tensor, and then k in its own (upstream's `MHA` with fewer heads for k): the
+    second write must not make autograd refuse the first result. The kernels that they were written for do not count
+    either.
+    """
+    if torch.compiler.is_compiling() or not x._is_view():
+        return x
+    return x.data
 
 
 def _packed_positions(total: int, cu_seqlens: Tensor, seqlen_offsets: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,14 @@
-"""Make `flash_attn` importable for the tests in this folder, on any machine."""
-
-import importlib.util
-import sys
-from pathlib import Path
-
+import pytest
 import torch
 
-PRESENTS = Path(__file__).parents[2] / "flash_attn_shim" / "presents"
-
-if importlib.util.find_spec("flash_attn") is None:
-    sys.path.insert(0, str(PRESENTS))
+from .processes import Pool
 
 # Many small operations: more threads only wait for each other.
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Four processes that gloo joins, started when the first test asks for them."""
+    with Pool(4) as pool:
+        yield pool

@@ -180,6 +180,27 @@ def test_second_derivative():
     assert torch.autograd.gradgradcheck(lambda x: apply_rotary_emb(x, cos, sin, True, seqlen_offsets=0), x)
 
 
+def test_gradient_of_parts_rotated_one_after_the_other():
+    """q and k are views of one tensor: the second rotation must not spoil the gradient of the first."""
+    cos, sin = tables(5, 8, torch.float64)
+    leaf = torch.randn(1, 5, 6, 8, dtype=torch.float64, requires_grad=True)
+    qkv = leaf * 1
+    q = apply_rotary_emb(qkv[:, :, :4], cos, sin, inplace=True)
+    k = apply_rotary_emb(qkv[:, :, 4:5], cos, sin, inplace=True)
+    weight = torch.randn(1, 5, 5, 8, dtype=torch.float64)
+    (got,) = torch.autograd.grad((torch.cat([q, k], 2) * weight).sum(), leaf)
+    assert_close(got[:, :, :5], batch_reference(weight, cos, sin, 0, conjugate=True))
+    assert torch.equal(torch.cat([q, k], 2), qkv[:, :, :5])
+
+
+def test_gradient_is_refused_where_the_tensor_is_still_needed():
+    cos, sin = tables(5, 8, torch.float32)
+    x = torch.randn(1, 5, 6, 8, requires_grad=True)
+    out = apply_rotary_emb(torch.tanh(x), cos, sin, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_backward_compatible_name():
     assert apply_rotary_emb_func is apply_rotary_emb
 
@@ -369,7 +390,7 @@ def test_relative_positions():
 
 
 def test_packed_qkv_through_a_subclass():
-    """The pattern of ModernBERT in transformers 4.57: a subclass that rotates the q and k of packed tokens through a view."""
+    """The pattern of ModernBERT in transformers 4.57: a subclass that rotates packed q and k through a view."""
 
     class Unpadded(RotaryEmbedding):
         def __init__(self, dim, max_seqlen):

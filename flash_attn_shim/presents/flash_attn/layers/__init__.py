@@ -1,0 +1,1 @@
+import flash_attn_shim.needs_torch  # noqa: F401
