@@ -138,6 +138,14 @@ def softcap(value: Any) -> float:
     return cap
 
 
+def attention_chunk(value: Any) -> int:
+    accepted = "0 (off) or the number of keys of a chunk"
+    chunk = integer(value, "attention_chunk", accepted)
+    if chunk < 0:
+        raise malformed("attention_chunk", value, accepted)
+    return chunk
+
+
 def dropout_p(value: Any) -> float:
     accepted = "a probability in [0, 1)"
     p = number(value, "dropout_p", accepted)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import checks, dispatch
-from .problem import AttentionProblem, Result, Scoring, pages
+from .problem import AttentionProblem, Result, Scoring, pages, with_qv
 from .rotary import apply_rotary
 
 _Q = "batch, seqlen_q, heads, head_dim"
@@ -28,6 +28,7 @@ def attention(
     *,
     k: Any = None,
     v: Any = None,
+    qv: Any = None,
     rotary_cos: Any = None,
     rotary_sin: Any = None,
     rotary_interleaved: bool = True,
@@ -67,6 +68,8 @@ def attention(
         p = cache.problem(rotated, max_seqlen_q, scoring)
         if k is not None:
             cache.append(k, v)
+        if qv is not None:
+            p = with_qv(p, qv, scoring.softmax_scale)
         result = dispatch.attention(p)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_cache, v_cache, k, v)):
         anchor = next(t for t in (q, k_cache, v_cache, k, v) if t is not None and t.requires_grad)

@@ -6,6 +6,7 @@ strides and indices. The semantics are FlashAttention's (version 2.1 and later):
 
 * With `offset = seqlen_k - seqlen_q`, query i sees key j iff `i + offset - left <= j <= i + offset + right`; a side
   that is -1 is open. Causal is right = 0.
+* With `attention_chunk` a query sees only the keys of its own chunk: `j // chunk == (i + offset) // chunk`.
 * A score is scaled, soft-capped (`cap * tanh(s / cap)`), biased by ALiBi (`- slope * |i + offset - j|`) and masked.
 * Query head h reads kv head `h // (heads // heads_k)`.
 * A query that sees no key gives zeros, a log-sum-exp of -inf and no gradient.
@@ -13,6 +14,7 @@ strides and indices. The semantics are FlashAttention's (version 2.1 and later):
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +42,7 @@ class AttentionProblem:
     softmax_scale: float | torch.Tensor
     window_left: int = -1
     window_right: int = -1
+    attention_chunk: int = 0  # 0: off
     softcap: float = 0.0
     alibi_slopes: torch.Tensor | None = None  # (heads,) or (batch, heads), float32
     dropout_p: float = 0.0
@@ -117,6 +120,7 @@ class Scoring:
     alibi_slopes: Any = None
     dropout_p: Any = 0.0
     want_lse: Any = False
+    attention_chunk: Any = 0
 
     def checked(self, q: torch.Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> dict[str, Any]:
         left, right = checks.window(self.window_size, self.causal)
@@ -129,6 +133,7 @@ class Scoring:
             "alibi_slopes": checks.alibi_slopes(self.alibi_slopes, batch, q.shape[-2], q),
             "dropout_p": checks.dropout_p(self.dropout_p),
             "want_lse": bool(self.want_lse),
+            "attention_chunk": checks.attention_chunk(self.attention_chunk),
         }
 
 
@@ -200,6 +205,19 @@ def varlen(
         lengths_q=lengths_q,
         lengths_k=lengths_k,
     )
+
+
+def with_qv(p: AttentionProblem, qv: Any, softmax_scale: Any) -> AttentionProblem:
+    """`p` with scores `q k^T + qv v^T`: one product over both head dims. qv has the shape of the output.
+
+    The scale defaults to `1 / sqrt(head_dim + head_dim of v)`, as upstream's does.
+    """
+    checks.tensor(qv, "qv", ", ".join(["rows"] * (p.q.dim() - 2) + ["heads", "head_dim of v"]), p.q)
+    if qv.shape != p.out_shape or qv.dtype != p.q.dtype:
+        raise checks.malformed("qv", qv, f"a tensor {p.out_shape}, {p.q.dtype}")
+    q, k = torch.cat([p.q, qv], -1), torch.cat([p.k, p.v], -1)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else p.softmax_scale
+    return dataclasses.replace(p, q=q, k=k, softmax_scale=scale)
 
 
 def pages(

@@ -173,7 +173,8 @@ class _Block:
         if p.softcap:
             s = s.div_(p.softcap).tanh_().mul_(p.softcap)
             capped = s.clone() if keep_capped else None
-        distance = self._distance() if p.alibi_slopes is not None or self._masks() else None
+        positioned = p.alibi_slopes is not None or p.window_left >= 0 or p.window_right >= 0
+        distance = self._distance() if positioned else None
         if p.alibi_slopes is not None:
             slopes = p.alibi_slopes.unflatten(-1, (p.heads_k, -1))[..., None, None]
             slopes = slopes[self.group.seqs] if p.alibi_slopes.dim() == 2 else slopes
@@ -183,19 +184,22 @@ class _Block:
 
     def _distance(self) -> torch.Tensor:
         """`(g or 1, c, n)`: j - (i + offset), the distance of a key from the query's diagonal."""
-        device = self.p.q.device
-        i = torch.arange(self.first, self.last, device=device)[:, None]
-        distance = (torch.arange(self.lo, self.hi, device=device) - i)[None]
+        return self._keys() - self._diagonal()
+
+    def _keys(self) -> torch.Tensor:
+        """`(n,)`: j."""
+        return torch.arange(self.lo, self.hi, device=self.p.q.device)
+
+    def _diagonal(self) -> torch.Tensor:
+        """`(g or 1, c, 1)`: i + offset, the key that a query is aligned with."""
+        i = torch.arange(self.first, self.last, device=self.p.q.device)[None, :, None]
         offset = self.group.seqlen_k - self.group.seqlen_q
         if self.keys.lengths is not None or self.queries.lengths is not None:
             seqs = self.group.seqs
             seqlen_k = self.group.seqlen_k if self.keys.lengths is None else self.keys.lengths[seqs]
             seqlen_q = self.group.seqlen_q if self.queries.lengths is None else self.queries.lengths[seqs]
             offset = (seqlen_k - seqlen_q)[:, None, None]
-        return distance - offset
-
-    def _masks(self) -> bool:
-        return self.p.window_left >= 0 or self.p.window_right >= 0
+        return i + offset
 
     def _hidden(self, distance: torch.Tensor | None) -> torch.Tensor | None:
         """`(g or 1, c, n)`: which scores do not count; None if all do."""
@@ -204,6 +208,9 @@ class _Block:
             hidden.append(distance > self.p.window_right)
         if self.p.window_left >= 0:
             hidden.append(distance < -self.p.window_left)
+        if self.p.attention_chunk:
+            chunks = self._diagonal().div(self.p.attention_chunk, rounding_mode="floor")
+            hidden.append(self._keys() // self.p.attention_chunk != chunks)
         if (valid := self.keys.valid(self.group)) is not None:
             hidden.append(~valid[:, None, self.lo : self.hi])
         if (valid := self.queries.valid(self.group, self.first, self.last)) is not None:
