@@ -28,7 +28,7 @@ def mark(assembly: str) -> tuple[str, dict]:
         if match := _LOC.match(line):
             location = (match[1], match[2])
         elif match := _FILE.match(line):
-            files[match[1]] = match[3]
+            files[match[1]] = f"{match[2]}/{match[3]}" if match[2] and not match[2].startswith("/") else match[3]
         elif _CALL.match(line):
             out.append(f"{local}mh_site_{len(entries)}:")
             entries.append(location)

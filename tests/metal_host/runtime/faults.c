@@ -32,8 +32,8 @@ void mh_check_barrier(void) {
 void mh_check_collective(struct mh_simdgroup* sg, uint32_t base, uint32_t lanes) {
   uint32_t lane = (uint32_t)__builtin_ctz(lanes);
   const struct mh_fiber* fiber = &mh.fibers[base + lane];
-  // Metal defines votes and reductions over the active lanes; the others need all.
-  if (mh.launch->allow_partial_collectives && (fiber->waiting_in == MH_GATHER || fiber->waiting_in == MH_VOTE)) return;
+  // Metal defines votes, reductions and shuffles over the active lanes; barriers and matrices need all.
+  if (mh.launch->allow_partial_collectives && fiber->waiting_in != MH_SIMDGROUP_BARRIER && fiber->waiting_in != MH_MATRIX) return;
   uint32_t missing = (uint32_t)__builtin_ctz(sg->exists & ~lanes);
   const struct mh_fiber* other = &mh.fibers[base + missing];
   struct mh_report* r = mh_new_report(MH_DIVERGENT_COLLECTIVE, fiber->site, other->waiting_in ? other->site : 0);

@@ -130,3 +130,4 @@ void mh_check_collective(struct mh_simdgroup* simdgroup, uint32_t base, uint32_t
 
 // shadow.c
 void mh_begin_threadgroup(void);
+void mh_decide_writes(void);
