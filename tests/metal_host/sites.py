@@ -49,6 +49,8 @@ class Sites:
         table = sorted((base + 12 * i + rows[3 * i], rows[3 * i + 1], rows[3 * i + 2]) for i in range(found["count"]))
         self._addresses = [row[0] for row in table]
         self._places = [(row[1], row[2]) for row in table]
+        self.addresses = (ctypes.c_uint64 * len(table))(*self._addresses)
+        self.lines = (ctypes.c_uint32 * len(table))(*(file << 24 | line for file, line in self._places))
 
     def place(self, address: int) -> tuple[str, int]:
         at = bisect_left(self._addresses, address)
