@@ -103,6 +103,11 @@ class ShaderLibrary:
             self._modules |= dict.fromkeys(names, nvidia.Module(self._unit, names))
         return self._modules[name]
 
+    def resources(self, name: str, threads: int) -> nvidia.Resources:
+        """What ptxas says of the kernel for groups of `threads`: registers, spills, shared memory. Needs no GPU."""
+        module = self.module(name)
+        return nvidia.resources(module.ptx, module.entries[name], threads)
+
     def __getattr__(self, name: str) -> KernelFunction:
         if name.startswith("__") or name not in self._unit.kernels.instances:
             raise (AttributeError if name.startswith("__") else RuntimeError)(f"Failed to create function state object for: {name}")

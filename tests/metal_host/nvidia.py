@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -28,12 +29,20 @@ _CONSTANT = re.compile(r"\bld\.const\b|(?<=[\s;])\.const\b")
 _ENTRY = re.compile(r"(\.entry (\w+)\(.*?\n\))", re.DOTALL)
 
 
+def can_assemble() -> bool:
+    """Is there a CUDA toolkit to make PTX and assemble it with? Neither needs a GPU."""
+    try:
+        return libdevice().is_file() and shutil.which("ptxas") is not None
+    except RuntimeError:
+        return False
+
+
 @cache
 def libdevice() -> Path:
     """NVIDIA's math library for the compiler: of a CUDA toolkit, or of the triton package."""
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     found = [Path(root) / "nvvm/libdevice/libdevice.10.bc" for root in roots if root]
-    found += [Path(p) / "triton/backends/nvidia/lib/libdevice.10.bc" for p in __import__("sys").path]
+    found += [Path(p) / "triton/backends/nvidia/lib/libdevice.10.bc" for p in sys.path]
     for path in found:
         if path.is_file():
             return path
