@@ -19,12 +19,16 @@ from pathlib import Path
 
 import torch
 
-from . import abi, cache as disk, toolchain
+from . import abi, toolchain
+from . import cache as disk
 from .frontend import Unit
 
 ARCHITECTURE = "sm_90"
 _TARGET = ["-target", "nvptx64-unknown-nvcl", "-Xclang", "-target-cpu", "-Xclang", ARCHITECTURE, "-O3"]
-_SHARED = re.compile(r"^(?:\.weak |\.visible |\.extern )*\.global (\.align \d+ \.b8 (\S*threadgroup_variable\S*7storage\S*)\[(\d+)\];)", re.MULTILINE)
+_SHARED = re.compile(
+    r"^(?:\.weak |\.visible |\.extern )*\.global (\.align \d+ \.b8 (\S*threadgroup_variable\S*7storage\S*)\[(\d+)\];)",
+    re.MULTILINE,
+)
 _CONSTANT = re.compile(r"\bld\.const\b|(?<=[\s;])\.const\b")
 _ENTRY = re.compile(r"(\.entry (\w+)\(.*?\n\))", re.DOTALL)
 
@@ -120,7 +124,11 @@ def resources(ptx: str, entry: str, threads: int) -> Resources:
 
 
 class _Arguments(ctypes.Structure):
-    _fields_ = [("arguments", ctypes.c_uint64 * abi.MAX_BUFFERS), ("grid", ctypes.c_uint32 * 3), ("group", ctypes.c_uint32 * 3)]
+    _fields_ = [
+        ("arguments", ctypes.c_uint64 * abi.MAX_BUFFERS),
+        ("grid", ctypes.c_uint32 * 3),
+        ("group", ctypes.c_uint32 * 3),
+    ]
 
 
 @cache
