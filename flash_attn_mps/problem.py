@@ -255,6 +255,8 @@ def pages(
         raise checks.malformed(
             lengths_name, f"a sequence of {max(lengths)} keys", f"at most {room}, the room of {name}"
         )
-    needed = torch.tensor([-(-n // block_size) for n in lengths])  # only blocks that hold keys are looked at
-    used = torch.arange(block_table.shape[1]) < needed[:, None]
+    needed = torch.tensor(
+        [-(-n // block_size) for n in lengths], device="cpu"
+    )  # only blocks that hold keys are looked at
+    used = torch.arange(block_table.shape[1], device="cpu") < needed[:, None]
     checks.indices(block_table, name, num_blocks, "the blocks of k", used)

@@ -128,7 +128,7 @@ class _Dropout:
         self.generator = torch.Generator(p.q.device).manual_seed(seed) if p.dropout_p else None
 
     def keep(self, prob: torch.Tensor) -> torch.Tensor:
-        return torch.rand(prob.shape, generator=self.generator, device=prob.device) >= self.p
+        return torch.rand(prob.shape, generator=self.generator, dtype=torch.float32, device=prob.device) >= self.p
 
 
 class _Block:
