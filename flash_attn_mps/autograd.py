@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from .problem import AttentionProblem, Result
+
+
+def without_autocast(like: torch.Tensor) -> AbstractContextManager:
+    """No autocast on the device of `like`: the dtypes of attention are those of its arguments, as upstream has it."""
+    device = like.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
 
 _TENSORS = [field.name for field in dataclasses.fields(AttentionProblem) if "Tensor" in field.type]
 
@@ -29,7 +39,7 @@ def differentiable(p: AttentionProblem, forward: Callable, backward: Callable) -
 
 def _draw_seed() -> int:
     """From torch's default generator: `torch.manual_seed` makes it reproducible, and no device is waited for."""
-    return int(torch.empty((), dtype=torch.int64).random_())
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
 class _Attention(torch.autograd.Function):
@@ -52,7 +62,7 @@ class _Attention(torch.autograd.Function):
         p = dataclasses.replace(ctx.problem, **dict(zip(ctx.names, saved, strict=True)))
         if dout is None:
             dout = torch.zeros_like(out)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(dout):
             grads = ctx.backward_of(p, ctx.seed, out, lse, dout, dlse)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _NoSecondDerivative.apply(*grads, p.q, p.k, p.v, dout, dlse)

@@ -102,13 +102,13 @@ def qkv(q: Any, k: Any, v: Any, dims: tuple[str, str], names: Mapping[str, str])
 
 def number(value: Any, name: str, accepted: str) -> float:
     """A Python or NumPy number, or a 0-d tensor on the CPU, as a float."""
-    if isinstance(value, (float, int)) and not isinstance(value, bool):
-        return float(value)
+    if type(value) is float:
+        return value
     if isinstance(value, (bool, str, bytes)) or (isinstance(value, torch.Tensor) and value.dim() > 0):
         raise malformed(name, value, accepted)
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise malformed(name, value, accepted) from None
 
 
@@ -136,6 +136,14 @@ def softcap(value: Any) -> float:
     if not 0 <= cap < math.inf:
         raise malformed("softcap", value, accepted)
     return cap
+
+
+def attention_chunk(value: Any) -> int:
+    accepted = "0 (off) or the number of keys of a chunk"
+    chunk = integer(value, "attention_chunk", accepted)
+    if chunk < 0:
+        raise malformed("attention_chunk", value, accepted)
+    return chunk
 
 
 def dropout_p(value: Any) -> float:
@@ -218,15 +226,21 @@ def lengths(value: Any, name: str, batch: int, most: int | list[int], like: torc
     return values
 
 
-def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> int:
-    """The longest sequence: at least as long as every length known. `total` stands for it where there is no value."""
-    if isinstance(value, torch.Tensor) and value.is_meta:
-        return total
-    longest = integer(value, name, "an integer or a 0-d integer tensor, not negative")
+def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> tuple[int, torch.Tensor | None]:
+    """The longest sequence: at least as long as every length known.
+
+    A 0-d tensor on a device is not waited for: `total` bounds it, and it is handed back for a tier that needs it.
+    """
+    accepted = "an integer or a 0-d integer tensor, not negative"
+    if isinstance(value, torch.Tensor) and not readable(value):
+        if value.dim() > 0 or value.is_floating_point() or value.dtype == torch.bool:
+            raise malformed(name, value, accepted)
+        return total, None if value.is_meta else value
+    longest = integer(value, name, accepted)
     if longest < 0 or (known and longest < max(known)):
         least = max(known) if known else 0
         raise malformed(name, value, f"at least {least}, the length of the longest sequence")
-    return longest
+    return min(longest, total), None
 
 
 def indices(value: torch.Tensor, name: str, limit: int, what: str, used: torch.Tensor | None = None) -> None:

@@ -26,9 +26,12 @@ def refuse(p: AttentionProblem) -> list[str]:
         "the log-sum-exp is wanted": p.want_lse,
         "window_size": (p.window_left, p.window_right) != (-1, -1) and not causal,
         "causal with seqlen_q != seqlen_k (PyTorch aligns it to the top left)": causal and q.shape[1] != k.shape[1],
+        "attention_chunk": p.attention_chunk > 0,
         "softcap": p.softcap > 0,
         "alibi_slopes": p.alibi_slopes is not None,
         "dropout_p": p.dropout_p > 0,
+        "mask": p.mask is not None,
+        "sinks": p.sinks is not None,
         "softmax_scale is a tensor": isinstance(p.softmax_scale, torch.Tensor),
     }
     reasons = [reason for reason, applies in limits.items() if applies]

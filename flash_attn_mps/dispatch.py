@@ -1,29 +1,51 @@
 """Which tier serves a problem, and why the others do not.
 
 A tier is a module with a `name`, `refuse(problem)`, which gives the reasons why it does not serve a problem (none if it
-does), and `run(problem)`, which computes it, differentiably.
+does), and `run(problem)`, which computes it, differentiably, or gives None where this machine turns out unable to.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
+
 from . import cpu, reference, trace
+from .autograd import without_autocast
+from .metal import scalar, simdgroup
 from .problem import AttentionProblem, Result
 
-TIERS = (cpu, reference)  # asked in this order
+TIERS = (simdgroup, cpu, reference)  # asked in this order
+_FORCE = "MTLFLASHATTN_KERNEL"
+_FORCED = {"simdgroup": (simdgroup,), "scalar": (scalar,), "torch": (reference,), "auto": TIERS}
+_unknown: set[str] = set()
 
 
 def attention(p: AttentionProblem) -> Result:
     """Compute `p` on the first tier that serves it."""
     refusals = []
-    for tier in TIERS:
+    for tier in _tiers():
         reasons = tier.refuse(p)
         if not reasons:
-            trace.record(p, tier.name)
-            return tier.run(p)
+            with without_autocast(p.q):
+                result = tier.run(p)
+            if result is not None:
+                trace.record(p, tier.name)
+                return result
+            reasons = ["its kernel does not compile on this machine"]
         refusals.append(f"{tier.name}: {'; '.join(reasons)}")
     raise NotImplementedError("no tier serves this attention call: " + " | ".join(refusals))
 
 
+def _tiers() -> tuple:
+    choice = os.environ.get(_FORCE)
+    if choice is None:
+        return TIERS
+    if choice.lower() not in _FORCED and choice not in _unknown:
+        _unknown.add(choice)
+        warnings.warn(f"{_FORCE}={choice} is not known; it counts as auto. Known: {', '.join(_FORCED)}.", stacklevel=3)
+    return _FORCED.get(choice.lower(), TIERS)
+
+
 def explain(p: AttentionProblem) -> dict[str, list[str]]:
     """Each tier's reasons not to serve `p`, in the order in which they are asked; the first with none serves it."""
-    return {tier.name: tier.refuse(p) for tier in TIERS}
+    return {tier.name: tier.refuse(p) for tier in _tiers()}

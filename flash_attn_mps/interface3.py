@@ -1,7 +1,8 @@
 """The FlashAttention-3 functions, presented as `flash_attn_interface`: names, parameters and defaults are upstream's.
 
 Shapes and semantics are those of `flash_attn_mps.interface`. A function returns the output alone, or `(out,
-softmax_lse)` with `return_attn_probs` or `return_softmax_lse`. `num_splits`, `pack_gqa`, `sm_margin` and
+softmax_lse)` with `return_attn_probs` or `return_softmax_lse`. `qv`, of the shape of the output, adds `qv v^T` to the
+scores; `attention_chunk` limits a query to the keys of its own chunk. `num_splits`, `pack_gqa`, `sm_margin` and
 `scheduler_metadata` are hints for Hopper GPUs: they are accepted and ignored. `deterministic` is accepted; results
 always are.
 """
@@ -12,7 +13,7 @@ import torch
 
 from . import checks, dispatch, kvcache
 from .interface import unpack
-from .problem import AttentionProblem, Scoring, dense, varlen
+from .problem import AttentionProblem, Scoring, dense, varlen, with_qv
 
 _QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
 
@@ -38,9 +39,11 @@ def flash_attn_func(
 ):
     """Attention of a dense batch: `(batch, seqlen_q, heads, head_dim of v)`, or `(out, softmax_lse)`."""
     checks.integer(num_splits, "num_splits", "an integer")
-    _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk)
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs)
-    return _finish(dense(q, k, v, scoring))
+    _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    scoring = Scoring(
+        softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
+    )
+    return _finish(dense(q, k, v, scoring), qv, softmax_scale)
 
 
 def flash_attn_qkvpacked_func(
@@ -62,8 +65,10 @@ def flash_attn_qkvpacked_func(
 
     `qkv` is `(batch, seqlen, 3, heads, head_dim)`, or `(batch, seqlen, num_heads_q + 2 * heads_k, head_dim)`.
     """
-    _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk)
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs)
+    _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    scoring = Scoring(
+        softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
+    )
     if isinstance(qkv, torch.Tensor) and qkv.dim() == 4:
         accepted = "the number of query heads, with an even number of heads left for k and v"
         if num_heads_q is None:
@@ -109,10 +114,12 @@ def flash_attn_varlen_func(
     seen.
     """
     checks.integer(num_splits, "num_splits", "an integer")
-    _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk)
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs)
+    _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    scoring = Scoring(
+        softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
+    )
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _finish(varlen(q, k, v, *lengths, scoring, seqused_q=seqused_q, seqused_k=seqused_k))
+    return _finish(varlen(q, k, v, *lengths, scoring, seqused_q=seqused_q, seqused_k=seqused_k), qv, softmax_scale)
 
 
 def flash_attn_with_kvcache(
@@ -154,14 +161,17 @@ def flash_attn_with_kvcache(
     starts.
     """
     checks.integer(num_splits, "num_splits", "an integer")
-    _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk)
+    _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     result = kvcache.attention(
         q,
         k_cache,
         v_cache,
-        Scoring(softmax_scale, causal, window_size, softcap, want_lse=return_softmax_lse),
+        Scoring(
+            softmax_scale, causal, window_size, softcap, want_lse=return_softmax_lse, attention_chunk=attention_chunk
+        ),
         k=k,
         v=v,
+        qv=qv,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         rotary_interleaved=rotary_interleaved,
@@ -230,16 +240,12 @@ def get_scheduler_metadata(
     return torch.empty(0, dtype=torch.int32, device=device)
 
 
-def _finish(p: AttentionProblem):
-    result = dispatch.attention(p)
+def _finish(p: AttentionProblem, qv=None, softmax_scale=None):
+    result = dispatch.attention(p if qv is None else with_qv(p, qv, softmax_scale))
     return (result.out, result.lse) if p.want_lse else result.out
 
 
-def _refuse(qv=None, attention_chunk=0, **descales) -> None:
-    if qv is not None:
-        raise checks.unsupported("qv", qv, "None")
-    if attention_chunk:
-        raise checks.unsupported("attention_chunk", attention_chunk, "0")
+def _refuse(**descales) -> None:
     for name, value in descales.items():
         if value is not None:
             raise checks.unsupported(name, value, "None: there is no fp8 attention here")

@@ -6,6 +6,7 @@ strides and indices. The semantics are FlashAttention's (version 2.1 and later):
 
 * With `offset = seqlen_k - seqlen_q`, query i sees key j iff `i + offset - left <= j <= i + offset + right`; a side
   that is -1 is open. Causal is right = 0.
+* With `attention_chunk` a query sees only the keys of its own chunk: `j // chunk == (i + offset) // chunk`.
 * A score is scaled, soft-capped (`cap * tanh(s / cap)`), biased by ALiBi (`- slope * |i + offset - j|`) and masked.
 * Query head h reads kv head `h // (heads // heads_k)`.
 * A query that sees no key gives zeros, a log-sum-exp of -inf and no gradient.
@@ -13,6 +14,7 @@ strides and indices. The semantics are FlashAttention's (version 2.1 and later):
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +42,7 @@ class AttentionProblem:
     softmax_scale: float | torch.Tensor
     window_left: int = -1
     window_right: int = -1
+    attention_chunk: int = 0  # 0: off
     softcap: float = 0.0
     alibi_slopes: torch.Tensor | None = None  # (heads,) or (batch, heads), float32
     dropout_p: float = 0.0
@@ -47,10 +50,16 @@ class AttentionProblem:
     cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): rows of k and v, or lengths alone where they are paged
     seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
     seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
+    longest_q: torch.Tensor | None = None  # 0-d: max_seqlen_q, where only the device knows it and the int is a bound
+    longest_k: torch.Tensor | None = None
     block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
     kv_batch_idx: torch.Tensor | None = None  # (batch,): which batch entry of k and v a sequence reads
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
     want_lse: bool = False  # is the log-sum-exp wanted too (and, under dropout, the probabilities)?
+    mask: torch.Tensor | None = (
+        None  # broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added
+    )
+    sinks: torch.Tensor | None = None  # (heads,), float32: a score that every query of the head has besides its keys
     lengths_q: list[int] | None = None  # the lengths, where the host can read them for free; None where it cannot
     lengths_k: list[int] | None = None
 
@@ -88,6 +97,14 @@ class AttentionProblem:
         """Is there no score to compute?"""
         return self.q.numel() == 0 or self.k.numel() == 0 or self.max_seqlen_q == 0 or self.max_seqlen_k == 0
 
+    def resolved(self) -> AttentionProblem:
+        """The same problem with exact `max_seqlen_q` and `max_seqlen_k`; waits for the device if only it knows them."""
+        if self.longest_q is None and self.longest_k is None:
+            return self
+        seqlen_q = self.max_seqlen_q if self.longest_q is None else min(self.max_seqlen_q, int(self.longest_q))
+        seqlen_k = self.max_seqlen_k if self.longest_k is None else min(self.max_seqlen_k, int(self.longest_k))
+        return dataclasses.replace(self, max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k, longest_q=None, longest_k=None)
+
     @property
     def requires_grad(self) -> bool:
         return torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or self.v.requires_grad)
@@ -117,6 +134,7 @@ class Scoring:
     alibi_slopes: Any = None
     dropout_p: Any = 0.0
     want_lse: Any = False
+    attention_chunk: Any = 0
 
     def checked(self, q: torch.Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> dict[str, Any]:
         left, right = checks.window(self.window_size, self.causal)
@@ -129,6 +147,7 @@ class Scoring:
             "alibi_slopes": checks.alibi_slopes(self.alibi_slopes, batch, q.shape[-2], q),
             "dropout_p": checks.dropout_p(self.dropout_p),
             "want_lse": bool(self.want_lse),
+            "attention_chunk": checks.attention_chunk(self.attention_chunk),
         }
 
 
@@ -175,8 +194,12 @@ def varlen(
         lengths_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, total_k, names.get("k", "k"), q)
         if cu_seqlens_k.shape[0] != batch + 1:
             raise checks.malformed(cu_k_name, cu_seqlens_k, f"{batch + 1} values, as many as {cu_q_name}")
-    max_seqlen_q = checks.max_seqlen(max_seqlen_q, names.get("max_seqlen_q", "max_seqlen_q"), lengths_q, q.shape[0])
-    max_seqlen_k = checks.max_seqlen(max_seqlen_k, names.get("max_seqlen_k", "max_seqlen_k"), lengths_k, room)
+    max_seqlen_q, longest_q = checks.max_seqlen(
+        max_seqlen_q, names.get("max_seqlen_q", "max_seqlen_q"), lengths_q, q.shape[0]
+    )
+    max_seqlen_k, longest_k = checks.max_seqlen(
+        max_seqlen_k, names.get("max_seqlen_k", "max_seqlen_k"), lengths_k, room
+    )
     if paged:
         pages(block_table, k, lengths_k, cu_k_name)
     if seqused_q is not None:
@@ -188,18 +211,32 @@ def varlen(
         k,
         v,
         batch,
-        # No sequence is longer than all of them together, whatever was announced: the bound keeps loops short.
-        min(max_seqlen_q, q.shape[0]),
-        max_seqlen_k if paged else min(max_seqlen_k, k.shape[0]),
+        max_seqlen_q,
+        max_seqlen_k,
         **scoring.checked(q, batch, max_seqlen_q, max_seqlen_k),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q,
         seqused_k=seqused_k,
         block_table=block_table,
+        longest_q=longest_q,
+        longest_k=longest_k,
         lengths_q=lengths_q,
         lengths_k=lengths_k,
     )
+
+
+def with_qv(p: AttentionProblem, qv: Any, softmax_scale: Any) -> AttentionProblem:
+    """`p` with scores `q k^T + qv v^T`: one product over both head dims. qv has the shape of the output.
+
+    The scale defaults to `1 / sqrt(head_dim + head_dim of v)`, as upstream's does.
+    """
+    checks.tensor(qv, "qv", ", ".join(["rows"] * (p.q.dim() - 2) + ["heads", "head_dim of v"]), p.q)
+    if qv.shape != p.out_shape or qv.dtype != p.q.dtype:
+        raise checks.malformed("qv", qv, f"a tensor {p.out_shape}, {p.q.dtype}")
+    q, k = torch.cat([p.q, qv], -1), torch.cat([p.k, p.v], -1)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else p.softmax_scale
+    return dataclasses.replace(p, q=q, k=k, softmax_scale=scale)
 
 
 def pages(
@@ -218,6 +255,8 @@ def pages(
         raise checks.malformed(
             lengths_name, f"a sequence of {max(lengths)} keys", f"at most {room}, the room of {name}"
         )
-    needed = torch.tensor([-(-n // block_size) for n in lengths])  # only blocks that hold keys are looked at
-    used = torch.arange(block_table.shape[1]) < needed[:, None]
+    needed = torch.tensor(
+        [-(-n // block_size) for n in lengths], device="cpu"
+    )  # only blocks that hold keys are looked at
+    used = torch.arange(block_table.shape[1], device="cpu") < needed[:, None]
     checks.indices(block_table, name, num_blocks, "the blocks of k", used)

@@ -28,7 +28,7 @@ def refuse(p: AttentionProblem) -> list[str]:
 
 
 def run(p: AttentionProblem) -> Result:
-    return differentiable(p, forward, backward)
+    return differentiable(p.resolved(), forward, backward)
 
 
 def forward(p: AttentionProblem, seed: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -48,6 +48,8 @@ def forward(p: AttentionProblem, seed: int | None) -> tuple[torch.Tensor, torch.
         for block in _blocks(p, group, queries, keys):
             s, _ = block.scores(block.heads_first(queries.take(q, group, block.first, block.last)), k_rows)
             block_lse = torch.logsumexp(s, -1, keepdim=True)
+            if p.sinks is not None:
+                block_lse = torch.logaddexp(block_lse, p.sinks.view(p.heads_k, -1, 1, 1))
             prob = s.sub_(block_lse.masked_fill(block_lse == -torch.inf, 0.0)).exp_()
             if probs is not None:
                 probs[group.seqs, :, block.first : block.last, block.lo : block.hi] = prob.flatten(1, 2).to(q.dtype)
@@ -126,7 +128,7 @@ class _Dropout:
         self.generator = torch.Generator(p.q.device).manual_seed(seed) if p.dropout_p else None
 
     def keep(self, prob: torch.Tensor) -> torch.Tensor:
-        return torch.rand(prob.shape, generator=self.generator, device=prob.device) >= self.p
+        return torch.rand(prob.shape, generator=self.generator, dtype=torch.float32, device=prob.device) >= self.p
 
 
 class _Block:
@@ -173,29 +175,39 @@ class _Block:
         if p.softcap:
             s = s.div_(p.softcap).tanh_().mul_(p.softcap)
             capped = s.clone() if keep_capped else None
-        distance = self._distance() if p.alibi_slopes is not None or self._masks() else None
+        positioned = p.alibi_slopes is not None or p.window_left >= 0 or p.window_right >= 0
+        distance = self._distance() if positioned else None
         if p.alibi_slopes is not None:
             slopes = p.alibi_slopes.unflatten(-1, (p.heads_k, -1))[..., None, None]
             slopes = slopes[self.group.seqs] if p.alibi_slopes.dim() == 2 else slopes
             s.sub_(slopes * distance.abs()[:, None, None])
+        if p.mask is not None:
+            mask = p.mask[self.group.seqs, :, self.first : self.last, self.lo : self.hi].unflatten(1, (p.heads_k, -1))
+            if mask.dtype == torch.bool:
+                s.masked_fill_(~mask, -torch.inf)
+            else:
+                s.add_(mask)
         hidden = self._hidden(distance)
         return s if hidden is None else s.masked_fill_(hidden[:, None, None], -torch.inf), capped
 
     def _distance(self) -> torch.Tensor:
         """`(g or 1, c, n)`: j - (i + offset), the distance of a key from the query's diagonal."""
-        device = self.p.q.device
-        i = torch.arange(self.first, self.last, device=device)[:, None]
-        distance = (torch.arange(self.lo, self.hi, device=device) - i)[None]
+        return self._keys() - self._diagonal()
+
+    def _keys(self) -> torch.Tensor:
+        """`(n,)`: j."""
+        return torch.arange(self.lo, self.hi, device=self.p.q.device)
+
+    def _diagonal(self) -> torch.Tensor:
+        """`(g or 1, c, 1)`: i + offset, the key that a query is aligned with."""
+        i = torch.arange(self.first, self.last, device=self.p.q.device)[None, :, None]
         offset = self.group.seqlen_k - self.group.seqlen_q
         if self.keys.lengths is not None or self.queries.lengths is not None:
             seqs = self.group.seqs
             seqlen_k = self.group.seqlen_k if self.keys.lengths is None else self.keys.lengths[seqs]
             seqlen_q = self.group.seqlen_q if self.queries.lengths is None else self.queries.lengths[seqs]
             offset = (seqlen_k - seqlen_q)[:, None, None]
-        return distance - offset
-
-    def _masks(self) -> bool:
-        return self.p.window_left >= 0 or self.p.window_right >= 0
+        return i + offset
 
     def _hidden(self, distance: torch.Tensor | None) -> torch.Tensor | None:
         """`(g or 1, c, n)`: which scores do not count; None if all do."""
@@ -204,6 +216,9 @@ class _Block:
             hidden.append(distance > self.p.window_right)
         if self.p.window_left >= 0:
             hidden.append(distance < -self.p.window_left)
+        if self.p.attention_chunk:
+            chunks = self._diagonal().div(self.p.attention_chunk, rounding_mode="floor")
+            hidden.append(self._keys() // self.p.attention_chunk != chunks)
         if (valid := self.keys.valid(self.group)) is not None:
             hidden.append(~valid[:, None, self.lo : self.hi])
         if (valid := self.queries.valid(self.group, self.first, self.last)) is not None:

@@ -47,6 +47,7 @@ def _mask(p: AttentionProblem) -> str:
         "varlen": p.cu_seqlens_q is not None,
         "kvcache": p.cu_seqlens_q is None and p.seqused_k is not None,
         "paged": p.block_table is not None,
+        "chunk": p.attention_chunk > 0,
         "softcap": p.softcap > 0,
         "alibi": p.alibi_slopes is not None,
         "dropout": p.dropout_p > 0,

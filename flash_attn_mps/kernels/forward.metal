@@ -1,0 +1,247 @@
+// FlashAttention-2 forward (Dao, 2023, arXiv:2307.08691): a simdgroup takes ROWS queries of one head through all the keys
+// that they see, KEYS at a time. s, p and o never leave its registers.
+
+constant constexpr int ROW_FRAGMENTS = ROWS / 8;
+constant constexpr int KEY_FRAGMENTS = KEYS / 8;
+constant constexpr int D_FRAGMENTS = (HEAD_DIM + 7) / 8;
+constant constexpr int DV_FRAGMENTS = (HEAD_DIM_V + 7) / 8;
+
+typedef Slab<HEAD_DIM, VECTOR> SlabD;
+typedef Slab<HEAD_DIM_V, VECTOR_V> SlabV;
+
+// A simdgroup's queries and what is known of their attention so far.
+struct State {
+  Operand q[ROW_FRAGMENTS][D_FRAGMENTS];
+  Accumulator o[ROW_FRAGMENTS][DV_FRAGMENTS];
+  float m[ROW_FRAGMENTS];  // of each row: the largest score, in base 2,
+  float l[ROW_FRAGMENTS];  // and this lane's share of the sum of exponentials
+  int first_row;
+};
+
+// s = q k^T. Keys past the end are read as the last one.
+template <bool EDGE, typename AnyKeys>
+METAL_FUNC void score(thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread State& state, AnyKeys keys, int first, Lane lane) {
+  UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
+    int key0 = first + 8 * n + lane.column;
+    int key1 = key0 + 1;
+    if (EDGE) {
+      key0 = min(key0, keys.seqlen - 1);
+      key1 = min(key1, keys.seqlen - 1);
+    }
+    Operand k[D_FRAGMENTS];
+    SlabD::load_right_transposed(k, keys.k.at(key0), keys.k.at(key1), lane);
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+      s[r][n] = zeros();
+      UNROLL for (int f = 0; f < D_FRAGMENTS; ++f) simdgroup_multiply_accumulate(s[r][n], state.q[r][f], k[f], s[r][n]);
+    }
+  }
+}
+
+// Masks and scales s, and turns it into probabilities relative to the largest score so far; o and l follow when that grows.
+template <bool EDGE>
+METAL_FUNC void soften(
+    thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+    thread Operand (&probabilities)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+    thread State& state,
+    Scoring scoring,
+    int first,
+    int seqlen,
+    Lane lane) {
+  const float factor = SCORES_ARE_SCALED ? 1.0f : scoring.factor;
+  UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+    int row = state.first_row + 8 * r + lane.row;
+    float m = -INFINITY;
+    UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
+      UNROLL for (int e = 0; e < 2; ++e) {
+        int key = first + 8 * n + lane.column + e;
+        float x = s[r][n].thread_elements()[e];
+#if SCORES_ARE_SCALED || MASK_KIND
+        x = score_of(x, scoring, min(row, scoring.seqlen_q - 1), EDGE ? min(key, seqlen - 1) : key);
+#endif
+        if (EDGE && !is_seen(scoring, row, key, seqlen)) x = -INFINITY;
+        s[r][n].thread_elements()[e] = x;
+        m = max(m, x);
+      }
+    }
+    m = max(row_max(m) * factor, state.m[r]);
+    float base = m == -INFINITY ? 0.0f : m;  // a row that has seen nothing yet: -inf - -inf is NaN
+    float sum = 0.0f;
+    UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
+      UNROLL for (int e = 0; e < 2; ++e) {
+        float x = fast::exp2(fma(s[r][n].thread_elements()[e], factor, -base));
+        probabilities[r][n].thread_elements()[e] = T(x);
+        sum += x;
+      }
+    }
+    if (simd_any(m > state.m[r])) {
+      float shrink = fast::exp2(state.m[r] - base);
+      UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) {
+        state.o[r][f].thread_elements()[0] *= shrink;
+        state.o[r][f].thread_elements()[1] *= shrink;
+      }
+      state.l[r] *= shrink;
+      state.m[r] = m;
+    }
+    state.l[r] += sum;
+  }
+}
+
+// o += p v. At an edge a value that is not finite counts only for the queries that see its key: 0 * NaN is NaN, and memory
+// that nobody sees may hold one.
+template <bool EDGE, typename AnyKeys>
+METAL_FUNC void gather(
+    thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+    thread Operand (&probabilities)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+    thread State& state,
+    AnyKeys keys,
+    int first,
+    Lane lane) {
+  UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
+    int key = first + 8 * n + lane.row;
+    if (EDGE) key = min(key, keys.seqlen - 1);
+    Operand v[DV_FRAGMENTS];
+    SlabV::load_right(v, keys.v.at(key), lane);
+    if (EDGE) {
+      float finite = 0.0f;  // NaN if any value is not
+      UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
+        finite += 0.0f * float(v[f].thread_elements()[0]) + 0.0f * float(v[f].thread_elements()[1]);
+      if (simd_any(finite != 0.0f)) {
+        UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) {
+          Operand bad;
+          UNROLL for (int e = 0; e < 2; ++e) {
+            bool is_bad = !isfinite(float(v[f].thread_elements()[e]));
+            bad.thread_elements()[e] = T(is_bad ? 1.0f : 0.0f);
+            if (is_bad) v[f].thread_elements()[e] = T(0.0f);
+          }
+          UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+            Operand seen;
+            UNROLL for (int e = 0; e < 2; ++e) seen.thread_elements()[e] = T(s[r][n].thread_elements()[e] == -INFINITY ? 0.0f : 1.0f);
+            Accumulator spoilt = zeros();
+            simdgroup_multiply_accumulate(spoilt, seen, bad, spoilt);
+            UNROLL for (int e = 0; e < 2; ++e)
+              if (spoilt.thread_elements()[e] > 0.0f) state.o[r][f].thread_elements()[e] = NAN;
+          }
+        }
+      }
+    }
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
+      UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
+        simdgroup_multiply_accumulate(state.o[r][f], probabilities[r][n], v[f], state.o[r][f]);
+  }
+}
+
+// One block of keys, `first` to `first + KEYS`. EDGE: some of its scores may not count.
+template <bool EDGE, typename AnyKeys>
+METAL_FUNC void attend(thread State& state, AnyKeys keys, Scoring scoring, int first, Lane lane) {
+  Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
+  Operand probabilities[ROW_FRAGMENTS][KEY_FRAGMENTS];
+  score<EDGE>(s, state, keys, first, lane);
+  soften<EDGE>(s, probabilities, state, scoring, first, keys.seqlen, lane);
+  gather<EDGE>(s, probabilities, state, keys, first, lane);
+}
+
+// The keys that some of a range of queries see, and those that all of them see.
+struct Range {
+  int some_begin;
+  int some_end;
+  int all_begin;
+  int all_end;
+};
+
+METAL_FUNC Range range_of(Scoring scoring, int first_row, int last_row, int seqlen_k) {
+  Range range;
+  range.some_begin = range.all_begin = 0;
+  range.some_end = range.all_end = seqlen_k;
+#if HAS_RIGHT
+  range.some_end = min(seqlen_k, last_row + scoring.offset + scoring.right + 1);
+  range.all_end = min(seqlen_k, first_row + scoring.offset + scoring.right + 1);
+#endif
+#if HAS_LEFT
+  range.some_begin = max(0, first_row + scoring.offset - scoring.left);
+  range.all_begin = max(0, last_row + scoring.offset - scoring.left);
+#endif
+  return range;
+}
+
+[[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
+kernel void attention_forward(
+    device const T* q [[buffer(0)]],
+    device const T* k [[buffer(1)]],
+    device const T* v [[buffer(2)]],
+    device T* out [[buffer(3)]],
+    device float* lse [[buffer(4)]],
+    constant long* p [[buffer(5)]],
+    OPTIONAL_BUFFERS
+    uint3 group [[threadgroup_position_in_grid]],
+    uint3 groups [[threadgroups_per_grid]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort index [[thread_index_in_simdgroup]]) {
+  Inputs in;
+  in.p = p;
+  TAKE_OPTIONAL_BUFFERS
+  Lane lane = lane_of(index);
+  int head = int(group.y);
+  // The queries that see most keys come first, so that no long tile is left for the end.
+  int turn = HAS_RIGHT && !PACKED_Q ? int(groups.x - 1 - group.x) : int(group.x);
+  Tile tile = tile_of(turn, int(group.z), ROWS * SIMDGROUPS, in);
+  Sequence sequence = tile.sequence;
+  Scoring scoring = scoring_of(sequence, head, in);
+  int group_first = tile.index * ROWS * SIMDGROUPS;
+  if (group_first >= sequence.seqlen_q) return;
+
+  State state;
+  state.first_row = group_first + simdgroup * ROWS;
+  int last_row = min(state.first_row + ROWS, sequence.seqlen_q) - 1;
+  device const T* q_head = q + sequence.batch * p[Q_BATCH] + sequence.first_q * p[Q_ROW] + head * p[Q_HEAD];
+  UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+    int row = min(state.first_row + 8 * r + lane.row, sequence.seqlen_q - 1);
+    SlabD::load_left(state.q[r], q_head + row * p[Q_ROW], scoring.sign, lane);
+    UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
+#if HAS_SINKS
+    state.m[r] = in.sinks[head] * LOG2E;
+    state.l[r] = lane.column == 0 ? 1.0f : 0.0f;
+#else
+    state.m[r] = -INFINITY;
+    state.l[r] = 0.0f;
+#endif
+  }
+
+  Keys keys = keys_of(sequence, head, k, v, in);
+  Range range = range_of(scoring, state.first_row, last_row, sequence.seqlen_k);
+#if STAGED
+  threadgroup Staging staging;
+  Range group_range = range_of(scoring, group_first, min(group_first + ROWS * SIMDGROUPS, sequence.seqlen_q) - 1, sequence.seqlen_k);
+  for (int first = group_range.some_begin; first < group_range.some_end; first += KEYS) {
+    StagedKeys staged = stage(staging, keys, first, ushort(simdgroup * 32 + index));
+    if (first + KEYS > range.some_begin && first < range.some_end && state.first_row < sequence.seqlen_q) {
+      if (first >= range.all_begin && first + KEYS <= range.all_end) {
+        attend<false>(state, staged, scoring, first, lane);
+      } else {
+        attend<true>(state, staged, scoring, first, lane);
+      }
+    }
+  }
+#else
+  if (state.first_row >= sequence.seqlen_q) return;
+  for (int first = range.some_begin; first < range.some_end; first += KEYS) {
+    if (first >= range.all_begin && first + KEYS <= range.all_end) {
+      attend<false>(state, keys, scoring, first, lane);
+    } else {
+      attend<true>(state, keys, scoring, first, lane);
+    }
+  }
+#endif
+
+  device T* out_head = out + sequence.batch * p[O_BATCH] + sequence.first_q * p[O_ROW] + head * p[O_HEAD];
+  UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+    int row = state.first_row + 8 * r + lane.row;
+    float sum = row_sum(state.l[r]);
+    if (row < sequence.seqlen_q) {
+      SlabV::store(out_head + row * p[O_ROW], state.o[r], sum > 0.0f ? 1.0f / sum : 0.0f, lane);
+#if WANT_LSE
+      if (lane.column == 0)
+        lse[sequence.batch * p[LSE_BATCH] + sequence.first_q + head * p[LSE_HEAD] + row] = (state.m[r] + log2(sum)) / LOG2E;
+#endif
+    }
+  }
+}

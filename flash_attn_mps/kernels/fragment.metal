@@ -1,0 +1,210 @@
+// 8x8 fragments in registers, filled by vector loads and never transposed.
+//
+// In Apple's lane order a lane has one row and two neighbouring columns of a fragment. The product q k^T sums over d in any
+// order as long as q and k agree on it: so fragment f of a slab of W fragments takes not the columns 8f to 8f+7 of the head
+// dim but every W-th one, d = first + W * c + f. A lane's elements of all W fragments are then neighbours in memory, for the
+// left operand (2 W of them in one row) and for the right one (W in each of two rows). The columns of v, and so of the
+// output, are dealt out in the same way. W is the largest power of two for which head dim and alignment leave room.
+
+#define UNROLL _Pragma("clang loop unroll(full)")
+
+typedef simdgroup_matrix<T, 8, 8> Operand;
+typedef simdgroup_matrix<float, 8, 8> Accumulator;
+
+struct Lane {
+  short row;     // 0 to 7
+  short column;  // 0, 2, 4 or 6: the first of two
+};
+
+METAL_FUNC Lane lane_of(ushort index) {
+  Lane lane;
+  lane.row = short((index >> 2 & 4) | (index >> 1 & 3));
+  lane.column = short((index >> 1 & 4) | (index & 1) << 1);
+  return lane;
+}
+
+METAL_FUNC Accumulator zeros() {
+  return make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+}
+
+// The four lanes that share a row.
+METAL_FUNC float row_max(float x) {
+  x = max(x, simd_shuffle_xor(x, ushort(1)));
+  return max(x, simd_shuffle_xor(x, ushort(8)));
+}
+METAL_FUNC float row_sum(float x) {
+  x += simd_shuffle_xor(x, ushort(1));
+  return x + simd_shuffle_xor(x, ushort(8));
+}
+
+// N neighbouring elements, N a power of two, in as few accesses as hold them.
+#define ELEMENTS_IN_HALVES(SPACE)                                        \
+  METAL_FUNC static void load(thread T* to, SPACE const T* from) {       \
+    Elements<N / 2>::load(to, from);                                     \
+    Elements<N / 2>::load(to + N / 2, from + N / 2);                     \
+  }                                                                      \
+  METAL_FUNC static void store(SPACE T* to, thread const T* from) {      \
+    Elements<N / 2>::store(to, from);                                    \
+    Elements<N / 2>::store(to + N / 2, from + N / 2);                    \
+  }
+#define ELEMENTS_1(SPACE)                                                                    \
+  METAL_FUNC static void load(thread T* to, SPACE const T* from) { to[0] = from[0]; }        \
+  METAL_FUNC static void store(SPACE T* to, thread const T* from) { to[0] = from[0]; }
+#define ELEMENTS_2(SPACE)                                            \
+  METAL_FUNC static void load(thread T* to, SPACE const T* from) {   \
+    vec<T, 2> x = *(SPACE const vec<T, 2>*)from;                     \
+    to[0] = x.x, to[1] = x.y;                                        \
+  }                                                                  \
+  METAL_FUNC static void store(SPACE T* to, thread const T* from) {  \
+    *(SPACE vec<T, 2>*)to = vec<T, 2>(from[0], from[1]);             \
+  }
+#define ELEMENTS_4(SPACE)                                                    \
+  METAL_FUNC static void load(thread T* to, SPACE const T* from) {           \
+    vec<T, 4> x = *(SPACE const vec<T, 4>*)from;                             \
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;                      \
+  }                                                                          \
+  METAL_FUNC static void store(SPACE T* to, thread const T* from) {          \
+    *(SPACE vec<T, 4>*)to = vec<T, 4>(from[0], from[1], from[2], from[3]);   \
+  }
+
+template <int N>
+struct Elements {
+  ELEMENTS_IN_HALVES(device)
+  ELEMENTS_IN_HALVES(threadgroup)
+};
+template <>
+struct Elements<1> {
+  ELEMENTS_1(device)
+  ELEMENTS_1(threadgroup)
+};
+template <>
+struct Elements<2> {
+  ELEMENTS_2(device)
+  ELEMENTS_2(threadgroup)
+};
+template <>
+struct Elements<4> {
+  ELEMENTS_4(device)
+  ELEMENTS_4(threadgroup)
+};
+
+#if ELEMENT_BYTES == 2
+METAL_FUNC vec<T, 2> unpacked(uint bits) {
+  return as_type<vec<T, 2>>(bits);
+}
+METAL_FUNC uint packed(T x, T y) {
+  return as_type<uint>(vec<T, 2>(x, y));
+}
+#define ELEMENTS_8(SPACE)                                                                                        \
+  METAL_FUNC static void load(thread T* to, SPACE const T* from) {                                               \
+    uint4 bits = *(SPACE const uint4*)from;                                                                      \
+    vec<T, 2> a = unpacked(bits.x), b = unpacked(bits.y), c = unpacked(bits.z), d = unpacked(bits.w);            \
+    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y, to[4] = c.x, to[5] = c.y, to[6] = d.x, to[7] = d.y;      \
+  }                                                                                                              \
+  METAL_FUNC static void store(SPACE T* to, thread const T* from) {                                              \
+    *(SPACE uint4*)to = uint4(packed(from[0], from[1]), packed(from[2], from[3]), packed(from[4], from[5]),      \
+                              packed(from[6], from[7]));                                                         \
+  }
+template <>
+struct Elements<8> {
+  ELEMENTS_8(device)
+  ELEMENTS_8(threadgroup)
+};
+#endif
+
+inline constexpr int slab_width(int fragments, int most) {
+  return fragments >= 8 && most >= 8 ? 8 : fragments >= 4 && most >= 4 ? 4 : fragments >= 2 && most >= 2 ? 2 : 1;
+}
+
+// Fragments FIRST and up of rows of DIM elements. Rows are aligned to ALIGNED elements.
+template <int DIM, int ALIGNED, int FIRST = 0, bool WHOLE = (FIRST < DIM / 8)>
+struct Slab {
+  enum { W = slab_width(DIM / 8 - FIRST, ALIGNED), BEGIN = 8 * FIRST };
+  typedef Slab<DIM, ALIGNED, FIRST + W> Rest;
+
+  // Left operand: `row` is this lane's row. Its elements are multiplied by `factor`, which is exact for 1, -1 and 0.
+  METAL_FUNC static void load_left(thread Operand* to, device const T* row, float factor, Lane lane) {
+    T x[2 * W];
+    Elements<W>::load(x, row + BEGIN + W * lane.column);
+    Elements<W>::load(x + W, row + BEGIN + W * lane.column + W);
+    UNROLL for (int f = 0; f < W; ++f) {
+      to[FIRST + f].thread_elements()[0] = T(float(x[f]) * factor);
+      to[FIRST + f].thread_elements()[1] = T(float(x[W + f]) * factor);
+    }
+    Rest::load_left(to, row, factor, lane);
+  }
+
+  // Right operand, transposed: the rows in memory are the columns of the fragment, and a lane has two of them.
+  template <typename Row>
+  METAL_FUNC static void load_right_transposed(thread Operand* to, Row row0, Row row1, Lane lane) {
+    T x[W], y[W];
+    Elements<W>::load(x, row0 + BEGIN + W * lane.row);
+    Elements<W>::load(y, row1 + BEGIN + W * lane.row);
+    UNROLL for (int f = 0; f < W; ++f) {
+      to[FIRST + f].thread_elements()[0] = x[f];
+      to[FIRST + f].thread_elements()[1] = y[f];
+    }
+    Rest::load_right_transposed(to, row0, row1, lane);
+  }
+
+  // Right operand: `row` is this lane's row.
+  template <typename Row>
+  METAL_FUNC static void load_right(thread Operand* to, Row row, Lane lane) {
+    T x[2 * W];
+    Elements<W>::load(x, row + BEGIN + W * lane.column);
+    Elements<W>::load(x + W, row + BEGIN + W * lane.column + W);
+    UNROLL for (int f = 0; f < W; ++f) {
+      to[FIRST + f].thread_elements()[0] = x[2 * f];
+      to[FIRST + f].thread_elements()[1] = x[2 * f + 1];
+    }
+    Rest::load_right(to, row, lane);
+  }
+
+  // A result whose columns are those of a right operand, times `factor`.
+  METAL_FUNC static void store(device T* row, thread Accumulator* from, float factor, Lane lane) {
+    T x[2 * W];
+    UNROLL for (int f = 0; f < W; ++f) {
+      x[2 * f] = T(from[FIRST + f].thread_elements()[0] * factor);
+      x[2 * f + 1] = T(from[FIRST + f].thread_elements()[1] * factor);
+    }
+    Elements<W>::store(row + BEGIN + W * lane.column, x);
+    Elements<W>::store(row + BEGIN + W * lane.column + W, x + W);
+    Rest::store(row, from, factor, lane);
+  }
+};
+
+// What a head dim that is no multiple of 8 leaves: one fragment, element by element, zero beyond the row.
+template <int DIM, int ALIGNED, int FIRST>
+struct Slab<DIM, ALIGNED, FIRST, false> {
+  enum { BEGIN = 8 * FIRST };
+
+  template <typename Row>
+  METAL_FUNC static T at(Row row, int d) {
+    return d < DIM ? row[d] : T(0);
+  }
+
+  METAL_FUNC static void load_left(thread Operand* to, device const T* row, float factor, Lane lane) {
+    if (BEGIN < DIM) {
+      to[FIRST].thread_elements()[0] = T(float(at(row, BEGIN + lane.column)) * factor);
+      to[FIRST].thread_elements()[1] = T(float(at(row, BEGIN + lane.column + 1)) * factor);
+    }
+  }
+  template <typename Row>
+  METAL_FUNC static void load_right_transposed(thread Operand* to, Row row0, Row row1, Lane lane) {
+    if (BEGIN < DIM) {
+      to[FIRST].thread_elements()[0] = at(row0, BEGIN + lane.row);
+      to[FIRST].thread_elements()[1] = at(row1, BEGIN + lane.row);
+    }
+  }
+  template <typename Row>
+  METAL_FUNC static void load_right(thread Operand* to, Row row, Lane lane) {
+    if (BEGIN < DIM) {
+      to[FIRST].thread_elements()[0] = at(row, BEGIN + lane.column);
+      to[FIRST].thread_elements()[1] = at(row, BEGIN + lane.column + 1);
+    }
+  }
+  METAL_FUNC static void store(device T* row, thread Accumulator* from, float factor, Lane lane) {
+    if (BEGIN + lane.column < DIM) row[BEGIN + lane.column] = T(from[FIRST].thread_elements()[0] * factor);
+    if (BEGIN + lane.column + 1 < DIM) row[BEGIN + lane.column + 1] = T(from[FIRST].thread_elements()[1] * factor);
+  }
+};

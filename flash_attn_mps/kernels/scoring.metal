@@ -1,0 +1,157 @@
+// Which queries and keys a kernel works on, which scores count, and how a product q k becomes one. Shared by all kernels.
+
+constant constexpr float LOG2E = 1.44269504088896341f;
+
+// Soft-capping, ALiBi and additive masks need the scaled score; without them the scale is folded into the exponent.
+#define SCORES_ARE_SCALED (HAS_SOFTCAP || HAS_ALIBI || MASK_KIND == 2)
+
+// The buffers that not every call has. The host declares those of a kernel (OPTIONAL_BUFFERS) and takes them in here.
+struct Inputs {
+  constant long* p;
+  device const int* cu_seqlens_q;
+  device const int* cu_seqlens_k;
+  device const int* seqused_q;
+  device const int* seqused_k;
+  device const int* kv_batch_idx;
+  device const int* leftpad_k;
+  device const int* block_table;
+  device const float* alibi_slopes;
+  device const float* sinks;
+  device const MASK_T* mask;
+  device const SCALE_T* softmax_scale;
+};
+
+// One sequence of the batch.
+struct Sequence {
+  int batch;
+  int seqlen_q;
+  int seqlen_k;
+  long first_q;  // its first row, where the batch is packed
+  long first_k;
+};
+
+struct Scoring {
+  int seqlen_q;
+  int offset;    // seqlen_k - seqlen_q
+  int left;
+  int right;
+  float factor;  // what a score is multiplied by on its way into the exponent of 2
+  float sign;    // what q is multiplied by: `factor` is positive
+#if HAS_SOFTCAP
+  float inner;   // scale / softcap
+  float outer;   // softcap, in base 2
+#endif
+#if HAS_ALIBI
+  float slope;   // in base 2
+#endif
+#if MASK_KIND
+  device const MASK_T* mask;  // of this sequence and head
+  long mask_row;
+  long mask_column;
+#endif
+};
+
+METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
+  constant long* p = in.p;
+#if SCALE_IS_TENSOR
+  float scale = float(in.softmax_scale[0]);
+#else
+  float scale = as_float(p[SCALE]);
+#endif
+  Scoring scoring;
+  scoring.seqlen_q = sequence.seqlen_q;
+  scoring.offset = sequence.seqlen_k - sequence.seqlen_q;
+  scoring.left = int(p[LEFT]);
+  scoring.right = int(p[RIGHT]);
+  scoring.sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
+  scale = scale == 0.0f ? 1.0f : abs(scale);
+  scoring.factor = scale * LOG2E;
+#if HAS_SOFTCAP
+  scoring.inner = scale / as_float(p[SOFTCAP]);
+  scoring.outer = as_float(p[SOFTCAP]) * LOG2E;
+#endif
+#if HAS_ALIBI
+  scoring.slope = in.alibi_slopes[sequence.batch * p[ALIBI_BATCH] + head] * LOG2E;
+#endif
+#if MASK_KIND
+  scoring.mask = in.mask + sequence.batch * p[MASK_BATCH] + head * p[MASK_HEAD];
+  scoring.mask_row = p[MASK_ROW];
+  scoring.mask_column = p[MASK_COLUMN];
+#endif
+  return scoring;
+}
+
+// Does the query see the key, as far as its position tells?
+METAL_FUNC bool is_seen(Scoring scoring, int row, int key, int seqlen_k) {
+  bool seen = key < seqlen_k;
+#if HAS_RIGHT
+  seen = seen && key <= row + scoring.offset + scoring.right;
+#endif
+#if HAS_LEFT
+  seen = seen && key >= row + scoring.offset - scoring.left;
+#endif
+  return seen;
+}
+
+// The score of a query and a key that the sequence has: in base 2 if SCORES_ARE_SCALED, else `factor` is still to come.
+METAL_FUNC float score_of(float product, Scoring scoring, int row, int key) {
+  float s = product;
+#if HAS_SOFTCAP
+  s = scoring.outer * (1.0f - 2.0f / (1.0f + fast::exp2(s * scoring.inner * (2.0f * LOG2E))));  // tanh
+#elif SCORES_ARE_SCALED
+  s *= scoring.factor;
+#endif
+#if HAS_ALIBI
+  s -= scoring.slope * float(abs(row + scoring.offset - key));
+#endif
+#if MASK_KIND == 1
+  s = scoring.mask[row * scoring.mask_row + key * scoring.mask_column] ? s : -INFINITY;
+#elif MASK_KIND == 2
+  s += float(scoring.mask[row * scoring.mask_row + key * scoring.mask_column]) * LOG2E;
+#endif
+  return s;
+}
+
+// Which sequence a tile of `rows` queries belongs to, and which of its tiles it is. A packed batch has at most
+// total / rows + batch tiles: sequence b gets those from cu_seqlens[b] / rows + b on, a few more than it needs.
+struct Tile {
+  Sequence sequence;
+  int index;
+};
+
+METAL_FUNC Tile tile_of(int group, int batch, int rows, Inputs in) {
+  constant long* p = in.p;
+  Tile tile;
+  tile.index = group;
+  tile.sequence.batch = batch;
+  tile.sequence.first_q = 0;
+  tile.sequence.first_k = 0;
+  tile.sequence.seqlen_q = int(p[SEQLEN_Q]);
+  tile.sequence.seqlen_k = int(p[SEQLEN_K]);
+#if PACKED_Q
+  int low = 0, high = int(p[BATCH]) - 1;
+  while (low < high) {
+    int middle = (low + high + 1) / 2;
+    if (in.cu_seqlens_q[middle] / rows + middle <= group) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  tile.sequence.batch = low;
+  tile.sequence.first_q = in.cu_seqlens_q[low];
+  tile.sequence.seqlen_q = in.cu_seqlens_q[low + 1] - in.cu_seqlens_q[low];
+  tile.index = group - (in.cu_seqlens_q[low] / rows + low);
+#endif
+#if PACKED_K
+  tile.sequence.first_k = in.cu_seqlens_k[tile.sequence.batch];
+  tile.sequence.seqlen_k = in.cu_seqlens_k[tile.sequence.batch + 1] - in.cu_seqlens_k[tile.sequence.batch];
+#endif
+#if USED_Q
+  tile.sequence.seqlen_q = min(tile.sequence.seqlen_q, in.seqused_q[tile.sequence.batch]);
+#endif
+#if USED_K
+  tile.sequence.seqlen_k = min(tile.sequence.seqlen_k, in.seqused_k[tile.sequence.batch]);
+#endif
+  return tile;
+}

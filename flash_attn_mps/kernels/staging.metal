@@ -1,0 +1,57 @@
+// A block of k and v in threadgroup memory, for GPUs whose first-level cache is too small to share rows between simdgroups.
+
+#if STAGED
+// The elements that fill 16 bytes, between two rows, keep them off the same bank.
+constant constexpr int STAGED_K_ROW = (HEAD_DIM + 7) / 8 * 8 + 16 / ELEMENT_BYTES;
+constant constexpr int STAGED_V_ROW = (HEAD_DIM_V + 7) / 8 * 8 + 16 / ELEMENT_BYTES;
+
+template <int STAGED_ROW>
+struct StagedRows {
+  threadgroup const T* rows;
+  int first;  // the key that they begin with
+
+  METAL_FUNC threadgroup const T* at(int key) const thread { return rows + (key - first) * STAGED_ROW; }
+};
+
+struct StagedKeys {
+  StagedRows<STAGED_K_ROW> k;
+  StagedRows<STAGED_V_ROW> v;
+  int seqlen;
+};
+
+struct Staging {
+  alignas(16) T k[KEYS * STAGED_K_ROW];
+  alignas(16) T v[KEYS * STAGED_V_ROW];
+};
+
+inline constexpr int copy_width(int dim, int aligned) {
+  return dim % 8 == 0 && aligned >= 8 ? 8 : dim % 4 == 0 && aligned >= 4 ? 4 : dim % 2 == 0 && aligned >= 2 ? 2 : 1;
+}
+
+// KEYS rows of DIM elements, from `first` on, by all threads of the group; the last row stands for those past the end.
+template <int DIM, int ALIGNED, int STAGED_ROW>
+METAL_FUNC void copy_rows(threadgroup T* to, Rows from, int first, int seqlen, ushort thread_index) {
+  constexpr int W = copy_width(DIM, ALIGNED);
+  constexpr int PIECES = DIM / W;
+  for (int i = thread_index; i < KEYS * PIECES; i += 32 * SIMDGROUPS) {
+    int row = i / PIECES, piece = i % PIECES;
+    T x[W];
+    Elements<W>::load(x, from.at(min(first + row, seqlen - 1)) + piece * W);
+    Elements<W>::store(to + row * STAGED_ROW + piece * W, x);
+  }
+}
+
+METAL_FUNC StagedKeys stage(threadgroup Staging& staging, Keys keys, int first, ushort thread_index) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // the block before has been read
+  copy_rows<HEAD_DIM, VECTOR, STAGED_K_ROW>(staging.k, keys.k, first, keys.seqlen, thread_index);
+  copy_rows<HEAD_DIM_V, VECTOR_V, STAGED_V_ROW>(staging.v, keys.v, first, keys.seqlen, thread_index);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  StagedKeys staged;
+  staged.k.rows = staging.k;
+  staged.k.first = first;
+  staged.v.rows = staging.v;
+  staged.v.first = first;
+  staged.seqlen = keys.seqlen;
+  return staged;
+}
+#endif

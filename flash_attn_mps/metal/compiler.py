@@ -1,0 +1,58 @@
+"""The one seam between this package and a Metal compiler, and the cache of compiled kernels."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .specialization import Specialization
+
+_CACHED = 512  # kernels; lengths, strides and scale are arguments, so few programs need more than a dozen
+
+
+def _from_torch(source: str) -> Any:
+    if not hasattr(torch.mps, "compile_shader"):
+        raise RuntimeError(f"torch {torch.__version__} has no torch.mps.compile_shader; it came with 2.7")
+    return torch.mps.compile_shader(source)
+
+
+# Who compiles, and for tensors on which devices the result runs. Tests put a compiler for other devices here.
+compile_shader: Callable[[str], Any] = _from_torch
+device_types: frozenset[str] = frozenset({"mps"})
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def kernel(specialization: Specialization) -> Any | None:
+    """The compiled kernel, or None, after a warning, where this machine's Metal does not take it."""
+    try:
+        return getattr(compile_shader(specialization.source()), specialization.entry)
+    except (SyntaxError, RuntimeError) as error:
+        _warn_once(specialization, error)
+        return None
+
+
+def clear() -> None:
+    """Forget all kernels, and that warnings were given."""
+    kernel.cache_clear()
+    _warned.clear()
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(specialization: Specialization, error: Exception) -> None:
+    if _warned:
+        return
+    _warned.add(specialization.entry)
+    reason = str(error).strip().splitlines()
+    warnings.warn(
+        f"mtlflashattn: the Metal kernel {specialization.entry} did not compile on this machine, so plain PyTorch "
+        f"serves such calls: slower, and right. Please report it with the output of `mtlflashattn doctor`. "
+        f"{specialization}: {reason[0] if reason else type(error).__name__}",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,6 @@
+"""Metal Shading Language on a CPU and on NVIDIA GPUs, behind the interface of torch.mps.compile_shader. See README.md."""
+
+from .errors import Fault, KernelFault, MetalSyntaxError
+from .library import Launch, compile_shader, observe
+
+__all__ = ["Fault", "KernelFault", "Launch", "MetalSyntaxError", "compile_shader", "observe"]

@@ -1,0 +1,186 @@
+"""The CPU back end: compile a translated source to a shared library, load it, run launches with the fiber runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import json
+import mmap
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from . import abi, recursion, sites, toolchain
+from . import cache as disk
+from .frontend import Unit
+
+FAST_STACK = 128 << 10
+_RUNTIME_FLAGS = ["-std=gnu11", "-O2", "-fPIC", "-ffreestanding", "-fno-stack-protector", "-fno-optimize-sibling-calls"]
+_FAST = ["-O2", "-fno-optimize-sibling-calls"]
+# One callback for each access as the source has it: no vectors of the optimiser's, no access left out.
+_INSTRUMENTED = [
+    *(
+        "-O1",
+        "-gline-tables-only",
+        "-fno-optimize-sibling-calls",
+        "-fno-vectorize",
+        "-fno-slp-vectorize",
+        "-D__MH_INSTRUMENTED",
+    ),
+    *(
+        "-fsanitize=thread",
+        "-mllvm",
+        "-tsan-instrument-func-entry-exit=0",
+        "-mllvm",
+        "-tsan-instrument-read-before-write=1",
+    ),
+    *("-fsanitize=array-bounds", "-fsanitize-recover=array-bounds"),
+]
+
+
+def link(objects: list[Path], output: Path) -> None:
+    if sys.platform == "darwin":
+        toolchain.run(
+            [
+                "cc",
+                *toolchain.target(),
+                "-shared",
+                "-Wl,-undefined,dynamic_lookup",
+                "-o",
+                str(output),
+                *map(str, objects),
+            ]
+        )
+    else:
+        toolchain.run(["ld.lld", "-shared", "--hash-style=gnu", "-Bsymbolic", "-o", str(output), *map(str, objects)])
+
+
+def _compile_c(name: str, output: Path) -> None:
+    headers = Path(toolchain.zig()).parent / "lib" / "include"
+    flags = [*_RUNTIME_FLAGS, *toolchain.target(), "-isystem", str(headers)]
+    toolchain.run(["clang", *flags, "-c", "-o", str(output), str(toolchain.RUNTIME / name)])
+
+
+def _runtime_files() -> list[Path]:
+    """The fiber runtime as a shared library, and the object that is linked into every kernel's."""
+
+    def build(directory: Path) -> None:
+        objects = []
+        for source in ("scheduler.c", "collective.c", "faults.c", "shadow.c"):
+            objects.append(directory / f"{source}.o")
+            _compile_c(source, objects[-1])
+        link(objects, directory / "runtime.so")
+        _compile_c("table.c", directory / "table.o")
+
+    return disk.fetch(disk.key("runtime", toolchain.digest(), *toolchain.target()), ("runtime.so", "table.o"), build)
+
+
+@cache
+def runtime() -> ctypes.CDLL:
+    """The fiber runtime, loaded once, its symbols visible to kernels."""
+    if libm := ctypes.util.find_library("m"):
+        ctypes.CDLL(libm, mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(_runtime_files()[0]), mode=ctypes.RTLD_GLOBAL)
+    library.__mh_launch.argtypes = [ctypes.POINTER(abi.Launch)]
+    return library
+
+
+@cache
+def stacks() -> mmap.mmap:
+    """Stacks for the most threads that a threadgroup may have; the system gives memory only to those used."""
+    return mmap.mmap(-1, abi.MAX_THREADS * FAST_STACK)
+
+
+def stacks_address() -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(stacks()))
+
+
+@dataclass
+class Compiled:
+    """One kernel of a loaded library."""
+
+    library: ctypes.CDLL
+    entry: int
+    max_threads: int
+    variables: list[abi.ThreadgroupRecord]
+    sites: sites.Sites | None
+
+    @property
+    def threadgroup_bytes(self) -> int:
+        """Static threadgroup memory as Metal lays it out: 16-byte steps."""
+        return sum(-(-v.size // 16) * 16 for v in self.variables)
+
+
+def compile_unit(unit: Unit, host_names: list[str], instrumented: bool) -> dict[str, Compiled]:
+    """The kernels `host_names`, compiled into one library and loaded."""
+    entries = {name: f"__mh_entry_{i}" for i, name in enumerate(host_names)}
+    source = unit.render(entries)
+    flags = [*toolchain.LANGUAGE, *toolchain.target(), *(_INSTRUMENTED if instrumented else _FAST), "-fPIC"]
+    runtime()
+    table = _runtime_files()[1]
+
+    def build(directory: Path) -> None:
+        if instrumented:
+            assembly = toolchain.clang([*flags, "-S", "-o", "-", "-"], input=source)
+            assembly, found = sites.mark(assembly)
+            (directory / "sites.json").write_text(json.dumps(found))
+            (directory / "kernel.s").write_text(assembly)
+            toolchain.run(
+                ["clang", *toolchain.target(), "-c", "-o", str(directory / "kernel.o"), str(directory / "kernel.s")]
+            )
+            (directory / "kernel.s").unlink()
+        else:
+            code = toolchain.clang(
+                [*flags, "-Xclang", "-disable-llvm-passes", "-S", "-emit-llvm", "-o", "-", "-"], input=source
+            )
+            recursion.check(code)
+            options = [*toolchain.target(), *_FAST, "-fPIC", "-Wno-override-module"]
+            toolchain.clang(["-x", "ir", *options, "-c", "-o", str(directory / "kernel.o"), "-"], input=code)
+        link([directory / "kernel.o", table], directory / "kernel.so")
+        (directory / "kernel.o").unlink()
+
+    key = disk.key("cpu", toolchain.digest(), toolchain.version(), *flags, source)
+    (path,) = disk.fetch(key, ("kernel.so",), build)
+    return _load(unit, path, entries, instrumented)
+
+
+def _load(unit: Unit, path: Path, entries: dict[str, str], instrumented: bool) -> dict[str, Compiled]:
+    library = ctypes.CDLL(str(path))
+    first, last = ctypes.c_void_p(), ctypes.c_void_p()
+    library.__getattr__("__mh_records")(ctypes.byref(first), ctypes.byref(last))
+    count = ((last.value or 0) - (first.value or 0)) // ctypes.sizeof(abi.ThreadgroupRecord)
+    records = (abi.ThreadgroupRecord * count).from_address(first.value) if count else []
+    table = sites.Sites(library, json.loads((path.parent / "sites.json").read_text())) if instrumented else None
+    compiled = {}
+    for host_name, symbol in entries.items():
+        kernel = unit.kernels.instances[host_name].kernel
+        compiled[host_name] = Compiled(
+            library=library,
+            entry=ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value or 0,
+            max_threads=ctypes.c_uint32.in_dll(library, f"{symbol}_max_threads").value,
+            variables=[r for r in records if unit.variables[r.number].kernel == kernel.name],
+            sites=table,
+        )
+    return compiled
+
+
+def launch(
+    compiled: Compiled, addresses: dict[int, int], grid: tuple[int, ...], group: tuple[int, ...], seed: int
+) -> abi.Counters:
+    """Run a kernel of the fast build: addresses maps buffer indices to memory."""
+    request = prepare(compiled, addresses, grid, group, seed)
+    runtime().__getattr__("__mh_launch")(ctypes.byref(request))
+    return request.counters
+
+
+def prepare(
+    compiled: Compiled, addresses: dict[int, int], grid: tuple[int, ...], group: tuple[int, ...], seed: int
+) -> abi.Launch:
+    request = abi.Launch(entry=compiled.entry, seed=seed, stacks=stacks_address(), stack_size=FAST_STACK)
+    for index, address in addresses.items():
+        request.arguments[index] = address
+    request.grid[:], request.group[:] = grid, group
+    request.variables = (abi.ThreadgroupRecord * len(compiled.variables))(*compiled.variables)
+    request.variable_count = len(compiled.variables)
+    return request

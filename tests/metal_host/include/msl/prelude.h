@@ -1,0 +1,19 @@
+// What stands before every preprocessed source.
+#pragma once
+#pragma OPENCL EXTENSION __cl_clang_function_pointers : enable
+#define __MH_UNPACK(...) __VA_ARGS__
+// In the tables of the instrumented build, what happens inside the library happens at the call.
+#pragma clang attribute push(__attribute__((nodebug)), apply_to = hasType(functionType))
+#include "types.h"
+#ifdef __NVPTX__
+#include "nvptx.h"
+#else
+#include "cpu.h"
+#endif
+#include "traits.h"
+#include "math.h"
+#include "integer.h"
+#include "simdgroup.h"
+#include "simdgroup_matrix.h"
+#include "atomic.h"
+#pragma clang attribute pop

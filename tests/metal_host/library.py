@@ -1,0 +1,321 @@
+"""compile_shader and what it returns, as torch.mps has them (torch 2.13): the same call forms, limits and errors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import abi, cpu, instrumented, nvidia, source
+from .frontend import Unit, translate
+
+MAX_THREADGROUP_BYTES = 32 << 10
+MAX_INLINE_BYTES = 4 << 10
+_CASTS = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+}
+_UNSUPPORTED_DTYPES = (torch.float64, torch.complex128)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How launches run: see `observe`."""
+
+    instrumented: bool = False
+    seed: int = 0
+    allow_partial_collectives: bool = False
+    log: list[Launch] | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch inside `observe`: the kernel's name and what it counted (names: abi.COUNTERS)."""
+
+    kernel: str
+    counters: dict[str, int]
+
+
+_mode = Mode()
+
+
+@contextmanager
+def observe(
+    *, instrumented: bool = True, seed: int = 0, allow_partial_collectives: bool = False
+) -> Iterator[list[Launch]]:
+    """Run the launches of a block under observation; yields the list that they are recorded in.
+
+    instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here. Launches on an
+        NVIDIA GPU are not observed: there compute-sanitizer is the tool (README.md).
+    seed: 0 runs ready threads in order, every other number in an order of its own.
+    allow_partial_collectives: reductions, votes and shuffles may be reached by some lanes of a simdgroup
+        only, which Metal defines but our kernels never mean.
+    """
+    global _mode
+    before, log = _mode, []
+    _mode = Mode(instrumented, seed, allow_partial_collectives, log)
+    try:
+        yield log
+    finally:
+        _mode = before
+
+
+def compile_shader(source_text: str) -> ShaderLibrary:
+    """Compile Metal Shading Language; stands in for torch.mps.compile_shader(source).
+
+    Headers of the installed torch may be included. Raises SyntaxError with the compiler's log for what Metal would refuse.
+    Kernels that are templates are compiled when they are first looked up.
+    """
+    expanded = source.expand(source_text, source.include_directories())
+    unit = translate(source.preprocess(expanded))
+    return ShaderLibrary(unit)
+
+
+class ShaderLibrary:
+    """The kernels of a source, as attributes."""
+
+    def __init__(self, unit: Unit):
+        self._unit = unit
+        self._plain = [name for name, instance in unit.kernels.instances.items() if not instance.template_arguments]
+        self._builds: dict[tuple[str, bool], cpu.Compiled] = {}
+        self._modules: dict[str, nvidia.Module] = {}
+        self._compile(self._plain, False)
+
+    def _compile(self, names: list[str], instrument: bool) -> None:
+        for name, compiled in cpu.compile_unit(self._unit, names, instrument).items():
+            self._builds[name, instrument] = compiled
+
+    def compiled(self, name: str, instrument: bool = False) -> cpu.Compiled:
+        if (name, instrument) not in self._builds:
+            self._compile(self._plain if name in self._plain else [name], instrument)
+        return self._builds[name, instrument]
+
+    def module(self, name: str) -> nvidia.Module:
+        """The kernel `name` as PTX, with the library's other plain kernels if it is one."""
+        if name not in self._modules:
+            names = self._plain if name in self._plain else [name]
+            self._modules |= dict.fromkeys(names, nvidia.Module(self._unit, names))
+        return self._modules[name]
+
+    def resources(self, name: str, threads: int) -> nvidia.Resources:
+        """What ptxas says of the kernel for groups of `threads`: registers, spills, shared memory. Needs no GPU."""
+        module = self.module(name)
+        return nvidia.resources(module.ptx, module.entries[name], threads)
+
+    def __getattr__(self, name: str) -> KernelFunction:
+        if name.startswith("__") or name not in self._unit.kernels.instances:
+            raise (AttributeError if name.startswith("__") else RuntimeError)(
+                f"Failed to create function state object for: {name}"
+            )
+        return KernelFunction(self, name)
+
+    def __dir__(self) -> list[str]:
+        return list(self._unit.kernels.instances)
+
+
+class KernelFunction:
+    """A kernel, ready to be called: kernel(*args, threads=None, group_size=None, arg_casts=None, error_buf_idx=None)."""
+
+    thread_execution_width = 32
+
+    def __init__(self, library: ShaderLibrary, name: str):
+        self._library = library
+        self._name = name
+        self._kernel = library._unit.kernels.instances[name].kernel
+        self._fast = library.compiled(name)
+        if self._fast.threadgroup_bytes > MAX_THREADGROUP_BYTES:
+            raise RuntimeError(
+                f"Failed to create pipeline state object, error: kernel '{name}' uses {self._fast.threadgroup_bytes} bytes of "
+                f"threadgroup memory, the maximum is {MAX_THREADGROUP_BYTES}"
+            )
+
+    @property
+    def max_threads_per_threadgroup(self) -> int:
+        return min(self._fast.max_threads, abi.MAX_THREADS)
+
+    @property
+    def static_thread_group_memory_length(self) -> int:
+        return self._fast.threadgroup_bytes
+
+    def __call__(
+        self,
+        *args: Any,
+        threads: int | Sequence[int] | None = None,
+        group_size: int | Sequence[int] | None = None,
+        arg_casts: str | dict[int, str] | None = None,
+        error_buf_idx: int | None = None,
+    ) -> None:
+        bindings = Bindings(self._kernel.arguments)
+        for index, value in enumerate(args):
+            bindings.bind(index, value, arg_casts)
+        errors = None
+        if error_buf_idx is not None:
+            errors = torch.zeros(ErrorBuffer.size, dtype=torch.uint8, device="cuda" if bindings.on_gpu else "cpu")
+            bindings.bind(error_buf_idx, errors, None)
+        bindings.finish()
+        grid, group = self._shape(threads, group_size, args)
+        if bindings.on_gpu:
+            self._library.module(self._name).launch(self._name, bindings, grid, group)
+            if errors is not None:
+                ErrorBuffer.raise_if_any(errors.cpu())
+            return
+        if _mode.instrumented:
+            compiled = self._library.compiled(self._name, True)
+            counters = instrumented.launch(
+                self._name,
+                compiled,
+                self._library._unit,
+                bindings,
+                grid,
+                group,
+                _mode.seed,
+                _mode.allow_partial_collectives,
+            )
+        else:
+            counters = cpu.launch(self._fast, bindings.addresses(), grid, group, _mode.seed)
+        if _mode.log is not None:
+            _mode.log.append(Launch(self._name, {n: getattr(counters, n) for n in abi.COUNTERS}))
+        if errors is not None:
+            ErrorBuffer.raise_if_any(errors)
+
+    def _shape(self, threads: Any, group_size: Any, args: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Grid and group in three dimensions, from what the caller gave; all of it in threads, not groups."""
+        limit = self.max_threads_per_threadgroup
+        grid, group = _shape_of("threads", threads), _shape_of("group_size", group_size)
+        if grid is None:
+            grid = next(((t.numel(),) for t in args if isinstance(t, torch.Tensor)), None)
+        if grid is None or not 0 < len(grid) < 4:
+            raise RuntimeError("Number of threads is undefined or has wrong dimension")
+        if group is not None and len(group) != len(grid):
+            raise RuntimeError(
+                f"size and group_size must have same number of dimensions: threads {grid}, group_size {group}"
+            )
+        if group is None:
+            group = (min(grid[0], limit) if len(grid) == 1 else limit,) + (1,) * (len(grid) - 1)
+        grid, group = (*grid, 1, 1)[:3], (*group, 1, 1)[:3]
+        if group[0] * group[1] * group[2] > limit:
+            raise ValueError(f"Threadgroup size exceeds {limit} limit")
+        if min(grid) < 1 or min(group) < 1 or max(grid) >= 1 << 32:
+            raise ValueError(
+                f"threads and group_size must be positive and below 2**32, got threads={grid}, group_size={group}"
+            )
+        return grid, group
+
+
+def _shape_of(name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, int):
+        return (value,)
+    if isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value):
+        return tuple(value)
+    raise TypeError(f"{name} must be an int or a sequence of at most three ints, got {value!r}")
+
+
+class Bindings:
+    """The memory behind a launch's arguments."""
+
+    def __init__(self, parameters: list):
+        self._parameters = {p.index: p for p in parameters if not isinstance(p, str)}
+        self.tensors: dict[int, torch.Tensor] = {}
+        self.inline: dict[int, ctypes.Array] = {}
+        self.tensor_lists: dict[int, list[torch.Tensor]] = {}
+
+    def bind(self, index: int, value: Any, casts: str | dict[int, str] | None) -> None:
+        if index >= abi.MAX_BUFFERS:
+            raise RuntimeError(f"argument {index}: a kernel has at most {abi.MAX_BUFFERS} buffers")
+        if isinstance(value, torch.Tensor):
+            if value.dtype in _UNSUPPORTED_DTYPES:
+                raise TypeError(f"argument {index}: {value.dtype} is not supported on MPS")
+            self.tensors[index] = value
+        elif isinstance(value, (tuple, list)) and value and isinstance(value[0], torch.Tensor):
+            self.tensor_lists[index] = list(value)
+            self.inline[index] = (ctypes.c_uint64 * len(value))(*(t.data_ptr() for t in value))
+        else:
+            self.inline[index] = _inline_bytes(index, value, casts)
+        if index in self.inline and ctypes.sizeof(self.inline[index]) > MAX_INLINE_BYTES:
+            size = ctypes.sizeof(self.inline[index])
+            raise RuntimeError(
+                f"argument {index}: {size} inline bytes, Metal's setBytes takes at most {MAX_INLINE_BYTES}"
+            )
+
+    def finish(self) -> None:
+        """Every buffer of the kernel must be bound: Metal would read address 0."""
+        missing = [
+            f"{p.name} [[buffer({i})]]"
+            for i, p in self._parameters.items()
+            if i not in self.tensors and i not in self.inline
+        ]
+        if missing:
+            raise RuntimeError(f"no argument for {', '.join(missing)}")
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(t.device.type == "cuda" for t in self.tensors.values())
+
+    def name(self, index: int) -> str:
+        return self._parameters[index].name if index in self._parameters else f"buffer({index})"
+
+    def space(self, index: int) -> str:
+        return self._parameters[index].space if index in self._parameters else "device"
+
+    def addresses(self) -> dict[int, int]:
+        return {i: t.data_ptr() for i, t in self.tensors.items()} | {
+            i: ctypes.addressof(b) for i, b in self.inline.items()
+        }
+
+
+def _inline_bytes(index: int, value: Any, casts: str | dict[int, str] | None) -> ctypes.Array:
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    if not values:
+        raise RuntimeError("Empty list/tuple can not be an argument to metal kernel")
+    if all(isinstance(v, int) for v in values):
+        dtype = torch.int64
+    elif isinstance(values[0], float) and all(isinstance(v, (int, float)) for v in values):
+        dtype = torch.float32
+    elif isinstance(value, (tuple, list)):
+        raise RuntimeError(f"Unexpected argument types: argument {index} is a sequence of {type(values[0]).__name__}")
+    else:
+        raise RuntimeError(f"Unsupported argument type: argument {index} is {type(value).__name__}")
+    cast = casts.get(index, "") if isinstance(casts, dict) else casts or ""
+    if not isinstance(cast, str) or (casts is not None and not isinstance(casts, (str, dict))):
+        raise RuntimeError(f"Unexpected caster arg type {type(casts).__name__}")
+    if cast and cast not in _CASTS:
+        raise RuntimeError(f"Unsupported cast instruction {cast}: one of {', '.join(_CASTS)}")
+    tensor = torch.tensor(values, dtype=dtype).to(_CASTS[cast] if cast else dtype)
+    size = tensor.numel() * tensor.element_size()
+    # 16 bytes more, so that the copy can start where a vector argument may be read from.
+    storage = (ctypes.c_char * (size + 16))()
+    offset = -ctypes.addressof(storage) % 16
+    aligned = (ctypes.c_char * size).from_buffer(storage, offset)
+    ctypes.memmove(aligned, tensor.data_ptr(), size)
+    return aligned
+
+
+class ErrorBuffer:
+    """The buffer of c10/metal/error.h: a count, then messages of file[128], func[128], message[250] and a line number."""
+
+    _message = 128 + 128 + 252 + 4
+    _capacity = 30
+    size = 4 + _capacity * _message
+
+    @classmethod
+    def raise_if_any(cls, buffer: torch.Tensor) -> None:
+        data = bytes(buffer.tolist())
+        count = int.from_bytes(data[:4], "little")
+        if not count:
+            return
+        lines = []
+        for i in range(min(count, cls._capacity)):
+            m = data[4 + i * cls._message :][: cls._message]
+            file, _, text = (part.split(b"\0")[0].decode() for part in (m[:128], m[128:256], m[256:506]))
+            lines.append(f"{file}:{int.from_bytes(m[508:512], 'little')}: {text}")
+        raise RuntimeError("\n".join(lines))
