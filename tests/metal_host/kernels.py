@@ -56,7 +56,6 @@ class Kernel:
     arguments: list[Buffer | str]  # a str is the expression of an identifier
     end: int  # token of the body's '}'
     body: int  # token of the body's '{'
-    host_name: str
     max_threads: str  # an expression
 
     @property

@@ -110,6 +110,12 @@ class Tokens:
             i += 1
         return -1
 
+    def skip_to(self, index: int, end: int, stops: str) -> int:
+        """The first token from index on that is one of the signs `stops`, brackets skipped; end if there is none."""
+        while index < end and self[index] not in stops:
+            index = self.partner[index] + 1 if self[index] in ("(", "[", "{") else index + 1
+        return index
+
     def join(self, start: int, end: int) -> str:
         """Tokens start..end-1 on one line, as edited."""
         return " ".join(self.render_token(i) for i in range(start, end) if self.render_token(i))
