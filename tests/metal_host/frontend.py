@@ -129,9 +129,9 @@ def _declaration(unit: Unit, i: int, scope: _Scope) -> int:
             i += 1
         elif t == "<" and (close := tokens.angle_close(i)) > 0:
             i = close + 1
-        elif t == "[" and tokens[i + 1] == "[":
-            i = tokens.partner[i] + 1
-        elif t == "(" and tokens[i - 1] in ("__attribute__", "alignas", "decltype"):
+        elif (t == "[" and tokens[i + 1] == "[") or (
+            t == "(" and tokens[i - 1] in ("__attribute__", "alignas", "decltype")
+        ):
             i = tokens.partner[i] + 1
         elif t in ("=", "{", ";", ":"):
             return tokens.skip_to(i, end, ";") + 1

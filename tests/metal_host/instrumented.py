@@ -8,8 +8,8 @@ import mmap
 import torch
 
 from . import abi, cpu
+from .bindings import Bindings
 from .errors import Fault, KernelFault
-from .frontend import Unit
 
 _MARGIN = 1 << 16
 _ALIGNMENT = 256
@@ -34,14 +34,7 @@ _NONE = 0xFFFFFFFF
 
 
 def launch(
-    name: str,
-    compiled: cpu.Compiled,
-    unit: Unit,
-    bindings,
-    grid: tuple[int, ...],
-    group: tuple[int, ...],
-    seed: int,
-    allow_partial_collectives: bool,
+    compiled: cpu.Compiled, bindings: Bindings, shape: cpu.Shape, *, seed: int, allow_partial_collectives: bool
 ) -> abi.Counters:
     """Run a kernel of the instrumented build. Tensors are as after the launch also when it raises KernelFault."""
     arena = Arena(bindings)
@@ -50,7 +43,7 @@ def launch(
         start = variable.address
         regions.append(abi.Region(start, start + variable.size, abi.SPACES.index("threadgroup"), variable.number))
     regions.sort(key=lambda r: r.start)
-    request = cpu.prepare(compiled, arena.addresses, grid, group, seed)
+    request = cpu.prepare(compiled, arena.addresses, shape, seed)
     request.regions = (abi.Region * len(regions))(*regions)
     request.region_count = len(regions)
     request.sites, request.site_lines, request.site_count = (
@@ -68,11 +61,11 @@ def launch(
         runtime.__getattr__("__mh_launch")(ctypes.byref(request))
         del view
     arena.copy_back()
-    teller = Teller(compiled, unit, bindings, regions)
+    teller = Teller(compiled, bindings, regions)
     faults = [f for r in request.reports[: request.report_count] if (f := teller.fault(r))]
     arena.close()
     if faults:
-        raise KernelFault(name, faults)
+        raise KernelFault(compiled.name, faults)
     return request.counters
 
 
@@ -82,7 +75,7 @@ class Arena:
     Views of one storage share a copy, as on the device: what lies outside the view and inside the storage is in bounds.
     """
 
-    def __init__(self, bindings):
+    def __init__(self, bindings: Bindings):
         self._storages: dict[
             int, tuple[torch.UntypedStorage, int]
         ] = {}  # host address -> (storage, offset in the arena)
@@ -143,8 +136,8 @@ class Arena:
 class Teller:
     """Says what a report of the runtime means."""
 
-    def __init__(self, compiled: cpu.Compiled, unit: Unit, bindings, regions: list[abi.Region]):
-        self._sites, self._unit, self._bindings, self._regions = compiled.sites, unit, bindings, regions
+    def __init__(self, compiled: cpu.Compiled, bindings: Bindings, regions: list[abi.Region]):
+        self._sites, self._unit, self._bindings, self._regions = compiled.sites, compiled.unit, bindings, regions
 
     def fault(self, r: abi.Report) -> Fault | None:
         kind = _KINDS[r.fault]

@@ -21,6 +21,8 @@ import torch
 
 from . import abi, toolchain
 from . import cache as disk
+from .bindings import Bindings
+from .cpu import Shape
 from .frontend import Unit
 
 ARCHITECTURE = "sm_90"
@@ -153,7 +155,8 @@ class Module:
         self.ptx, self.entries = compile_ptx(unit, host_names)
         self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
 
-    def launch(self, name: str, bindings, grid: tuple[int, ...], group: tuple[int, ...]) -> None:
+    def launch(self, name: str, bindings: Bindings, shape: Shape) -> None:
+        grid, group = shape
         threads = -(-group[0] * group[1] * group[2] // 32) * 32
         arguments = _Arguments(grid=(ctypes.c_uint32 * 3)(*grid), group=(ctypes.c_uint32 * 3)(*group))
         kept = []  # the stream's allocator keeps the memory for the launch
