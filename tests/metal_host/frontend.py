@@ -62,7 +62,7 @@ class _Scope:
 
 @dataclass(frozen=True)
 class _Function:
-    """A function's declarator: its first specifier, its name, the parentheses of its parameters; its template's < and >."""
+    """A function's declarator: first specifier, name, parentheses of the parameters; < and > of its template."""
 
     first: int
     name: int

@@ -1,4 +1,7 @@
-"""Instrumented launches: the arguments copied between wide margins, every access checked, faults told in the source's terms."""
+"""Instrumented launches.
+
+The arguments are copied between wide margins, every access is checked, and faults are told in the terms of the source.
+"""
 
 from __future__ import annotations
 
@@ -159,24 +162,28 @@ class Teller:
                 f"{self._access(r)} {self._inside(r)}, which no thread of the threadgroup has written, {self._at(r)}"
             )
         elif kind == "divergent barrier":
-            state = f"waits at the barrier of {there}{' with other flags' * r.write}" if other_line else "has ended"
-            message = f"threadgroup_barrier reached by {r.mask} of {r.size} threads as one: thread {r.other_thread} {state}, {self._at(r)}"
+            flags = " with other flags" * r.write
+            state = f"waits at the barrier of {there}{flags}" if other_line else "has ended"
+            reached = f"threadgroup_barrier reached by {r.mask} of {r.size} threads as one"
+            message = f"{reached}: thread {r.other_thread} {state}, {self._at(r)}"
         elif kind == "inactive lane":
-            message = f"lane {r.thread % 32} reads lane {r.other_thread}, which takes no part (active: {r.mask:#010x}), {self._at(r)}"
+            reads = f"lane {r.thread % 32} reads lane {r.other_thread}, which takes no part"
+            message = f"{reads} (active: {r.mask:#010x}), {self._at(r)}"
         else:
             state = f"waits at {there}" if other_line else "has ended"
             active, exists = bin(r.mask).count("1"), bin(r.size).count("1")
-            message = f"{_OPERATIONS[r.kind]} reached by {active} of {exists} lanes of the simdgroup: thread {r.other_thread} {state}, {self._at(r)}"
+            reached = f"{_OPERATIONS[r.kind]} reached by {active} of {exists} lanes of the simdgroup"
+            message = f"{reached}: thread {r.other_thread} {state}, {self._at(r)}"
         return Fault(kind, file, line, other_line, message)
 
     def _race(self, r: abi.Report, there: str) -> str:
-        words = ("read", "write")
-        verb = ("reads", "writes")[r.write]
+        now = f"{self._thread(r.thread)} {('reads', 'writes')[r.write]} {self._inside(r)}"
+        before = f"after the {('read', 'write')[r.other_write]} by {self._thread(r.other_thread)} at {there}"
         if r.mask:
             between = "in another threadgroup; nothing orders threadgroups"
         else:
             between = "with no barrier for this memory between"
-        return f"{self._thread(r.thread)} {verb} {self._inside(r)} after the {words[r.other_write]} by {self._thread(r.other_thread)} at {there}, {between}, {self._at(r, thread=False)}"
+        return f"{now} {before}, {between}, {self._at(r, thread=False)}"
 
     @staticmethod
     def _thread(thread: int) -> str:

@@ -64,7 +64,7 @@ class Kernel:
         return "".join(f"{n}::" for n in self.namespace if n) + "__mh_call_" + self.name
 
     def wrapper(self) -> str:
-        """The function that fetches the arguments and calls the kernel; stands right behind it, on the same line."""
+        """The function that fetches the arguments and calls the kernel; it stands behind it, on its last line."""
         values = ", ".join(a if isinstance(a, str) else a.expression() for a in self.arguments)
         instance = f"{self.name}<{self.template_arguments}>" if self.template else self.name
         return (
@@ -84,7 +84,7 @@ class Instance:
     at: int  # the token behind which its entry may stand
 
     def entry(self, symbol: str) -> str:
-        """The function that the host calls (__MH_ENTRY is the back end's), and the most threads that it may be called with."""
+        """The function that the host calls, and the most threads it may have; __MH_ENTRY is the back end's."""
         call = f"{self.kernel.path}{self.template_arguments}"
         limit = f"{call.replace('__mh_call_', '__mh_max_')}()"
         return f" __MH_ENTRY({symbol}, ({call}), ({limit}))"
@@ -216,7 +216,8 @@ def parse_arguments(tokens: Tokens, start: int, end: int) -> list[Buffer | str]:
         if "threadgroup" in unknown:
             raise tokens.error(
                 first,
-                f"'{tokens[name]}': compile_shader cannot set the length of [[threadgroup(n)]] memory; declare an array in the kernel",
+                f"'{tokens[name]}': compile_shader cannot set the length of [[threadgroup(n)]] memory; "
+                "declare an array in the kernel",
             )
         if unknown:
             raise tokens.error(first, f"attribute '{unknown[0]}' of '{tokens[name]}' is not known")

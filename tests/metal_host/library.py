@@ -35,7 +35,8 @@ class Launch:
     counters: dict[str, int]
 
 
-_mode: ContextVar[Mode] = ContextVar("mode", default=Mode())
+_DEFAULT = Mode()
+_mode: ContextVar[Mode] = ContextVar("mode", default=_DEFAULT)
 
 
 @contextmanager
@@ -44,8 +45,8 @@ def observe(
 ) -> Iterator[list[Launch]]:
     """Run the launches of a block under observation; yields the list that they are recorded in.
 
-    instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here. Launches on an
-        NVIDIA GPU are not observed: there compute-sanitizer is the tool (README.md).
+    instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here.
+        Launches on an NVIDIA GPU are not observed: there compute-sanitizer is the tool (README.md).
     seed: 0 runs ready threads in order, every other number in an order of its own.
     allow_partial_collectives: reductions, votes and shuffles may be reached by some lanes of a simdgroup
         only, which Metal defines but our kernels never mean.
@@ -61,7 +62,7 @@ def observe(
 def compile_shader(source_text: str) -> ShaderLibrary:
     """Compile Metal Shading Language; stands in for torch.mps.compile_shader(source).
 
-    Headers of the installed torch may be included. Raises SyntaxError with the compiler's log for what Metal would refuse.
+    Headers of the installed torch may be included. Raises SyntaxError with the compiler's log for what Metal refuses.
     Kernels that are templates are compiled when they are first looked up.
     """
     expanded = source.expand(source_text, source.include_directories())
@@ -112,7 +113,7 @@ class ShaderLibrary:
 
 
 class KernelFunction:
-    """A kernel, ready to be called: kernel(*args, threads=None, group_size=None, arg_casts=None, error_buf_idx=None)."""
+    """A kernel, ready to be called as torch's are: see __call__."""
 
     thread_execution_width = 32
 
@@ -123,8 +124,8 @@ class KernelFunction:
         self._fast = library.compiled(name)
         if self._fast.threadgroup_bytes > MAX_THREADGROUP_BYTES:
             raise RuntimeError(
-                f"Failed to create pipeline state object, error: kernel '{name}' uses {self._fast.threadgroup_bytes} bytes of "
-                f"threadgroup memory, the maximum is {MAX_THREADGROUP_BYTES}"
+                f"Failed to create pipeline state object, error: kernel '{name}' uses "
+                f"{self._fast.threadgroup_bytes} bytes of threadgroup memory, the maximum is {MAX_THREADGROUP_BYTES}"
             )
 
     @property
@@ -208,7 +209,7 @@ def _shape_of(name: str, value: Any) -> tuple[int, ...] | None:
 
 
 class ErrorBuffer:
-    """The buffer of c10/metal/error.h: a count, then messages of file[128], func[128], message[250] and a line number."""
+    """The buffer of c10/metal/error.h: a count, then messages: file[128], func[128], message[250], a line number."""
 
     _message = 128 + 128 + 252 + 4
     _capacity = 30

@@ -64,7 +64,7 @@ def _constructor(tokens: Tokens, i: int, aliases: set[str]) -> None:
 
 
 def _vector_aliases(tokens: Tokens) -> None:
-    """typedef vec<T, N> X, where T may be bool: clang has no vectors of bool, and where nothing is deduced, a class serves."""
+    """typedef vec<T, N> X, where T may be bool: clang has no vectors of bool, a class serves."""
     i = 0
     while i < len(tokens):
         alias = tokens[i] == "typedef" or (tokens[i] == "using" and tokens[i + 2] == "=" and tokens[i - 1] != ">")

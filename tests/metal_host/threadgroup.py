@@ -49,7 +49,8 @@ def rewrite_threadgroup_variables(tokens: Tokens, kernel: Kernel, variables: lis
             extents = tokens.join(first + 1, last)
             tag = f"__mh_tag_{number}"
             text += f"struct {tag} {{ enum {{ number = {number} }}; }}; "
-            text += f"threadgroup {type_} (&{tokens[first]}){extents} = *__mh::threadgroup_variable<{tag}, {type_} {extents}>::get(); "
+            storage = f"__mh::threadgroup_variable<{tag}, {type_} {extents}>"
+            text += f"threadgroup {type_} (&{tokens[first]}){extents} = *{storage}::get(); "
         if _depth(tokens, kernel, i):
             raise tokens.error(i, "threadgroup variables are declared in the outermost scope of a kernel")
         tokens.blank(i, end)

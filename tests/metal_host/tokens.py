@@ -27,7 +27,7 @@ _PAIRS = {"(": ")", "[": "]", "{": "}"}
 class Tokens:
     """A source as a list of its words and signs, white space apart.
 
-    text[i] is the i-th token; before[i] and after[i] are what edits put around it; partner[i] is the other bracket of (), [], {}.
+    text[i] is the i-th token, before[i] and after[i] what edits put around it, partner[i] the other bracket of a pair.
     """
 
     def __init__(self, source: str):
