@@ -6,6 +6,7 @@ import ctypes
 import ctypes.util
 import json
 import mmap
+import platform
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -41,20 +42,14 @@ _INSTRUMENTED = [
 
 
 def link(objects: list[Path], output: Path) -> None:
-    if sys.platform == "darwin":
-        toolchain.run(
-            [
-                "cc",
-                *toolchain.target(),
-                "-shared",
-                "-Wl,-undefined,dynamic_lookup",
-                "-o",
-                str(output),
-                *map(str, objects),
-            ]
-        )
+    """A shared library that finds the runtime's and the C library's symbols when it is loaded."""
+    names = [str(o) for o in objects]
+    if sys.platform == "darwin":  # zig's linker signs, as macOS on arm64 demands
+        target = f"{platform.machine().replace('arm64', 'aarch64')}-macos"
+        shared = ["-target", target, "-shared", "-Wl,-undefined,dynamic_lookup"]
+        toolchain.run(["cc", *shared, "-o", str(output), *names])
     else:
-        toolchain.run(["ld.lld", "-shared", "--hash-style=gnu", "-Bsymbolic", "-o", str(output), *map(str, objects)])
+        toolchain.run(["ld.lld", "-shared", "--hash-style=gnu", "-Bsymbolic", "-o", str(output), *names])
 
 
 def _compile_c(name: str, output: Path) -> None:
