@@ -330,6 +330,8 @@ SMALL = {
     "before the start of a buffer": ("o[g] = in[long(g) - 129];", "out of bounds"),
     "inside the storage, outside the view": ("o[g] = in[129];", "out of bounds"),
     "a vector across the end": ("o[g] = *(const device ulong*)((const device uchar*)in + 505);", "out of bounds"),
+    "a misaligned vector": ("o[g] = ((const device float2*)(in + 1))[0].x;", "misaligned"),
+    "a misaligned scalar": ("o[g] = *(const device float*)((const device uchar*)in + 2);", "misaligned"),
     "inline constants": ("o[g] = c[2];", "out of bounds"),
     "a threadgroup variable never written": ("o[g] = t[i];", "uninitialised"),
     "read-modify-write of what nobody wrote": ("t[i] += 1; o[g] = t[i];", "uninitialised"),
