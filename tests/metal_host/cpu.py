@@ -111,6 +111,7 @@ class Compiled:
     entry: int
     max_threads: int
     variables: list[abi.ThreadgroupRecord]
+    constants: tuple[int, int]  # addresses of the source's tables
     sites: sites.Sites | None
 
     @property
@@ -152,12 +153,18 @@ def compile_unit(unit: Unit, host_names: list[str], instrumented: bool) -> dict[
     return _load(unit, path, entries, instrumented)
 
 
+def _extent(library: ctypes.CDLL, function: str) -> tuple[int, int]:
+    """What runtime/table.c says: the first address and the one behind the last."""
+    first, last = ctypes.c_void_p(), ctypes.c_void_p()
+    library.__getattr__(function)(ctypes.byref(first), ctypes.byref(last))
+    return first.value or 0, last.value or 0
+
+
 def _load(unit: Unit, path: Path, entries: dict[str, str], instrumented: bool) -> dict[str, Compiled]:
     library = ctypes.CDLL(str(path))
-    first, last = ctypes.c_void_p(), ctypes.c_void_p()
-    library.__getattr__("__mh_records")(ctypes.byref(first), ctypes.byref(last))
-    count = ((last.value or 0) - (first.value or 0)) // ctypes.sizeof(abi.ThreadgroupRecord)
-    records = (abi.ThreadgroupRecord * count).from_address(first.value) if count else []
+    first, last = _extent(library, "__mh_records")
+    count = (last - first) // ctypes.sizeof(abi.ThreadgroupRecord)
+    records = (abi.ThreadgroupRecord * count).from_address(first) if count else []
     table = sites.Sites(library, json.loads((path.parent / "sites.json").read_text())) if instrumented else None
     compiled = {}
     for host_name, symbol in entries.items():
@@ -169,6 +176,7 @@ def _load(unit: Unit, path: Path, entries: dict[str, str], instrumented: bool) -
             entry=ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value or 0,
             max_threads=ctypes.c_uint32.in_dll(library, f"{symbol}_max_threads").value,
             variables=[r for r in records if unit.variables[r.number].kernel == kernel.name],
+            constants=_extent(library, "__mh_constants"),
             sites=table,
         )
     return compiled

@@ -46,6 +46,7 @@ def launch(
     for variable in compiled.variables:
         start = variable.address
         regions.append(abi.Region(start, start + variable.size, abi.SPACES.index("threadgroup"), variable.number))
+    regions.append(abi.Region(*compiled.constants, abi.SPACES.index("constant"), abi.MAX_BUFFERS))
     regions.sort(key=lambda r: r.start)
     request = cpu.prepare(compiled, arena.addresses, shape, seed)
     request.regions = (abi.Region * len(regions))(*regions)
@@ -204,6 +205,8 @@ class Teller:
     def _name(self, region: abi.Region) -> str:
         if abi.SPACES[region.space] == "threadgroup":
             return f"threadgroup '{self._unit.variables[region.id].name}'"
+        if region.id == abi.MAX_BUFFERS:
+            return "the source's constants"
         return f"{abi.SPACES[region.space]} '{self._bindings.name(region.id)}'"
 
     def _inside(self, r: abi.Report) -> str:
