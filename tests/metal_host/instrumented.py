@@ -53,6 +53,7 @@ def launch(
     request = cpu.prepare(compiled, arena.addresses, grid, group, seed)
     request.regions = (abi.Region * len(regions))(*regions)
     request.region_count = len(regions)
+    request.sites, request.site_lines, request.site_count = compiled.sites.addresses, compiled.sites.lines, len(compiled.sites.lines)
     request.allow_partial_collectives = allow_partial_collectives
     runtime = cpu.runtime()
     cell = runtime.__getattr__("__mh_shadow_bytes")()
@@ -147,7 +148,7 @@ class Teller:
             return Fault(kind, (where.file or b"").decode(), where.line, 0, message)
         file, line = self._sites.place(r.site)
         other_file, other_line = self._sites.place(r.other_site) if r.other_site else ("", 0)
-        if kind == "divergent barrier" and (file, line) == (other_file, other_line):
+        if kind == "divergent barrier" and (file, line) == (other_file, other_line) and not r.write:
             return None  # two copies of one barrier that the compiler made
         there = f"line {other_line}" if other_file == file else f"{other_file}:{other_line}"
         if kind == "race":
@@ -157,7 +158,7 @@ class Teller:
         elif kind == "uninitialised":
             message = f"{self._access(r)} {self._inside(r)}, which no thread of the threadgroup has written, {self._at(r)}"
         elif kind == "divergent barrier":
-            state = f"waits at the barrier of {there}" if other_line else "has ended"
+            state = f"waits at the barrier of {there}{' with other flags' * r.write}" if other_line else "has ended"
             message = f"threadgroup_barrier reached by {r.mask} of {r.size} threads as one: thread {r.other_thread} {state}, {self._at(r)}"
         elif kind == "inactive lane":
             message = f"lane {r.thread % 32} reads lane {r.other_thread}, which takes no part (active: {r.mask:#010x}), {self._at(r)}"

@@ -53,7 +53,8 @@ def observe(*, instrumented: bool = True, seed: int = 0, allow_partial_collectiv
 
     instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here.
     seed: 0 runs ready threads in order, every other number in an order of its own.
-    allow_partial_collectives: reductions and votes may be reached by some lanes of a simdgroup only, as Metal defines.
+    allow_partial_collectives: reductions, votes and shuffles may be reached by some lanes of a simdgroup
+        only, which Metal defines but our kernels never mean.
     """
     global _mode
     before, log = _mode, []
