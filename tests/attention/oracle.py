@@ -5,8 +5,7 @@ it is the "plain PyTorch implementation" of the error rule in `rule.py`. Nothing
 
 Semantics: with offset = seqlen_k - seqlen_q, query i sees key j iff i + offset - left <= j <= i + offset + right (a
 negative bound is open, causal is right = 0); a score is scaled, soft-capped, biased by ALiBi, masked; a query that
-sees no key gives zeros and a
-log-sum-exp of -inf.
+sees no key gives zeros and a log-sum-exp of -inf.
 """
 
 import math
@@ -16,8 +15,9 @@ import torch
 
 
 class Attended(NamedTuple):
-    """out: (B, Sq, H, Dv), or (total_q, H, Dv); lse: (B, H, Sq), or (H, total_q); p: (B, H, Sq, Sk), or a list of (H,
-    sq, sk).
+    """Dense: out (B, Sq, H, Dv), lse (B, H, Sq), p (B, H, Sq, Sk).
+
+    Packed: out (total_q, H, Dv), lse (H, total_q), p a list of (H, sq, sk).
     """
 
     out: torch.Tensor
@@ -35,9 +35,7 @@ class Cached(NamedTuple):
 
 
 def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p):
-    """q (Sq, D), k (Sk, D), v (Sk, Dv), keep (Sq, Sk) or None: out (Sq, Dv), lse (Sq,), probabilities before dropout
-    (Sq, Sk).
-    """
+    """q (Sq, D), k (Sk, D), v (Sk, Dv), keep (Sq, Sk) or None: out (Sq, Dv), lse (Sq,), undropped p (Sq, Sk)."""
     seqlen_q, seqlen_k = q.shape[0], k.shape[0]
     distance = torch.arange(seqlen_q)[:, None] + (seqlen_k - seqlen_q) - torch.arange(seqlen_k)[None, :]
     left, right = int(window[0]), 0 if causal else int(window[1])
@@ -122,10 +120,9 @@ def varlen(
     keep=None,
     **how,
 ):
-    """q (total_q, H, D), k (total_k, Hkv, D) or, with block_table, (num_blocks, page_size, Hkv, D); keep (B, H,
-    max_sq, max_sk).
+    """q (total_q, H, D), k (total_k, Hkv, D) or, with block_table, (num_blocks, page_size, Hkv, D).
 
-    Rows of q that belong to no sequence, or lie beyond seqused_q, see nothing.
+    keep is (B, H, max_sq, max_sk). Rows of q that belong to no sequence, or lie beyond seqused_q, see nothing.
     """
     rules = _rules(**how)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -170,8 +167,7 @@ def gather_pages(cache, pages, length):
 def rotate(x, cos, sin, positions, interleaved):
     """Rotary embedding of x (S, H, D): pair c of token t turns by the angle whose cosine is cos[positions[t], c].
 
-    Interleaved pairs are the dimensions (2c, 2c + 1), otherwise (c, c + rotary_dim / 2); dimensions beyond rotary_dim
-    stay.
+    Interleaved pairs are the dimensions (2c, 2c + 1), otherwise (c, c + rotary_dim / 2); further ones stay.
     """
     half = cos.shape[1]
     turned = x.clone()
@@ -201,12 +197,11 @@ def kvcache(
     alibi_slopes=None,
     **how,
 ):
-    """q (B, Sq, H, D); caches (B_cache, S_cache, Hkv, D), or with block_table (num_blocks, page_size, Hkv, D); k and
-    v (B, S_new, Hkv, D).
+    """q (B, Sq, H, D), k and v (B, S_new, Hkv, D), caches (B_cache, S_cache, Hkv, D).
 
-    New keys go to the positions cache_seqlens, cache_seqlens + 1, ... and turn by them. Queries turn by those
-    positions too if the mask is causal or a window, and all by cache_seqlens if not. The keys of a sequence begin at
-    cache_leftpad.
+    With block_table the caches are pages, (num_blocks, page_size, Hkv, D). New keys go to the positions
+    cache_seqlens, cache_seqlens + 1, ... and turn by them. Queries turn by those positions too if the mask is causal
+    or a window, and all by cache_seqlens if not. The keys of a sequence begin at cache_leftpad.
     """
     rules = _rules(**how)
     k_cache, v_cache = k_cache.clone(), v_cache.clone()

@@ -1,11 +1,15 @@
-"""The FlashAttention-3 functions: their own argument order, seqused, page_table, and the return convention of
-upstream's main branch.
-"""
+"""The FlashAttention-3 functions: their argument order, seqused, page_table and upstream's newest return convention."""
 
 import pytest
 import torch
 
-from flash_attn_mps.interface3 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn_mps.interface3 import (
+    flash_attn_combine,
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
 
 from . import oracle
 from .layouts import randn, random_dout
@@ -134,6 +138,93 @@ def test_kvcache_page_table(page_size):
     plain = oracle.kvcache(q, k_pages, v_pages, block_table=table, **rules)
     out = flash_attn_with_kvcache(q, k_pages, v_pages, page_table=table, **rules)
     assert_within_rule("out", out, plain.out, exact.out)
+
+
+@pytest.mark.parametrize("rotary_seqlens", [None, [0, 30]])
+@pytest.mark.parametrize("append", [False, True])
+@pytest.mark.parametrize("seqlens", ["tensor", "int"])
+@pytest.mark.parametrize("where", ["rows", "pages"])
+def test_kvcache_of_packed_queries(where, seqlens, append, rotary_seqlens):
+    """cu_seqlens_q, cu_seqlens_k_new: each sequence as if alone. rotary_seqlens: where its rotation begins."""
+    lengths_q, lengths_new = [5, 2], [3, 4]
+    cached = [11, 40] if seqlens == "tensor" else [20, 20]
+    cache_seqlens = torch.tensor(cached, dtype=torch.int32) if seqlens == "tensor" else 20
+    table = torch.tensor([[5, 0, 3], [1, 4, 2]], dtype=torch.int32) if where == "pages" else None
+    shape = (6, 16) if where == "pages" else (2, 48)
+    k_cache, v_cache = randn(*shape, 2, 32, dtype=torch.float32), randn(*shape, 2, 32, dtype=torch.float32)
+    q = randn(7, 4, 32, dtype=torch.float32)
+    call = {"causal": True, "cu_seqlens_q": cumulative(lengths_q), "max_seqlen_q": 5, "page_table": table}
+    new = {}
+    if append:
+        new = {name: randn(7, 2, 32, dtype=torch.float32) for name in ("k", "v")}
+        call |= {**new, "cu_seqlens_k_new": cumulative(lengths_new)}
+        angles = torch.arange(96)[:, None] * 0.5 ** torch.arange(16)
+        call |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+        if rotary_seqlens is not None:
+            call["rotary_seqlens"] = torch.tensor(rotary_seqlens, dtype=torch.int32)
+
+    expected, k_exact, v_exact = [], k_cache.double(), v_cache.double()
+    for b in range(2):
+        rows_q = slice(sum(lengths_q[:b]), sum(lengths_q[: b + 1]))
+        rows_new = slice(sum(lengths_new[:b]), sum(lengths_new[: b + 1]))
+        alone = {"causal": True, "cache_seqlens": cached[b]}
+        if where == "rows":
+            alone["cache_batch_idx"] = torch.tensor([b])
+        else:
+            alone["block_table"] = table[b : b + 1]
+        q_b, k_b = q[None, rows_q].double(), None
+        if append:
+            # Turned here, so that the rotation may begin elsewhere than the cache ends.
+            begin = cached[b] if rotary_seqlens is None else rotary_seqlens[b]
+            tables = angles.cos().double(), angles.sin().double()
+            q_b = oracle.rotate(q_b[0], *tables, range(begin, begin + lengths_q[b]), True)[None]
+            k_b = oracle.rotate(new["k"][rows_new].double(), *tables, range(begin, begin + lengths_new[b]), True)[None]
+            alone["k"], alone["v"] = k_b, new["v"][None, rows_new].double()
+        out, _, k_exact, v_exact = oracle.kvcache(q_b, k_exact, v_exact, **alone)
+        expected.append(out[0])
+
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=cache_seqlens, **call)
+    torch.testing.assert_close(out.double(), torch.cat(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(k_cache.double(), k_exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(v_cache.double(), v_exact)
+
+
+@pytest.mark.parametrize("heads_k", [None, 2, 1])
+def test_qkvpacked(heads_k):
+    """Five dimensions, or four with the query heads first and their number given."""
+    if heads_k is None:
+        verify(
+            lambda qkv: flash_attn_qkvpacked_func(qkv, causal=True),
+            lambda qkv: oracle.dense(*qkv.unbind(2), causal=True),
+            {"qkv": randn(2, 20, 3, 4, 16, dtype=torch.float32)},
+            dout=random_dout("contiguous"),
+        )
+        return
+    verify(
+        lambda qkv: flash_attn_qkvpacked_func(qkv, causal=True, num_heads_q=4),
+        lambda qkv: oracle.dense(*qkv.split([4, heads_k, heads_k], dim=2), causal=True),
+        {"qkv": randn(2, 20, 4 + 2 * heads_k, 16, dtype=torch.float32)},
+        dout=random_dout("contiguous"),
+    )
+
+
+def test_combine():
+    """Attention over parts of the keys merges into attention over all; a part that is not seen counts nothing."""
+    q, k, v = (randn(2, s, 3, 16, dtype=torch.float32) for s in (9, 40, 40))
+    outs, lses = [], []
+    for part in (slice(0, 13), slice(13, 40)):
+        out, lse = flash_attn_func(q, k[:, part], v[:, part], return_attn_probs=True)
+        outs.append(out)
+        lses.append(lse.transpose(1, 2))
+    outs.append(torch.zeros_like(outs[0]))
+    lses.append(torch.full_like(lses[0], float("-inf")))
+    out, lse = flash_attn_combine(torch.stack(outs), torch.stack(lses))
+    exact = oracle.dense(q.double(), k.double(), v.double())
+    torch.testing.assert_close(out.double(), exact.out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.transpose(1, 2).double(), exact.lse, rtol=1e-5, atol=1e-5)
+    nothing, lse = flash_attn_combine(torch.stack(outs[2:] * 2), torch.stack(lses[2:] * 2))
+    assert (nothing == 0).all()
+    assert torch.isneginf(lse).all()
 
 
 UNSUPPORTED = {
