@@ -91,7 +91,7 @@ class Compiled:
 def compile_unit(unit: Unit, host_names: list[str], instrumented: bool) -> dict[str, Compiled]:
     """The kernels `host_names`, compiled into one library and loaded."""
     entries = {name: f"__mh_entry_{i}" for i, name in enumerate(host_names)}
-    source = unit.render(entries, 'extern "C" __MH_EXPORT')
+    source = unit.render(entries)
     flags = [*toolchain.LANGUAGE, *toolchain.target(), *(_INSTRUMENTED if instrumented else _FAST), "-fPIC"]
     runtime()
     table = _runtime_files()[1]

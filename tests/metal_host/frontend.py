@@ -47,12 +47,12 @@ class Unit:
     kernels: Kernels = field(default_factory=Kernels)
     variables: list[ThreadgroupVariable] = field(default_factory=list)
 
-    def render(self, entries: dict[str, str], prefix: str) -> str:
+    def render(self, entries: dict[str, str]) -> str:
         """The source with an entry `symbol` for each instance: entries maps host names to symbols."""
         extra: dict[int, str] = {}
         for host_name, symbol in entries.items():
             instance = self.kernels.instances[host_name]
-            extra[instance.at] = extra.get(instance.at, "") + instance.entry(symbol, prefix)
+            extra[instance.at] = extra.get(instance.at, "") + instance.entry(symbol)
         return self.tokens.render(extra)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import abi, cpu, instrumented, source
+from . import abi, cpu, instrumented, nvidia, source
 from .frontend import Unit, translate
 
 MAX_THREADGROUP_BYTES = 32 << 10
@@ -51,7 +51,8 @@ _mode = Mode()
 def observe(*, instrumented: bool = True, seed: int = 0, allow_partial_collectives: bool = False) -> Iterator[list[Launch]]:
     """Run the launches of a block under observation; yields the list that they are recorded in.
 
-    instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here.
+    instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here. Launches on an
+        NVIDIA GPU are not observed: there compute-sanitizer is the tool (README.md).
     seed: 0 runs ready threads in order, every other number in an order of its own.
     allow_partial_collectives: reductions, votes and shuffles may be reached by some lanes of a simdgroup
         only, which Metal defines but our kernels never mean.
@@ -83,6 +84,7 @@ class ShaderLibrary:
         self._unit = unit
         self._plain = [name for name, instance in unit.kernels.instances.items() if not instance.template_arguments]
         self._builds: dict[tuple[str, bool], cpu.Compiled] = {}
+        self._modules: dict[str, nvidia.Module] = {}
         self._compile(self._plain, False)
 
     def _compile(self, names: list[str], instrument: bool) -> None:
@@ -93,6 +95,13 @@ class ShaderLibrary:
         if (name, instrument) not in self._builds:
             self._compile(self._plain if name in self._plain else [name], instrument)
         return self._builds[name, instrument]
+
+    def module(self, name: str) -> nvidia.Module:
+        """The kernel `name` as PTX, with the library's other plain kernels if it is one."""
+        if name not in self._modules:
+            names = self._plain if name in self._plain else [name]
+            self._modules |= dict.fromkeys(names, nvidia.Module(self._unit, names))
+        return self._modules[name]
 
     def __getattr__(self, name: str) -> KernelFunction:
         if name.startswith("__") or name not in self._unit.kernels.instances:
@@ -140,10 +149,15 @@ class KernelFunction:
             bindings.bind(index, value, arg_casts)
         errors = None
         if error_buf_idx is not None:
-            errors = torch.zeros(ErrorBuffer.size, dtype=torch.uint8)
+            errors = torch.zeros(ErrorBuffer.size, dtype=torch.uint8, device="cuda" if bindings.on_gpu else "cpu")
             bindings.bind(error_buf_idx, errors, None)
         bindings.finish()
         grid, group = self._shape(threads, group_size, args)
+        if bindings.on_gpu:
+            self._library.module(self._name).launch(self._name, bindings, grid, group)
+            if errors is not None:
+                ErrorBuffer.raise_if_any(errors.cpu())
+            return
         if _mode.instrumented:
             compiled = self._library.compiled(self._name, True)
             counters = instrumented.launch(
@@ -216,6 +230,10 @@ class Bindings:
         missing = [f"{p.name} [[buffer({i})]]" for i, p in self._parameters.items() if i not in self.tensors and i not in self.inline]
         if missing:
             raise RuntimeError(f"no argument for {', '.join(missing)}")
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(t.device.type == "cuda" for t in self.tensors.values())
 
     def name(self, index: int) -> str:
         return self._parameters[index].name if index in self._parameters else f"buffer({index})"
