@@ -107,7 +107,8 @@ METAL_FUNC float score_of(float product, Scoring scoring, int row, int key) {
 #if MASK_KIND == 1
   s = scoring.mask[row * scoring.mask_row + key * scoring.mask_column] ? s : -INFINITY;
 #elif MASK_KIND == 2
-  s += float(scoring.mask[row * scoring.mask_row + key * scoring.mask_column]) * LOG2E;
+  float bias = float(scoring.mask[row * scoring.mask_row + key * scoring.mask_column]);
+  s = bias == -INFINITY ? bias : s + bias * LOG2E;  // hidden, even if s is NaN
 #endif
   return s;
 }
