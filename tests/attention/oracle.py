@@ -6,6 +6,8 @@ it is the "plain PyTorch implementation" of the error rule in `rule.py`. Nothing
 Semantics: with offset = seqlen_k - seqlen_q, query i sees key j iff i + offset - left <= j <= i + offset + right (a
 negative bound is open, causal is right = 0); a score is scaled, soft-capped, biased by ALiBi, masked; a query that
 sees no key gives zeros and a log-sum-exp of -inf. A sink is one more score of every query of its head, with value 0.
+FlashAttention-3's qv adds qv v^T to the scores before the scale; under its attention_chunk, query i also sees only the
+chunk of keys in which position i + offset lies.
 """
 
 import math
@@ -34,7 +36,7 @@ class Cached(NamedTuple):
     v_cache: torch.Tensor
 
 
-def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p, mask=None, sink=None):
+def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p, chunk, qv, mask=None, sink=None):
     """q (Sq, D), k (Sk, D), v (Sk, Dv), keep (Sq, Sk) or None: out (Sq, Dv), lse (Sq,), undropped p (Sq, Sk).
 
     mask (Sq, Sk): bool, False hides, or added to the scores. sink: 0-d.
@@ -47,8 +49,13 @@ def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p,
         seen &= distance <= left
     if right >= 0:
         seen &= distance >= -right
+    if chunk > 0:  # a query sees its own chunk of positions
+        place, key = distance + torch.arange(seqlen_k)[None, :], torch.arange(seqlen_k)[None, :]
+        seen &= (key >= place - place % chunk) & (key < place - place % chunk + chunk)
 
     s = (q @ k.T) * scale
+    if qv is not None:
+        s = s + (qv @ v.T) * scale
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     if slope is not None:
@@ -80,28 +87,34 @@ def one_sequence(
     *,
     slopes=None,
     keep=None,
+    qv=None,
     softmax_scale=None,
     causal=False,
     window_size=(-1, -1),
     softcap=0.0,
     dropout_p=0.0,
+    attention_chunk=0,
     mask=None,
     sinks=None,
 ):
-    """q (Sq, H, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv), slopes and sinks (H,), keep and mask (H, Sq, Sk), or None."""
+    """q (Sq, H, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv), slopes and sinks (H,), keep and mask (H, Sq, Sk), qv (Sq, H, Dv)."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    if softmax_scale is None:
+        softmax_scale = float(q.shape[-1] + (0 if qv is None else qv.shape[-1])) ** -0.5
     done = [
         one_head(
             q[:, h],
             k[:, h // group],
             v[:, h // group],
-            scale=float(q.shape[-1]) ** -0.5 if softmax_scale is None else float(softmax_scale),
+            scale=float(softmax_scale),
             causal=causal,
             window=window_size,
             softcap=softcap,
             slope=None if slopes is None else slopes[h],
             keep=None if keep is None else keep[h],
             dropout_p=dropout_p,
+            chunk=attention_chunk,
+            qv=None if qv is None else qv[:, h],
             mask=None if mask is None else mask[h],
             sink=None if sinks is None else sinks[h],
         )
@@ -115,16 +128,25 @@ def _slopes_of(alibi_slopes, b):
     return alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
 
 
-def _rules(softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, dropout_p=0.0):
+def _rules(softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, dropout_p=0.0, attention_chunk=0):
     return locals()
 
 
-def dense(q, k, v, *, alibi_slopes=None, keep=None, **how):
-    """q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv); alibi_slopes (H,) or (B, H); keep (B, H, Sq, Sk)."""
+def dense(q, k, v, qv=None, *, alibi_slopes=None, keep=None, **how):
+    """q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), qv (B, Sq, H, Dv).
+
+    alibi_slopes is (H,) or (B, H), keep (B, H, Sq, Sk).
+    """
     rules = _rules(**how)
     done = [
         one_sequence(
-            q[b], k[b], v[b], slopes=_slopes_of(alibi_slopes, b), keep=None if keep is None else keep[b], **rules
+            q[b],
+            k[b],
+            v[b],
+            qv=None if qv is None else qv[b],
+            slopes=_slopes_of(alibi_slopes, b),
+            keep=None if keep is None else keep[b],
+            **rules,
         )
         for b in range(q.shape[0])
     ]
@@ -139,6 +161,7 @@ def varlen(
     cu_seqlens_q,
     cu_seqlens_k,
     *,
+    qv=None,
     seqused_q=None,
     seqused_k=None,
     block_table=None,
@@ -168,6 +191,7 @@ def varlen(
             q[place],
             k_b,
             v_b,
+            qv=None if qv is None else qv[place],
             slopes=_slopes_of(alibi_slopes, b),
             keep=None if keep is None else keep[b, :, :length_q, :length_k],
             **rules,
@@ -213,6 +237,7 @@ def kvcache(
     k=None,
     v=None,
     *,
+    qv=None,
     rotary_cos=None,
     rotary_sin=None,
     cache_seqlens=None,
@@ -259,7 +284,15 @@ def kvcache(
             keys, values = k_cache[slot, begin:end], v_cache[slot, begin:end]
         else:
             keys, values = gather_pages(k_cache, block_table[b], end), gather_pages(v_cache, block_table[b], end)
-        out, lse, _ = one_sequence(q_b, keys, values, slopes=_slopes_of(alibi_slopes, b), keep=None, **rules)
+        out, lse, _ = one_sequence(
+            q_b,
+            keys,
+            values,
+            slopes=_slopes_of(alibi_slopes, b),
+            keep=None,
+            qv=None if qv is None else qv[b],
+            **rules,
+        )
         outs.append(out)
         lses.append(lse)
     return Cached(torch.stack(outs), torch.stack(lses), k_cache, v_cache)

@@ -26,6 +26,8 @@ DENSE_CASES = pairwise(
     mask=list(MASKS),
     softcap=[0.0, 1.5],
     scale=[None, 0.25],
+    chunk=[0, 1, 16, 50],
+    qv=[False, True],
     hints=[{}, {"num_splits": 2, "pack_gqa": True, "sm_margin": 4, "deterministic": True}],
     probs=[False, True],
 )
@@ -35,16 +37,26 @@ DENSE_CASES = pairwise(
 def test_dense(case):
     (seqlen_q, seqlen_k), (dim, dim_v), (heads, heads_k) = case["lengths"], case["dims"], case["heads"]
     rules = {**MASKS[case["mask"]], "softcap": case["softcap"], "softmax_scale": case["scale"]}
-    result = verify(
-        lambda *qkv: flash_attn_func(*qkv, return_attn_probs=case["probs"], **rules, **case["hints"]),
-        lambda *qkv: oracle.dense(*qkv, **rules),
-        {
-            "q": randn(2, seqlen_q, heads, dim, dtype=case["dtype"]),
-            "k": randn(2, seqlen_k, heads_k, dim, dtype=case["dtype"]),
-            "v": randn(2, seqlen_k, heads_k, dim_v, dtype=case["dtype"]),
-        },
-        dout=random_dout("contiguous"),
-    )
+    rules["attention_chunk"] = case["chunk"]
+    tensors = {
+        "q": randn(2, seqlen_q, heads, dim, dtype=case["dtype"]),
+        "k": randn(2, seqlen_k, heads_k, dim, dtype=case["dtype"]),
+        "qv": randn(2, seqlen_q, heads, dim_v, dtype=case["dtype"]) / 4,
+        "v": randn(2, seqlen_k, heads_k, dim_v, dtype=case["dtype"]),
+    }
+    if not case["qv"]:
+        del tensors["qv"]
+
+    def call(q, k, *qv_and_v):
+        *qv, v = qv_and_v
+        qv = qv[0] if qv else None
+        return flash_attn_func(q, k, v, qv=qv, return_attn_probs=case["probs"], **rules, **case["hints"])
+
+    def reference(q, k, *qv_and_v):
+        *qv, v = qv_and_v
+        return oracle.dense(q, k, v, *qv, **rules)
+
+    result = verify(call, reference, tensors, dout=random_dout("contiguous"))
     if case["probs"]:
         assert isinstance(result, tuple)
         assert len(result) == 2
@@ -69,6 +81,7 @@ VARLEN_CASES = pairwise(
     dims=[(64, 64), (64, 96)],
     mask=list(MASKS),
     softcap=[0.0, 1.5],
+    chunk=[0, 3, 8],
     probs=[False, True],
     poison=[False, True],
 )
@@ -93,7 +106,7 @@ def test_varlen(case):
         "seqused_q": None if used_q is None else torch.tensor(used_q, dtype=torch.int32),
         "seqused_k": None if used_k is None else torch.tensor(used_k, dtype=torch.int32),
     }
-    rules = {**MASKS[case["mask"]], "softcap": case["softcap"], **used}
+    rules = {**MASKS[case["mask"]], "softcap": case["softcap"], "attention_chunk": case["chunk"], **used}
 
     def reference(q, k, v):
         return oracle.varlen(q, k, v, cu_q, cu_k, **rules)
@@ -125,6 +138,42 @@ def test_kvcache(dtype, causal):
     assert torch.equal(k_cache, plain.k_cache)
     assert torch.equal(v_cache, plain.v_cache)
     assert torch.equal(flash_attn_with_kvcache(q, *copies, k, v, **call), out)
+
+
+@pytest.mark.parametrize("leftpad", [False, True])
+@pytest.mark.parametrize("with_qv", [False, True])
+@pytest.mark.parametrize("chunk", [0, 7, 64])
+def test_kvcache_chunks_and_qv(chunk, with_qv, leftpad):
+    q, qv = randn(3, 4, 4, 64, dtype=torch.float32), randn(3, 4, 4, 32, dtype=torch.float32)
+    k_cache, v_cache = randn(3, 40, 2, 64, dtype=torch.float32), randn(3, 40, 2, 32, dtype=torch.float32)
+    call = {"cache_seqlens": torch.tensor([10, 36, 3], dtype=torch.int32), "attention_chunk": chunk, "causal": True}
+    if leftpad:
+        call["cache_leftpad"] = torch.tensor([2, 0, 1], dtype=torch.int32)
+    exact_qv = qv.double() if with_qv else None
+    exact = oracle.kvcache(q.double(), k_cache.double(), v_cache.double(), qv=exact_qv, **call)
+    out, lse, *_ = flash_attn_with_kvcache(
+        q, k_cache, v_cache, qv=qv if with_qv else None, return_softmax_lse=True, **call
+    )
+    torch.testing.assert_close(out.double(), exact.out, rtol=1e-5, atol=1e-5)
+    assert_lse(lse, exact.lse)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_varlen_qv(mask):
+    cu_q, cu_k = cumulative([5, 12, 0]), cumulative([20, 4, 7])
+    verify(
+        lambda q, k, qv, v: flash_attn_varlen_func(
+            q, k, v, cu_q, cu_k, 12, 20, qv=qv, return_attn_probs=True, **MASKS[mask]
+        ),
+        lambda q, k, qv, v: oracle.varlen(q, k, v, cu_q, cu_k, qv=qv, **MASKS[mask]),
+        {
+            "q": randn(17, 4, 64, dtype=torch.float16),
+            "k": randn(31, 2, 64, dtype=torch.float16),
+            "qv": randn(17, 4, 32, dtype=torch.float16),
+            "v": randn(31, 2, 32, dtype=torch.float16),
+        },
+        dout=random_dout("contiguous"),
+    )
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 64])
@@ -227,25 +276,45 @@ def test_combine():
     assert torch.isneginf(lse).all()
 
 
-UNSUPPORTED = {
-    "qv": torch.randn_like,
-    "q_descale": lambda q: torch.ones(1, 2),
-    "k_descale": lambda q: torch.ones(1, 2),
-    "v_descale": lambda q: torch.ones(1, 2),
-    "attention_chunk": lambda q: 16,
-}
-
-
-@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale"])
 @pytest.mark.parametrize("function", ["dense", "varlen", "kvcache"])
 def test_what_only_hopper_has_is_refused_by_name(function, name):
-    q = randn(1, 8, 2, 16, dtype=torch.float16)
-    extra = {name: UNSUPPORTED[name](q)}
-    cu = cumulative([8])
-    with pytest.raises((NotImplementedError, ValueError), match=rf"(?<!\w){name}(?!\w)"):
-        if function == "dense":
-            flash_attn_func(q, q, q, **extra)
-        elif function == "varlen":
-            flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 8, 8, **extra)
-        else:
-            flash_attn_with_kvcache(q, q.clone(), q.clone(), **extra)
+    q, extra = randn(1, 8, 2, 16, dtype=torch.float16), {name: torch.ones(1, 2)}
+    with pytest.raises(NotImplementedError, match=rf"(?<!\w){name}(?!\w)"):
+        fa3(function, q, extra)
+
+
+@pytest.mark.parametrize("function", ["dense", "varlen", "kvcache"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"attention_chunk": -1},
+        {"attention_chunk": 1.5},
+        {"attention_chunk": None},
+        {"attention_chunk": "4"},
+        {"qv": [1.0]},
+        {"qv": torch.ones(3)},
+        {"qv": torch.ones(1, 8, 2, 16)},  # fp32 with fp16
+        {"qv": torch.ones(1, 7, 2, 16, dtype=torch.float16)},
+        {"qv": torch.ones(1, 8, 2, 8, dtype=torch.float16)},
+        {"qv": torch.ones(1, 8, 1, 16, dtype=torch.float16)},
+        {"qv": torch.ones(1, 8, 2, 16, dtype=torch.float16, device="meta")},
+    ],
+    ids=range(11),
+)
+def test_malformed_chunks_and_qv(function, extra):
+    (name,) = extra
+    if function == "varlen" and isinstance(extra[name], torch.Tensor):
+        extra = {name: extra[name][0]}
+    with pytest.raises((ValueError, NotImplementedError), match=rf"(?<!\w){name}(?!\w)"):
+        fa3(function, randn(1, 8, 2, 16, dtype=torch.float16), extra)
+
+
+def fa3(function, q, extra):
+    """A call of that FlashAttention-3 function on q (1, 8, H, D) as queries, keys and values."""
+    if function == "dense":
+        return flash_attn_func(q, q, q, **extra)
+    if function == "varlen":
+        cu = cumulative([8])
+        return flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 8, 8, **extra)
+    return flash_attn_with_kvcache(q, q.clone(), q.clone(), **extra)

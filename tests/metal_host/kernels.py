@@ -191,9 +191,13 @@ def parse_arguments(tokens: Tokens, start: int, end: int) -> list[Buffer | str]:
                 raise tokens.error(first, f"[[buffer(n)]] of '{tokens[name]}' needs a number, got '{tokens[at]}'")
             index = int(tokens[at])
             if index >= MAX_BUFFERS:
-                raise tokens.error(first, f"[[buffer({index})]] of '{tokens[name]}': a kernel has buffers 0 to {MAX_BUFFERS - 1}")
+                raise tokens.error(
+                    first, f"[[buffer({index})]] of '{tokens[name]}': a kernel has buffers 0 to {MAX_BUFFERS - 1}"
+                )
             if index in taken:
-                raise tokens.error(first, f"[[buffer({index})]] of '{tokens[name]}' is bound to another parameter already")
+                raise tokens.error(
+                    first, f"[[buffer({index})]] of '{tokens[name]}' is bound to another parameter already"
+                )
             taken.add(index)
     for first, found, kept, name in parsed:
         identifier = next((a for a in found if a in IDENTIFIERS), None)
@@ -229,9 +233,14 @@ def _buffer(
     words = [tokens[i] for i in kept]
     space = next((w for w in words if w in SPACES), "")
     if space == "threadgroup":
-        raise tokens.error(first, f"'{tokens[name]}': a threadgroup parameter needs [[threadgroup(n)]], which compile_shader cannot size")
+        raise tokens.error(
+            first,
+            f"'{tokens[name]}': a threadgroup parameter needs [[threadgroup(n)]], which compile_shader cannot size",
+        )
     if space not in ("device", "constant"):
-        raise tokens.error(first, f"'{tokens[name]}': a kernel's argument is a pointer or reference to device or constant memory")
+        raise tokens.error(
+            first, f"'{tokens[name]}': a kernel's argument is a pointer or reference to device or constant memory"
+        )
     reference = "&" in words
     if not reference and "*" not in words:
         raise tokens.error(first, f"'{tokens[name]}': a kernel's argument is a pointer or reference, not a value")

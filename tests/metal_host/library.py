@@ -48,7 +48,9 @@ _mode = Mode()
 
 
 @contextmanager
-def observe(*, instrumented: bool = True, seed: int = 0, allow_partial_collectives: bool = False) -> Iterator[list[Launch]]:
+def observe(
+    *, instrumented: bool = True, seed: int = 0, allow_partial_collectives: bool = False
+) -> Iterator[list[Launch]]:
     """Run the launches of a block under observation; yields the list that they are recorded in.
 
     instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here. Launches on an
@@ -104,9 +106,16 @@ class ShaderLibrary:
             self._modules |= dict.fromkeys(names, nvidia.Module(self._unit, names))
         return self._modules[name]
 
+    def resources(self, name: str, threads: int) -> nvidia.Resources:
+        """What ptxas says of the kernel for groups of `threads`: registers, spills, shared memory. Needs no GPU."""
+        module = self.module(name)
+        return nvidia.resources(module.ptx, module.entries[name], threads)
+
     def __getattr__(self, name: str) -> KernelFunction:
         if name.startswith("__") or name not in self._unit.kernels.instances:
-            raise (AttributeError if name.startswith("__") else RuntimeError)(f"Failed to create function state object for: {name}")
+            raise (AttributeError if name.startswith("__") else RuntimeError)(
+                f"Failed to create function state object for: {name}"
+            )
         return KernelFunction(self, name)
 
     def __dir__(self) -> list[str]:
@@ -163,7 +172,14 @@ class KernelFunction:
         if _mode.instrumented:
             compiled = self._library.compiled(self._name, True)
             counters = instrumented.launch(
-                self._name, compiled, self._library._unit, bindings, grid, group, _mode.seed, _mode.allow_partial_collectives
+                self._name,
+                compiled,
+                self._library._unit,
+                bindings,
+                grid,
+                group,
+                _mode.seed,
+                _mode.allow_partial_collectives,
             )
         else:
             counters = cpu.launch(self._library.compiled(self._name), bindings.addresses(), grid, group, _mode.seed)
@@ -181,14 +197,18 @@ class KernelFunction:
         if grid is None or not 0 < len(grid) < 4:
             raise RuntimeError("Number of threads is undefined or has wrong dimension")
         if group is not None and len(group) != len(grid):
-            raise RuntimeError(f"size and group_size must have same number of dimensions: threads {grid}, group_size {group}")
+            raise RuntimeError(
+                f"size and group_size must have same number of dimensions: threads {grid}, group_size {group}"
+            )
         if group is None:
             group = (min(grid[0], limit) if len(grid) == 1 else limit,) + (1,) * (len(grid) - 1)
         grid, group = (*grid, 1, 1)[:3], (*group, 1, 1)[:3]
         if group[0] * group[1] * group[2] > limit:
             raise ValueError(f"Threadgroup size exceeds {limit} limit")
         if min(grid) < 1 or min(group) < 1 or max(grid) >= 1 << 32:
-            raise ValueError(f"threads and group_size must be positive and below 2**32, got threads={grid}, group_size={group}")
+            raise ValueError(
+                f"threads and group_size must be positive and below 2**32, got threads={grid}, group_size={group}"
+            )
         return grid, group
 
 
@@ -225,11 +245,17 @@ class Bindings:
             self.inline[index] = _inline_bytes(index, value, casts)
         if index in self.inline and ctypes.sizeof(self.inline[index]) > MAX_INLINE_BYTES:
             size = ctypes.sizeof(self.inline[index])
-            raise RuntimeError(f"argument {index}: {size} inline bytes, Metal's setBytes takes at most {MAX_INLINE_BYTES}")
+            raise RuntimeError(
+                f"argument {index}: {size} inline bytes, Metal's setBytes takes at most {MAX_INLINE_BYTES}"
+            )
 
     def finish(self) -> None:
         """Every buffer of the kernel must be bound: Metal would read address 0."""
-        missing = [f"{p.name} [[buffer({i})]]" for i, p in self._parameters.items() if i not in self.tensors and i not in self.inline]
+        missing = [
+            f"{p.name} [[buffer({i})]]"
+            for i, p in self._parameters.items()
+            if i not in self.tensors and i not in self.inline
+        ]
         if missing:
             raise RuntimeError(f"no argument for {', '.join(missing)}")
 
@@ -244,7 +270,9 @@ class Bindings:
         return self._parameters[index].space if index in self._parameters else "device"
 
     def addresses(self) -> dict[int, int]:
-        return {i: t.data_ptr() for i, t in self.tensors.items()} | {i: ctypes.addressof(b) for i, b in self.inline.items()}
+        return {i: t.data_ptr() for i, t in self.tensors.items()} | {
+            i: ctypes.addressof(b) for i, b in self.inline.items()
+        }
 
 
 def _inline_bytes(index: int, value: Any, casts: str | dict[int, str] | None) -> ctypes.Array:

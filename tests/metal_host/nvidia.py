@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -18,14 +19,26 @@ from pathlib import Path
 
 import torch
 
-from . import abi, cache as disk, toolchain
+from . import abi, toolchain
+from . import cache as disk
 from .frontend import Unit
 
 ARCHITECTURE = "sm_90"
 _TARGET = ["-target", "nvptx64-unknown-nvcl", "-Xclang", "-target-cpu", "-Xclang", ARCHITECTURE, "-O3"]
-_SHARED = re.compile(r"^(?:\.weak |\.visible |\.extern )*\.global (\.align \d+ \.b8 (\S*threadgroup_variable\S*7storage\S*)\[(\d+)\];)", re.MULTILINE)
+_SHARED = re.compile(
+    r"^(?:\.weak |\.visible |\.extern )*\.global (\.align \d+ \.b8 (\S*threadgroup_variable\S*7storage\S*)\[(\d+)\];)",
+    re.MULTILINE,
+)
 _CONSTANT = re.compile(r"\bld\.const\b|(?<=[\s;])\.const\b")
 _ENTRY = re.compile(r"(\.entry (\w+)\(.*?\n\))", re.DOTALL)
+
+
+def can_assemble() -> bool:
+    """Is there a CUDA toolkit to make PTX and assemble it with? Neither needs a GPU."""
+    try:
+        return libdevice().is_file() and shutil.which("ptxas") is not None
+    except RuntimeError:
+        return False
 
 
 @cache
@@ -33,7 +46,7 @@ def libdevice() -> Path:
     """NVIDIA's math library for the compiler: of a CUDA toolkit, or of the triton package."""
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     found = [Path(root) / "nvvm/libdevice/libdevice.10.bc" for root in roots if root]
-    found += [Path(p) / "triton/backends/nvidia/lib/libdevice.10.bc" for p in __import__("sys").path]
+    found += [Path(p) / "triton/backends/nvidia/lib/libdevice.10.bc" for p in sys.path]
     for path in found:
         if path.is_file():
             return path
@@ -111,7 +124,11 @@ def resources(ptx: str, entry: str, threads: int) -> Resources:
 
 
 class _Arguments(ctypes.Structure):
-    _fields_ = [("arguments", ctypes.c_uint64 * abi.MAX_BUFFERS), ("grid", ctypes.c_uint32 * 3), ("group", ctypes.c_uint32 * 3)]
+    _fields_ = [
+        ("arguments", ctypes.c_uint64 * abi.MAX_BUFFERS),
+        ("grid", ctypes.c_uint32 * 3),
+        ("group", ctypes.c_uint32 * 3),
+    ]
 
 
 @cache

@@ -35,7 +35,12 @@ def mark(assembly: str) -> tuple[str, dict]:
     section = "__DATA,__const" if apple else 'mh_sites,"a",@progbits'
     out += [f"\t.section\t{section}", "\t.p2align\t2", f"\t.globl\t{symbol}", f"{symbol}:"]
     for number, (file, line) in enumerate(entries):
-        out += [f"{local}mh_row_{number}:", f"\t.long\t{local}mh_site_{number}-{local}mh_row_{number}", f"\t.long\t{file}", f"\t.long\t{line}"]
+        out += [
+            f"{local}mh_row_{number}:",
+            f"\t.long\t{local}mh_site_{number}-{local}mh_row_{number}",
+            f"\t.long\t{file}",
+            f"\t.long\t{line}",
+        ]
     return "\n".join(out) + "\n", {"files": files, "count": len(entries)}
 
 

@@ -139,9 +139,7 @@ def test_planted(plant):
     assert plant.kind in kinds, f"expected {plant.kind}, found: {found}"
     if plant.kind not in ("result", "refused"):
         changed = {
-            i
-            for i, (a, b) in enumerate(zip(text.split("\n"), attention.SOURCE.split("\n"), strict=False), 1)
-            if a != b
+            i for i, (a, b) in enumerate(zip(text.split("\n"), attention.SOURCE.split("\n"), strict=False), 1) if a != b
         }
         expected = line_of(text, plant.seen_at) if plant.seen_at else {min(changed)}
         lines = set().union(*(lines for kind, _, lines in found if kind == plant.kind))
@@ -153,9 +151,15 @@ SMALL = {
     "clean neighbour exchange": ("d[g] = i; threadgroup_barrier(mem_flags::mem_device); o[g] = d[g ^ 32];", None),
     "device memory between threads without a barrier": ("d[g] = i; o[g] = d[g ^ 32];", "race"),
     "device memory and a threadgroup-only barrier": (f"d[g] = i; {TG_BARRIER} o[g] = d[g ^ 32];", "race"),
-    "device memory between threadgroups": ("d[g] = g; threadgroup_barrier(mem_flags::mem_device); o[g] = d[g ^ 64];", "race"),
+    "device memory between threadgroups": (
+        "d[g] = g; threadgroup_barrier(mem_flags::mem_device); o[g] = d[g ^ 64];",
+        "race",
+    ),
     "clean simdgroup exchange": ("t[i] = i; simdgroup_barrier(mem_flags::mem_threadgroup); o[g] = t[i ^ 1];", None),
-    "a simdgroup barrier does not order simdgroups": ("t[i] = i; simdgroup_barrier(mem_flags::mem_threadgroup); o[g] = t[i ^ 32];", "race"),
+    "a simdgroup barrier does not order simdgroups": (
+        "t[i] = i; simdgroup_barrier(mem_flags::mem_threadgroup); o[g] = t[i ^ 32];",
+        "race",
+    ),
     "a shuffle orders nothing": ("t[i] = i; float x = simd_shuffle_xor(1.0f, 1); o[g] = t[i ^ 1] + x;", "race"),
     "two writers": ("t[0] = i;", "race"),
     "two writers of one value": ("t[0] = 1; o[g] = 0;", None),
@@ -171,7 +175,10 @@ SMALL = {
     "inline constants": ("o[g] = c[2];", "out of bounds"),
     "a threadgroup variable never written": ("o[g] = t[i];", "uninitialised"),
     "read-modify-write of what nobody wrote": ("t[i] += 1; o[g] = t[i];", "uninitialised"),
-    "a matrix from unwritten memory": ("simdgroup_float8x8 m; simdgroup_load(m, t); simdgroup_store(m, o + (g & ~31u));", "uninitialised"),
+    "a matrix from unwritten memory": (
+        "simdgroup_float8x8 m; simdgroup_load(m, t); simdgroup_store(m, o + (g & ~31u));",
+        "uninitialised",
+    ),
     "matrix stored and loaded without a barrier": (
         "simdgroup_float8x8 m(1.0f); threadgroup float* p = t + (i & 32) * 2; simdgroup_store(m, p); simdgroup_load(m, p); o[g] = m.thread_elements()[0];",
         "race",
@@ -186,7 +193,10 @@ SMALL = {
         f"if (i < 32) {{ {TG_BARRIER} }} else {{ threadgroup_barrier(mem_flags::mem_device); }} o[g] = 0;",
         "divergent barrier",
     ),
-    "a barrier in a loop of unequal length": (f"for (uint n = 0; n < 1 + i / 32; ++n) {TG_BARRIER} o[g] = 0;", "divergent barrier"),
+    "a barrier in a loop of unequal length": (
+        f"for (uint n = 0; n < 1 + i / 32; ++n) {TG_BARRIER} o[g] = 0;",
+        "divergent barrier",
+    ),
     "a vote of some lanes": ("if (i & 1) o[g] = simd_any(true);", "divergent simdgroup operation"),
     "a reduction of some lanes": ("if (i & 1) o[g] = simd_sum(1.0f);", "divergent simdgroup operation"),
 }

@@ -41,7 +41,11 @@ class Case:
 
     def __str__(self):
         parts = [NAMES[self.dtype], f"d{self.head_dim}", f"{self.seqlen_q}x{self.seqlen_k}", f"mask-{self.mask}"]
-        parts += ["causal"] * self.causal + [f"h{self.heads[0]}-{self.heads[1]}"] + [f"cap{self.softcap}"] * (self.softcap != 1)
+        parts += (
+            ["causal"] * self.causal
+            + [f"h{self.heads[0]}-{self.heads[1]}"]
+            + [f"cap{self.softcap}"] * (self.softcap != 1)
+        )
         return "-".join(parts)
 
 
@@ -58,7 +62,11 @@ class Problem:
             x = torch.randn(case.batch, length, heads, case.head_dim, generator=g)
             return x.to(case.dtype).to(device).transpose(1, 2)
 
-        self.q, self.k, self.v = tensor(heads_q, case.seqlen_q), tensor(heads_k, case.seqlen_k), tensor(heads_k, case.seqlen_k)
+        self.q, self.k, self.v = (
+            tensor(heads_q, case.seqlen_q),
+            tensor(heads_k, case.seqlen_k),
+            tensor(heads_k, case.seqlen_k),
+        )
         self.out = torch.full_like(self.q, float("nan"))
         shape = (case.batch, heads_q, case.seqlen_q, case.seqlen_k)
         self.mask = None
@@ -106,7 +114,16 @@ def run_prefill(library, problem: Problem):
     strides = [s for t in (q, k, v, out) for s in t.stride()[:3]]
     heads_q, heads_k = case.heads
     packed = struct.pack(
-        "<6i2f12i", case.batch, heads_q, case.head_dim, case.seqlen_q, case.seqlen_k, heads_q // heads_k, problem.scale, case.softcap, *strides
+        "<6i2f12i",
+        case.batch,
+        heads_q,
+        case.head_dim,
+        case.seqlen_q,
+        case.seqlen_k,
+        heads_q // heads_k,
+        problem.scale,
+        case.softcap,
+        *strides,
     )
     device = q.device
     parameters = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(device)
@@ -114,7 +131,15 @@ def run_prefill(library, problem: Problem):
     mask_parameters = torch.tensor(mask.stride() if mask.dim() == 4 else [0] * 4, dtype=torch.int32, device=device)
     blocks = -(-case.seqlen_q // bq)
     getattr(library, kernel)(
-        q, k, v, out, parameters, mask_parameters, mask, threads=(blocks * wm * 32, heads_q, case.batch), group_size=(wm * 32, 1, 1)
+        q,
+        k,
+        v,
+        out,
+        parameters,
+        mask_parameters,
+        mask,
+        threads=(blocks * wm * 32, heads_q, case.batch),
+        group_size=(wm * 32, 1, 1),
     )
 
 
@@ -196,12 +221,29 @@ def run_decode(library, problem: Problem, two_pass: bool):
     batch_strides = i32(*(t.stride(0) for t in (q, k, v)), heads_q)
     mask = problem.mask if problem.mask is not None else torch.zeros(4, dtype=torch.uint8, device=device)
     mask_strides = i32(*reversed(mask.stride())) if mask.dim() == 4 else i32(0, 0, 0, 0)
-    scalars = (i32(heads_q // heads_k), i32(case.seqlen_k), head_strides, seq_strides, torch.tensor([problem.scale], device=device))
+    scalars = (
+        i32(heads_q // heads_k),
+        i32(case.seqlen_k),
+        head_strides,
+        seq_strides,
+        torch.tensor([problem.scale], device=device),
+    )
     rows = case.batch * heads_q
     out = torch.full((case.batch, heads_q, case.seqlen_q, d), float("nan"), dtype=case.dtype, device=device)
     if not two_pass:
         kernel = getattr(library, f"sdpa_vector_{type_}_{d}_{d}{suffix}")
-        kernel(q, k, v, out, *scalars, mask, mask_strides, batch_strides, threads=(rows * 1024, case.seqlen_q, 1), group_size=(1024, 1, 1))
+        kernel(
+            q,
+            k,
+            v,
+            out,
+            *scalars,
+            mask,
+            mask_strides,
+            batch_strides,
+            threads=(rows * 1024, case.seqlen_q, 1),
+            group_size=(1024, 1, 1),
+        )
     else:
         partial = torch.full((*out.shape[:3], 32, d), float("nan"), dtype=case.dtype, device=device)
         sums, maxima = torch.zeros(*out.shape[:3], 32, device=device), torch.zeros(*out.shape[:3], 32, device=device)
@@ -281,7 +323,14 @@ def test_header_compiles(header):
 
 def test_c10_functions_are_right(device):
     """Functions of c10/metal against torch's own on the CPU."""
-    functions = {"erf": torch.erf, "erfc": torch.erfc, "log1p": torch.log1p, "digamma": torch.digamma, "i0": torch.i0, "sinc": torch.sinc}
+    functions = {
+        "erf": torch.erf,
+        "erfc": torch.erfc,
+        "log1p": torch.log1p,
+        "digamma": torch.digamma,
+        "i0": torch.i0,
+        "sinc": torch.sinc,
+    }
     body = "\n".join(f"  out[{i} * n + g] = c10::metal::{name}(x[g]);" for i, name in enumerate(functions))
     lib = compile_shader(f"""{HEADER}#include <c10/metal/special_math.h>
     kernel void k(device float* out, const device float* x, constant long& n, uint g [[thread_position_in_grid]]) {{

@@ -218,6 +218,38 @@ struct threadgroup_variable {
 template <typename Tag, typename T>
 __attribute__((aligned(16))) device char threadgroup_variable<Tag, T>::storage[sizeof(T)];
 
+// The compiler's atomics take integers; float's additions apart, the other types go by their bits.
+template <typename P>
+struct bits {
+  typedef P pointer;
+};
+#define __MH_BITS(T, U)                  \
+  template <>                            \
+  struct bits<device T*> {               \
+    typedef device U* pointer;           \
+  };                                     \
+  template <>                            \
+  struct bits<threadgroup T*> {          \
+    typedef threadgroup U* pointer;      \
+  };
+__MH_BITS(float, uint)
+__MH_BITS(bool, uchar)
+#undef __MH_BITS
+template <typename P>
+using bits_pointer = typename bits<P>::pointer;
+template <typename P>
+struct pointed;
+template <typename T>
+struct pointed<device T*> {
+  typedef T type;
+};
+template <typename T>
+struct pointed<threadgroup T*> {
+  typedef T type;
+};
+template <typename P>
+using bits_type = typename pointed<bits_pointer<P>>::type;
+
 template <typename Op>
 struct atomic_operation;
 #define __MH_ATOMIC_OPERATION(Op, builtin)          \
@@ -229,7 +261,6 @@ struct atomic_operation;
       return builtin(pointer, operand, __ATOMIC_RELAXED); \
     }                                               \
   };
-__MH_ATOMIC_OPERATION(exchange, __atomic_exchange_n)
 __MH_ATOMIC_OPERATION(add, __atomic_fetch_add)
 __MH_ATOMIC_OPERATION(maximum, __atomic_fetch_max)
 __MH_ATOMIC_OPERATION(minimum, __atomic_fetch_min)
@@ -245,21 +276,34 @@ struct atomic_operation<subtract> {
     return __atomic_fetch_add(pointer, T(-operand), __ATOMIC_RELAXED);
   }
 };
+struct exchange;
+template <>
+struct atomic_operation<exchange> {
+  template <typename P, typename T>
+  static __MH_DEVICE T of(P pointer, T operand) {
+    bits_type<P> value = __builtin_bit_cast(bits_type<P>, operand);
+    return __builtin_bit_cast(T, __atomic_exchange_n((bits_pointer<P>)pointer, value, __ATOMIC_RELAXED));
+  }
+};
 template <typename Op, typename P, typename T>
 __MH_DEVICE T atomic_update(P pointer, T operand) {
   return atomic_operation<Op>::of(pointer, operand);
 }
 template <typename P>
-__MH_DEVICE auto atomic_load(P pointer) {
-  return __atomic_load_n(pointer, __ATOMIC_RELAXED);
+__MH_DEVICE typename pointed<P>::type atomic_load(P pointer) {
+  bits_type<P> value = __atomic_load_n((bits_pointer<P>)pointer, __ATOMIC_RELAXED);
+  return __builtin_bit_cast(typename pointed<P>::type, value);
 }
 template <typename P, typename T>
 __MH_DEVICE void atomic_store(P pointer, T value) {
-  __atomic_store_n(pointer, value, __ATOMIC_RELAXED);
+  __atomic_store_n((bits_pointer<P>)pointer, __builtin_bit_cast(bits_type<P>, value), __ATOMIC_RELAXED);
 }
 template <typename P, typename T>
 __MH_DEVICE bool atomic_compare_exchange(P pointer, thread T* expected, T desired) {
-  return __atomic_compare_exchange_n(pointer, expected, desired, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  bits_type<P> before = __builtin_bit_cast(bits_type<P>, *expected), after = __builtin_bit_cast(bits_type<P>, desired);
+  bool same = __atomic_compare_exchange_n((bits_pointer<P>)pointer, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  *expected = __builtin_bit_cast(T, before);
+  return same;
 }
 
 }  // namespace __mh
