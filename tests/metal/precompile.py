@@ -23,6 +23,11 @@ def specializations(launches: Iterable[tuple[AttentionProblem, str, Variant]]) -
 
 
 def precompile(launches: Iterable[tuple[AttentionProblem, str, Variant]], instrumented: bool = True) -> None:
-    sources = [specialization.source() for specialization in specializations(launches)]
-    with observe(instrumented=instrumented), ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_shader, sources))
+    """Instrumented builds, or those that run without `observe`."""
+
+    def compile_one(specialization: Specialization) -> None:
+        with observe(instrumented=instrumented):
+            compile_shader(specialization.source())
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, specializations(launches)))
