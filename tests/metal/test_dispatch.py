@@ -93,7 +93,9 @@ def test_a_force_is_an_error_on_other_devices(monkeypatch, qkv):
 
 def test_an_unknown_value_warns_once_and_counts_as_auto(qkv, monkeypatch):
     monkeypatch.setenv("MTLFLASHATTN_KERNEL", "fastest")
-    with pytest.warns(UserWarning, match="MTLFLASHATTN_KERNEL=fastest is not known.*simdgroup, scalar, torch, auto") as caught:
+    with pytest.warns(
+        UserWarning, match="MTLFLASHATTN_KERNEL=fastest is not known.*simdgroup, scalar, torch, auto"
+    ) as caught:
         tiers = [served_by(monkeypatch, *qkv)[0] for _ in range(3)]
     assert tiers == ["simdgroup"] * 3
     assert len(caught) == 1
@@ -206,7 +208,20 @@ def test_kernels_that_are_kept_are_limited(compilations):
     assert limit is not None
     assert 32 <= limit <= 1024
     kind = Specialization(
-        "attention_forward", "half", 0, 8, 8, 8, False, False, False, False, (), "bool", "float", Variant(8, 2, 8, False)
+        "attention_forward",
+        "half",
+        0,
+        8,
+        8,
+        8,
+        False,
+        False,
+        False,
+        False,
+        (),
+        "bool",
+        "float",
+        Variant(8, 2, 8, False),
     )
     for head_dim in range(limit + 20):
         compiler.kernel(kind._replace(head_dim=head_dim))

