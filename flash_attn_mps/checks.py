@@ -226,15 +226,21 @@ def lengths(value: Any, name: str, batch: int, most: int | list[int], like: torc
     return values
 
 
-def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> int:
-    """The longest sequence: at least as long as every length known. `total` stands for it where there is no value."""
-    if isinstance(value, torch.Tensor) and value.is_meta:
-        return total
-    longest = integer(value, name, "an integer or a 0-d integer tensor, not negative")
+def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> tuple[int, torch.Tensor | None]:
+    """The longest sequence: at least as long as every length known.
+
+    A 0-d tensor on a device is not waited for: `total` bounds it, and it is handed back for a tier that needs its value.
+    """
+    accepted = "an integer or a 0-d integer tensor, not negative"
+    if isinstance(value, torch.Tensor) and not readable(value):
+        if value.dim() > 0 or value.is_floating_point() or value.dtype == torch.bool:
+            raise malformed(name, value, accepted)
+        return total, None if value.is_meta else value
+    longest = integer(value, name, accepted)
     if longest < 0 or (known and longest < max(known)):
         least = max(known) if known else 0
         raise malformed(name, value, f"at least {least}, the length of the longest sequence")
-    return longest
+    return min(longest, total), None
 
 
 def indices(value: torch.Tensor, name: str, limit: int, what: str, used: torch.Tensor | None = None) -> None:

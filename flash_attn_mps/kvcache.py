@@ -105,7 +105,7 @@ class _Cache:
         paged, packed = block_table is not None, cu_seqlens_q is not None
         checks.qkv(q, k_cache, v_cache, (_Q_PACKED if packed else _Q, _PAGES if paged else _CACHE), _NAMES)
         self.q, self.k, self.v = q, k_cache, v_cache
-        self.cu_seqlens_q, self.lengths_q = cu_seqlens_q, None
+        self.cu_seqlens_q, self.lengths_q, self.longest_q = cu_seqlens_q, None, None
         if packed:
             self.lengths_q = checks.cu_seqlens(cu_seqlens_q, "cu_seqlens_q", q.shape[0], "q", q)
         self.batch = batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
@@ -155,8 +155,8 @@ class _Cache:
     def check_queries(self, max_seqlen_q: Any) -> int:
         if self.cu_seqlens_q is None:
             return self.q.shape[1]
-        longest = checks.max_seqlen(max_seqlen_q, "max_seqlen_q", self.lengths_q, self.q.shape[0])
-        return min(longest, self.q.shape[0])
+        longest, self.longest_q = checks.max_seqlen(max_seqlen_q, "max_seqlen_q", self.lengths_q, self.q.shape[0])
+        return longest
 
     def check_new(self, k: Any, v: Any, cu_seqlens_k_new: Any) -> None:
         for name, value in (("k", k), ("v", v), ("cache_seqlens", self.seqlens if self.given else None)):
@@ -236,6 +236,7 @@ class _Cache:
             **scoring.checked(q, self.batch, max_seqlen_q, longest),
             cu_seqlens_q=self.cu_seqlens_q,
             seqused_k=seqused,
+            longest_q=self.longest_q,
             block_table=self.block_table,
             kv_batch_idx=self.batch_idx,
             leftpad_k=self.leftpad,

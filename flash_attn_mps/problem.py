@@ -50,6 +50,8 @@ class AttentionProblem:
     cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): rows of k and v, or lengths alone where they are paged
     seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
     seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
+    longest_q: torch.Tensor | None = None  # 0-d: max_seqlen_q, where only the device knows it and the int is a bound
+    longest_k: torch.Tensor | None = None
     block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
     kv_batch_idx: torch.Tensor | None = None  # (batch,): which batch entry of k and v a sequence reads
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
@@ -94,6 +96,14 @@ class AttentionProblem:
     def empty(self) -> bool:
         """Is there no score to compute?"""
         return self.q.numel() == 0 or self.k.numel() == 0 or self.max_seqlen_q == 0 or self.max_seqlen_k == 0
+
+    def resolved(self) -> AttentionProblem:
+        """The same problem with exact `max_seqlen_q` and `max_seqlen_k`; waits for the device if only it knows them."""
+        if self.longest_q is None and self.longest_k is None:
+            return self
+        seqlen_q = self.max_seqlen_q if self.longest_q is None else min(self.max_seqlen_q, int(self.longest_q))
+        seqlen_k = self.max_seqlen_k if self.longest_k is None else min(self.max_seqlen_k, int(self.longest_k))
+        return dataclasses.replace(self, max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k, longest_q=None, longest_k=None)
 
     @property
     def requires_grad(self) -> bool:
@@ -184,8 +194,12 @@ def varlen(
         lengths_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, total_k, names.get("k", "k"), q)
         if cu_seqlens_k.shape[0] != batch + 1:
             raise checks.malformed(cu_k_name, cu_seqlens_k, f"{batch + 1} values, as many as {cu_q_name}")
-    max_seqlen_q = checks.max_seqlen(max_seqlen_q, names.get("max_seqlen_q", "max_seqlen_q"), lengths_q, q.shape[0])
-    max_seqlen_k = checks.max_seqlen(max_seqlen_k, names.get("max_seqlen_k", "max_seqlen_k"), lengths_k, room)
+    max_seqlen_q, longest_q = checks.max_seqlen(
+        max_seqlen_q, names.get("max_seqlen_q", "max_seqlen_q"), lengths_q, q.shape[0]
+    )
+    max_seqlen_k, longest_k = checks.max_seqlen(
+        max_seqlen_k, names.get("max_seqlen_k", "max_seqlen_k"), lengths_k, room
+    )
     if paged:
         pages(block_table, k, lengths_k, cu_k_name)
     if seqused_q is not None:
@@ -197,15 +211,16 @@ def varlen(
         k,
         v,
         batch,
-        # No sequence is longer than all of them together, whatever was announced: the bound keeps loops short.
-        min(max_seqlen_q, q.shape[0]),
-        max_seqlen_k if paged else min(max_seqlen_k, k.shape[0]),
+        max_seqlen_q,
+        max_seqlen_k,
         **scoring.checked(q, batch, max_seqlen_q, max_seqlen_k),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q,
         seqused_k=seqused_k,
         block_table=block_table,
+        longest_q=longest_q,
+        longest_k=longest_k,
         lengths_q=lengths_q,
         lengths_k=lengths_k,
     )

@@ -28,7 +28,7 @@ def refuse(p: AttentionProblem) -> list[str]:
 
 
 def run(p: AttentionProblem) -> Result:
-    return differentiable(p, forward, backward)
+    return differentiable(p.resolved(), forward, backward)
 
 
 def forward(p: AttentionProblem, seed: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

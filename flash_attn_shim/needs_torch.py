@@ -1,7 +1,7 @@
-"""Imported first by every presented module that needs torch: a torch that is missing or broken becomes an ImportError.
+"""Imported first by every presented module that needs torch and `flash_attn_mps`.
 
-A broken torch raises OSError or RuntimeError, too, which callers that guard `from flash_attn import ...` by `except
-ImportError` do not expect.
+A torch that is missing or broken becomes an ImportError: it may raise OSError or RuntimeError, which callers that guard
+`from flash_attn import ...` by `except ImportError` do not expect.
 """
 
 try:
@@ -10,3 +10,7 @@ except Exception as error:
     raise ImportError(
         f"flash_attn (presented by mtlflashattn) needs torch, and importing torch failed: {error!r}"
     ) from error
+
+# The package before its submodules: two threads that begin with different submodules of a package whose __init__
+# imports them wait for each other, and CPython ends that with a RuntimeError (_DeadlockError).
+import flash_attn_mps  # noqa: F401

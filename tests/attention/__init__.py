@@ -1,3 +1,1 @@
-"""Tests of the FlashAttention-2 and FlashAttention-3 functions, against an fp64 oracle that shares no code with the
-product.
-"""
+"""Tests of the FlashAttention-2 and -3 functions, against an fp64 oracle that shares no code with the product."""

@@ -5,8 +5,8 @@ it is the "plain PyTorch implementation" of the error rule in `rule.py`. Nothing
 
 Semantics: with offset = seqlen_k - seqlen_q, query i sees key j iff i + offset - left <= j <= i + offset + right (a
 negative bound is open, causal is right = 0); a score is scaled, soft-capped, biased by ALiBi, masked; a query that
-sees no key gives zeros and a
-log-sum-exp of -inf.
+sees no key gives zeros and a log-sum-exp of -inf. FlashAttention-3's qv adds qv v^T to the scores before the scale;
+under its attention_chunk, query i also sees only the chunk of keys in which position i + offset lies.
 """
 
 import math
@@ -16,8 +16,9 @@ import torch
 
 
 class Attended(NamedTuple):
-    """out: (B, Sq, H, Dv), or (total_q, H, Dv); lse: (B, H, Sq), or (H, total_q); p: (B, H, Sq, Sk), or a list of (H,
-    sq, sk).
+    """Dense: out (B, Sq, H, Dv), lse (B, H, Sq), p (B, H, Sq, Sk).
+
+    Packed: out (total_q, H, Dv), lse (H, total_q), p a list of (H, sq, sk).
     """
 
     out: torch.Tensor
@@ -34,10 +35,8 @@ class Cached(NamedTuple):
     v_cache: torch.Tensor
 
 
-def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p):
-    """q (Sq, D), k (Sk, D), v (Sk, Dv), keep (Sq, Sk) or None: out (Sq, Dv), lse (Sq,), probabilities before dropout
-    (Sq, Sk).
-    """
+def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p, chunk, qv):
+    """q (Sq, D), k (Sk, D), v (Sk, Dv), keep (Sq, Sk) or None: out (Sq, Dv), lse (Sq,), undropped p (Sq, Sk)."""
     seqlen_q, seqlen_k = q.shape[0], k.shape[0]
     distance = torch.arange(seqlen_q)[:, None] + (seqlen_k - seqlen_q) - torch.arange(seqlen_k)[None, :]
     left, right = int(window[0]), 0 if causal else int(window[1])
@@ -46,8 +45,13 @@ def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p)
         seen &= distance <= left
     if right >= 0:
         seen &= distance >= -right
+    if chunk > 0:  # a query sees its own chunk of positions
+        place, key = distance + torch.arange(seqlen_k)[None, :], torch.arange(seqlen_k)[None, :]
+        seen &= (key >= place - place % chunk) & (key < place - place % chunk + chunk)
 
     s = (q @ k.T) * scale
+    if qv is not None:
+        s = s + (qv @ v.T) * scale
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     if slope is not None:
@@ -65,21 +69,25 @@ def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p)
     return kept @ v, lse, p
 
 
-def one_sequence(q, k, v, *, slopes, keep, softmax_scale, causal, window_size, softcap, dropout_p):
-    """q (Sq, H, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv), slopes (H,) or None, keep (H, Sq, Sk) or None."""
+def one_sequence(q, k, v, *, slopes, keep, qv, softmax_scale, causal, window_size, softcap, dropout_p, attention_chunk):
+    """q (Sq, H, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv), slopes (H,) or None, keep (H, Sq, Sk), qv (Sq, H, Dv) or None."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    if softmax_scale is None:
+        softmax_scale = float(q.shape[-1] + (0 if qv is None else qv.shape[-1])) ** -0.5
     done = [
         one_head(
             q[:, h],
             k[:, h // group],
             v[:, h // group],
-            scale=float(q.shape[-1]) ** -0.5 if softmax_scale is None else float(softmax_scale),
+            scale=float(softmax_scale),
             causal=causal,
             window=window_size,
             softcap=softcap,
             slope=None if slopes is None else slopes[h],
             keep=None if keep is None else keep[h],
             dropout_p=dropout_p,
+            chunk=attention_chunk,
+            qv=None if qv is None else qv[:, h],
         )
         for h in range(heads)
     ]
@@ -91,16 +99,25 @@ def _slopes_of(alibi_slopes, b):
     return alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
 
 
-def _rules(softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, dropout_p=0.0):
+def _rules(softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, dropout_p=0.0, attention_chunk=0):
     return locals()
 
 
-def dense(q, k, v, *, alibi_slopes=None, keep=None, **how):
-    """q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv); alibi_slopes (H,) or (B, H); keep (B, H, Sq, Sk)."""
+def dense(q, k, v, qv=None, *, alibi_slopes=None, keep=None, **how):
+    """q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), qv (B, Sq, H, Dv).
+
+    alibi_slopes is (H,) or (B, H), keep (B, H, Sq, Sk).
+    """
     rules = _rules(**how)
     done = [
         one_sequence(
-            q[b], k[b], v[b], slopes=_slopes_of(alibi_slopes, b), keep=None if keep is None else keep[b], **rules
+            q[b],
+            k[b],
+            v[b],
+            qv=None if qv is None else qv[b],
+            slopes=_slopes_of(alibi_slopes, b),
+            keep=None if keep is None else keep[b],
+            **rules,
         )
         for b in range(q.shape[0])
     ]
@@ -115,6 +132,7 @@ def varlen(
     cu_seqlens_q,
     cu_seqlens_k,
     *,
+    qv=None,
     seqused_q=None,
     seqused_k=None,
     block_table=None,
@@ -122,10 +140,9 @@ def varlen(
     keep=None,
     **how,
 ):
-    """q (total_q, H, D), k (total_k, Hkv, D) or, with block_table, (num_blocks, page_size, Hkv, D); keep (B, H,
-    max_sq, max_sk).
+    """q (total_q, H, D), k (total_k, Hkv, D) or, with block_table, (num_blocks, page_size, Hkv, D).
 
-    Rows of q that belong to no sequence, or lie beyond seqused_q, see nothing.
+    keep is (B, H, max_sq, max_sk). Rows of q that belong to no sequence, or lie beyond seqused_q, see nothing.
     """
     rules = _rules(**how)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -145,6 +162,7 @@ def varlen(
             q[place],
             k_b,
             v_b,
+            qv=None if qv is None else qv[place],
             slopes=_slopes_of(alibi_slopes, b),
             keep=None if keep is None else keep[b, :, :length_q, :length_k],
             **rules,
@@ -170,8 +188,7 @@ def gather_pages(cache, pages, length):
 def rotate(x, cos, sin, positions, interleaved):
     """Rotary embedding of x (S, H, D): pair c of token t turns by the angle whose cosine is cos[positions[t], c].
 
-    Interleaved pairs are the dimensions (2c, 2c + 1), otherwise (c, c + rotary_dim / 2); dimensions beyond rotary_dim
-    stay.
+    Interleaved pairs are the dimensions (2c, 2c + 1), otherwise (c, c + rotary_dim / 2); further ones stay.
     """
     half = cos.shape[1]
     turned = x.clone()
@@ -191,6 +208,7 @@ def kvcache(
     k=None,
     v=None,
     *,
+    qv=None,
     rotary_cos=None,
     rotary_sin=None,
     cache_seqlens=None,
@@ -201,12 +219,11 @@ def kvcache(
     alibi_slopes=None,
     **how,
 ):
-    """q (B, Sq, H, D); caches (B_cache, S_cache, Hkv, D), or with block_table (num_blocks, page_size, Hkv, D); k and
-    v (B, S_new, Hkv, D).
+    """q (B, Sq, H, D), k and v (B, S_new, Hkv, D), caches (B_cache, S_cache, Hkv, D).
 
-    New keys go to the positions cache_seqlens, cache_seqlens + 1, ... and turn by them. Queries turn by those
-    positions too if the mask is causal or a window, and all by cache_seqlens if not. The keys of a sequence begin at
-    cache_leftpad.
+    With block_table the caches are pages, (num_blocks, page_size, Hkv, D). New keys go to the positions
+    cache_seqlens, cache_seqlens + 1, ... and turn by them. Queries turn by those positions too if the mask is causal
+    or a window, and all by cache_seqlens if not. The keys of a sequence begin at cache_leftpad.
     """
     rules = _rules(**how)
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
@@ -238,7 +255,15 @@ def kvcache(
             keys, values = k_cache[slot, begin:end], v_cache[slot, begin:end]
         else:
             keys, values = gather_pages(k_cache, block_table[b], end), gather_pages(v_cache, block_table[b], end)
-        out, lse, _ = one_sequence(q_b, keys, values, slopes=_slopes_of(alibi_slopes, b), keep=None, **rules)
+        out, lse, _ = one_sequence(
+            q_b,
+            keys,
+            values,
+            slopes=_slopes_of(alibi_slopes, b),
+            keep=None,
+            qv=None if qv is None else qv[b],
+            **rules,
+        )
         outs.append(out)
         lses.append(lse)
     return Cached(torch.stack(outs), torch.stack(lses), k_cache, v_cache)

@@ -1,7 +1,6 @@
 """Pairwise selection: a small set of cases in which every pair of levels of any two factors occurs together.
 
-Greedy, as in Cohen et al., "The AETG system" (1997), without the random restarts: the selection is the same on every
-run.
+Greedy, as in Cohen et al., "The AETG system" (1997), but without random choices: every run selects the same.
 """
 
 from itertools import combinations

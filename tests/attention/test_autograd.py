@@ -61,9 +61,7 @@ def test_no_graph_without_need(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_grad_accumulates_and_out_may_change_in_place(name):
-    """`backward()` twice over two graphs adds up; writing into the result is allowed, or refused by autograd, never
-    wrong.
-    """
+    """`backward()` twice over two graphs adds up; writing into the result is right or refused."""
     q, k, v = leaves()
     CALLS[name](q, k, v).sum().backward()
     once = v.grad.clone()
@@ -122,6 +120,36 @@ def test_lse_has_its_true_gradient_or_none(dropout_p):
         return
     for mine, exactly in zip(ours, wanted, strict=True):
         torch.testing.assert_close(mine.double(), exactly, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropout_p"), [(name, 0.0) for name in CALLS] + [("dense", 0.3), ("varlen", 0.3), ("kvpacked", 0.3)]
+)
+def test_backward_twice_through_one_graph(name, dropout_p):
+    """Nothing that is saved is used up: the second pass gives the same bits."""
+    q, k, v = leaves()
+    how = {"dropout_p": dropout_p} if dropout_p else {}
+    out = CALLS[name](q, k, v, **how).square().sum()
+    first = torch.autograd.grad(out, (q, k, v), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(out, (q, k, v)), strict=True))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_saved_tensors_may_be_offloaded(name):
+    """What is kept for the backward pass goes through autograd's hooks, as activation offloading needs it."""
+    q, k, v = leaves()
+    expected = torch.autograd.grad(CALLS[name](q, k, v).sum(), (q, k, v))
+    packed = []
+
+    def pack(x):
+        packed.append(x.shape)
+        return x.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = CALLS[name](q, k, v)
+    assert len(packed) >= 4  # q, k, v and out or the log-sum-exp
+    got = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_gradient_through_a_computed_input():

@@ -1,6 +1,4 @@
-"""Dropout: which entries fall, how many, that the backward pass drops the same ones, and that the generator alone
-decides.
-"""
+"""Dropout: which entries fall and how many, that backward drops the same ones, and that the generator alone decides."""
 
 import math
 
@@ -8,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from flash_attn_mps import interface
 from flash_attn_mps.interface import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 
 from . import oracle
@@ -25,7 +24,7 @@ CASES = pairwise(
     mask=["none", "causal", "both", "causal-left"],
     softcap=[0.0, 1.5],
     alibi=[None, "BH"],
-    dropout_p=[0.1, 0.5, 0.9],
+    dropout_p=[0.1, 0.5, 0.75],
 )
 
 
@@ -197,3 +196,23 @@ def test_activation_checkpointing(use_reentrant, dropout_p):
     again.sum().backward()
     assert torch.equal(again, direct)
     torch.testing.assert_close(qkv.grad, expected)
+
+
+def test_packed_functions_drop_like_the_others():
+    q, k, v = randn(40, 3, 2, 16, dtype=torch.float32).unbind(1)
+    cu, how = cumulative([30, 10]), {"dropout_p": 0.4, "causal": True}
+
+    def seeded(function, *args):
+        torch.manual_seed(9)
+        return function(*args, **how)
+
+    dense = [x.view(2, 20, 2, 16) for x in (q, k, v)]
+    expected = seeded(flash_attn_func, *dense)
+    assert not torch.equal(expected, flash_attn_func(*dense, causal=True))
+    assert torch.equal(seeded(flash_attn_qkvpacked_func, torch.stack(dense, 2)), expected)
+    assert torch.equal(seeded(interface.flash_attn_kvpacked_func, dense[0], torch.stack(dense[1:], 2)), expected)
+    expected = seeded(flash_attn_varlen_func, q, k, v, cu, cu, 30, 30)
+    assert not torch.equal(expected, flash_attn_varlen_func(q, k, v, cu, cu, 30, 30, causal=True))
+    qkv, kv = torch.stack((q, k, v), 1), torch.stack((k, v), 1)
+    assert torch.equal(seeded(interface.flash_attn_varlen_qkvpacked_func, qkv, cu, 30), expected)
+    assert torch.equal(seeded(interface.flash_attn_varlen_kvpacked_func, q, kv, cu, cu, 30, 30), expected)

@@ -1,6 +1,4 @@
-"""flash_attn_with_kvcache: lengths, append, rotary, paging, batch indices and left padding; the caches after the call
-too.
-"""
+"""flash_attn_with_kvcache: lengths, append, rotary, pages, batch indices, left padding; also the caches afterwards."""
 
 import pytest
 import torch
@@ -93,9 +91,7 @@ def in_double(call):
 
 
 def poison_beyond(cache, call, lengths, new):
-    """NaN in every token of the cache that belongs to no sequence: beyond its end, before its begin, in rows that
-    nobody reads.
-    """
+    """NaN where no sequence is: beyond the ends, before the begins, in rows and pages that nobody reads."""
     kept = torch.zeros(cache.shape[:2], dtype=torch.bool)
     table = call.get("block_table")
     for b, length in enumerate(lengths):
@@ -149,9 +145,7 @@ def test_against_the_oracle(case):
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 def test_rotary_turns_in_fp32(interleaved, causal):
-    """Keys in the cache are off by no more than one rounding, and the LSE is that of rotated and rounded queries and
-    keys.
-    """
+    """Keys in the cache are off by no more than one rounding."""
     case = dict(CASES[0], seqlen_q=5, seqlen_new=5, lengths="tensor", where="rows", dtype=torch.bfloat16)
     case.update(rotary="interleaved" if interleaved else "halves", mask="causal" if causal else "none")
     q, k_cache, v_cache, call, _ = build(case)

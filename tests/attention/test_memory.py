@@ -1,5 +1,6 @@
-"""Memory of the forward and the backward pass grows with L * D, not with L * L. Counted by PyTorch's profiler, inner
-buffers included.
+"""Memory of forward and backward grows with L * D, not with L * L.
+
+PyTorch's profiler counts it, so that buffers inside of an operator count too.
 """
 
 import json
@@ -23,9 +24,7 @@ def tensors(count, length=LENGTH):
 
 
 def allocations(function, path):
-    """(largest single allocation, highest sum of what was live) in bytes while function runs, beyond what was there
-    before.
-    """
+    """(largest allocation, highest sum of live ones) in bytes while function runs, beyond what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
     recorded.export_chrome_trace(str(path))
@@ -105,9 +104,7 @@ def test_memory_grows_with_the_length_alone(how, backward, tmp_path):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
 @pytest.mark.parametrize("how", ["causal", "softcap-alibi"])
 def test_varlen_is_not_padded(how, backward, tmp_path):
-    """One long sequence among 255 of one token: padded to a rectangle, k alone would take 256 * 4096 * 2 * 64 * 4
-    bytes = 512 MiB.
-    """
+    """One long sequence among 255 of one token: padded to a rectangle, k alone would take 512 MiB."""
     call = varlen_call([1] * 200 + [LENGTH] + [1] * 55, HOWS[how], backward)
     _, peak = allocations(call, tmp_path / "trace.json")
     assert peak < WORKSPACE + tensors(16 if backward else 4)

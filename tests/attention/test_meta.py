@@ -1,6 +1,4 @@
-"""Meta tensors: shapes, dtypes and devices without data. Any `.item()`, `.tolist()` or `.cpu()` on the way would
-raise here.
-"""
+"""Meta tensors: shapes, dtypes and devices without data. Any `.item()` or `.tolist()` on the way would raise here."""
 
 import pytest
 import torch

@@ -110,6 +110,25 @@ FA3 = {
     },
 }
 
+FA3["flash_attn_qkvpacked_func"] = required("qkv") | {
+    name: _FA3_TAIL.get(name)
+    for name in (
+        "softmax_scale",
+        "causal",
+        "q_descale",
+        "k_descale",
+        "v_descale",
+        "window_size",
+        "attention_chunk",
+        "softcap",
+        "deterministic",
+        "num_heads_q",
+        "sm_margin",
+        "return_attn_probs",
+    )
+}
+FA3["flash_attn_combine"] = required("out_partial", "lse_partial") | {"out": None, "out_dtype": None}
+
 FUNCTIONS = [(interface, name, expected) for name, expected in FA2.items()]
 FUNCTIONS += [(interface3, name, expected) for name, expected in FA3.items()]
 

@@ -1,6 +1,4 @@
-"""flash_attn_varlen_func over lengths (empty ones included), masks, features, strides and paged keys, forward and
-backward.
-"""
+"""flash_attn_varlen_func over lengths (empty ones too), masks, features, strides and pages, forward and backward."""
 
 import numpy as np
 import pytest
@@ -58,9 +56,7 @@ def longest(lengths, kind="int"):
 
 
 def paged(x, lengths, page_size, poison=float("nan")):
-    """The tokens of x (total, H, D) spread over shuffled pages: (num_blocks, page_size, H, D) and block_table (B, max
-    blocks), int32.
-    """
+    """The tokens of x (total, H, D) in shuffled pages: (num_blocks, page_size, H, D), and block_table (B, blocks)."""
     blocks = [-(-length // page_size) for length in lengths]
     width = max(*blocks, 1) + 1
     order = torch.randperm(sum(blocks) + 2, generator=torch.Generator().manual_seed(1)).tolist()
@@ -194,6 +190,25 @@ def test_sequences_are_independent():
     torch.testing.assert_close(dirty[:9], clean[:9], rtol=0, atol=0)
     torch.testing.assert_close(dirty[49:], clean[49:], rtol=0, atol=0)
     assert dirty[9:49].isnan().all()
+
+
+def test_gradients_of_sequences_are_independent():
+    """Neither what stands in one sequence nor its output's gradient, NaN included, reaches the gradients of another."""
+    lengths = [9, 40, 7]
+    cu = cumulative(lengths)
+    q, k, v, dout = (randn(56, 2, 16, dtype=torch.float32) for _ in range(4))
+
+    def gradients():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = flash_attn_varlen_func(*leaves, cu, cu, 40, 40, causal=True, softcap=5.0)
+        return torch.autograd.grad(out, leaves, dout)
+
+    clean = gradients()
+    for x in (q, k, v, dout):
+        x[9:49] = float("nan")
+    for name, dirty, wanted in zip("qkv", gradients(), clean, strict=True):
+        torch.testing.assert_close(dirty[:9], wanted[:9], msg=f"d{name} of the first sequence")
+        torch.testing.assert_close(dirty[49:], wanted[49:], msg=f"d{name} of the last sequence")
 
 
 def test_one_sequence_equals_dense():

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from . import abi, cache as disk, recursion, sites, toolchain
+from . import abi, recursion, sites, toolchain
+from . import cache as disk
 from .frontend import Unit
 
 FAST_STACK = 128 << 10
@@ -19,15 +20,38 @@ _RUNTIME_FLAGS = ["-std=gnu11", "-O2", "-fPIC", "-ffreestanding", "-fno-stack-pr
 _FAST = ["-O2", "-fno-optimize-sibling-calls"]
 # One callback for each access as the source has it: no vectors of the optimiser's, no access left out.
 _INSTRUMENTED = [
-    *("-O1", "-gline-tables-only", "-fno-optimize-sibling-calls", "-fno-vectorize", "-fno-slp-vectorize", "-D__MH_INSTRUMENTED"),
-    *("-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-read-before-write=1"),
+    *(
+        "-O1",
+        "-gline-tables-only",
+        "-fno-optimize-sibling-calls",
+        "-fno-vectorize",
+        "-fno-slp-vectorize",
+        "-D__MH_INSTRUMENTED",
+    ),
+    *(
+        "-fsanitize=thread",
+        "-mllvm",
+        "-tsan-instrument-func-entry-exit=0",
+        "-mllvm",
+        "-tsan-instrument-read-before-write=1",
+    ),
     *("-fsanitize=array-bounds", "-fsanitize-recover=array-bounds"),
 ]
 
 
 def link(objects: list[Path], output: Path) -> None:
     if sys.platform == "darwin":
-        toolchain.run(["cc", *toolchain.target(), "-shared", "-Wl,-undefined,dynamic_lookup", "-o", str(output), *map(str, objects)])
+        toolchain.run(
+            [
+                "cc",
+                *toolchain.target(),
+                "-shared",
+                "-Wl,-undefined,dynamic_lookup",
+                "-o",
+                str(output),
+                *map(str, objects),
+            ]
+        )
     else:
         toolchain.run(["ld.lld", "-shared", "--hash-style=gnu", "-Bsymbolic", "-o", str(output), *map(str, objects)])
 
@@ -91,7 +115,7 @@ class Compiled:
 def compile_unit(unit: Unit, host_names: list[str], instrumented: bool) -> dict[str, Compiled]:
     """The kernels `host_names`, compiled into one library and loaded."""
     entries = {name: f"__mh_entry_{i}" for i, name in enumerate(host_names)}
-    source = unit.render(entries, 'extern "C" __MH_EXPORT')
+    source = unit.render(entries)
     flags = [*toolchain.LANGUAGE, *toolchain.target(), *(_INSTRUMENTED if instrumented else _FAST), "-fPIC"]
     runtime()
     table = _runtime_files()[1]
@@ -102,10 +126,14 @@ def compile_unit(unit: Unit, host_names: list[str], instrumented: bool) -> dict[
             assembly, found = sites.mark(assembly)
             (directory / "sites.json").write_text(json.dumps(found))
             (directory / "kernel.s").write_text(assembly)
-            toolchain.run(["clang", *toolchain.target(), "-c", "-o", str(directory / "kernel.o"), str(directory / "kernel.s")])
+            toolchain.run(
+                ["clang", *toolchain.target(), "-c", "-o", str(directory / "kernel.o"), str(directory / "kernel.s")]
+            )
             (directory / "kernel.s").unlink()
         else:
-            code = toolchain.clang([*flags, "-Xclang", "-disable-llvm-passes", "-S", "-emit-llvm", "-o", "-", "-"], input=source)
+            code = toolchain.clang(
+                [*flags, "-Xclang", "-disable-llvm-passes", "-S", "-emit-llvm", "-o", "-", "-"], input=source
+            )
             recursion.check(code)
             options = [*toolchain.target(), *_FAST, "-fPIC", "-Wno-override-module"]
             toolchain.clang(["-x", "ir", *options, "-c", "-o", str(directory / "kernel.o"), "-"], input=code)
@@ -137,14 +165,18 @@ def _load(unit: Unit, path: Path, entries: dict[str, str], instrumented: bool) -
     return compiled
 
 
-def launch(compiled: Compiled, addresses: dict[int, int], grid: tuple[int, ...], group: tuple[int, ...], seed: int) -> abi.Counters:
+def launch(
+    compiled: Compiled, addresses: dict[int, int], grid: tuple[int, ...], group: tuple[int, ...], seed: int
+) -> abi.Counters:
     """Run a kernel of the fast build: addresses maps buffer indices to memory."""
     request = prepare(compiled, addresses, grid, group, seed)
     runtime().__getattr__("__mh_launch")(ctypes.byref(request))
     return request.counters
 
 
-def prepare(compiled: Compiled, addresses: dict[int, int], grid: tuple[int, ...], group: tuple[int, ...], seed: int) -> abi.Launch:
+def prepare(
+    compiled: Compiled, addresses: dict[int, int], grid: tuple[int, ...], group: tuple[int, ...], seed: int
+) -> abi.Launch:
     request = abi.Launch(entry=compiled.entry, seed=seed, stacks=stacks_address(), stack_size=FAST_STACK)
     for index, address in addresses.items():
         request.arguments[index] = address

@@ -15,15 +15,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .kernels import IDENTIFIERS, SPACES, Instance, Kernel, Kernels, attributes, parse_arguments, split, string_value, template_names
+from .kernels import (
+    IDENTIFIERS,
+    SPACES,
+    Instance,
+    Kernel,
+    Kernels,
+    attributes,
+    parse_arguments,
+    split,
+    string_value,
+    template_names,
+)
 from .strictness import check_body, check_pointers, check_tokens
 from .tokens import Tokens
 
 _VECTORS = {
-    f"{t}{n}" for t in "bool char uchar short ushort int uint long ulong half bfloat float".split() for n in (2, 3, 4)
+    f"{t}{n}"
+    for t in ["bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "half", "bfloat", "float"]
+    for n in (2, 3, 4)
 }
 _RENAMED = {
-    **{w: f"__mh_name_{w}" for w in ("global", "local", "generic", "pipe", "read_only", "write_only", "read_write", "event_t", "queue_t")},
+    **{
+        w: f"__mh_name_{w}"
+        for w in ("global", "local", "generic", "pipe", "read_only", "write_only", "read_write", "event_t", "queue_t")
+    },
     **{f"atomic_{t}": f"__mh_atomic_{t}" for t in ("int", "uint", "float", "bool")},
 }
 _QUALIFIERS = {"const", "volatile", *SPACES}
@@ -47,12 +63,12 @@ class Unit:
     kernels: Kernels = field(default_factory=Kernels)
     variables: list[ThreadgroupVariable] = field(default_factory=list)
 
-    def render(self, entries: dict[str, str], prefix: str) -> str:
+    def render(self, entries: dict[str, str]) -> str:
         """The source with an entry `symbol` for each instance: entries maps host names to symbols."""
         extra: dict[int, str] = {}
         for host_name, symbol in entries.items():
             instance = self.kernels.instances[host_name]
-            extra[instance.at] = extra.get(instance.at, "") + instance.entry(symbol, prefix)
+            extra[instance.at] = extra.get(instance.at, "") + instance.entry(symbol)
         return self.tokens.render(extra)
 
 
@@ -71,9 +87,11 @@ def _type_names(tokens: Tokens) -> set[str]:
     """Template type parameters and aliases: names whose T(a, b) may construct a vector."""
     names = set()
     for i in range(len(tokens)):
-        if tokens[i] in ("typename", "class") and tokens[i - 1] in ("<", ",") and tokens.kind[i + 1 : i + 2] == ["word"]:
-            names.add(tokens[i + 1])
-        elif tokens[i] == "using" and tokens[i + 2] == "=":
+        if (
+            tokens[i] in ("typename", "class")
+            and tokens[i - 1] in ("<", ",")
+            and tokens.kind[i + 1 : i + 2] == ["word"]
+        ) or (tokens[i] == "using" and tokens[i + 2] == "="):
             names.add(tokens[i + 1])
         elif tokens[i] == "typedef":
             end = next(j for j in range(i, len(tokens)) if tokens[j] == ";")
@@ -97,7 +115,12 @@ def _rewrite_expressions(tokens: Tokens, aliases: set[str]) -> None:
             if (word in _VECTORS and not function_pointer) or (word in aliases and arguments > 1):
                 tokens.prepend(i, "__mh_make<")
                 tokens.append(i, ">")
-        elif word == "vec" and tokens[i + 1] == "<" and (close := tokens.angle_close(i + 1)) > 0 and tokens[close + 1] == "(":
+        elif (
+            word == "vec"
+            and tokens[i + 1] == "<"
+            and (close := tokens.angle_close(i + 1)) > 0
+            and tokens[close + 1] == "("
+        ):
             first = i - 2 if previous == "::" and tokens[i - 2] == "metal" else i
             if tokens[close + 2] not in ("*", "&"):
                 tokens.prepend(first, "__mh_make<")
@@ -136,7 +159,11 @@ def _declarations(unit: Unit, start: int, end: int, namespace: tuple[str, ...], 
         elif word == "namespace" or (word == "inline" and tokens[i + 1] == "namespace"):
             brace = _skip_to(tokens, i, end, "{=;")
             if tokens[brace] == "{":
-                path = [tokens[j] for j in range(i, brace) if tokens.kind[j] == "word" and tokens[j] not in ("namespace", "inline")]
+                path = [
+                    tokens[j]
+                    for j in range(i, brace)
+                    if tokens.kind[j] == "word" and tokens[j] not in ("namespace", "inline")
+                ]
                 _declarations(unit, brace + 1, tokens.partner[brace], namespace + tuple(path))
                 i = tokens.partner[brace] + 1
             else:
@@ -190,9 +217,9 @@ def _declaration(unit: Unit, first: int, end: int, namespace: tuple[str, ...], c
                 i += 1
             parenthesis = i
             break
-        elif t == "[" and tokens[i + 1] == "[":
-            i = tokens.partner[i] + 1
-        elif t == "(" and tokens[i - 1] in ("__attribute__", "alignas", "decltype"):
+        elif (t == "[" and tokens[i + 1] == "[") or (
+            t == "(" and tokens[i - 1] in ("__attribute__", "alignas", "decltype")
+        ):
             i = tokens.partner[i] + 1
         elif t == "(":
             parenthesis = i
@@ -348,7 +375,11 @@ def _drop_attributes(tokens: Tokens, first: int, last: int) -> None:
 def _drop_identifier_attributes(tokens: Tokens) -> None:
     """Metal lets the parameters of ordinary functions carry a kernel's attributes, to no effect."""
     for i in range(len(tokens)):
-        if tokens[i] == "[" and tokens[i + 1] == "[" and set(attributes(tokens, i, tokens.partner[i])) & set(IDENTIFIERS):
+        if (
+            tokens[i] == "["
+            and tokens[i + 1] == "["
+            and set(attributes(tokens, i, tokens.partner[i])) & set(IDENTIFIERS)
+        ):
             tokens.blank(i, tokens.partner[i] + 1)
 
 

@@ -53,6 +53,11 @@ def launch(
     request = cpu.prepare(compiled, arena.addresses, grid, group, seed)
     request.regions = (abi.Region * len(regions))(*regions)
     request.region_count = len(regions)
+    request.sites, request.site_lines, request.site_count = (
+        compiled.sites.addresses,
+        compiled.sites.lines,
+        len(compiled.sites.lines),
+    )
     request.allow_partial_collectives = allow_partial_collectives
     runtime = cpu.runtime()
     cell = runtime.__getattr__("__mh_shadow_bytes")()
@@ -78,7 +83,9 @@ class Arena:
     """
 
     def __init__(self, bindings):
-        self._storages: dict[int, tuple[torch.UntypedStorage, int]] = {}  # host address -> (storage, offset in the arena)
+        self._storages: dict[
+            int, tuple[torch.UntypedStorage, int]
+        ] = {}  # host address -> (storage, offset in the arena)
         self.regions: list[abi.Region] = []
         self.addresses: dict[int, int] = {}
         tensors = [(i, t) for i, t in bindings.tensors.items()]
@@ -147,7 +154,7 @@ class Teller:
             return Fault(kind, (where.file or b"").decode(), where.line, 0, message)
         file, line = self._sites.place(r.site)
         other_file, other_line = self._sites.place(r.other_site) if r.other_site else ("", 0)
-        if kind == "divergent barrier" and (file, line) == (other_file, other_line):
+        if kind == "divergent barrier" and (file, line) == (other_file, other_line) and not r.write:
             return None  # two copies of one barrier that the compiler made
         there = f"line {other_line}" if other_file == file else f"{other_file}:{other_line}"
         if kind == "race":
@@ -155,18 +162,18 @@ class Teller:
         elif kind == "out of bounds":
             message = f"{self._access(r)} {self._outside(r)}, {self._at(r)}"
         elif kind == "uninitialised":
-            message = f"{self._access(r)} {self._inside(r)}, which no thread of the threadgroup has written, {self._at(r)}"
+            message = (
+                f"{self._access(r)} {self._inside(r)}, which no thread of the threadgroup has written, {self._at(r)}"
+            )
         elif kind == "divergent barrier":
-            state = f"waits at the barrier of {there}" if other_line else "has ended"
+            state = f"waits at the barrier of {there}{' with other flags' * r.write}" if other_line else "has ended"
             message = f"threadgroup_barrier reached by {r.mask} of {r.size} threads as one: thread {r.other_thread} {state}, {self._at(r)}"
         elif kind == "inactive lane":
             message = f"lane {r.thread % 32} reads lane {r.other_thread}, which takes no part (active: {r.mask:#010x}), {self._at(r)}"
         else:
             state = f"waits at {there}" if other_line else "has ended"
             active, exists = bin(r.mask).count("1"), bin(r.size).count("1")
-            message = (
-                f"{_OPERATIONS[r.kind]} reached by {active} of {exists} lanes of the simdgroup: thread {r.other_thread} {state}, {self._at(r)}"
-            )
+            message = f"{_OPERATIONS[r.kind]} reached by {active} of {exists} lanes of the simdgroup: thread {r.other_thread} {state}, {self._at(r)}"
         return Fault(kind, file, line, other_line, message)
 
     def _race(self, r: abi.Report, there: str) -> str:

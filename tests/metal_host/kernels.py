@@ -42,7 +42,7 @@ class Buffer:
 
     def expression(self) -> str:
         pointer = self.type.rstrip("& ").rstrip() + "*" if self.reference else self.type
-        return f"{'*' if self.reference else ''}({pointer})__mh_argument({self.index})"
+        return f"{'*' if self.reference else ''}({pointer})__mh_context.argument({self.index})"
 
 
 @dataclass
@@ -68,7 +68,8 @@ class Kernel:
         values = ", ".join(a if isinstance(a, str) else a.expression() for a in self.arguments)
         instance = f"{self.name}<{self.template_arguments}>" if self.template else self.name
         return (
-            f" {self.template} inline __attribute__((always_inline)) void __mh_call_{self.name}() {{ {instance}({values}); }}"
+            f" {self.template} inline __attribute__((always_inline))"
+            f" void __mh_call_{self.name}(const thread __mh_context_t& __mh_context) {{ {instance}({values}); }}"
             f" {self.template} constexpr uint __mh_max_{self.name}() {{ return {self.max_threads}; }}"
         )
 
@@ -82,10 +83,11 @@ class Instance:
     template_arguments: str  # "<half, 64>" or ""
     at: int  # the token behind which its entry may stand
 
-    def entry(self, symbol: str, prefix: str) -> str:
-        call = f"{self.kernel.path}{self.template_arguments}()"
-        limit = call.replace("__mh_call_", "__mh_max_")
-        return f' {prefix} void {symbol}() {{ {call}; }} extern "C" {{ __MH_EXPORT device uint {symbol}_max_threads = {limit}; }}'
+    def entry(self, symbol: str) -> str:
+        """The function that the host calls (__MH_ENTRY is the back end's), and the most threads that it may be called with."""
+        call = f"{self.kernel.path}{self.template_arguments}"
+        limit = f"{call.replace('__mh_call_', '__mh_max_')}()"
+        return f" __MH_ENTRY({symbol}, ({call}), ({limit}))"
 
 
 @dataclass
@@ -189,9 +191,13 @@ def parse_arguments(tokens: Tokens, start: int, end: int) -> list[Buffer | str]:
                 raise tokens.error(first, f"[[buffer(n)]] of '{tokens[name]}' needs a number, got '{tokens[at]}'")
             index = int(tokens[at])
             if index >= MAX_BUFFERS:
-                raise tokens.error(first, f"[[buffer({index})]] of '{tokens[name]}': a kernel has buffers 0 to {MAX_BUFFERS - 1}")
+                raise tokens.error(
+                    first, f"[[buffer({index})]] of '{tokens[name]}': a kernel has buffers 0 to {MAX_BUFFERS - 1}"
+                )
             if index in taken:
-                raise tokens.error(first, f"[[buffer({index})]] of '{tokens[name]}' is bound to another parameter already")
+                raise tokens.error(
+                    first, f"[[buffer({index})]] of '{tokens[name]}' is bound to another parameter already"
+                )
             taken.add(index)
     for first, found, kept, name in parsed:
         identifier = next((a for a in found if a in IDENTIFIERS), None)
@@ -217,7 +223,7 @@ def _identifier(tokens: Tokens, first: int, kept: list[int], name: int, attribut
     if type_ not in allowed:
         raise tokens.error(first, f"[[{attribute}]] has type {' or '.join(sorted(allowed))}, not '{type_}'")
     size = int(type_[-1]) if type_ in _VECTOR_IDS else 1
-    parts = ", ".join(f"__mh_identifier({number}, {axis})" for axis in range(size))
+    parts = ", ".join(f"__mh_context.identifier({number}, {axis})" for axis in range(size))
     return f"__mh_make<{type_}>({parts})"
 
 
@@ -227,9 +233,14 @@ def _buffer(
     words = [tokens[i] for i in kept]
     space = next((w for w in words if w in SPACES), "")
     if space == "threadgroup":
-        raise tokens.error(first, f"'{tokens[name]}': a threadgroup parameter needs [[threadgroup(n)]], which compile_shader cannot size")
+        raise tokens.error(
+            first,
+            f"'{tokens[name]}': a threadgroup parameter needs [[threadgroup(n)]], which compile_shader cannot size",
+        )
     if space not in ("device", "constant"):
-        raise tokens.error(first, f"'{tokens[name]}': a kernel's argument is a pointer or reference to device or constant memory")
+        raise tokens.error(
+            first, f"'{tokens[name]}': a kernel's argument is a pointer or reference to device or constant memory"
+        )
     reference = "&" in words
     if not reference and "*" not in words:
         raise tokens.error(first, f"'{tokens[name]}': a kernel's argument is a pointer or reference, not a value")

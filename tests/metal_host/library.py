@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import abi, cpu, instrumented, source
+from . import abi, cpu, instrumented, nvidia, source
 from .frontend import Unit, translate
 
 MAX_THREADGROUP_BYTES = 32 << 10
@@ -48,12 +48,16 @@ _mode = Mode()
 
 
 @contextmanager
-def observe(*, instrumented: bool = True, seed: int = 0, allow_partial_collectives: bool = False) -> Iterator[list[Launch]]:
+def observe(
+    *, instrumented: bool = True, seed: int = 0, allow_partial_collectives: bool = False
+) -> Iterator[list[Launch]]:
     """Run the launches of a block under observation; yields the list that they are recorded in.
 
-    instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here.
+    instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here. Launches on an
+        NVIDIA GPU are not observed: there compute-sanitizer is the tool (README.md).
     seed: 0 runs ready threads in order, every other number in an order of its own.
-    allow_partial_collectives: reductions and votes may be reached by some lanes of a simdgroup only, as Metal defines.
+    allow_partial_collectives: reductions, votes and shuffles may be reached by some lanes of a simdgroup
+        only, which Metal defines but our kernels never mean.
     """
     global _mode
     before, log = _mode, []
@@ -82,6 +86,7 @@ class ShaderLibrary:
         self._unit = unit
         self._plain = [name for name, instance in unit.kernels.instances.items() if not instance.template_arguments]
         self._builds: dict[tuple[str, bool], cpu.Compiled] = {}
+        self._modules: dict[str, nvidia.Module] = {}
         self._compile(self._plain, False)
 
     def _compile(self, names: list[str], instrument: bool) -> None:
@@ -93,9 +98,23 @@ class ShaderLibrary:
             self._compile(self._plain if name in self._plain else [name], instrument)
         return self._builds[name, instrument]
 
+    def module(self, name: str) -> nvidia.Module:
+        """The kernel `name` as PTX, with the library's other plain kernels if it is one."""
+        if name not in self._modules:
+            names = self._plain if name in self._plain else [name]
+            self._modules |= dict.fromkeys(names, nvidia.Module(self._unit, names))
+        return self._modules[name]
+
+    def resources(self, name: str, threads: int) -> nvidia.Resources:
+        """What ptxas says of the kernel for groups of `threads`: registers, spills, shared memory. Needs no GPU."""
+        module = self.module(name)
+        return nvidia.resources(module.ptx, module.entries[name], threads)
+
     def __getattr__(self, name: str) -> KernelFunction:
         if name.startswith("__") or name not in self._unit.kernels.instances:
-            raise (AttributeError if name.startswith("__") else RuntimeError)(f"Failed to create function state object for: {name}")
+            raise (AttributeError if name.startswith("__") else RuntimeError)(
+                f"Failed to create function state object for: {name}"
+            )
         return KernelFunction(self, name)
 
     def __dir__(self) -> list[str]:
@@ -139,14 +158,26 @@ class KernelFunction:
             bindings.bind(index, value, arg_casts)
         errors = None
         if error_buf_idx is not None:
-            errors = torch.zeros(ErrorBuffer.size, dtype=torch.uint8)
+            errors = torch.zeros(ErrorBuffer.size, dtype=torch.uint8, device="cuda" if bindings.on_gpu else "cpu")
             bindings.bind(error_buf_idx, errors, None)
         bindings.finish()
         grid, group = self._shape(threads, group_size, args)
+        if bindings.on_gpu:
+            self._library.module(self._name).launch(self._name, bindings, grid, group)
+            if errors is not None:
+                ErrorBuffer.raise_if_any(errors.cpu())
+            return
         if _mode.instrumented:
             compiled = self._library.compiled(self._name, True)
             counters = instrumented.launch(
-                self._name, compiled, self._library._unit, bindings, grid, group, _mode.seed, _mode.allow_partial_collectives
+                self._name,
+                compiled,
+                self._library._unit,
+                bindings,
+                grid,
+                group,
+                _mode.seed,
+                _mode.allow_partial_collectives,
             )
         else:
             counters = cpu.launch(self._fast, bindings.addresses(), grid, group, _mode.seed)
@@ -164,14 +195,18 @@ class KernelFunction:
         if grid is None or not 0 < len(grid) < 4:
             raise RuntimeError("Number of threads is undefined or has wrong dimension")
         if group is not None and len(group) != len(grid):
-            raise RuntimeError(f"size and group_size must have same number of dimensions: threads {grid}, group_size {group}")
+            raise RuntimeError(
+                f"size and group_size must have same number of dimensions: threads {grid}, group_size {group}"
+            )
         if group is None:
             group = (min(grid[0], limit) if len(grid) == 1 else limit,) + (1,) * (len(grid) - 1)
         grid, group = (*grid, 1, 1)[:3], (*group, 1, 1)[:3]
         if group[0] * group[1] * group[2] > limit:
             raise ValueError(f"Threadgroup size exceeds {limit} limit")
         if min(grid) < 1 or min(group) < 1 or max(grid) >= 1 << 32:
-            raise ValueError(f"threads and group_size must be positive and below 2**32, got threads={grid}, group_size={group}")
+            raise ValueError(
+                f"threads and group_size must be positive and below 2**32, got threads={grid}, group_size={group}"
+            )
         return grid, group
 
 
@@ -208,13 +243,23 @@ class Bindings:
             self.inline[index] = _inline_bytes(index, value, casts)
         if index in self.inline and ctypes.sizeof(self.inline[index]) > MAX_INLINE_BYTES:
             size = ctypes.sizeof(self.inline[index])
-            raise RuntimeError(f"argument {index}: {size} inline bytes, Metal's setBytes takes at most {MAX_INLINE_BYTES}")
+            raise RuntimeError(
+                f"argument {index}: {size} inline bytes, Metal's setBytes takes at most {MAX_INLINE_BYTES}"
+            )
 
     def finish(self) -> None:
         """Every buffer of the kernel must be bound: Metal would read address 0."""
-        missing = [f"{p.name} [[buffer({i})]]" for i, p in self._parameters.items() if i not in self.tensors and i not in self.inline]
+        missing = [
+            f"{p.name} [[buffer({i})]]"
+            for i, p in self._parameters.items()
+            if i not in self.tensors and i not in self.inline
+        ]
         if missing:
             raise RuntimeError(f"no argument for {', '.join(missing)}")
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(t.device.type == "cuda" for t in self.tensors.values())
 
     def name(self, index: int) -> str:
         return self._parameters[index].name if index in self._parameters else f"buffer({index})"
@@ -223,7 +268,9 @@ class Bindings:
         return self._parameters[index].space if index in self._parameters else "device"
 
     def addresses(self) -> dict[int, int]:
-        return {i: t.data_ptr() for i, t in self.tensors.items()} | {i: ctypes.addressof(b) for i, b in self.inline.items()}
+        return {i: t.data_ptr() for i, t in self.tensors.items()} | {
+            i: ctypes.addressof(b) for i, b in self.inline.items()
+        }
 
 
 def _inline_bytes(index: int, value: Any, casts: str | dict[int, str] | None) -> ctypes.Array:

@@ -33,7 +33,9 @@ def check(code: str) -> None:
                 path.pop()
             elif following in path:
                 cycle = [_readable(n) for n in path[path.index(following) :]]
-                raise MetalSyntaxError(f"program_source: error: Metal has no recursion: {' -> '.join([*cycle, cycle[0]])}")
+                raise MetalSyntaxError(
+                    f"program_source: error: Metal has no recursion: {' -> '.join([*cycle, cycle[0]])}"
+                )
             else:
                 path.append(following)
                 stack.append((following, iter(calls[following])))

@@ -28,14 +28,19 @@ def mark(assembly: str) -> tuple[str, dict]:
         if match := _LOC.match(line):
             location = (match[1], match[2])
         elif match := _FILE.match(line):
-            files[match[1]] = match[3]
+            files[match[1]] = f"{match[2]}/{match[3]}" if match[2] and not match[2].startswith("/") else match[3]
         elif _CALL.match(line):
             out.append(f"{local}mh_site_{len(entries)}:")
             entries.append(location)
     section = "__DATA,__const" if apple else 'mh_sites,"a",@progbits'
     out += [f"\t.section\t{section}", "\t.p2align\t2", f"\t.globl\t{symbol}", f"{symbol}:"]
     for number, (file, line) in enumerate(entries):
-        out += [f"{local}mh_row_{number}:", f"\t.long\t{local}mh_site_{number}-{local}mh_row_{number}", f"\t.long\t{file}", f"\t.long\t{line}"]
+        out += [
+            f"{local}mh_row_{number}:",
+            f"\t.long\t{local}mh_site_{number}-{local}mh_row_{number}",
+            f"\t.long\t{file}",
+            f"\t.long\t{line}",
+        ]
     return "\n".join(out) + "\n", {"files": files, "count": len(entries)}
 
 
@@ -49,6 +54,8 @@ class Sites:
         table = sorted((base + 12 * i + rows[3 * i], rows[3 * i + 1], rows[3 * i + 2]) for i in range(found["count"]))
         self._addresses = [row[0] for row in table]
         self._places = [(row[1], row[2]) for row in table]
+        self.addresses = (ctypes.c_uint64 * len(table))(*self._addresses)
+        self.lines = (ctypes.c_uint32 * len(table))(*(file << 24 | line for file, line in self._places))
 
     def place(self, address: int) -> tuple[str, int]:
         at = bisect_left(self._addresses, address)

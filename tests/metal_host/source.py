@@ -33,7 +33,9 @@ def expand(source: str, directories: list[Path]) -> str:
     for number, line in enumerate(source.split("\n"), 1):
         if not line.isascii():
             column = next(i for i, c in enumerate(line) if not c.isascii())
-            raise refuse(MAIN, number, f"character {line[column]!r} in column {column + 1}: torch passes the source as ASCII")
+            raise refuse(
+                MAIN, number, f"character {line[column]!r} in column {column + 1}: torch passes the source as ASCII"
+            )
         if "__mh_" in line:
             raise refuse(MAIN, number, "names that begin with __mh_ belong to the runner")
     return _expand(source, MAIN, directories, set())
@@ -53,13 +55,22 @@ def _expand(text: str, name: str, directories: list[Path], done: set[Path]) -> s
             out.append("\n")
         else:
             done.add(path)
-            out += (_expand(path.read_text(encoding="utf-8"), match[1], directories, done), f'#line {number + 1} "{name}"\n')
+            out += (
+                _expand(path.read_text(encoding="utf-8"), match[1], directories, done),
+                f'#line {number + 1} "{name}"\n',
+            )
     return "".join(out)
 
 
 def preprocess(expanded: str) -> str:
     """Expand macros as Metal 3.1's preprocessor would; no macro of the host compiler is defined."""
-    defines = {"__METAL__": 1, "__METAL_VERSION__": 310, "__METAL_MACOS__": 1, "__HAVE_BFLOAT__": 1, "__HAVE_SIMDGROUP_MATRIX__": 1}
+    defines = {
+        "__METAL__": 1,
+        "__METAL_VERSION__": 310,
+        "__METAL_MACOS__": 1,
+        "__HAVE_BFLOAT__": 1,
+        "__HAVE_SIMDGROUP_MATRIX__": 1,
+    }
     return toolchain.clang(
         ["-E", "-x", "c++", "-std=c++14", "-undef", "-nostdinc", "-Wno-pragma-once-outside-header"]
         + [f"-D{name}={value}" for name, value in defines.items()]

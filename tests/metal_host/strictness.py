@@ -27,7 +27,20 @@ _FORBIDDEN = {
     "co_await": "Metal is C++14",
 }
 _COMPILER_NAMES = ("__func__", "__FUNCTION__", "__PRETTY_FUNCTION__", "__attribute__", "__always_inline__")
-_VECTOR_CAST_BASES = ("bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "half", "bfloat", "float")
+_VECTOR_CAST_BASES = (
+    "bool",
+    "char",
+    "uchar",
+    "short",
+    "ushort",
+    "int",
+    "uint",
+    "long",
+    "ulong",
+    "half",
+    "bfloat",
+    "float",
+)
 # What may stand before '[' where it opens a lambda and no subscript.
 _BEFORE_LAMBDA = {"(", ",", "=", "{", "}", ";", "return", "&&", "||", "?", ":", "!", ""}
 
@@ -38,7 +51,12 @@ def check_tokens(tokens: Tokens) -> None:
         word = tokens[i]
         if word in _FORBIDDEN and not (word == "delete" and tokens[i - 1] == "="):
             raise tokens.error(i, _FORBIDDEN[word])
-        if tokens.kind[i] == "word" and word.startswith("__") and word not in _COMPILER_NAMES and not word.startswith("__mh_"):
+        if (
+            tokens.kind[i] == "word"
+            and word.startswith("__")
+            and word not in _COMPILER_NAMES
+            and not word.startswith("__mh_")
+        ):
             raise tokens.error(i, f"'{word}' is reserved for the compiler")
         if word == "[" and tokens[i + 1] != "[" and tokens[i - 1] in _BEFORE_LAMBDA and tokens[i - 1] != "[":
             close = tokens.partner[i]
@@ -46,7 +64,9 @@ def check_tokens(tokens: Tokens) -> None:
                 raise tokens.error(i, "Metal has no lambdas")
         if word == ")" and tokens[i + 1] == "(" and i - tokens.partner[i] == 2 and _is_vector(tokens[i - 1]):
             if _has_comma(tokens, i + 1):
-                raise tokens.error(i, f"({tokens[i - 1]})(a, b) casts b alone; the constructor is {tokens[i - 1]}(a, b)")
+                raise tokens.error(
+                    i, f"({tokens[i - 1]})(a, b) casts b alone; the constructor is {tokens[i - 1]}(a, b)"
+                )
 
 
 def _is_vector(word: str) -> bool:

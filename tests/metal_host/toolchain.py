@@ -24,10 +24,25 @@ _EXTENSIONS = (
     "+__opencl_c_program_scope_global_variables,+__cl_clang_function_pointers"
 )
 LANGUAGE = [
-    *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-Xclang", f"-cl-ext={_EXTENSIONS}", "-cl-single-precision-constant"),
+    *(
+        "-x",
+        "clcpp",
+        "-cl-std=clc++2021",
+        "-cl-no-stdinc",
+        "-Xclang",
+        f"-cl-ext={_EXTENSIONS}",
+        "-cl-single-precision-constant",
+    ),
     *("-I", str(INCLUDE / "msl"), "-include", "prelude.h", "-fsigned-char", "-ffp-contract=off", "-fvisibility=hidden"),
     # Metal before 4.0 is C++14.
-    *("-Werror=pre-c++17-compat", "-Werror=c++17-extensions", "-Werror=return-type", "-Werror=unknown-attributes", "-Wno-unused", "-Wno-unknown-pragmas"),
+    *(
+        "-Werror=pre-c++17-compat",
+        "-Werror=c++17-extensions",
+        "-Werror=return-type",
+        "-Werror=unknown-attributes",
+        "-Wno-unused",
+        "-Wno-unknown-pragmas",
+    ),
     *("-Wno-pass-failed", "-Wno-keyword-compat", "-fno-caret-diagnostics", "-ferror-limit=20"),
 ]
 

@@ -272,26 +272,61 @@ def test_somebody_elses_stub_is_left_alone(installed):
     assert installed.run(program, **ON) == ""
 
 
-def test_finders_of_others(installed):
-    """One without find_spec (googlecolab/colabtools#5000), one that looks the name up (DataDog/dd-trace-py#17742)."""
+def test_a_finder_without_find_spec(installed):
+    """googlecolab/colabtools#5000"""
     program = """
-    import sys, importlib.util as u
+    import sys
     class Old:
         def find_module(self, name, path=None): return None
-    class Curious:
-        seen = []
-        def find_spec(self, name, path=None, target=None):
-            if name.startswith("flash_attn"):
-                self.seen.append(name)
-                if len(self.seen) < 9:
-                    u.find_spec(name)
-    for position in (0, len(sys.meta_path)):
-        sys.meta_path.insert(position, Old())
-        sys.meta_path.insert(position, Curious())
-    import flash_attn, flash_attn_missing
+    sys.meta_path[:] = [Old(), *sys.meta_path, Old()]
+    finder = sys.meta_path[1]
+    assert finder.find_spec("flash_attn") and finder.find_spec("flash_attn_interface")
+    import flash_attn_shim
+    assert flash_attn_shim.status().names[0].visible
     """
-    done = installed.start("-c", program.replace("\n    ", "\n"), **ON)
-    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'flash_attn_missing'"
+    assert installed.run(program, **ON) == ""
+
+
+@pytest.mark.parametrize("position", ["first", "last"])
+def test_a_finder_that_looks_names_up_itself(installed, position):
+    """As tracers do (DataDog/dd-trace-py#17742): it must not find us while we ask it."""
+    program = f"""
+    import sys, importlib.util as u
+    class Tracer:
+        busy = set()
+        def find_spec(self, name, path=None, target=None):
+            if name not in self.busy:
+                self.busy.add(name)
+                try:
+                    return u.find_spec(name)
+                finally:
+                    self.busy.discard(name)
+    sys.meta_path.insert({0 if position == "first" else 99}, Tracer())
+    import flash_attn_shim
+    assert flash_attn_shim.status().names[0].visible
+    import flash_attn
+    assert flash_attn.__version__ == "2.8.3" and flash_attn_shim.status().names[1].visible
+    """
+    assert installed.run(program, **ON) == ""
+
+
+def test_a_namespace_with_a_loader_is_one_still(installed, tmp_path):
+    (tmp_path / "flash_attn").mkdir()
+    program = """
+    import sys, importlib._bootstrap_external as e, importlib.machinery as m
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            spec = m.PathFinder.find_spec(name)
+            if name == "flash_attn":
+                loader = getattr(e, "NamespaceLoader", None) or e._NamespaceLoader
+                spec.loader = loader(name, spec.submodule_search_locations, None)
+            return spec
+    sys.meta_path.append(Finder)
+    import flash_attn
+    print(flash_attn.__version__)
+    """
+    assert installed.run(program, PYTHONPATH=tmp_path, **ON) == "2.8.3"
 
 
 def test_eight_threads_import_at_once(with_torch):

@@ -38,12 +38,15 @@ def test_integer_updates(device, type_):
 
 
 def test_float_and_bool(device):
-    lib = compile_shader(HEADER + """
+    lib = compile_shader(
+        HEADER
+        + """
     kernel void k(device atomic<float>* f, device atomic_bool* b, uint g [[thread_position_in_grid]]) {
       atomic_fetch_add_explicit(f, 0.5f, memory_order_relaxed);
       atomic_fetch_sub_explicit(f + 1, 0.25f, memory_order_relaxed);
       if (g == 70) atomic_store_explicit(b, true, memory_order_relaxed);
-    }""")
+    }"""
+    )
     f, b = torch.zeros(2, device=device), torch.zeros(4, dtype=torch.uint8, device=device)
     lib.k(f, b, threads=100, group_size=32)
     assert f.tolist() == [50.0, -25.0]
@@ -51,9 +54,12 @@ def test_float_and_bool(device):
 
 
 def test_atomics_do_not_race():
-    lib = compile_shader(HEADER + """
+    lib = compile_shader(
+        HEADER
+        + """
     kernel void k(device atomic_int* d) { atomic_fetch_add_explicit(d, 1, memory_order_relaxed); }
-    """)
+    """
+    )
     d = torch.zeros(1, dtype=torch.int32)
     with observe() as launches:
         lib.k(d, threads=96, group_size=32)

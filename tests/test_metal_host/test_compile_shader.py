@@ -10,7 +10,9 @@ HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 
 @pytest.fixture(scope="module")
 def library():
-    return compile_shader(HEADER + """
+    return compile_shader(
+        HEADER
+        + """
     kernel void fill(device float* out, constant float& value, uint i [[thread_position_in_grid]]) { out[i] = value; }
     kernel void longs(device long* out, constant long* values, uint i [[thread_position_in_grid]]) { out[i] = values[i]; }
     kernel void floats(device float* out, constant float* values, uint i [[thread_position_in_grid]]) { out[i] = values[i]; }
@@ -23,7 +25,8 @@ def library():
     kernel void sum(device float* out, constant ulong* tensors) {
       out[0] = ((const device float*)tensors[0])[1] + ((const device float*)tensors[1])[0];
     }
-    """)
+    """
+    )
 
 
 def test_the_example_of_the_documentation(device):
@@ -46,7 +49,8 @@ def test_tensors_are_bound_at_their_storage_offset(library, device):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.bool, torch.complex64]
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.bool, torch.complex64],
 )
 def test_every_dtype_of_mps_is_passed_as_memory(library, device, dtype):
     x = torch.arange(6, device=device).to(dtype)
@@ -99,7 +103,9 @@ def test_a_list_of_tensors_is_an_array_of_addresses(library, device):
     ],
 )
 def test_arg_casts(device, cast, type_, dtype, value):
-    lib = compile_shader(f"{HEADER}kernel void k(device {type_}* out, constant {type_}* v, constant {type_}& w) {{ out[0] = v[1]; out[1] = w; }}")
+    lib = compile_shader(
+        f"{HEADER}kernel void k(device {type_}* out, constant {type_}* v, constant {type_}& w) {{ out[0] = v[1]; out[1] = w; }}"
+    )
     out = torch.zeros(2, dtype=dtype, device=device)
     lib.k(out, [value * 0, value], value, threads=1, arg_casts=cast)
     assert out.tolist() == [value, value]
@@ -139,10 +145,22 @@ def test_properties(library):
 X = torch.zeros(4)
 ERRORS = {
     "unknown kernel": (lambda lib: lib.missing, RuntimeError, "Failed to create function state object for: missing"),
-    "group too large": (lambda lib: lib.fill(X, 1.0, threads=4096, group_size=2048), ValueError, "Threadgroup size exceeds 1024 limit"),
+    "group too large": (
+        lambda lib: lib.fill(X, 1.0, threads=4096, group_size=2048),
+        ValueError,
+        "Threadgroup size exceeds 1024 limit",
+    ),
     "group over the kernel's own limit": (lambda lib: lib.small(X, group_size=128), ValueError, "exceeds 64 limit"),
-    "3d group too large": (lambda lib: lib.fill(X, 1.0, threads=(64, 64, 1), group_size=(64, 64, 1)), ValueError, "exceeds 1024"),
-    "rank of the group": (lambda lib: lib.fill(X, 1.0, threads=(4, 1), group_size=4), RuntimeError, "same number of dimensions"),
+    "3d group too large": (
+        lambda lib: lib.fill(X, 1.0, threads=(64, 64, 1), group_size=(64, 64, 1)),
+        ValueError,
+        "exceeds 1024",
+    ),
+    "rank of the group": (
+        lambda lib: lib.fill(X, 1.0, threads=(4, 1), group_size=4),
+        RuntimeError,
+        "same number of dimensions",
+    ),
     "four dimensions": (lambda lib: lib.fill(X, 1.0, threads=(1, 1, 1, 1)), RuntimeError, "wrong dimension"),
     "no threads": (lambda lib: lib.longs([1], [2]), RuntimeError, "Number of threads is undefined"),
     "zero threads": (lambda lib: lib.fill(X, 1.0, threads=0), ValueError, "positive"),
@@ -179,7 +197,9 @@ def test_source_must_be_a_string():
 
 @pytest.mark.parametrize(("floats", "fits"), [(8192, True), (8193, False)])
 def test_threadgroup_memory_is_32_kib(floats, fits):
-    lib = compile_shader(f"{HEADER}kernel void k(device float* o) {{ threadgroup float a[{floats}]; a[0] = 1; o[0] = a[0]; }}")
+    lib = compile_shader(
+        f"{HEADER}kernel void k(device float* o) {{ threadgroup float a[{floats}]; a[0] = 1; o[0] = a[0]; }}"
+    )
     if fits:
         assert lib.k.static_thread_group_memory_length == 32768
     else:

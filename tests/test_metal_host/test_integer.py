@@ -70,7 +70,9 @@ FUNCTIONS = {
     "madhi(x, y, z)": lambda t, x, y, z: t.wrap((x * y >> t.bits) + z),
     "clz(x)": lambda t, x, y, z: t.bits - t.bits_of(x).bit_length(),
     "ctz(x)": lambda t, x, y, z: (t.bits_of(x) & -t.bits_of(x)).bit_length() - 1 if x else t.bits,
-    "popcount(x)": lambda t, x, y, z: t.bits_of(x).bit_count() if hasattr(int, "bit_count") else bin(t.bits_of(x)).count("1"),
+    "popcount(x)": lambda t, x, y, z: (
+        t.bits_of(x).bit_count() if hasattr(int, "bit_count") else bin(t.bits_of(x)).count("1")
+    ),
     "reverse_bits(x)": lambda t, x, y, z: t.wrap(int(f"{t.bits_of(x):0{t.bits}b}"[::-1], 2)),
     "rotate(x, T(3))": lambda t, x, y, z: rotate(t, x, 3),
     "extract_bits(x, 2, 4)": lambda t, x, y, z: extract(t, x, 2, 4),

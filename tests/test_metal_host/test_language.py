@@ -9,7 +9,9 @@ HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 
 
 def test_vector_constructors(device):
-    lib = compile_shader(HEADER + """
+    lib = compile_shader(
+        HEADER
+        + """
     template <typename T> T pair(float a, float b) { return T(a, b); }
     typedef vec<float, 4> quad;
     kernel void k(device float4* out) {
@@ -20,16 +22,28 @@ def test_vector_constructors(device):
       out[8] = quad(1, 2, 3, 4).wzyx;  out[9] = float4(half4(0.5h)) + float4(uchar4(uint4(1, 2, 3, 260)));
       out[10].xy = pair<float2>(1, 2);  out[10].zw = metal::vec<float, 2>(3, 4);
       out[11] = float4(bfloat2(1.0bf, 2.0bf).y);
-    }""".replace("1.0bf, 2.0bf", "bfloat(1), bfloat(2)"))
+    }""".replace("1.0bf, 2.0bf", "bfloat(1), bfloat(2)")
+    )
     out = torch.zeros(12, 4, device=device)
     lib.k(out, threads=1)
-    expected = [[1, 2, 3, 4], [0, 1, 2, 5], [6, 7, 1, 2], [1, 2, 3, 9], [8, 1, 2, 3], [1, 2, 1, 2], [2.5] * 4, [1, -2, 3, -4]]
+    expected = [
+        [1, 2, 3, 4],
+        [0, 1, 2, 5],
+        [6, 7, 1, 2],
+        [1, 2, 3, 9],
+        [8, 1, 2, 3],
+        [1, 2, 1, 2],
+        [2.5] * 4,
+        [1, -2, 3, -4],
+    ]
     expected += [[4, 3, 2, 1], [1.5, 2.5, 3.5, 4.5], [1, 2, 3, 4], [2] * 4]
     assert out.tolist() == expected
 
 
 def test_structs_are_copied_between_address_spaces(device):
-    lib = compile_shader(HEADER + """
+    lib = compile_shader(
+        HEADER
+        + """
     struct Inner { float a[2]; int n; };
     struct Params { Inner inner; float scale; float twice() const { return 2 * scale; } };
     class Counter { int n; public: Counter(int start) : n(start) {} void step() { n += 1; } int value() const { return n; } };
@@ -44,7 +58,8 @@ def test_structs_are_copied_between_address_spaces(device):
       Counter c(3);
       c.step();
       out[i] = r.twice() + r.inner.a[1] + r.inner.n + Counter{10}.value() * 100 + c.value() * 1000;
-    }""")
+    }"""
+    )
     params = torch.tensor([1.0, 2.0, 0.0, 0.5], device=device)
     params.view(torch.int32)[2] = 7
     out, d = torch.zeros(4, device=device), torch.zeros(4, 4, device=device)
@@ -54,7 +69,9 @@ def test_structs_are_copied_between_address_spaces(device):
 
 
 def test_templates_with_host_names(device):
-    lib = compile_shader(HEADER + """
+    lib = compile_shader(
+        HEADER
+        + """
     namespace deep {
     template <typename T, int N, bool twice = false>
     [[kernel, max_total_threads_per_threadgroup(N * 32)]] void fill(device T* out [[buffer(0)]], constant long& value [[buffer(1)]],
@@ -70,12 +87,17 @@ def test_templates_with_host_names(device):
                                                              uint i [[thread_position_in_grid]]);
     }
     [[host_name("renamed")]] kernel void plain(device float* out) { out[0] = 5; }
-    """)
+    """
+    )
     assert sorted(dir(lib)) == ["fill_float", "fill_half", "renamed", "third"]
     assert lib.fill_half.max_threads_per_threadgroup == 256
     assert lib.fill_half.static_thread_group_memory_length == 16
     assert lib.fill_float.static_thread_group_memory_length == 16
-    for name, dtype, expected in (("fill_float", torch.float32, 3), ("fill_half", torch.float16, 6), ("third", torch.int32, 3)):
+    for name, dtype, expected in (
+        ("fill_float", torch.float32, 3),
+        ("fill_half", torch.float16, 6),
+        ("third", torch.int32, 3),
+    ):
         out = torch.zeros(2, dtype=dtype, device=device)
         getattr(lib, name)(out, 3)
         assert out.tolist() == [expected] * 2
@@ -85,7 +107,9 @@ def test_templates_with_host_names(device):
 
 
 def test_identifiers_of_a_grid_with_ragged_edges(device):
-    lib = compile_shader(HEADER + """
+    lib = compile_shader(
+        HEADER
+        + """
     kernel void k(device uint* out, uint3 p [[thread_position_in_grid]], uint3 n [[threads_per_grid]], uint2 g [[threadgroup_position_in_grid]],
                   ushort3 groups [[threadgroups_per_grid]], uint3 l [[thread_position_in_threadgroup]], uint3 size [[threads_per_threadgroup]],
                   uint3 full [[dispatch_threads_per_threadgroup]], uint flat [[thread_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]],
@@ -93,7 +117,8 @@ def test_identifiers_of_a_grid_with_ragged_edges(device):
       uint at = (p.z * n.y + p.y) * n.x + p.x;
       uint r[17] = {g.x, g.y, groups.x, groups.y, groups.z, l.x, l.y, l.z, size.x, size.y, size.z, full.x, flat, lane, s, sn, w};
       for (int i = 0; i < 17; ++i) out[at * 17 + i] = r[i];
-    }""")
+    }"""
+    )
     nx, ny, nz, gx, gy, gz = 21, 5, 2, 8, 4, 2
     out = torch.zeros(nx * ny * nz, 17, dtype=torch.int32, device=device)
     lib.k(out, threads=(nx, ny, nz), group_size=(gx, gy, gz))
@@ -104,24 +129,46 @@ def test_identifiers_of_a_grid_with_ragged_edges(device):
                 size = [min(gx, nx - x // gx * gx), min(gy, ny - y // gy * gy), min(gz, nz - z // gz * gz)]
                 flat = ((z % gz) * size[1] + y % gy) * size[0] + x % gx
                 total = size[0] * size[1] * size[2]
-                expected = [x // gx, y // gy, 3, 2, 1, x % gx, y % gy, z % gz, *size, gx, flat, flat % 32, flat // 32, -(-total // 32), 32]
+                expected = [
+                    x // gx,
+                    y // gy,
+                    3,
+                    2,
+                    1,
+                    x % gx,
+                    y % gy,
+                    z % gz,
+                    *size,
+                    gx,
+                    flat,
+                    flat % 32,
+                    flat // 32,
+                    -(-total // 32),
+                    32,
+                ]
                 assert got[(z * ny + y) * nx + x] == expected
 
 
 def test_names_that_are_keywords_of_opencl(device):
-    lib = compile_shader(HEADER + """
+    lib = compile_shader(
+        HEADER
+        + """
     float global(float local) { return local + 1; }
     kernel void k(device float* generic) { float pipe = global(1); generic[0] = ::metal::max(pipe, 0.0f); }
-    """)
+    """
+    )
     out = torch.zeros(1, device=device)
     lib.k(out)
     assert out.item() == 2
 
 
 def test_literals_are_float(device):
-    lib = compile_shader(HEADER + """
+    lib = compile_shader(
+        HEADER
+        + """
     kernel void k(device float* out) { out[0] = 0.1 + 0.2; out[1] = sizeof(1.0); out[2] = sizeof(long) + sizeof(half) + sizeof(bool); }
-    """)
+    """
+    )
     out = torch.zeros(3, device=device)
     lib.k(out, threads=1)
     assert out[0].item() == (torch.tensor(0.1) + torch.tensor(0.2)).item()
@@ -129,7 +176,9 @@ def test_literals_are_float(device):
 
 
 def test_traits_and_limits():
-    compile_shader(HEADER + """
+    compile_shader(
+        HEADER
+        + """
     static_assert(is_same_v<remove_cv_t<const float>, float> && !is_same_v<half, bfloat>, "");
     static_assert(is_floating_point_v<bfloat> && is_integral_v<uchar> && is_signed_v<char> && is_unsigned_v<ulong>, "");
     static_assert(is_same_v<conditional_t<true, int, float>, int> && is_vector_v<float4> && is_scalar_v<half>, "");
@@ -140,7 +189,8 @@ def test_traits_and_limits():
     static_assert(sizeof(float3) == 16 && sizeof(half3) == 8 && alignof(float4) == 16 && sizeof(bool4) == 4, "");
     static_assert(integral_constant<int, 3>::value == 3 && integral_constant<int, 3>{} == 3, "");
     kernel void k(device float* out) { array<float, 3> a; a[1] = 4; out[0] = a[1] + a.size(); }
-    """)
+    """
+    )
 
 
 REFUSED = {
@@ -162,9 +212,15 @@ REFUSED = {
     "pointer without space": ("float f(float* p) { return *p; }", "pointer type must name its address space"),
     "reference without space": ("void f(float& x) { x = 1; }", "reference type must name its address space"),
     "local pointer without space": ("void f(device float* p) { float* q = p; }", "must name its address space"),
-    "device for threadgroup": ("void g(threadgroup float* p); void f(device float* p) { g(p); }", "no matching function"),
+    "device for threadgroup": (
+        "void g(threadgroup float* p); void f(device float* p) { g(p); }",
+        "no matching function",
+    ),
     "write to constant": ("void f(constant float* p) { p[0] = 1; }", "read-only|not assignable|const"),
-    "device method call": ("struct S { int v; int get() const { return v; } }; int f(device S* s) { return s->get(); }", "device S"),
+    "device method call": (
+        "struct S { int v; int get() const { return v; } }; int f(device S* s) { return s->get(); }",
+        "device S",
+    ),
     "vector conversion": ("float4 f(half4 h) { return h; }", "half4"),
     "vector length": ("float4 f(float3 v) { return float4(v); }", "matching"),
     "vector cast": ("float4 f() { return (float4)(1, 2, 3, 4); }", "casts b alone"),
@@ -174,15 +230,24 @@ REFUSED = {
     "shuffle of long": ("long f(long x) { return simd_shuffle(x, 1); }", "no matching function"),
     "shuffle of bool": ("bool f(bool x) { return simd_shuffle_xor(x, 1); }", "no matching function"),
     "barrier without flags": ("void f() { threadgroup_barrier(); }", "no matching function|too few arguments"),
-    "barrier with an int": ("void f() { threadgroup_barrier(2); }", "no matching function|no known conversion|cannot initialize"),
+    "barrier with an int": (
+        "void f() { threadgroup_barrier(2); }",
+        "no matching function|no known conversion|cannot initialize",
+    ),
     "matrix of 16": ("void f() { simdgroup_matrix<float, 16, 16> m; }", "8x8"),
     "matrix of int": ("void f() { simdgroup_matrix<int, 8, 8> m; }", "no type"),
     "matrix half into float operand": (
         "void f(simdgroup_half8x8 a, simdgroup_float8x8 b, thread simdgroup_float8x8& d) { simdgroup_multiply_accumulate(d, a, b, d); }",
         "no matching function",
     ),
-    "matrix load of another type": ("void f(thread simdgroup_half8x8& a, device float* p) { simdgroup_load(a, p); }", "no matching function"),
-    "recursion": ("int f(int n) { return n ? n * f(n - 1) : 1; } kernel void k(device int* o) { o[0] = f(o[1]); }", "no recursion"),
+    "matrix load of another type": (
+        "void f(thread simdgroup_half8x8& a, device float* p) { simdgroup_load(a, p); }",
+        "no matching function",
+    ),
+    "recursion": (
+        "int f(int n) { return n ? n * f(n - 1) : 1; } kernel void k(device int* o) { o[0] = f(o[1]); }",
+        "no recursion",
+    ),
     "mutual recursion": (
         "int g(int); int f(int n) { return n ? g(n - 1) : 1; } int g(int n) { return f(n) + 1; } kernel void k(device int* o) { o[0] = f(o[1]); }",
         "no recursion: .*f.*g",
@@ -198,15 +263,30 @@ REFUSED = {
     "identifier type": ("kernel void k(device float* o, int i [[thread_position_in_grid]]) {}", "has type"),
     "vector for an index": ("kernel void k(device float* o, uint3 i [[thread_index_in_threadgroup]]) {}", "has type"),
     "buffer 31": ("kernel void k(device float* o [[buffer(31)]]) {}", "buffers 0 to 30"),
-    "buffer twice": ("kernel void k(device float* a [[buffer(1)]], device float* b [[buffer(1)]]) {}", "bound to another"),
-    "32 buffers": ("kernel void k(" + ", ".join(f"device float* b{i}" for i in range(32)) + ") {}", "at most 31 buffers"),
-    "function constant": ("constant bool flag [[function_constant(0)]]; kernel void k(device float* o) {}", "attribute|function_constant"),
+    "buffer twice": (
+        "kernel void k(device float* a [[buffer(1)]], device float* b [[buffer(1)]]) {}",
+        "bound to another",
+    ),
+    "32 buffers": (
+        "kernel void k(" + ", ".join(f"device float* b{i}" for i in range(32)) + ") {}",
+        "at most 31 buffers",
+    ),
+    "function constant": (
+        "constant bool flag [[function_constant(0)]]; kernel void k(device float* o) {}",
+        "attribute|function_constant",
+    ),
     "unknown attribute": ("kernel void k(device float* o, uint i [[thread_position_in_gird]]) {}", "not known"),
     "return value": ("kernel int k(device float* o) { return 1; }", "must return void"),
     "threadgroup in a function": ("void f() { threadgroup float x[4]; x[0] = 1; }", "local address space|kernel"),
-    "threadgroup in a block": ("kernel void k(device float* o) { if (o[0]) { threadgroup float x[4]; } }", "outermost scope"),
+    "threadgroup in a block": (
+        "kernel void k(device float* o) { if (o[0]) { threadgroup float x[4]; } }",
+        "outermost scope",
+    ),
     "initialised threadgroup": ("kernel void k(device float* o) { threadgroup float x[2] = {1, 2}; }", "initial value"),
-    "two kernels of one name": ("kernel void k(device float* o) {} kernel void k(device int* o) {}", "two kernels|redefinition"),
+    "two kernels of one name": (
+        "kernel void k(device float* o) {} kernel void k(device int* o) {}",
+        "two kernels|redefinition",
+    ),
     "vertex": ("vertex float4 f() { return 0; }", "keyword of Metal"),
 }
 
@@ -227,7 +307,10 @@ def test_lines_behind_macros_and_headers():
 
 def test_errors_speak_of_the_users_source():
     with pytest.raises(MetalSyntaxError) as caught:
-        compile_shader(HEADER + "void g(threadgroup float* p);\nkernel void k(device float* out) { g(out + float2(1, missing).x); }")
+        compile_shader(
+            HEADER
+            + "void g(threadgroup float* p);\nkernel void k(device float* out) { g(out + float2(1, missing).x); }"
+        )
     assert "__" not in str(caught.value).replace("__private", "!")
 
 

@@ -97,19 +97,47 @@ TERNARY = {
     "clamp": (lambda x, y, z: torch.minimum(torch.maximum(x, y), z), ANY),
     "mix": (lambda x, y, z: x + (y - x) * z, ANY),
 }
-MODES = (
-    "acos acosh asin asinh atan atanh ceil cos cosh cospi exp exp2 exp10 fabs abs floor fract log log2 log10 rint round rsqrt saturate "
-    "sin sinh sinpi sqrt tan tanh tanpi trunc"
-).split()
-MODES_BINARY = "atan2 fmax fmin fmod max min pow powr".split()
+MODES = [
+    "acos",
+    "acosh",
+    "asin",
+    "asinh",
+    "atan",
+    "atanh",
+    "ceil",
+    "cos",
+    "cosh",
+    "cospi",
+    "exp",
+    "exp2",
+    "exp10",
+    "fabs",
+    "abs",
+    "floor",
+    "fract",
+    "log",
+    "log2",
+    "log10",
+    "rint",
+    "round",
+    "rsqrt",
+    "saturate",
+    "sin",
+    "sinh",
+    "sinpi",
+    "sqrt",
+    "tan",
+    "tanh",
+    "tanpi",
+    "trunc",
+]
+MODES_BINARY = ["atan2", "fmax", "fmin", "fmod", "max", "min", "pow", "powr"]
 
 
 def kernel(name: str, function: str, type_: str, arguments: int) -> str:
     parameters = ", ".join(f"const device {type_}* x{i}" for i in range(arguments))
     values = ", ".join(f"x{i}[g]" for i in range(arguments))
-    return (
-        f"kernel void {name}(device {type_}* out, {parameters}, uint g [[thread_position_in_grid]]) {{ out[g] = {function}({values}); }}\n"
-    )
+    return f"kernel void {name}(device {type_}* out, {parameters}, uint g [[thread_position_in_grid]]) {{ out[g] = {function}({values}); }}\n"
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,23 @@
 // Reports, and the checks of who reached a barrier or a collective.
 #include "runtime.h"
 
-// A report to fill in, or null if this was reported already or there are enough.
+// A number for the source line of a return address: unrolled loops have many addresses on a line.
+static uint64_t line_of(uint64_t site) {
+  uint64_t low = 0, high = mh.launch->site_count;
+  while (low < high) {
+    uint64_t middle = (low + high) / 2;
+    if (mh.launch->sites[middle] < site) low = middle + 1;
+    else high = middle;
+  }
+  return low < mh.launch->site_count && mh.launch->sites[low] == site ? mh.launch->site_lines[low] : site;
+}
+
+// A report to fill in, or null if one of the same lines exists or there are enough.
 struct mh_report* mh_new_report(enum mh_fault fault, uint64_t site, uint64_t other_site) {
   struct mh_launch* launch = mh.launch;
   for (uint32_t i = 0; i < launch->report_count; ++i) {
     const struct mh_report* r = &launch->reports[i];
-    if (r->fault == fault && r->site == site && r->other_site == other_site) return 0;
+    if (r->fault == fault && line_of(r->site) == line_of(site) && line_of(r->other_site) == line_of(other_site)) return 0;
   }
   if (launch->report_count == MH_MAX_REPORTS) return 0;
   struct mh_report* r = &launch->reports[launch->report_count++];
@@ -25,15 +36,15 @@ void mh_check_barrier(void) {
     bool here = fiber->waiting_in == MH_THREADGROUP_BARRIER;
     if (here && fiber->site == first->site && fiber->flags == first->flags) continue;
     struct mh_report* r = mh_new_report(MH_DIVERGENT_BARRIER, first->site, here ? fiber->site : 0);
-    if (r) r->kind = MH_THREADGROUP_BARRIER, r->thread = first_thread, r->other_thread = t, r->mask = mh.at_barrier, r->size = mh.threads;
+    if (r) r->kind = MH_THREADGROUP_BARRIER, r->thread = first_thread, r->other_thread = t, r->mask = mh.at_barrier, r->size = mh.threads, r->write = here && fiber->flags != first->flags;
   }
 }
 
 void mh_check_collective(struct mh_simdgroup* sg, uint32_t base, uint32_t lanes) {
   uint32_t lane = (uint32_t)__builtin_ctz(lanes);
   const struct mh_fiber* fiber = &mh.fibers[base + lane];
-  // Metal defines votes and reductions over the active lanes; the others need all.
-  if (mh.launch->allow_partial_collectives && (fiber->waiting_in == MH_GATHER || fiber->waiting_in == MH_VOTE)) return;
+  // Metal defines votes, reductions and shuffles over the active lanes; barriers and matrices need all.
+  if (mh.launch->allow_partial_collectives && fiber->waiting_in != MH_SIMDGROUP_BARRIER && fiber->waiting_in != MH_MATRIX) return;
   uint32_t missing = (uint32_t)__builtin_ctz(sg->exists & ~lanes);
   const struct mh_fiber* other = &mh.fibers[base + missing];
   struct mh_report* r = mh_new_report(MH_DIVERGENT_COLLECTIVE, fiber->site, other->waiting_in ? other->site : 0);

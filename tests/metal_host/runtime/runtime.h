@@ -51,7 +51,7 @@ enum mh_fault {
 };
 struct mh_report {
   uint32_t fault, kind;            // enum mh_fault; enum mh_kind where a collective is at fault
-  uint32_t size, write;            // of the access
+  uint32_t size, write;            // of the access; write of a barrier: with other flags
   uint32_t thread, other_thread;   // index in threadgroup; MH_MAX_THREADS and above: a simdgroup's matrix load or store
   uint32_t group[3], other_write;
   uint64_t site, other_site;       // return addresses inside the kernel's image
@@ -74,6 +74,9 @@ struct mh_launch {
   uint64_t region_count;
   char* shadow_memory;  // zeroed
   uint64_t shadow_size, shadow_used;
+  const uint64_t* sites;       // sorted; the places in the source that they belong to are equal for equal lines
+  const uint32_t* site_lines;
+  uint64_t site_count;
   uint32_t allow_partial_collectives, report_count;
   struct mh_counters counters;
   struct mh_report reports[MH_MAX_REPORTS];
@@ -130,3 +133,4 @@ void mh_check_collective(struct mh_simdgroup* simdgroup, uint32_t base, uint32_t
 
 // shadow.c
 void mh_begin_threadgroup(void);
+void mh_decide_writes(void);

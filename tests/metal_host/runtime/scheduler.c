@@ -83,6 +83,7 @@ static void run_next(void** save) {
 
 void mh_fiber_main(void) {
   mh.launch->entry();
+  if (mh.launch->regions) mh_decide_writes();
   uint32_t thread = __mh_self.thread;
   mh.live--;
   mh.simdgroup[thread / MH_LANES].ready &= ~(1u << thread % MH_LANES);
@@ -100,6 +101,7 @@ void mh_abandon(void) {
 }
 
 static struct mh_fiber* park(enum mh_kind kind, uint64_t site) {
+  if (mh.launch->regions) mh_decide_writes();
   struct mh_fiber* fiber = &mh.fibers[__mh_self.thread];
   fiber->waiting_in = kind;
   fiber->site = site;

@@ -49,6 +49,38 @@ static void race(uint64_t address, uint32_t size, const struct access* before, c
   if (r) r->other_thread = before->thread, r->other_write = before->write, r->mask = before->group != now->group;
 }
 
+// Threads that write the same value to one place do no harm, and kernels do it: two writes race if they differ. The callback
+// comes before the write, so the verdict waits until the runtime is entered again.
+static struct {
+  uint64_t address;
+  uint32_t size;
+  uint8_t old[16];
+  struct access before, now;
+  struct mh_region* region;
+} undecided;
+
+void mh_decide_writes(void) {
+  if (!undecided.size) return;
+  uint32_t size = undecided.size;
+  undecided.size = 0;
+  const uint8_t* bytes = (const uint8_t*)undecided.address;
+  for (uint32_t i = 0; i < size; ++i)
+    if (bytes[i] != undecided.old[i]) {
+      last_region = undecided.region;
+      race(undecided.address, size, &undecided.before, &undecided.now);
+      return;
+    }
+}
+
+static void race_of_writes(uint64_t address, uint32_t size, const struct access* before, const struct access* now) {
+  if (size > sizeof undecided.old) {
+    race(address, size, before, now);
+    return;
+  }
+  undecided.address = address, undecided.size = size, undecided.before = *before, undecided.now = *now, undecided.region = last_region;
+  memcpy(undecided.old, (const void*)address, size);
+}
+
 static struct mh_region* find_region(uint64_t address, uint32_t size) {
   struct mh_region* regions = mh.launch->regions;
   if (last_region && address >= last_region->start && address + size <= last_region->end) return last_region;
@@ -87,6 +119,7 @@ static void note_read(struct cell* cell, const struct access* now) {
 }
 
 static void check(uint64_t address, uint32_t size, bool write, uint64_t site) {
+  mh_decide_writes();
   const char* stack = mh.launch->stacks + (uint64_t)__mh_self.thread * mh.launch->stack_size;
   if (address >= (uint64_t)stack && address + size <= (uint64_t)stack + mh.launch->stack_size) return;
   struct mh_region* region = find_region(address, size);
@@ -111,20 +144,25 @@ static void check(uint64_t address, uint32_t size, bool write, uint64_t site) {
   if (region->space == MH_CONSTANT) return;  // nobody writes there
 
   struct cell* cell = (struct cell*)region->shadow + (address - region->start);
-  const struct access* raced = 0;
-  bool uninitialised = false;
+  bool uninitialised = false, double_write = false;
+  struct access first_write = {0};
   for (uint32_t i = 0; i < size; ++i, ++cell) {
-    if (unordered(&cell->write, &now)) raced = &cell->write;
     if (!write && space && !cell->initialised) uninitialised = true;
+    const struct access* raced = 0;
     if (now.write) {
       const struct access* reads = &cell->read;
       for (int k = 0; k < 4 && !raced; ++k)
         if (unordered(&reads[k], &now)) raced = &reads[k];
     }
-    if (raced) {
-      race(address + i, size, raced, &now);
-      raced = 0;
+    if (unordered(&cell->write, &now)) {
+      if (write && !raced && !now.atomic && !cell->write.atomic) {
+        if (!double_write) first_write = cell->write;
+        double_write = true;
+      } else {
+        raced = &cell->write;
+      }
     }
+    if (raced) race(address + i, size, raced, &now);
     if (now.write) {
       cell->write = now;
       for (int k = 0; k < 4; ++k) (&cell->read)[k].group = 0;
@@ -133,6 +171,7 @@ static void check(uint64_t address, uint32_t size, bool write, uint64_t site) {
       note_read(cell, &now);
     }
   }
+  if (double_write) race_of_writes(address, size, &first_write, &now);
   if (uninitialised) report(MH_UNINITIALISED, address, size, &now, 0);
 }
 

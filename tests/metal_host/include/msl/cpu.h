@@ -23,6 +23,20 @@ uint __mh_lane_index();
 
 }
 
+// How a kernel gets what it was launched with.
+struct __mh_context_t {
+  ulong argument(uint index) const thread { return __mh_argument(index); }
+  uint identifier(uint which, uint axis) const thread { return __mh_identifier(which, axis); }
+};
+#define __MH_ENTRY(symbol, call, limit)                      \
+  extern "C" {                                               \
+  __attribute__((visibility("default"))) void symbol() {     \
+    __mh_context_t context;                                  \
+    __MH_UNPACK call(context);                               \
+  }                                                          \
+  __attribute__((visibility("default"))) device uint symbol##_max_threads = limit; \
+  }
+
 #ifdef __MH_INSTRUMENTED
 #define __MH_TRANSCENDENTAL __mh_count_transcendental(),
 #define __MH_ATOMIC(statement) __mh_atomic_access(1); statement; __mh_atomic_access(0);

@@ -1,7 +1,7 @@
 // What stands before every preprocessed source.
 #pragma once
 #pragma OPENCL EXTENSION __cl_clang_function_pointers : enable
-#define __MH_EXPORT __attribute__((visibility("default")))
+#define __MH_UNPACK(...) __VA_ARGS__
 // In the tables of the instrumented build, what happens inside the library happens at the call.
 #pragma clang attribute push(__attribute__((nodebug)), apply_to = hasType(functionType))
 #include "types.h"

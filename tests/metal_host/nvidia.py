@@ -1,0 +1,180 @@
+"""The NVIDIA back end: PTX from the same front end, loaded and launched through the CUDA driver.
+
+PTX is made on any machine, and kept in the cache; a machine with a GPU needs the driver and torch, and clang only for what
+the cache does not hold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from . import abi, toolchain
+from . import cache as disk
+from .frontend import Unit
+
+ARCHITECTURE = "sm_90"
+_TARGET = ["-target", "nvptx64-unknown-nvcl", "-Xclang", "-target-cpu", "-Xclang", ARCHITECTURE, "-O3"]
+_SHARED = re.compile(
+    r"^(?:\.weak |\.visible |\.extern )*\.global (\.align \d+ \.b8 (\S*threadgroup_variable\S*7storage\S*)\[(\d+)\];)",
+    re.MULTILINE,
+)
+_CONSTANT = re.compile(r"\bld\.const\b|(?<=[\s;])\.const\b")
+_ENTRY = re.compile(r"(\.entry (\w+)\(.*?\n\))", re.DOTALL)
+
+
+def can_assemble() -> bool:
+    """Is there a CUDA toolkit to make PTX and assemble it with? Neither needs a GPU."""
+    try:
+        return libdevice().is_file() and shutil.which("ptxas") is not None
+    except RuntimeError:
+        return False
+
+
+@cache
+def libdevice() -> Path:
+    """NVIDIA's math library for the compiler: of a CUDA toolkit, or of the triton package."""
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = [Path(root) / "nvvm/libdevice/libdevice.10.bc" for root in roots if root]
+    found += [Path(p) / "triton/backends/nvidia/lib/libdevice.10.bc" for p in sys.path]
+    for path in found:
+        if path.is_file():
+            return path
+    raise RuntimeError("compiling for an NVIDIA GPU needs libdevice.10.bc of a CUDA toolkit; set CUDA_HOME")
+
+
+def fast_matrices() -> bool:
+    """METAL_HOST_FAST_MATRICES=1: products of float matrices in tf32, for timing; otherwise in three parts, as precise as float."""
+    return os.environ.get("METAL_HOST_FAST_MATRICES", "0") not in ("", "0")
+
+
+def compile_ptx(unit: Unit, host_names: list[str]) -> tuple[str, dict[str, str]]:
+    """(PTX, host name -> entry) of the kernels `host_names`."""
+    entries = {name: f"__mh_entry_{i}" for i, name in enumerate(host_names)}
+    source = unit.render(entries)
+    flags = [*toolchain.LANGUAGE, *_TARGET, *(["-D__MH_FAST_MATRICES"] if fast_matrices() else [])]
+
+    def build(directory: Path) -> None:
+        link = ["-Xclang", "-mlink-builtin-bitcode", "-Xclang", str(libdevice()), "-Wno-linker-warnings"]
+        ptx = toolchain.clang([*flags, *link, "-S", "-o", "-", "-"], input=source)
+        (directory / "kernel.ptx").write_text(shared_and_global(ptx))
+
+    # Neither the compiler's version nor the header directory's path: the cache must serve a machine without a compiler.
+    portable = [f for f in flags if f != str(toolchain.INCLUDE / "msl")]
+    (path,) = disk.fetch(disk.key("ptx", toolchain.digest(), *portable, source), ("kernel.ptx",), build)
+    return path.read_text(), entries
+
+
+def shared_and_global(ptx: str) -> str:
+    """Put threadgroup variables into shared memory, and Metal's constant address space, which holds buffers, into global."""
+    return _CONSTANT.sub(lambda m: m[0].replace("const", "global"), _SHARED.sub(r".shared \1", ptx))
+
+
+def for_group(ptx: str, threads: int) -> str:
+    """The PTX with its entries declared for groups of `threads`, which is what registers are given out by."""
+    return _ENTRY.sub(rf"\1\n.maxntid {threads}, 1, 1", ptx)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says about a kernel."""
+
+    registers: int
+    spill_stores: int  # bytes
+    spill_loads: int  # bytes
+    stack: int  # bytes
+    shared: int  # bytes
+
+
+def resources(ptx: str, entry: str, threads: int) -> Resources:
+    """Assemble with ptxas for groups of `threads`. RuntimeError where there is no ptxas or it refuses."""
+    ptxas = shutil.which("ptxas")
+    if ptxas is None:
+        raise RuntimeError("ptxas of a CUDA toolkit is not on the PATH")
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.ptx"
+        path.write_text(for_group(ptx, threads))
+        arguments = [ptxas, f"-arch={ARCHITECTURE}", "-v", "-o", f"{directory}/kernel.cubin", str(path)]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"ptxas: {done.stderr.strip()}")
+    about = done.stderr[done.stderr.index(f"'{entry}'") :]
+
+    def number(pattern: str) -> int:
+        match = re.search(pattern, about)
+        return int(match[1]) if match else 0
+
+    return Resources(
+        registers=number(r"Used (\d+) registers"),
+        spill_stores=number(r"(\d+) bytes spill stores"),
+        spill_loads=number(r"(\d+) bytes spill loads"),
+        stack=number(r"(\d+) bytes stack frame"),
+        shared=number(r"(\d+) bytes smem"),
+    )
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        ("arguments", ctypes.c_uint64 * abi.MAX_BUFFERS),
+        ("grid", ctypes.c_uint32 * 3),
+        ("group", ctypes.c_uint32 * 3),
+    ]
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    torch.cuda.init()
+    torch.zeros(1, device="cuda")  # makes the context current
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(name: str, *arguments) -> None:
+    status = getattr(_driver(), name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()}")
+
+
+class Module:
+    """Compiled PTX; assembled by the driver once for each group size."""
+
+    def __init__(self, unit: Unit, host_names: list[str]):
+        self.ptx, self.entries = compile_ptx(unit, host_names)
+        self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
+
+    def launch(self, name: str, bindings, grid: tuple[int, ...], group: tuple[int, ...]) -> None:
+        threads = -(-group[0] * group[1] * group[2] // 32) * 32
+        arguments = _Arguments(grid=(ctypes.c_uint32 * 3)(*grid), group=(ctypes.c_uint32 * 3)(*group))
+        kept = []  # the stream's allocator keeps the memory for the launch
+        for index, tensor in bindings.tensors.items():
+            if tensor.device.type != "cuda":
+                raise RuntimeError(f"argument {index} is on {tensor.device}, another is on a GPU")
+            arguments.arguments[index] = tensor.data_ptr()
+        for index, data in bindings.inline.items():
+            kept.append(torch.frombuffer(bytearray(data), dtype=torch.uint8).cuda())
+            arguments.arguments[index] = kept[-1].data_ptr()
+        blocks = [-(-n // g) for n, g in zip(grid, group, strict=True)]
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        function = self._function(self.entries[name], threads)
+        _call("cuLaunchKernel", function, *blocks, threads, 1, 1, 0, stream, pointers, None)
+
+    def _function(self, entry: str, threads: int) -> ctypes.c_void_p:
+        if (entry, threads) not in self._functions:
+            _driver()
+            module, function = ctypes.c_void_p(), ctypes.c_void_p()
+            _call("cuModuleLoadData", ctypes.byref(module), for_group(self.ptx, threads).encode())
+            _call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
+            self._functions[entry, threads] = function
+        return self._functions[entry, threads]
