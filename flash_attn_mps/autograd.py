@@ -4,43 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from .problem import AttentionProblem, Result
 
+
+def without_autocast(like: torch.Tensor) -> AbstractContextManager:
+    """No autocast on the device of `like`: the dtypes of attention are those of its arguments, as upstream has it."""
+    device = like.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 _TENSORS = [field.name for field in dataclasses.fields(AttentionProblem) if "Tensor" in field.type]
 
 
 def differentiable(p: AttentionProblem, forward: Callable, backward: Callable) -> Result:
-    """`forward(p, seed) -> (out, lse, probs)` as a `Result`, with `backward` behind it where a gradient is needed.
+    """`forward(p) -> (out, lse, probs)` as a `Result`, with `backward` behind it where a gradient is needed.
 
-    `backward(p, seed, out, lse, dout, dlse)` gives the gradients of q, k and v. The gradient of the log-sum-exp is
+    `backward(p, out, lse, dout, dlse)` gives the gradients of q, k and v. The gradient of the log-sum-exp is
     honoured; second derivatives raise.
     """
-    seed = _draw_seed() if p.dropout_p else None
     if p.requires_grad:
-        out, lse, probs = _Attention.apply(p.q, p.k, p.v, p, seed, forward, backward)
+        out, lse, probs = _Attention.apply(p.q, p.k, p.v, p, forward, backward)
     else:
-        out, lse, probs = forward(p, seed)
+        out, lse, probs = forward(p)
     return Result(out, lse, probs)
-
-
-def _draw_seed() -> int:
-    """From torch's default generator: `torch.manual_seed` makes it reproducible, and no device is waited for."""
-    return int(torch.empty((), dtype=torch.int64).random_())
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, p: AttentionProblem, seed: int | None, forward: Any, backward: Any):
-        out, lse, probs = forward(p, seed)
+    def forward(ctx: Any, q: Any, k: Any, v: Any, p: AttentionProblem, forward: Any, backward: Any):
+        out, lse, probs = forward(p)
         # Every tensor goes through save_for_backward, so that checkpointing and offloading hooks see it.
         ctx.names = [name for name in _TENSORS if isinstance(getattr(p, name), torch.Tensor)]
         ctx.save_for_backward(out, lse, *(getattr(p, name) for name in ctx.names))
         ctx.problem = dataclasses.replace(p, **dict.fromkeys(ctx.names))
-        ctx.seed, ctx.backward_of = seed, backward
+        ctx.backward_of = backward
         ctx.set_materialize_grads(False)
         if probs is not None:
             ctx.mark_non_differentiable(probs)
@@ -52,12 +56,12 @@ class _Attention(torch.autograd.Function):
         p = dataclasses.replace(ctx.problem, **dict(zip(ctx.names, saved, strict=True)))
         if dout is None:
             dout = torch.zeros_like(out)
-        with torch.no_grad():
-            grads = ctx.backward_of(p, ctx.seed, out, lse, dout, dlse)
+        with torch.no_grad(), without_autocast(dout):
+            grads = ctx.backward_of(p, out, lse, dout, dlse)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _NoSecondDerivative.apply(*grads, p.q, p.k, p.v, dout, dlse)
         wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
-        return *wanted, None, None, None, None
+        return *wanted, None, None, None
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -102,13 +102,13 @@ def qkv(q: Any, k: Any, v: Any, dims: tuple[str, str], names: Mapping[str, str])
 
 def number(value: Any, name: str, accepted: str) -> float:
     """A Python or NumPy number, or a 0-d tensor on the CPU, as a float."""
-    if isinstance(value, (float, int)) and not isinstance(value, bool):
-        return float(value)
+    if type(value) is float:
+        return value
     if isinstance(value, (bool, str, bytes)) or (isinstance(value, torch.Tensor) and value.dim() > 0):
         raise malformed(name, value, accepted)
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise malformed(name, value, accepted) from None
 
 
@@ -229,7 +229,7 @@ def lengths(value: Any, name: str, batch: int, most: int | list[int], like: torc
 def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> tuple[int, torch.Tensor | None]:
     """The longest sequence: at least as long as every length known.
 
-    A 0-d tensor on a device is not waited for: `total` bounds it, and it is handed back for a tier that needs its value.
+    A 0-d tensor on a device is not waited for: `total` bounds it, and it is handed back for a tier that needs it.
     """
     accepted = "an integer or a 0-d integer tensor, not negative"
     if isinstance(value, torch.Tensor) and not readable(value):

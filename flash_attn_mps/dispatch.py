@@ -10,6 +10,7 @@ import os
 import warnings
 
 from . import cpu, reference, trace
+from .autograd import without_autocast
 from .metal import scalar, simdgroup
 from .problem import AttentionProblem, Result
 
@@ -25,7 +26,8 @@ def attention(p: AttentionProblem) -> Result:
     for tier in _tiers():
         reasons = tier.refuse(p)
         if not reasons:
-            result = tier.run(p)
+            with without_autocast(p.q):
+                result = tier.run(p)
             if result is not None:
                 trace.record(p, tier.name)
                 return result

@@ -46,6 +46,7 @@ class AttentionProblem:
     softcap: float = 0.0
     alibi_slopes: torch.Tensor | None = None  # (heads,) or (batch, heads), float32
     dropout_p: float = 0.0
+    seed: int = 0  # what dropout drops
     cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,): rows of q of each sequence
     cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): rows of k and v, or lengths alone where they are paged
     seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
@@ -135,9 +136,11 @@ class Scoring:
     dropout_p: Any = 0.0
     want_lse: Any = False
     attention_chunk: Any = 0
+    seed: int | None = None  # None: from torch's default generator, if there is dropout
 
     def checked(self, q: torch.Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> dict[str, Any]:
         left, right = checks.window(self.window_size, self.causal)
+        dropout_p = checks.dropout_p(self.dropout_p)
         return {
             "softmax_scale": checks.softmax_scale(self.softmax_scale, q.shape[-1], q),
             # A side that hides nothing is open: it spares masks, and lets more tiers serve the call.
@@ -145,10 +148,16 @@ class Scoring:
             "window_right": -1 if right >= seqlen_q - 1 else right,
             "softcap": checks.softcap(self.softcap),
             "alibi_slopes": checks.alibi_slopes(self.alibi_slopes, batch, q.shape[-2], q),
-            "dropout_p": checks.dropout_p(self.dropout_p),
+            "dropout_p": dropout_p,
+            "seed": (_draw_seed() if self.seed is None else self.seed) if dropout_p else 0,
             "want_lse": bool(self.want_lse),
             "attention_chunk": checks.attention_chunk(self.attention_chunk),
         }
+
+
+def _draw_seed() -> int:
+    """From torch's default generator: `torch.manual_seed` makes it reproducible, and no device is waited for."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
 def dense(q: Any, k: Any, v: Any, scoring: Scoring, names: Mapping[str, str] = checks.NO_NAMES) -> AttentionProblem:
@@ -255,6 +264,8 @@ def pages(
         raise checks.malformed(
             lengths_name, f"a sequence of {max(lengths)} keys", f"at most {room}, the room of {name}"
         )
-    needed = torch.tensor([-(-n // block_size) for n in lengths])  # only blocks that hold keys are looked at
-    used = torch.arange(block_table.shape[1]) < needed[:, None]
+    needed = torch.tensor(
+        [-(-n // block_size) for n in lengths], device="cpu"
+    )  # only blocks that hold keys are looked at
+    used = torch.arange(block_table.shape[1], device="cpu") < needed[:, None]
     checks.indices(block_table, name, num_blocks, "the blocks of k", used)

@@ -31,8 +31,8 @@ def run(p: AttentionProblem) -> Result:
     return differentiable(p.resolved(), forward, backward)
 
 
-def forward(p: AttentionProblem, seed: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Output, log-sum-exp and probabilities, as in `Result`. `seed` decides what dropout drops."""
+def forward(p: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Output, log-sum-exp and probabilities, as in `Result`."""
     q, k, v = p.q, p.k, p.v
     probs = None
     if p.want_lse and p.dropout_p:
@@ -42,7 +42,7 @@ def forward(p: AttentionProblem, seed: int | None) -> tuple[torch.Tensor, torch.
     queries, keys = QueryRows(p), KeyRows(p)
     out = queries.new(q, (p.heads, v.shape[-1]), 0.0, q.dtype)
     lse = queries.new(q, (p.heads,), -torch.inf, torch.float32)
-    dropout = _Dropout(p, seed)
+    dropout = _Dropout(p)
     for group in () if p.empty else groups(p):
         k_rows, v_rows = keys.take(k, group), keys.take(v, group)
         for block in _blocks(p, group, queries, keys):
@@ -67,7 +67,6 @@ def forward(p: AttentionProblem, seed: int | None) -> tuple[torch.Tensor, torch.
 
 def backward(
     p: AttentionProblem,
-    seed: int | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     dout: torch.Tensor,
@@ -82,7 +81,7 @@ def backward(
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
     dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
     lse, dlse = lse.transpose(-1, -2), None if dlse is None else dlse.transpose(-1, -2)
-    dropout = _Dropout(p, seed)
+    dropout = _Dropout(p)
     for group in () if p.empty else groups(p):
         k_rows, v_rows = keys.take(k, group), keys.take(v, group)
         dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
@@ -123,12 +122,12 @@ def backward(
 class _Dropout:
     """What dropout keeps, block by block, the same in forward and backward: both take the blocks in the same order."""
 
-    def __init__(self, p: AttentionProblem, seed: int | None) -> None:
+    def __init__(self, p: AttentionProblem) -> None:
         self.p = p.dropout_p
-        self.generator = torch.Generator(p.q.device).manual_seed(seed) if p.dropout_p else None
+        self.generator = torch.Generator(p.q.device).manual_seed(p.seed) if p.dropout_p else None
 
     def keep(self, prob: torch.Tensor) -> torch.Tensor:
-        return torch.rand(prob.shape, generator=self.generator, device=prob.device) >= self.p
+        return torch.rand(prob.shape, generator=self.generator, dtype=torch.float32, device=prob.device) >= self.p
 
 
 class _Block:

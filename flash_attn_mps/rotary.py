@@ -90,7 +90,7 @@ def _memory(x: Tensor) -> Tensor:
     second write must not make autograd refuse the first result. The kernels that they were written for do not count
     either.
     """
-    if torch.compiler.is_compiling() or not x._is_view():
+    if not torch.compiler.is_compiling() and not x._is_view():
         return x
     return x.data
 

@@ -1,4 +1,4 @@
-"""Metal Shading Language on a CPU and on NVIDIA GPUs, behind the interface of torch.mps.compile_shader. See README.md."""
+"""Metal Shading Language on CPUs and NVIDIA GPUs, behind the interface of torch.mps.compile_shader. See README.md."""
 
 from .errors import Fault, KernelFault, MetalSyntaxError
 from .library import Launch, compile_shader, observe

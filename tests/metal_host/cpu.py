@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from . import abi, recursion, sites, toolchain
 from . import cache as disk
@@ -96,10 +97,19 @@ def stacks_address() -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(stacks()))
 
 
+class Shape(NamedTuple):
+    """A launch's size in threads, three dimensions each."""
+
+    grid: tuple[int, ...]
+    group: tuple[int, ...]
+
+
 @dataclass
 class Compiled:
     """One kernel of a loaded library."""
 
+    name: str
+    unit: Unit
     library: ctypes.CDLL
     entry: int
     max_threads: int
@@ -156,6 +166,8 @@ def _load(unit: Unit, path: Path, entries: dict[str, str], instrumented: bool) -
     for host_name, symbol in entries.items():
         kernel = unit.kernels.instances[host_name].kernel
         compiled[host_name] = Compiled(
+            name=host_name,
+            unit=unit,
             library=library,
             entry=ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value or 0,
             max_threads=ctypes.c_uint32.in_dll(library, f"{symbol}_max_threads").value,
@@ -165,22 +177,18 @@ def _load(unit: Unit, path: Path, entries: dict[str, str], instrumented: bool) -
     return compiled
 
 
-def launch(
-    compiled: Compiled, addresses: dict[int, int], grid: tuple[int, ...], group: tuple[int, ...], seed: int
-) -> abi.Counters:
+def launch(compiled: Compiled, addresses: dict[int, int], shape: Shape, seed: int) -> abi.Counters:
     """Run a kernel of the fast build: addresses maps buffer indices to memory."""
-    request = prepare(compiled, addresses, grid, group, seed)
+    request = prepare(compiled, addresses, shape, seed)
     runtime().__getattr__("__mh_launch")(ctypes.byref(request))
     return request.counters
 
 
-def prepare(
-    compiled: Compiled, addresses: dict[int, int], grid: tuple[int, ...], group: tuple[int, ...], seed: int
-) -> abi.Launch:
+def prepare(compiled: Compiled, addresses: dict[int, int], shape: Shape, seed: int) -> abi.Launch:
     request = abi.Launch(entry=compiled.entry, seed=seed, stacks=stacks_address(), stack_size=FAST_STACK)
     for index, address in addresses.items():
         request.arguments[index] = address
-    request.grid[:], request.group[:] = grid, group
+    request.grid[:], request.group[:] = shape
     request.variables = (abi.ThreadgroupRecord * len(compiled.variables))(*compiled.variables)
     request.variable_count = len(compiled.variables)
     return request

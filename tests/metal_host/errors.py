@@ -22,8 +22,8 @@ def refuse(file: str, line: int, message: str) -> MetalSyntaxError:
 class Fault:
     """One thing that an instrumented launch found.
 
-    kind: "race", "out of bounds", "uninitialised", "divergent barrier", "divergent simdgroup operation", "inactive lane",
-        or "index".
+    kind: "race", "out of bounds", "uninitialised", "divergent barrier", "divergent simdgroup operation",
+        "inactive lane", or "index".
     file, line: where in the source; other_line: the other access of a race, 0 where there is none.
     message: one sentence with memory, thread, threadgroup and places.
     """

@@ -1,4 +1,7 @@
-"""Instrumented launches: the arguments copied between wide margins, every access checked, faults told in the source's terms."""
+"""Instrumented launches.
+
+The arguments are copied between wide margins, every access is checked, and faults are told in the terms of the source.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import mmap
 import torch
 
 from . import abi, cpu
+from .bindings import Bindings
 from .errors import Fault, KernelFault
-from .frontend import Unit
 
 _MARGIN = 1 << 16
 _ALIGNMENT = 256
@@ -34,14 +37,7 @@ _NONE = 0xFFFFFFFF
 
 
 def launch(
-    name: str,
-    compiled: cpu.Compiled,
-    unit: Unit,
-    bindings,
-    grid: tuple[int, ...],
-    group: tuple[int, ...],
-    seed: int,
-    allow_partial_collectives: bool,
+    compiled: cpu.Compiled, bindings: Bindings, shape: cpu.Shape, *, seed: int, allow_partial_collectives: bool
 ) -> abi.Counters:
     """Run a kernel of the instrumented build. Tensors are as after the launch also when it raises KernelFault."""
     arena = Arena(bindings)
@@ -50,7 +46,7 @@ def launch(
         start = variable.address
         regions.append(abi.Region(start, start + variable.size, abi.SPACES.index("threadgroup"), variable.number))
     regions.sort(key=lambda r: r.start)
-    request = cpu.prepare(compiled, arena.addresses, grid, group, seed)
+    request = cpu.prepare(compiled, arena.addresses, shape, seed)
     request.regions = (abi.Region * len(regions))(*regions)
     request.region_count = len(regions)
     request.sites, request.site_lines, request.site_count = (
@@ -68,11 +64,11 @@ def launch(
         runtime.__getattr__("__mh_launch")(ctypes.byref(request))
         del view
     arena.copy_back()
-    teller = Teller(compiled, unit, bindings, regions)
+    teller = Teller(compiled, bindings, regions)
     faults = [f for r in request.reports[: request.report_count] if (f := teller.fault(r))]
     arena.close()
     if faults:
-        raise KernelFault(name, faults)
+        raise KernelFault(compiled.name, faults)
     return request.counters
 
 
@@ -82,7 +78,7 @@ class Arena:
     Views of one storage share a copy, as on the device: what lies outside the view and inside the storage is in bounds.
     """
 
-    def __init__(self, bindings):
+    def __init__(self, bindings: Bindings):
         self._storages: dict[
             int, tuple[torch.UntypedStorage, int]
         ] = {}  # host address -> (storage, offset in the arena)
@@ -143,8 +139,8 @@ class Arena:
 class Teller:
     """Says what a report of the runtime means."""
 
-    def __init__(self, compiled: cpu.Compiled, unit: Unit, bindings, regions: list[abi.Region]):
-        self._sites, self._unit, self._bindings, self._regions = compiled.sites, unit, bindings, regions
+    def __init__(self, compiled: cpu.Compiled, bindings: Bindings, regions: list[abi.Region]):
+        self._sites, self._unit, self._bindings, self._regions = compiled.sites, compiled.unit, bindings, regions
 
     def fault(self, r: abi.Report) -> Fault | None:
         kind = _KINDS[r.fault]
@@ -166,24 +162,28 @@ class Teller:
                 f"{self._access(r)} {self._inside(r)}, which no thread of the threadgroup has written, {self._at(r)}"
             )
         elif kind == "divergent barrier":
-            state = f"waits at the barrier of {there}{' with other flags' * r.write}" if other_line else "has ended"
-            message = f"threadgroup_barrier reached by {r.mask} of {r.size} threads as one: thread {r.other_thread} {state}, {self._at(r)}"
+            flags = " with other flags" * r.write
+            state = f"waits at the barrier of {there}{flags}" if other_line else "has ended"
+            reached = f"threadgroup_barrier reached by {r.mask} of {r.size} threads as one"
+            message = f"{reached}: thread {r.other_thread} {state}, {self._at(r)}"
         elif kind == "inactive lane":
-            message = f"lane {r.thread % 32} reads lane {r.other_thread}, which takes no part (active: {r.mask:#010x}), {self._at(r)}"
+            reads = f"lane {r.thread % 32} reads lane {r.other_thread}, which takes no part"
+            message = f"{reads} (active: {r.mask:#010x}), {self._at(r)}"
         else:
             state = f"waits at {there}" if other_line else "has ended"
             active, exists = bin(r.mask).count("1"), bin(r.size).count("1")
-            message = f"{_OPERATIONS[r.kind]} reached by {active} of {exists} lanes of the simdgroup: thread {r.other_thread} {state}, {self._at(r)}"
+            reached = f"{_OPERATIONS[r.kind]} reached by {active} of {exists} lanes of the simdgroup"
+            message = f"{reached}: thread {r.other_thread} {state}, {self._at(r)}"
         return Fault(kind, file, line, other_line, message)
 
     def _race(self, r: abi.Report, there: str) -> str:
-        words = ("read", "write")
-        verb = ("reads", "writes")[r.write]
+        now = f"{self._thread(r.thread)} {('reads', 'writes')[r.write]} {self._inside(r)}"
+        before = f"after the {('read', 'write')[r.other_write]} by {self._thread(r.other_thread)} at {there}"
         if r.mask:
             between = "in another threadgroup; nothing orders threadgroups"
         else:
             between = "with no barrier for this memory between"
-        return f"{self._thread(r.thread)} {verb} {self._inside(r)} after the {words[r.other_write]} by {self._thread(r.other_thread)} at {there}, {between}, {self._at(r, thread=False)}"
+        return f"{now} {before}, {between}, {self._at(r, thread=False)}"
 
     @staticmethod
     def _thread(thread: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .tokens import Tokens
 
@@ -56,7 +57,6 @@ class Kernel:
     arguments: list[Buffer | str]  # a str is the expression of an identifier
     end: int  # token of the body's '}'
     body: int  # token of the body's '{'
-    host_name: str
     max_threads: str  # an expression
 
     @property
@@ -64,7 +64,7 @@ class Kernel:
         return "".join(f"{n}::" for n in self.namespace if n) + "__mh_call_" + self.name
 
     def wrapper(self) -> str:
-        """The function that fetches the arguments and calls the kernel; stands right behind it, on the same line."""
+        """The function that fetches the arguments and calls the kernel; it stands behind it, on its last line."""
         values = ", ".join(a if isinstance(a, str) else a.expression() for a in self.arguments)
         instance = f"{self.name}<{self.template_arguments}>" if self.template else self.name
         return (
@@ -84,7 +84,7 @@ class Instance:
     at: int  # the token behind which its entry may stand
 
     def entry(self, symbol: str) -> str:
-        """The function that the host calls (__MH_ENTRY is the back end's), and the most threads that it may be called with."""
+        """The function that the host calls, and the most threads it may have; __MH_ENTRY is the back end's."""
         call = f"{self.kernel.path}{self.template_arguments}"
         limit = f"{call.replace('__mh_call_', '__mh_max_')}()"
         return f" __MH_ENTRY({symbol}, ({call}), ({limit}))"
@@ -173,6 +173,13 @@ def template_names(tokens: Tokens, start: int, end: int) -> list[str]:
     return names
 
 
+class _Parameter(NamedTuple):
+    first: int  # its first token
+    attributes: dict[str, tuple[int, int]]
+    tokens: list[int]  # those that are no part of an attribute
+    name: int
+
+
 def parse_arguments(tokens: Tokens, start: int, end: int) -> list[Buffer | str]:
     """The parameter list of a kernel, tokens start..end-1."""
     arguments: list[Buffer | str] = []
@@ -184,7 +191,7 @@ def parse_arguments(tokens: Tokens, start: int, end: int) -> list[Buffer | str]:
         kept = strip_attributes(tokens, first, last)
         names = [i for i in kept if tokens.kind[i] == "word"]
         name = next((i + 2 for i in kept if tokens[i] == "(" and tokens[i + 1] in "*&"), names[-1] if names else first)
-        parsed.append((first, found, kept, name))
+        parsed.append(_Parameter(first, found, kept, name))
         if "buffer" in found:
             at = found["buffer"][0]
             if not tokens[at].isdigit():
@@ -199,24 +206,27 @@ def parse_arguments(tokens: Tokens, start: int, end: int) -> list[Buffer | str]:
                     first, f"[[buffer({index})]] of '{tokens[name]}' is bound to another parameter already"
                 )
             taken.add(index)
-    for first, found, kept, name in parsed:
+    for parameter in parsed:
+        first, found, _, name = parameter
         identifier = next((a for a in found if a in IDENTIFIERS), None)
         if identifier:
-            arguments.append(_identifier(tokens, first, kept, name, identifier))
+            arguments.append(_identifier(tokens, parameter, identifier))
             continue
         unknown = [a for a in found if a not in ("buffer", "maybe_unused")]
         if "threadgroup" in unknown:
             raise tokens.error(
                 first,
-                f"'{tokens[name]}': compile_shader cannot set the length of [[threadgroup(n)]] memory; declare an array in the kernel",
+                f"'{tokens[name]}': compile_shader cannot set the length of [[threadgroup(n)]] memory; "
+                "declare an array in the kernel",
             )
         if unknown:
             raise tokens.error(first, f"attribute '{unknown[0]}' of '{tokens[name]}' is not known")
-        arguments.append(_buffer(tokens, first, kept, name, found, taken))
+        arguments.append(_buffer(tokens, parameter, taken))
     return arguments
 
 
-def _identifier(tokens: Tokens, first: int, kept: list[int], name: int, attribute: str) -> str:
+def _identifier(tokens: Tokens, parameter: _Parameter, attribute: str) -> str:
+    first, _, kept, name = parameter
     number, vector = IDENTIFIERS[attribute]
     type_ = " ".join(tokens[i] for i in kept if i != name and tokens[i] != "const")
     allowed = _SCALAR_IDS | (_VECTOR_IDS if vector else set())
@@ -227,9 +237,8 @@ def _identifier(tokens: Tokens, first: int, kept: list[int], name: int, attribut
     return f"__mh_make<{type_}>({parts})"
 
 
-def _buffer(
-    tokens: Tokens, first: int, kept: list[int], name: int, found: dict[str, tuple[int, int]], taken: set[int]
-) -> Buffer:
+def _buffer(tokens: Tokens, parameter: _Parameter, taken: set[int]) -> Buffer:
+    first, found, kept, name = parameter
     words = [tokens[i] for i in kept]
     space = next((w for w in words if w in SPACES), "")
     if space == "threadgroup":

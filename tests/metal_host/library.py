@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from . import abi, cpu, instrumented, nvidia, source
+from .bindings import Bindings
 from .frontend import Unit, translate
 
 MAX_THREADGROUP_BYTES = 32 << 10
-MAX_INLINE_BYTES = 4 << 10
-_CASTS = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int32": torch.int32,
-    "int16": torch.int16,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-}
-_UNSUPPORTED_DTYPES = (torch.float64, torch.complex128)
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,8 @@ class Launch:
     counters: dict[str, int]
 
 
-_mode = Mode()
+_DEFAULT = Mode()
+_mode: ContextVar[Mode] = ContextVar("mode", default=_DEFAULT)
 
 
 @contextmanager
@@ -53,25 +45,24 @@ def observe(
 ) -> Iterator[list[Launch]]:
     """Run the launches of a block under observation; yields the list that they are recorded in.
 
-    instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here. Launches on an
-        NVIDIA GPU are not observed: there compute-sanitizer is the tool (README.md).
+    instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here.
+        Launches on an NVIDIA GPU are not observed: there compute-sanitizer is the tool (README.md).
     seed: 0 runs ready threads in order, every other number in an order of its own.
     allow_partial_collectives: reductions, votes and shuffles may be reached by some lanes of a simdgroup
         only, which Metal defines but our kernels never mean.
     """
-    global _mode
-    before, log = _mode, []
-    _mode = Mode(instrumented, seed, allow_partial_collectives, log)
+    log: list[Launch] = []
+    token = _mode.set(Mode(instrumented, seed, allow_partial_collectives, log))
     try:
         yield log
     finally:
-        _mode = before
+        _mode.reset(token)
 
 
 def compile_shader(source_text: str) -> ShaderLibrary:
     """Compile Metal Shading Language; stands in for torch.mps.compile_shader(source).
 
-    Headers of the installed torch may be included. Raises SyntaxError with the compiler's log for what Metal would refuse.
+    Headers of the installed torch may be included. Raises SyntaxError with the compiler's log for what Metal refuses.
     Kernels that are templates are compiled when they are first looked up.
     """
     expanded = source.expand(source_text, source.include_directories())
@@ -122,7 +113,7 @@ class ShaderLibrary:
 
 
 class KernelFunction:
-    """A kernel, ready to be called: kernel(*args, threads=None, group_size=None, arg_casts=None, error_buf_idx=None)."""
+    """A kernel, ready to be called as torch's are: see __call__."""
 
     thread_execution_width = 32
 
@@ -133,8 +124,8 @@ class KernelFunction:
         self._fast = library.compiled(name)
         if self._fast.threadgroup_bytes > MAX_THREADGROUP_BYTES:
             raise RuntimeError(
-                f"Failed to create pipeline state object, error: kernel '{name}' uses {self._fast.threadgroup_bytes} bytes of "
-                f"threadgroup memory, the maximum is {MAX_THREADGROUP_BYTES}"
+                f"Failed to create pipeline state object, error: kernel '{name}' uses "
+                f"{self._fast.threadgroup_bytes} bytes of threadgroup memory, the maximum is {MAX_THREADGROUP_BYTES}"
             )
 
     @property
@@ -161,32 +152,29 @@ class KernelFunction:
             errors = torch.zeros(ErrorBuffer.size, dtype=torch.uint8, device="cuda" if bindings.on_gpu else "cpu")
             bindings.bind(error_buf_idx, errors, None)
         bindings.finish()
-        grid, group = self._shape(threads, group_size, args)
+        shape = self._shape(threads, group_size, args)
+        mode = _mode.get()
         if bindings.on_gpu:
-            self._library.module(self._name).launch(self._name, bindings, grid, group)
+            self._library.module(self._name).launch(self._name, bindings, shape)
             if errors is not None:
                 ErrorBuffer.raise_if_any(errors.cpu())
             return
-        if _mode.instrumented:
-            compiled = self._library.compiled(self._name, True)
+        if mode.instrumented:
             counters = instrumented.launch(
-                self._name,
-                compiled,
-                self._library._unit,
+                self._library.compiled(self._name, True),
                 bindings,
-                grid,
-                group,
-                _mode.seed,
-                _mode.allow_partial_collectives,
+                shape,
+                seed=mode.seed,
+                allow_partial_collectives=mode.allow_partial_collectives,
             )
         else:
-            counters = cpu.launch(self._fast, bindings.addresses(), grid, group, _mode.seed)
-        if _mode.log is not None:
-            _mode.log.append(Launch(self._name, {n: getattr(counters, n) for n in abi.COUNTERS}))
+            counters = cpu.launch(self._fast, bindings.addresses(), shape, mode.seed)
+        if mode.log is not None:
+            mode.log.append(Launch(self._name, {n: getattr(counters, n) for n in abi.COUNTERS}))
         if errors is not None:
             ErrorBuffer.raise_if_any(errors)
 
-    def _shape(self, threads: Any, group_size: Any, args: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _shape(self, threads: Any, group_size: Any, args: tuple[Any, ...]) -> cpu.Shape:
         """Grid and group in three dimensions, from what the caller gave; all of it in threads, not groups."""
         limit = self.max_threads_per_threadgroup
         grid, group = _shape_of("threads", threads), _shape_of("group_size", group_size)
@@ -207,7 +195,7 @@ class KernelFunction:
             raise ValueError(
                 f"threads and group_size must be positive and below 2**32, got threads={grid}, group_size={group}"
             )
-        return grid, group
+        return cpu.Shape(grid, group)
 
 
 def _shape_of(name: str, value: Any) -> tuple[int, ...] | None:
@@ -220,88 +208,8 @@ def _shape_of(name: str, value: Any) -> tuple[int, ...] | None:
     raise TypeError(f"{name} must be an int or a sequence of at most three ints, got {value!r}")
 
 
-class Bindings:
-    """The memory behind a launch's arguments."""
-
-    def __init__(self, parameters: list):
-        self._parameters = {p.index: p for p in parameters if not isinstance(p, str)}
-        self.tensors: dict[int, torch.Tensor] = {}
-        self.inline: dict[int, ctypes.Array] = {}
-        self.tensor_lists: dict[int, list[torch.Tensor]] = {}
-
-    def bind(self, index: int, value: Any, casts: str | dict[int, str] | None) -> None:
-        if index >= abi.MAX_BUFFERS:
-            raise RuntimeError(f"argument {index}: a kernel has at most {abi.MAX_BUFFERS} buffers")
-        if isinstance(value, torch.Tensor):
-            if value.dtype in _UNSUPPORTED_DTYPES:
-                raise TypeError(f"argument {index}: {value.dtype} is not supported on MPS")
-            self.tensors[index] = value
-        elif isinstance(value, (tuple, list)) and value and isinstance(value[0], torch.Tensor):
-            self.tensor_lists[index] = list(value)
-            self.inline[index] = (ctypes.c_uint64 * len(value))(*(t.data_ptr() for t in value))
-        else:
-            self.inline[index] = _inline_bytes(index, value, casts)
-        if index in self.inline and ctypes.sizeof(self.inline[index]) > MAX_INLINE_BYTES:
-            size = ctypes.sizeof(self.inline[index])
-            raise RuntimeError(
-                f"argument {index}: {size} inline bytes, Metal's setBytes takes at most {MAX_INLINE_BYTES}"
-            )
-
-    def finish(self) -> None:
-        """Every buffer of the kernel must be bound: Metal would read address 0."""
-        missing = [
-            f"{p.name} [[buffer({i})]]"
-            for i, p in self._parameters.items()
-            if i not in self.tensors and i not in self.inline
-        ]
-        if missing:
-            raise RuntimeError(f"no argument for {', '.join(missing)}")
-
-    @property
-    def on_gpu(self) -> bool:
-        return any(t.device.type == "cuda" for t in self.tensors.values())
-
-    def name(self, index: int) -> str:
-        return self._parameters[index].name if index in self._parameters else f"buffer({index})"
-
-    def space(self, index: int) -> str:
-        return self._parameters[index].space if index in self._parameters else "device"
-
-    def addresses(self) -> dict[int, int]:
-        return {i: t.data_ptr() for i, t in self.tensors.items()} | {
-            i: ctypes.addressof(b) for i, b in self.inline.items()
-        }
-
-
-def _inline_bytes(index: int, value: Any, casts: str | dict[int, str] | None) -> ctypes.Array:
-    values = list(value) if isinstance(value, (tuple, list)) else [value]
-    if not values:
-        raise RuntimeError("Empty list/tuple can not be an argument to metal kernel")
-    if all(isinstance(v, int) for v in values):
-        dtype = torch.int64
-    elif isinstance(values[0], float) and all(isinstance(v, (int, float)) for v in values):
-        dtype = torch.float32
-    elif isinstance(value, (tuple, list)):
-        raise RuntimeError(f"Unexpected argument types: argument {index} is a sequence of {type(values[0]).__name__}")
-    else:
-        raise RuntimeError(f"Unsupported argument type: argument {index} is {type(value).__name__}")
-    cast = casts.get(index, "") if isinstance(casts, dict) else casts or ""
-    if not isinstance(cast, str) or (casts is not None and not isinstance(casts, (str, dict))):
-        raise RuntimeError(f"Unexpected caster arg type {type(casts).__name__}")
-    if cast and cast not in _CASTS:
-        raise RuntimeError(f"Unsupported cast instruction {cast}: one of {', '.join(_CASTS)}")
-    tensor = torch.tensor(values, dtype=dtype).to(_CASTS[cast] if cast else dtype)
-    size = tensor.numel() * tensor.element_size()
-    # 16 bytes more, so that the copy can start where a vector argument may be read from.
-    storage = (ctypes.c_char * (size + 16))()
-    offset = -ctypes.addressof(storage) % 16
-    aligned = (ctypes.c_char * size).from_buffer(storage, offset)
-    ctypes.memmove(aligned, tensor.data_ptr(), size)
-    return aligned
-
-
 class ErrorBuffer:
-    """The buffer of c10/metal/error.h: a count, then messages of file[128], func[128], message[250] and a line number."""
+    """The buffer of c10/metal/error.h: a count, then messages: file[128], func[128], message[250], a line number."""
 
     _message = 128 + 128 + 252 + 4
     _capacity = 30

@@ -1,7 +1,6 @@
 """The NVIDIA back end: PTX from the same front end, loaded and launched through the CUDA driver.
 
-PTX is made on any machine, and kept in the cache; a machine with a GPU needs the driver and torch, and clang only for what
-the cache does not hold.
+PTX is made on any machine that has libdevice, a file of the CUDA toolkit; running it takes a GPU, its driver and torch.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ import torch
 
 from . import abi, toolchain
 from . import cache as disk
+from .bindings import Bindings
+from .cpu import Shape
 from .frontend import Unit
 
 ARCHITECTURE = "sm_90"
@@ -54,7 +55,7 @@ def libdevice() -> Path:
 
 
 def fast_matrices() -> bool:
-    """METAL_HOST_FAST_MATRICES=1: products of float matrices in tf32, for timing; otherwise in three parts, as precise as float."""
+    """METAL_HOST_FAST_MATRICES=1: products of float matrices in tf32, for timing; else in float's precision."""
     return os.environ.get("METAL_HOST_FAST_MATRICES", "0") not in ("", "0")
 
 
@@ -69,14 +70,14 @@ def compile_ptx(unit: Unit, host_names: list[str]) -> tuple[str, dict[str, str]]
         ptx = toolchain.clang([*flags, *link, "-S", "-o", "-", "-"], input=source)
         (directory / "kernel.ptx").write_text(shared_and_global(ptx))
 
-    # Neither the compiler's version nor the header directory's path: the cache must serve a machine without a compiler.
-    portable = [f for f in flags if f != str(toolchain.INCLUDE / "msl")]
-    (path,) = disk.fetch(disk.key("ptx", toolchain.digest(), *portable, source), ("kernel.ptx",), build)
+    (path,) = disk.fetch(
+        disk.key("ptx", toolchain.digest(), toolchain.version(), *flags, source), ("kernel.ptx",), build
+    )
     return path.read_text(), entries
 
 
 def shared_and_global(ptx: str) -> str:
-    """Put threadgroup variables into shared memory, and Metal's constant address space, which holds buffers, into global."""
+    """Put threadgroup variables into shared memory, and Metal's constant memory, which is buffers, into global."""
     return _CONSTANT.sub(lambda m: m[0].replace("const", "global"), _SHARED.sub(r".shared \1", ptx))
 
 
@@ -153,7 +154,8 @@ class Module:
         self.ptx, self.entries = compile_ptx(unit, host_names)
         self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
 
-    def launch(self, name: str, bindings, grid: tuple[int, ...], group: tuple[int, ...]) -> None:
+    def launch(self, name: str, bindings: Bindings, shape: Shape) -> None:
+        grid, group = shape
         threads = -(-group[0] * group[1] * group[2] // 32) * 32
         arguments = _Arguments(grid=(ctypes.c_uint32 * 3)(*grid), group=(ctypes.c_uint32 * 3)(*group))
         kept = []  # the stream's allocator keeps the memory for the launch

@@ -20,9 +20,9 @@ def check(code: str) -> None:
         elif "call " in line:
             current.update(_CALL.findall(line))
     finished: set[str] = set()
-    for start in calls:
+    for start, called in calls.items():
         path: list[str] = []
-        stack = [(start, iter(calls[start]))] if start not in finished else []
+        stack = [(start, iter(called))] if start not in finished else []
         path += [start] if stack else []
         while stack:
             name, rest = stack[-1]

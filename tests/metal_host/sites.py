@@ -1,7 +1,7 @@
 """Source lines of an instrumented kernel's calls into the runtime.
 
-The runtime knows a place in the kernel by a return address. The table from addresses to lines is made in assembly, behind
-every such call, from the compiler's .loc directives: it needs no debugger and no reader of debug information.
+The runtime knows a place in the kernel by a return address. The table from addresses to lines is made in the assembly,
+behind every such call, from the compiler's .loc directives: it needs no debugger and no reader of debug information.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From the caller's string to one preprocessed text, line numbers kept.
 
-`#include` works as in torch.mps.compile_shader: a header that exists below an include directory is pasted in, once; every
-other one is left to the compiler, which finds Metal's own headers (include/).
+`#include` works as in torch.mps.compile_shader: a header that exists below an include directory is pasted in, once;
+every other one is left to the compiler, which finds Metal's own headers (include/).
 """
 
 from __future__ import annotations

@@ -62,11 +62,9 @@ def check_tokens(tokens: Tokens) -> None:
             close = tokens.partner[i]
             if tokens[close + 1] in ("(", "{") and not (tokens[i - 1] in ("{", ",") and tokens[close + 1] == "="):
                 raise tokens.error(i, "Metal has no lambdas")
-        if word == ")" and tokens[i + 1] == "(" and i - tokens.partner[i] == 2 and _is_vector(tokens[i - 1]):
-            if _has_comma(tokens, i + 1):
-                raise tokens.error(
-                    i, f"({tokens[i - 1]})(a, b) casts b alone; the constructor is {tokens[i - 1]}(a, b)"
-                )
+        cast = word == ")" and tokens[i + 1] == "(" and i - tokens.partner[i] == 2 and _is_vector(tokens[i - 1])
+        if cast and _has_comma(tokens, i + 1):
+            raise tokens.error(i, f"({tokens[i - 1]})(a, b) casts b alone; the constructor is {tokens[i - 1]}(a, b)")
 
 
 def _is_vector(word: str) -> bool:

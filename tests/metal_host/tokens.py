@@ -27,7 +27,7 @@ _PAIRS = {"(": ")", "[": "]", "{": "}"}
 class Tokens:
     """A source as a list of its words and signs, white space apart.
 
-    text[i] is the i-th token; before[i] and after[i] are what edits put around it; partner[i] is the other bracket of (), [], {}.
+    text[i] is the i-th token, before[i] and after[i] what edits put around it, partner[i] the other bracket of a pair.
     """
 
     def __init__(self, source: str):
@@ -109,6 +109,12 @@ class Tokens:
                 return -1
             i += 1
         return -1
+
+    def skip_to(self, index: int, end: int, stops: str) -> int:
+        """The first token from index on that is one of the signs `stops`, brackets skipped; end if there is none."""
+        while index < end and self[index] not in stops:
+            index = self.partner[index] + 1 if self[index] in ("(", "[", "{") else index + 1
+        return index
 
     def join(self, start: int, end: int) -> str:
         """Tokens start..end-1 on one line, as edited."""

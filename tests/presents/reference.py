@@ -12,6 +12,14 @@ def assert_close(actual, expected, dtype=None, scale=1.0):
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
+def assert_rounded_once(actual, expected, noise=1e-6):
+    """`actual` is the fp64 `expected` rounded to its dtype: half a unit in the last place, and fp32 noise inside."""
+    half_ulp = torch.finfo(actual.dtype).eps / 2
+    expected = expected.double()
+    error = (actual.double() - expected).abs()
+    assert (error <= (half_ulp * 1.01) * expected.abs() + noise).all(), f"error {error.max():.3g}"
+
+
 def rotary(x, cos, sin, positions, interleaved=False, conjugate=False):
     """Rotate one sequence `(seqlen, nheads, head_dim)` pair by pair, as multiplication by `cos + i sin`."""
     x, cos, sin = x.double(), cos.double(), sin.double()

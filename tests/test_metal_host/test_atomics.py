@@ -11,7 +11,8 @@ HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 @pytest.mark.parametrize("type_", ["int", "uint"])
 def test_integer_updates(device, type_):
     lib = compile_shader(f"""{HEADER}
-    kernel void k(device atomic_{type_}* d, device {type_}* out, uint g [[thread_position_in_grid]], uint i [[thread_index_in_threadgroup]]) {{
+    kernel void k(device atomic_{type_}* d, device {type_}* out, uint g [[thread_position_in_grid]],
+        uint i [[thread_index_in_threadgroup]]) {{
       threadgroup atomic_{type_} t;
       if (i == 0) atomic_store_explicit(&t, 0, memory_order_relaxed);
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -24,7 +25,8 @@ def test_integer_updates(device, type_):
       atomic_fetch_xor_explicit(&d[6], 1 << (g % 8), memory_order_relaxed);
       atomic_exchange_explicit(&d[7], 42, memory_order_relaxed);
       {type_} seen = atomic_load_explicit(&d[8], memory_order_relaxed);
-      while (!atomic_compare_exchange_weak_explicit(&d[8], &seen, seen + 3, memory_order_relaxed, memory_order_relaxed)) {{}}
+      while (!atomic_compare_exchange_weak_explicit(&d[8], &seen, seen + 3, memory_order_relaxed,
+          memory_order_relaxed)) {{}}
       atomic_fetch_add_explicit(&t, 2, memory_order_relaxed);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (i == 0) out[g / 64] = atomic_load_explicit(&t, memory_order_relaxed);

@@ -14,14 +14,18 @@ def library():
         HEADER
         + """
     kernel void fill(device float* out, constant float& value, uint i [[thread_position_in_grid]]) { out[i] = value; }
-    kernel void longs(device long* out, constant long* values, uint i [[thread_position_in_grid]]) { out[i] = values[i]; }
-    kernel void floats(device float* out, constant float* values, uint i [[thread_position_in_grid]]) { out[i] = values[i]; }
+    kernel void longs(device long* out, constant long* values,
+        uint i [[thread_position_in_grid]]) { out[i] = values[i]; }
+    kernel void floats(device float* out, constant float* values,
+        uint i [[thread_position_in_grid]]) { out[i] = values[i]; }
     kernel void bytes(device uchar* out, const device uchar* x, uint i [[thread_position_in_grid]]) { out[i] = x[i]; }
     kernel void shapes(device int* out, uint3 n [[threads_per_grid]], uint3 g [[dispatch_threads_per_threadgroup]]) {
       out[0] = n.x; out[1] = n.y; out[2] = n.z; out[3] = g.x; out[4] = g.y; out[5] = g.z;
     }
-    [[max_total_threads_per_threadgroup(64)]] kernel void small(device float* out, uint i [[thread_position_in_grid]]) { out[i] = 1; }
-    kernel void second(device float* a [[buffer(3)]], device float* b, device float* c [[buffer(0)]]) { a[0] = 1; b[0] = 2; c[0] = 3; }
+    [[max_total_threads_per_threadgroup(64)]] kernel void small(device float* out,
+        uint i [[thread_position_in_grid]]) { out[i] = 1; }
+    kernel void second(device float* a [[buffer(3)]], device float* b, device float* c [[buffer(0)]]) { a[0] = 1;
+        b[0] = 2; c[0] = 3; }
     kernel void sum(device float* out, constant ulong* tensors) {
       out[0] = ((const device float*)tensors[0])[1] + ((const device float*)tensors[1])[0];
     }
@@ -31,7 +35,8 @@ def library():
 
 def test_the_example_of_the_documentation(device):
     lib = compile_shader(
-        "kernel void full(device float* out, constant float& val, uint idx [[thread_position_in_grid]]) { out[idx] = val; }"
+        "kernel void full(device float* out, constant float& val, uint idx [[thread_position_in_grid]])"
+        "{ out[idx] = val; }"
     )
     x = torch.zeros(16, device=device)
     lib.full(x, 3.14)
@@ -104,7 +109,8 @@ def test_a_list_of_tensors_is_an_array_of_addresses(library, device):
 )
 def test_arg_casts(device, cast, type_, dtype, value):
     lib = compile_shader(
-        f"{HEADER}kernel void k(device {type_}* out, constant {type_}* v, constant {type_}& w) {{ out[0] = v[1]; out[1] = w; }}"
+        f"{HEADER}kernel void k(device {type_}* out, constant {type_}* v, constant {type_}& w)"
+        "{ out[0] = v[1]; out[1] = w; }"
     )
     out = torch.zeros(2, dtype=dtype, device=device)
     lib.k(out, [value * 0, value], value, threads=1, arg_casts=cast)
@@ -221,7 +227,8 @@ def test_error_buffer(device):
 
 def test_counters_of_a_launch():
     lib = compile_shader(f"""{HEADER}
-    kernel void k(device half* out, const device half* in, constant float& scale, uint i [[thread_position_in_grid]], uint t [[thread_index_in_threadgroup]]) {{
+    kernel void k(device half* out, const device half* in, constant float& scale, uint i [[thread_position_in_grid]],
+        uint t [[thread_index_in_threadgroup]]) {{
       threadgroup float tile[64];
       tile[t] = in[i];
       threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -87,7 +87,8 @@ def test_integer_functions(device, type_):
     lib = compile_shader(f"""#include <metal_stdlib>
     using namespace metal;
     typedef {type_} T;
-    kernel void k(device T* out, const device T* a, const device T* b, const device T* c, constant long& n, uint g [[thread_position_in_grid]]) {{
+    kernel void k(device T* out, const device T* a, const device T* b, const device T* c, constant long& n,
+        uint g [[thread_position_in_grid]]) {{
       T x = a[g], y = b[g], z = c[g];
     {body}
     }}""")
@@ -106,7 +107,8 @@ def test_24_bits_saturating_products_and_vectors(device):
     lib = compile_shader("""#include <metal_stdlib>
     using namespace metal;
     kernel void k(device long* out) {
-      out[0] = mul24(-3000, 1000);  out[1] = mad24(70000u, 70u, 5u);  out[2] = madsat(2000000000, 2, 1);  out[3] = madsat(short(-300), short(300), short(-5));
+      out[0] = mul24(-3000, 1000);  out[1] = mad24(70000u, 70u, 5u);  out[2] = madsat(2000000000, 2, 1);
+          out[3] = madsat(short(-300), short(300), short(-5));
       int4 v = max(int4(1, -2, 3, -4), 0);  out[4] = v.x + v.y + v.z + v.w;
       uint2 c = popcount(uint2(7, 255));  out[5] = c.x * 100 + c.y;
       out[6] = as_type<int>(1.0f);  out[7] = as_type<uint>(half2(1.0h, 2.0h));  out[8] = as_type<long>(int2(1, 2));

@@ -46,7 +46,8 @@ def test_structs_are_copied_between_address_spaces(device):
         + """
     struct Inner { float a[2]; int n; };
     struct Params { Inner inner; float scale; float twice() const { return 2 * scale; } };
-    class Counter { int n; public: Counter(int start) : n(start) {} void step() { n += 1; } int value() const { return n; } };
+    class Counter { int n; public: Counter(int start) : n(start) {} void step() { n += 1;
+        } int value() const { return n; } };
     Params scaled(Params p, float by) { p.scale *= by; return p; }
     kernel void k(device float* out, constant Params& p, device Params* d, uint i [[thread_position_in_grid]]) {
       threadgroup Params t[4];
@@ -74,16 +75,19 @@ def test_templates_with_host_names(device):
         + """
     namespace deep {
     template <typename T, int N, bool twice = false>
-    [[kernel, max_total_threads_per_threadgroup(N * 32)]] void fill(device T* out [[buffer(0)]], constant long& value [[buffer(1)]],
+    [[kernel, max_total_threads_per_threadgroup(N * 32)]] void fill(device T* out [[buffer(0)]],
+        constant long& value [[buffer(1)]],
                                                                     uint i [[thread_position_in_grid]]) {
       threadgroup T tile[N];
       tile[i % N] = T(value);
       out[i] = tile[i % N] * T(twice ? 2 : 1);
     }
-    #define FILL(name, T, ...) template [[host_name(name "_" #T)]] [[kernel]] decltype(fill<T, __VA_ARGS__>) fill<T, __VA_ARGS__>;
+    #define FILL(name, T, ...) template [[host_name(name "_" #T)]] [[kernel]] decltype(fill<T, __VA_ARGS__>) fill<T, \\
+      __VA_ARGS__>;
     FILL("fill", float, 4)
     FILL("fill", half, 8, true)
-    template [[host_name("third")]] kernel void fill<int, 2>(device int* out [[buffer(0)]], constant long& value [[buffer(1)]],
+    template [[host_name("third")]] kernel void fill<int, 2>(device int* out [[buffer(0)]],
+        constant long& value [[buffer(1)]],
                                                              uint i [[thread_position_in_grid]]);
     }
     [[host_name("renamed")]] kernel void plain(device float* out) { out[0] = 5; }
@@ -110,12 +114,17 @@ def test_identifiers_of_a_grid_with_ragged_edges(device):
     lib = compile_shader(
         HEADER
         + """
-    kernel void k(device uint* out, uint3 p [[thread_position_in_grid]], uint3 n [[threads_per_grid]], uint2 g [[threadgroup_position_in_grid]],
-                  ushort3 groups [[threadgroups_per_grid]], uint3 l [[thread_position_in_threadgroup]], uint3 size [[threads_per_threadgroup]],
-                  uint3 full [[dispatch_threads_per_threadgroup]], uint flat [[thread_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]],
-                  uint s [[simdgroup_index_in_threadgroup]], uint sn [[simdgroups_per_threadgroup]], uint w [[threads_per_simdgroup]]) {
+    kernel void k(device uint* out, uint3 p [[thread_position_in_grid]], uint3 n [[threads_per_grid]],
+        uint2 g [[threadgroup_position_in_grid]],
+                  ushort3 groups [[threadgroups_per_grid]], uint3 l [[thread_position_in_threadgroup]],
+                      uint3 size [[threads_per_threadgroup]],
+                  uint3 full [[dispatch_threads_per_threadgroup]], uint flat [[thread_index_in_threadgroup]],
+                      ushort lane [[thread_index_in_simdgroup]],
+                  uint s [[simdgroup_index_in_threadgroup]], uint sn [[simdgroups_per_threadgroup]],
+                      uint w [[threads_per_simdgroup]]) {
       uint at = (p.z * n.y + p.y) * n.x + p.x;
-      uint r[17] = {g.x, g.y, groups.x, groups.y, groups.z, l.x, l.y, l.z, size.x, size.y, size.z, full.x, flat, lane, s, sn, w};
+      uint r[17] = {g.x, g.y, groups.x, groups.y, groups.z, l.x, l.y, l.z, size.x, size.y, size.z, full.x, flat, lane,
+          s, sn, w};
       for (int i = 0; i < 17; ++i) out[at * 17 + i] = r[i];
     }"""
     )
@@ -166,7 +175,8 @@ def test_literals_are_float(device):
     lib = compile_shader(
         HEADER
         + """
-    kernel void k(device float* out) { out[0] = 0.1 + 0.2; out[1] = sizeof(1.0); out[2] = sizeof(long) + sizeof(half) + sizeof(bool); }
+    kernel void k(device float* out) { out[0] = 0.1 + 0.2; out[1] = sizeof(1.0);
+        out[2] = sizeof(long) + sizeof(half) + sizeof(bool); }
     """
     )
     out = torch.zeros(3, device=device)
@@ -237,7 +247,8 @@ REFUSED = {
     "matrix of 16": ("void f() { simdgroup_matrix<float, 16, 16> m; }", "8x8"),
     "matrix of int": ("void f() { simdgroup_matrix<int, 8, 8> m; }", "no type"),
     "matrix half into float operand": (
-        "void f(simdgroup_half8x8 a, simdgroup_float8x8 b, thread simdgroup_float8x8& d) { simdgroup_multiply_accumulate(d, a, b, d); }",
+        "void f(simdgroup_half8x8 a, simdgroup_float8x8 b, thread simdgroup_float8x8& d)"
+        "{ simdgroup_multiply_accumulate(d, a, b, d); }",
         "no matching function",
     ),
     "matrix load of another type": (
@@ -249,7 +260,8 @@ REFUSED = {
         "no recursion",
     ),
     "mutual recursion": (
-        "int g(int); int f(int n) { return n ? g(n - 1) : 1; } int g(int n) { return f(n) + 1; } kernel void k(device int* o) { o[0] = f(o[1]); }",
+        "int g(int); int f(int n) { return n ? g(n - 1) : 1; } int g(int n) { return f(n) + 1; }"
+        "kernel void k(device int* o) { o[0] = f(o[1]); }",
         "no recursion: .*f.*g",
     ),
     "unknown type": ("texture2d<float> t;", "texture2d"),
@@ -300,7 +312,10 @@ def test_refused_with_its_line(text, message):
 
 
 def test_lines_behind_macros_and_headers():
-    source = f"{HEADER}#include <c10/metal/common.h>\n#define TWICE(x) ((x) + \\\n  (x))\n\nkernel void k(device float* out) {{\n  out[0] = TWICE(missing);\n}}\n"
+    source = (
+        f"{HEADER}#include <c10/metal/common.h>\n#define TWICE(x) ((x) + \\\n  (x))\n\n"
+        "kernel void k(device float* out) {\n  out[0] = TWICE(missing);\n}\n"
+    )
     with pytest.raises(MetalSyntaxError, match=r"program_source:8:\d+: error: use of undeclared identifier 'missing'"):
         compile_shader(source)
 
@@ -311,9 +326,9 @@ def test_errors_speak_of_the_users_source():
             HEADER
             + "void g(threadgroup float* p);\nkernel void k(device float* out) { g(out + float2(1, missing).x); }"
         )
-    assert "__" not in str(caught.value).replace("__private", "!")
+    assert "__" not in str(caught.value)
 
 
 def test_source_is_ascii():
-    with pytest.raises(SyntaxError, match="program_source:2: .*ASCII"):
+    with pytest.raises(SyntaxError, match=r"program_source:2: .*ASCII"):
         compile_shader("// first\n// caf\u00e9\nkernel void k(device float* o) {}")

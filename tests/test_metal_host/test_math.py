@@ -137,7 +137,8 @@ MODES_BINARY = ["atan2", "fmax", "fmin", "fmod", "max", "min", "pow", "powr"]
 def kernel(name: str, function: str, type_: str, arguments: int) -> str:
     parameters = ", ".join(f"const device {type_}* x{i}" for i in range(arguments))
     values = ", ".join(f"x{i}[g]" for i in range(arguments))
-    return f"kernel void {name}(device {type_}* out, {parameters}, uint g [[thread_position_in_grid]]) {{ out[g] = {function}({values}); }}\n"
+    call = f"{{ out[g] = {function}({values}); }}"
+    return f"kernel void {name}(device {type_}* out, {parameters}, uint g [[thread_position_in_grid]]) {call}\n"
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,8 @@ def test_special_values(device):
     using namespace metal;
     kernel void k(device float* out, constant float* x) {
       out[0] = max(NAN, 1.0f);  out[1] = min(1.0f, NAN);  out[2] = fast::exp2(-INFINITY);  out[3] = exp(-INFINITY);
-      out[4] = isnan(x[0]);  out[5] = isinf(x[1]);  out[6] = isfinite(x[1]);  out[7] = isnormal(x[2]);  out[8] = signbit(x[3]);
+      out[4] = isnan(x[0]);  out[5] = isinf(x[1]);  out[6] = isfinite(x[1]);  out[7] = isnormal(x[2]);
+          out[8] = signbit(x[3]);
       out[9] = isunordered(x[0], x[1]);  out[10] = isordered(x[1], x[2]);  out[11] = log2(0.0f);  out[12] = sqrt(-1.0f);
       out[13] = -INFINITY - -INFINITY;  out[14] = tanh(100.0f);  out[15] = rsqrt(0.0f);
     }""")
@@ -237,7 +239,8 @@ def test_geometry_and_logic(device):
     using namespace metal;
     kernel void k(device float* out, constant float4* v) {
       float4 a = v[0], b = v[1];
-      out[0] = dot(a, b);  out[1] = length(a);  out[2] = distance(a, b);  out[3] = length_squared(a);  out[4] = distance_squared(a, b);
+      out[0] = dot(a, b);  out[1] = length(a);  out[2] = distance(a, b);  out[3] = length_squared(a);
+          out[4] = distance_squared(a, b);
       out[5] = normalize(a).x;  float3 c = cross(a.xyz, b.xyz);  out[6] = c.x;  out[7] = c.y;  out[8] = c.z;
       bool4 less = a < b;
       out[9] = any(less);  out[10] = all(less);  out[11] = dot(select(a, b, less), float4(1));

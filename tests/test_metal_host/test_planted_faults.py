@@ -1,5 +1,8 @@
-"""Faults planted in correct kernels: the compiler or an instrumented run must report each, at its line; the kernels as they
-are must be clean. A fault that only changes numbers must make the result wrong, so that a test against a reference sees it."""
+"""Faults planted in correct kernels.
+
+The compiler or an instrumented run must report each, at its line; the kernels as they are must be clean. A fault that
+only changes numbers must make the result wrong, so that a test against a reference sees it.
+"""
 
 import re
 from dataclasses import dataclass
@@ -50,55 +53,210 @@ ATTENTION = [
     # barriers, of each kind and for each purpose
     Plant("barrier before staging removed", f"    {TG_BARRIER}\n", "\n", "race", TILE_WRITE),
     Plant("barrier after staging removed", f"    {TG_BARRIER}\n", "\n", "race", K_LOAD, occurrence=2),
-    Plant("barrier after staging is of a simdgroup", TG_BARRIER, "simdgroup_barrier(mem_flags::mem_threadgroup);", "race", K_LOAD, 2),
+    Plant(
+        "barrier after staging is of a simdgroup",
+        TG_BARRIER,
+        "simdgroup_barrier(mem_flags::mem_threadgroup);",
+        "race",
+        K_LOAD,
+        2,
+    ),
     Plant("barrier names device memory", "mem_threadgroup", "mem_device", "race", K_LOAD, 2),
     Plant("barrier names no memory", "mem_threadgroup", "mem_none", "race", TILE_WRITE),
     Plant("simdgroup barrier removed", "  simdgroup_barrier(mem_flags::mem_threadgroup);", "", "race", "= o_rows[row"),
-    Plant("simdgroup barrier names no memory", "simdgroup_barrier(mem_flags::mem_threadgroup)", "simdgroup_barrier(mem_flags::mem_none)", "race", "= o_rows[row"),
+    Plant(
+        "simdgroup barrier names no memory",
+        "simdgroup_barrier(mem_flags::mem_threadgroup)",
+        "simdgroup_barrier(mem_flags::mem_none)",
+        "race",
+        "= o_rows[row",
+    ),
     Plant("one tile for K and V", "stage(v_tile, v,", "stage(k_tile, v,", "uninitialised", V_LOAD),
-    Plant("output tiles of simdgroups overlap", "o_tile + simdgroup * 8 * HEAD_DIM", "o_tile + simdgroup * 7 * HEAD_DIM", "race", "simdgroup_store(result"),
+    Plant(
+        "output tiles of simdgroups overlap",
+        "o_tile + simdgroup * 8 * HEAD_DIM",
+        "o_tile + simdgroup * 7 * HEAD_DIM",
+        "race",
+        "simdgroup_store(result",
+    ),
     # divergence
     Plant("barrier under a branch", f"    {TG_BARRIER}", f"    if (simdgroup < 3) {TG_BARRIER}", "divergent barrier"),
-    Plant("early return before a barrier", "  const Coordinate at = Coordinate", "  if (first_row >= seqlen) return;\n  const Coordinate at = Coordinate", "divergent barrier", TG_BARRIER),
-    Plant("simdgroup barrier under a branch", "  simdgroup_barrier(mem", "  if (lane < 16) simdgroup_barrier(mem", "divergent simdgroup operation"),
-    Plant("shuffle under a branch", "x = max(x, simd_shuffle_xor(x, 1));", "if (x > 0.5f) x = max(x, simd_shuffle_xor(x, 1));", "divergent simdgroup operation"),
-    Plant("matrix product under a branch", "        simdgroup_multiply_accumulate(s[j]", "        if (at.row < 7) simdgroup_multiply_accumulate(s[j]", "divergent simdgroup operation"),
-    Plant("shuffle from a lane that is not there", "x += simd_shuffle_xor(x, 1);", "x += simd_shuffle(x, ushort(33));", "inactive lane"),
+    Plant(
+        "early return before a barrier",
+        "  const Coordinate at = Coordinate",
+        "  if (first_row >= seqlen) return;\n  const Coordinate at = Coordinate",
+        "divergent barrier",
+        TG_BARRIER,
+    ),
+    Plant(
+        "simdgroup barrier under a branch",
+        "  simdgroup_barrier(mem",
+        "  if (lane < 16) simdgroup_barrier(mem",
+        "divergent simdgroup operation",
+    ),
+    Plant(
+        "shuffle under a branch",
+        "x = max(x, simd_shuffle_xor(x, 1));",
+        "if (x > 0.5f) x = max(x, simd_shuffle_xor(x, 1));",
+        "divergent simdgroup operation",
+    ),
+    Plant(
+        "matrix product under a branch",
+        "        simdgroup_multiply_accumulate(s[j]",
+        "        if (at.row < 7) simdgroup_multiply_accumulate(s[j]",
+        "divergent simdgroup operation",
+    ),
+    Plant(
+        "shuffle from a lane that is not there",
+        "x += simd_shuffle_xor(x, 1);",
+        "x += simd_shuffle(x, ushort(33));",
+        "inactive lane",
+    ),
     # bounds, on each side
-    Plant("rows past the end are read", "row < rows ? p[row * HEAD_DIM + column] : half(0)", "p[row * HEAD_DIM + column]", "out of bounds"),
+    Plant(
+        "rows past the end are read",
+        "row < rows ? p[row * HEAD_DIM + column] : half(0)",
+        "p[row * HEAD_DIM + column]",
+        "out of bounds",
+    ),
     Plant("off by one above in staging", "first_row + row < rows ?", "first_row + row <= rows ?", "out of bounds"),
-    Plant("off by one above in the output", "if (first_row + row < seqlen)", "if (first_row + row <= seqlen)", "out of bounds", "o[(first_row + row)"),
-    Plant("off by one above in the log-sum-exp", "at.row < seqlen) {", "at.row <= seqlen) {", "out of bounds", "lse[group.y"),
-    Plant("off by one below in the input", "? p[row * HEAD_DIM + column] : half(0);", "? p[row * HEAD_DIM + column - 1] : half(0);", "out of bounds"),
-    Plant("off by one below in the output", "o[(first_row + row) * HEAD_DIM + column]", "o[(first_row + row - 1) * HEAD_DIM + column]", "out of bounds"),
-    Plant("the head's offset counted twice", "  o += head;", "  o += 2 * head;", "out of bounds", "o[(first_row + row)"),
-    Plant("the tile is too small", "k_tile[BLOCK_K * (HEAD_DIM + PAD)]", "k_tile[BLOCK_K * HEAD_DIM]", "out of bounds", TILE_WRITE),
-    Plant("one byte past the tile", "v_tile[BLOCK_K * (HEAD_DIM + PAD)]", "v_tile[BLOCK_K * (HEAD_DIM + PAD) - PAD - 1]", "out of bounds", TILE_WRITE),
-    Plant("the loop stages past the tile", "i < BLOCK_K * HEAD_DIM;", "i < (BLOCK_K + 1) * HEAD_DIM;", "out of bounds", TILE_WRITE),
-    Plant("an index past a local array", "HEAD_DIM / 8];\n  simdgroup_float8x8 o", "HEAD_DIM / 8 - 2];\n  simdgroup_float8x8 o", "index", "load_fragment<false>(q_fragment"),
-    Plant("transposed load without its bound", "seqlen, at);\n#endif\n        simdgroup_multiply_accumulate(s[j]", "seqlen + 64, at);\n#endif\n        simdgroup_multiply_accumulate(s[j]", "out of bounds", "? p[row * HEAD_DIM", staged=False),
-    Plant("a wrong leading dimension", "d * 8, HEAD_DIM + PAD, ulong2(0, 0), true)", "d * 8, HEAD_DIM + 3 * PAD, ulong2(0, 0), true)", "out of bounds", K_LOAD),
+    Plant(
+        "off by one above in the output",
+        "if (first_row + row < seqlen)",
+        "if (first_row + row <= seqlen)",
+        "out of bounds",
+        "o[(first_row + row)",
+    ),
+    Plant(
+        "off by one above in the log-sum-exp",
+        "at.row < seqlen) {",
+        "at.row <= seqlen) {",
+        "out of bounds",
+        "lse[group.y",
+    ),
+    Plant(
+        "off by one below in the input",
+        "? p[row * HEAD_DIM + column] : half(0);",
+        "? p[row * HEAD_DIM + column - 1] : half(0);",
+        "out of bounds",
+    ),
+    Plant(
+        "off by one below in the output",
+        "o[(first_row + row) * HEAD_DIM + column]",
+        "o[(first_row + row - 1) * HEAD_DIM + column]",
+        "out of bounds",
+    ),
+    Plant(
+        "the head's offset counted twice", "  o += head;", "  o += 2 * head;", "out of bounds", "o[(first_row + row)"
+    ),
+    Plant(
+        "the tile is too small",
+        "k_tile[BLOCK_K * (HEAD_DIM + PAD)]",
+        "k_tile[BLOCK_K * HEAD_DIM]",
+        "out of bounds",
+        TILE_WRITE,
+    ),
+    Plant(
+        "one byte past the tile",
+        "v_tile[BLOCK_K * (HEAD_DIM + PAD)]",
+        "v_tile[BLOCK_K * (HEAD_DIM + PAD) - PAD - 1]",
+        "out of bounds",
+        TILE_WRITE,
+    ),
+    Plant(
+        "the loop stages past the tile",
+        "i < BLOCK_K * HEAD_DIM;",
+        "i < (BLOCK_K + 1) * HEAD_DIM;",
+        "out of bounds",
+        TILE_WRITE,
+    ),
+    Plant(
+        "an index past a local array",
+        "HEAD_DIM / 8];\n  simdgroup_float8x8 o",
+        "HEAD_DIM / 8 - 2];\n  simdgroup_float8x8 o",
+        "index",
+        "load_fragment<false>(q_fragment",
+    ),
+    Plant(
+        "transposed load without its bound",
+        "seqlen, at);\n#endif\n        simdgroup_multiply_accumulate(s[j]",
+        "seqlen + 64, at);\n#endif\n        simdgroup_multiply_accumulate(s[j]",
+        "out of bounds",
+        "? p[row * HEAD_DIM",
+        staged=False,
+    ),
+    Plant(
+        "a wrong leading dimension",
+        "d * 8, HEAD_DIM + PAD, ulong2(0, 0), true)",
+        "d * 8, HEAD_DIM + 3 * PAD, ulong2(0, 0), true)",
+        "out of bounds",
+        K_LOAD,
+    ),
     # uninitialised threadgroup memory
     Plant("half of the tile is never staged", "i += SIMDGROUPS * 32", "i += SIMDGROUPS * 64", "uninitialised", K_LOAD),
     Plant("V is never staged", "    stage(v_tile, v, first_key, seqlen, thread_index);", "", "uninitialised", V_LOAD),
-    Plant("the padding is read", "d * 8, HEAD_DIM + PAD, ulong2(0, 0), true)", "d * 8, HEAD_DIM + PAD, ulong2(8, 0), true)", "uninitialised", K_LOAD),
+    Plant(
+        "the padding is read",
+        "d * 8, HEAD_DIM + PAD, ulong2(0, 0), true)",
+        "d * 8, HEAD_DIM + PAD, ulong2(8, 0), true)",
+        "uninitialised",
+        K_LOAD,
+    ),
     # what the compiler refuses
     Plant("device passed for threadgroup", "stage(k_tile, k,", "stage(k, k,", "compiler"),
     Plant("threadgroup passed for device", "stage(k_tile, k,", "stage(k_tile, v_tile,", "compiler"),
-    Plant("a half accumulator of float operands", "simdgroup_half8x8 p[", "simdgroup_float8x8 p[", "compiler", "simdgroup_multiply_accumulate(o_fragment"),
-    Plant("float read as half", "const device half* k [[buffer(1)]]", "const device float* k [[buffer(1)]]", "compiler", "stage(k_tile, k"),
+    Plant(
+        "a half accumulator of float operands",
+        "simdgroup_half8x8 p[",
+        "simdgroup_float8x8 p[",
+        "compiler",
+        "simdgroup_multiply_accumulate(o_fragment",
+    ),
+    Plant(
+        "float read as half",
+        "const device half* k [[buffer(1)]]",
+        "const device float* k [[buffer(1)]]",
+        "compiler",
+        "stage(k_tile, k",
+    ),
     Plant("a double constant", "float maximum = -INFINITY", "double maximum = -INFINITY", "compiler"),
-    Plant("a write to an input", "  float maximum = -INFINITY", "  q[0] = 0;\n  float maximum = -INFINITY", "compiler", "q[0] = 0;"),
+    Plant(
+        "a write to an input",
+        "  float maximum = -INFINITY",
+        "  q[0] = 0;\n  float maximum = -INFINITY",
+        "compiler",
+        "q[0] = 0;",
+    ),
     Plant("a pointer without an address space", "threadgroup half* o_rows", "half* o_rows", "compiler"),
-    Plant("threadgroup memory over 32 KiB", "half o_tile[SIMDGROUPS * 8 * HEAD_DIM]", "half o_tile[24 * 8 * HEAD_DIM]", "refused"),
+    Plant(
+        "threadgroup memory over 32 KiB",
+        "half o_tile[SIMDGROUPS * 8 * HEAD_DIM]",
+        "half o_tile[24 * 8 * HEAD_DIM]",
+        "refused",
+    ),
     # numbers only
-    Plant("a swapped lane map", "c.row = (lane >> 2 & 4) | (lane >> 1 & 3);", "c.row = (lane >> 1 & 4) | (lane >> 1 & 3);", "result"),
+    Plant(
+        "a swapped lane map",
+        "c.row = (lane >> 2 & 4) | (lane >> 1 & 3);",
+        "c.row = (lane >> 1 & 4) | (lane >> 1 & 3);",
+        "result",
+    ),
     Plant("a missing tail mask", "key <= first_row + at.row && key < seqlen", "key <= first_row + BLOCK_K", "result"),
     Plant("a missing causal mask", "key <= first_row + at.row && key < seqlen", "key < seqlen", "result"),
-    Plant("a half accumulator", "maximum = new_maximum;", "maximum = new_maximum;\n    sum = half(sum * 64.0f) / 64.0h;", "result"),
+    Plant(
+        "a half accumulator",
+        "maximum = new_maximum;",
+        "maximum = new_maximum;\n    sum = half(sum * 64.0f) / 64.0h;",
+        "result",
+    ),
     Plant("the output is not rescaled", "o_fragment[d].thread_elements() *= correction;", "", "result"),
-    Plant("the row of the wrong lanes", "return x + simd_shuffle_xor(x, 8);", "return x + simd_shuffle_xor(x, 4);", "result"),
-]  # fmt: skip
+    Plant(
+        "the row of the wrong lanes",
+        "return x + simd_shuffle_xor(x, 8);",
+        "return x + simd_shuffle_xor(x, 4);",
+        "result",
+    ),
+]
 SEQLEN = 70
 
 
@@ -180,7 +338,8 @@ SMALL = {
         "uninitialised",
     ),
     "matrix stored and loaded without a barrier": (
-        "simdgroup_float8x8 m(1.0f); threadgroup float* p = t + (i & 32) * 2; simdgroup_store(m, p); simdgroup_load(m, p); o[g] = m.thread_elements()[0];",
+        "simdgroup_float8x8 m(1.0f); threadgroup float* p = t + (i & 32) * 2; simdgroup_store(m, p); "
+        "simdgroup_load(m, p); o[g] = m.thread_elements()[0];",
         "race",
     ),
     "clean matrix round trip": (
@@ -209,8 +368,9 @@ def small_library():
     lines = {}
     for number, (name, (body, _)) in enumerate(SMALL.items()):
         text += (
-            f"kernel void k{number}(device float* o, device float* d, const device float* in, constant long* c, device atomic_int* a,\n"
-            "  uint g [[thread_position_in_grid]], uint i [[thread_index_in_threadgroup]]) { threadgroup float t[128];\n"
+            f"kernel void k{number}(device float* o, device float* d, const device float* in, constant long* c,\n"
+            "  device atomic_int* a, uint g [[thread_position_in_grid]], uint i [[thread_index_in_threadgroup]]) {\n"
+            "  threadgroup float t[128];\n"
         )
         lines[name] = text.count("\n") + 1
         text += body + "\n}\n"

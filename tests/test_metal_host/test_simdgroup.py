@@ -49,7 +49,8 @@ def test_shuffles_and_reductions(device, type_):
     calls = {**SHUFFLES, **(REDUCTIONS if type_ not in ("char", "float2") else {})}
     body = "\n".join(f"  out[{i} * 64 + g] = {call};" for i, call in enumerate(calls))
     lib = compile_shader(f"""{HEADER}typedef {type_} T;
-    kernel void k(device T* out, const device T* in, uint g [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {{
+    kernel void k(device T* out, const device T* in, uint g [[thread_position_in_grid]],
+        uint lane [[thread_index_in_simdgroup]]) {{
       T x = in[g];
     {body}
     }}""")
@@ -74,9 +75,12 @@ def test_bits_products_and_votes(device):
     kernel void k(device ulong* out, uint g [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
       uint x = 1u << lane, y = ~x;
       bool odd = lane & 1;
-      ulong r[14] = {simd_or(x), simd_and(y), simd_xor(lane), simd_product(lane == 3 ? 7u : 1u), ulong(simd_ballot(odd)), simd_any(lane == 31),
-                     simd_any(lane == 32), simd_all(lane < 32), simd_all(odd), ulong(simd_active_threads_mask()), simd_is_first(),
-                     ulong(quad_any(lane == 5)), ulong(quad_all(lane > 3)), simd_prefix_inclusive_product(lane == 2 || lane == 4 ? 3u : 1u)};
+      ulong r[14] = {simd_or(x), simd_and(y), simd_xor(lane), simd_product(lane == 3 ? 7u : 1u),
+          ulong(simd_ballot(odd)), simd_any(lane == 31),
+                     simd_any(lane == 32), simd_all(lane < 32), simd_all(odd), ulong(simd_active_threads_mask()),
+                         simd_is_first(),
+                     ulong(quad_any(lane == 5)), ulong(quad_all(lane > 3)),
+                         simd_prefix_inclusive_product(lane == 2 || lane == 4 ? 3u : 1u)};
       for (int i = 0; i < 14; ++i) out[i * 32 + g] = r[i];
     }"""
     )
@@ -108,7 +112,8 @@ def test_the_last_simdgroup_may_be_short(device):
     lib = compile_shader(
         HEADER
         + """
-    kernel void k(device float* out, uint g [[thread_position_in_grid]], uint n [[threads_per_threadgroup]], uint s [[simdgroups_per_threadgroup]]) {
+    kernel void k(device float* out, uint g [[thread_position_in_grid]], uint n [[threads_per_threadgroup]],
+        uint s [[simdgroups_per_threadgroup]]) {
       threadgroup float tile[64];
       tile[g % 50] = simd_sum(1.0f);
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -129,7 +134,8 @@ FRAGMENTS = {"half": torch.float16, "bfloat": torch.bfloat16, "float": torch.flo
 def test_matrix_product(device, type_, accumulator):
     out_type = type_ if accumulator == "same" else "float"
     lib = compile_shader(f"""{HEADER}
-    kernel void k(device {out_type}* out, const device {type_}* a, const device {type_}* b, const device {out_type}* c) {{
+    kernel void k(device {out_type}* out, const device {type_}* a, const device {type_}* b,
+        const device {out_type}* c) {{
       simdgroup_matrix<{type_}, 8, 8> ma, mb;
       simdgroup_matrix<{out_type}, 8, 8> mc, md;
       simdgroup_load(ma, a, 24, ulong2(8, 1));

@@ -109,7 +109,9 @@ def run_prefill(library, problem: Problem):
     bq, bk, wm = {256: (16, 8, 2), 128: (32, 16, 4)}.get(case.head_dim, (32, 32, 4))
     name = NAMES[case.dtype]
     mask_name = {"none": name, "same": name, "bool": "bool_"}[case.mask]
-    kernel = f"prefill_attention_{name}_bq{bq}_bk{bk}_bd{case.head_dim}_wm{wm}_wn1_hm{int(case.mask != 'none')}_dc{int(case.causal)}_mask{mask_name}"
+    tile = f"bq{bq}_bk{bk}_bd{case.head_dim}_wm{wm}_wn1"
+    features = f"hm{int(case.mask != 'none')}_dc{int(case.causal)}_mask{mask_name}"
+    kernel = f"prefill_attention_{name}_{tile}_{features}"
     q, k, v, out = problem.q, problem.k, problem.v, problem.out
     strides = [s for t in (q, k, v, out) for s in t.stride()[:3]]
     heads_q, heads_k = case.heads
@@ -180,7 +182,10 @@ def test_every_prefill_kernel(prefill_library, device, case):
 
 @needs(PREFILL)
 def test_prefill_softcap(prefill_library, device):
-    """The kernel caps in base 2: 2 ** (cap tanh(x log2(e) / cap)). Whole blocks only: it caps the -inf of a tail's columns too."""
+    """The kernel caps in base 2: 2 ** (cap tanh(x log2(e) / cap)).
+
+    Whole blocks only: it caps the -inf of a tail's columns too.
+    """
     problem = Problem(Case(softcap=5.0, seqlen_q=40, seqlen_k=64, dtype=torch.float32), device)
     run_prefill(prefill_library, problem)
     q, k, v = (x.double().cpu() for x in (problem.q, problem.k, problem.v))
@@ -249,9 +254,19 @@ def run_decode(library, problem: Problem, two_pass: bool):
         sums, maxima = torch.zeros(*out.shape[:3], 32, device=device), torch.zeros(*out.shape[:3], 32, device=device)
         first = getattr(library, f"sdpa_vector_2pass_1_{type_}_{d}_{d}{suffix}")
         first(
-            q, k, v, partial, sums, maxima, *scalars, mask, mask_strides, batch_strides,
-            threads=(rows * 256, case.seqlen_q, 32), group_size=(256, 1, 1),
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            partial,
+            sums,
+            maxima,
+            *scalars,
+            mask,
+            mask_strides,
+            batch_strides,
+            threads=(rows * 256, case.seqlen_q, 32),
+            group_size=(256, 1, 1),
+        )
         second = getattr(library, f"sdpa_vector_2pass_2_{type_}_{d}")
         second(partial, sums, maxima, out, threads=(rows * 1024, case.seqlen_q, 1), group_size=(1024, 1, 1))
     problem.out = out
@@ -345,7 +360,8 @@ def test_c10_functions_are_right(device):
 
 def test_c10_reductions_over_a_threadgroup(device):
     lib = compile_shader(f"""{HEADER}#include <c10/metal/reduction_utils.h>
-    kernel void k(device float* out, const device float* x, device int* at, uint i [[thread_index_in_threadgroup]], uint n [[threads_per_threadgroup]]) {{
+    kernel void k(device float* out, const device float* x, device int* at, uint i [[thread_index_in_threadgroup]],
+        uint n [[threads_per_threadgroup]]) {{
       threadgroup float shared[32];  threadgroup int index[32];
       float sum = c10::metal::threadgroup_sum(shared, x[i], i, n);
       threadgroup_barrier(mem_flags::mem_threadgroup);

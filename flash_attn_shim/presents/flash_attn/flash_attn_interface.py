@@ -1,4 +1,11 @@
-"""`flash_attn.flash_attn_interface`: the FlashAttention 2 functions. See `flash_attn_mps.interface`."""
+"""`flash_attn.flash_attn_interface`: the FlashAttention 2 functions, and the private ones that others build on.
+
+See `flash_attn_mps.interface` and `flash_attn_mps.lowlevel`.
+"""
+
+import inspect
+
+import torch
 
 import flash_attn_shim.needs_torch  # noqa: F401
 from flash_attn_mps.interface import (
@@ -10,6 +17,12 @@ from flash_attn_mps.interface import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from flash_attn_mps.lowlevel import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+)
 
 __all__ = [
     "flash_attn_func",
@@ -20,3 +33,46 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
+
+# diffusers calls these.
+_wrapped_flash_attn_forward = _flash_attn_forward
+_wrapped_flash_attn_backward = _flash_attn_backward
+_wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward
+_wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
+
+
+class flash_attn_gpu:
+    """Upstream's compiled extension, which is not here: xformers looks for the name, and uses it on CUDA only."""
+
+
+def maybe_contiguous(x):
+    """`x`, copied if its last dimension is not contiguous; None stays None."""
+    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+
+
+def round_multiple(x, m):
+    """The least multiple of `m` that is not below `x`."""
+    return (x + m - 1) // m * m
+
+
+def _applied(name, function):
+    """A class whose `apply` is what upstream's autograd function of that name is to a caller.
+
+    `apply` takes the arguments of `function` in order; upstream's has one more, whether gradients are enabled.
+    """
+    count = len(inspect.signature(function).parameters)
+
+    def apply(*arguments):
+        enabled = torch.is_grad_enabled() and all(arguments[count:])
+        with torch.set_grad_enabled(enabled):
+            return function(*arguments[:count])
+
+    return type(name, (), {"apply": staticmethod(apply), "__module__": __name__, "__doc__": function.__doc__})
+
+
+FlashAttnFunc = _applied("FlashAttnFunc", flash_attn_func)
+FlashAttnKVPackedFunc = _applied("FlashAttnKVPackedFunc", flash_attn_kvpacked_func)
+FlashAttnQKVPackedFunc = _applied("FlashAttnQKVPackedFunc", flash_attn_qkvpacked_func)
+FlashAttnVarlenFunc = _applied("FlashAttnVarlenFunc", flash_attn_varlen_func)
+FlashAttnVarlenKVPackedFunc = _applied("FlashAttnVarlenKVPackedFunc", flash_attn_varlen_kvpacked_func)
+FlashAttnVarlenQKVPackedFunc = _applied("FlashAttnVarlenQKVPackedFunc", flash_attn_varlen_qkvpacked_func)

@@ -1,7 +1,9 @@
-// What the lanes of a simdgroup do together. The last to arrive does the work for all: every lane's operands lie on its stack.
+// What the lanes of a simdgroup do together. The last to arrive does the work for all: every lane's operands lie on its
+// stack.
 #include "runtime.h"
 
-// Lane -> (row, first column) of an 8x8 fragment, Apple's order: row bits {4, 2, 1} of the lane, column bits {3, 0}, two columns each.
+// Lane -> (row, first column) of an 8x8 fragment, Apple's order: row bits {4, 2, 1} of the lane, column bits {3, 0},
+// two columns each.
 static inline uint32_t fragment_row(uint32_t lane) { return (lane >> 2 & 4) | (lane >> 1 & 3); }
 static inline uint32_t fragment_column(uint32_t lane) { return (lane >> 1 & 4) | (lane & 1) << 1; }
 
@@ -30,13 +32,17 @@ static void shuffle(uint32_t base, uint32_t lanes) {
       memset(to->out, 0xff, to->size);
       if (mh.launch->regions) {
         struct mh_report* report = mh_new_report(MH_INACTIVE_LANE, to->site, 0);
-        if (report) report->kind = MH_SHUFFLE, report->thread = base + (uint32_t)__builtin_ctz(rest), report->other_thread = source, report->mask = lanes;
+        if (report)
+          report->kind = MH_SHUFFLE, report->thread = base + (uint32_t)__builtin_ctz(rest),
+          report->other_thread = source, report->mask = lanes;
       }
       continue;
     }
     const void* in = mh.fibers[base + source].in;
-    if (to->size == 4) *(uint32_t*)to->out = *(const uint32_t*)in;
-    else memcpy(to->out, in, to->size);
+    if (to->size == 4)
+      *(uint32_t*)to->out = *(const uint32_t*)in;
+    else
+      memcpy(to->out, in, to->size);
   }
 }
 
@@ -47,8 +53,10 @@ static void gather(uint32_t base, uint32_t lanes) {
     for (uint32_t from = lanes; from; from &= from - 1) {
       uint32_t lane = (uint32_t)__builtin_ctz(from);
       const void* in = mh.fibers[base + lane].in;
-      if (to->size == 4) ((uint32_t*)to->out)[lane] = *(const uint32_t*)in;
-      else memcpy((char*)to->out + (size_t)lane * to->size, in, to->size);
+      if (to->size == 4)
+        ((uint32_t*)to->out)[lane] = *(const uint32_t*)in;
+      else
+        memcpy((char*)to->out + (size_t)lane * to->size, in, to->size);
     }
   }
 }
@@ -70,10 +78,18 @@ void mh_perform(struct mh_simdgroup* sg, uint32_t base, uint32_t lanes) {
   const struct mh_fiber* first = &mh.fibers[base + (uint32_t)__builtin_ctz(lanes)];
   struct mh_counters* counters = &mh.launch->counters;
   switch (first->waiting_in) {
-    case MH_SHUFFLE: shuffle(base, lanes), counters->shuffles++; break;
-    case MH_GATHER: gather(base, lanes), counters->reductions++; break;
-    case MH_VOTE: vote(base, lanes), counters->reductions++; break;
-    case MH_MATRIX: matrix_product(base, lanes), counters->matrix_products++; break;
+    case MH_SHUFFLE:
+      shuffle(base, lanes), counters->shuffles++;
+      break;
+    case MH_GATHER:
+      gather(base, lanes), counters->reductions++;
+      break;
+    case MH_VOTE:
+      vote(base, lanes), counters->reductions++;
+      break;
+    case MH_MATRIX:
+      matrix_product(base, lanes), counters->matrix_products++;
+      break;
     default:
       sg->epoch[0] += (first->flags & MH_MEM_DEVICE) != 0;
       sg->epoch[1] += (first->flags & MH_MEM_THREADGROUP) != 0;
@@ -87,7 +103,8 @@ void mh_perform(struct mh_simdgroup* sg, uint32_t base, uint32_t lanes) {
 __bf16 __truncsfbf2(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
-  uint16_t rounded = (bits & 0x7fffffff) > 0x7f800000 ? (uint16_t)(bits >> 16 | 0x40) : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  uint16_t rounded = (bits & 0x7fffffff) > 0x7f800000 ? (uint16_t)(bits >> 16 | 0x40)
+                                                      : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
   __bf16 result;
   memcpy(&result, &rounded, sizeof result);
   return result;

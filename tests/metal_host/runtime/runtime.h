@@ -1,7 +1,7 @@
 // What a compiled kernel and the host may ask of the runtime, and what its files share.
 //
-// One operating-system thread runs a launch. Every Metal thread is a fiber; it leaves the processor only in an operation that
-// needs others: a barrier, or a collective of its simdgroup (shuffle, vote, reduction, matrix product).
+// One operating-system thread runs a launch. Every Metal thread is a fiber; it leaves the processor only in an
+// operation that needs others: a barrier, or a collective of its simdgroup (shuffle, vote, reduction, matrix product).
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>
@@ -35,7 +35,8 @@ struct mh_region {
 };
 
 struct mh_counters {
-  uint64_t device_bytes_read, device_bytes_written, constant_bytes_read, threadgroup_bytes_read, threadgroup_bytes_written;
+  uint64_t device_bytes_read, device_bytes_written, constant_bytes_read, threadgroup_bytes_read,
+      threadgroup_bytes_written;
   uint64_t threadgroup_barriers, simdgroup_barriers, matrix_products, shuffles, reductions, transcendentals, atomics;
   uint64_t switches;
 };
@@ -50,15 +51,15 @@ enum mh_fault {
   MH_INDEX,
 };
 struct mh_report {
-  uint32_t fault, kind;            // enum mh_fault; enum mh_kind where a collective is at fault
-  uint32_t size, write;            // of the access; write of a barrier: with other flags
-  uint32_t thread, other_thread;   // index in threadgroup; MH_MAX_THREADS and above: a simdgroup's matrix load or store
+  uint32_t fault, kind;           // enum mh_fault; enum mh_kind where a collective is at fault
+  uint32_t size, write;           // of the access; write of a barrier: with other flags
+  uint32_t thread, other_thread;  // index in threadgroup; MH_MAX_THREADS and above: a simdgroup's matrix load or store
   uint32_t group[3], other_write;
-  uint64_t site, other_site;       // return addresses inside the kernel's image
+  uint64_t site, other_site;  // return addresses inside the kernel's image
   uint64_t address, mask;
-  int64_t index;                   // MH_INDEX
-  uint64_t source;                 // MH_INDEX: struct ubsan_source_location*
-  uint32_t region, near_region;    // index in regions, or ~0; the closest region of an access out of bounds
+  int64_t index;                 // MH_INDEX
+  uint64_t source;               // MH_INDEX: struct ubsan_source_location*
+  uint32_t region, near_region;  // index in regions, or ~0; the closest region of an access out of bounds
 };
 
 struct mh_launch {
@@ -74,7 +75,7 @@ struct mh_launch {
   uint64_t region_count;
   char* shadow_memory;  // zeroed
   uint64_t shadow_size, shadow_used;
-  const uint64_t* sites;       // sorted; the places in the source that they belong to are equal for equal lines
+  const uint64_t* sites;  // sorted; the places in the source that they belong to are equal for equal lines
   const uint32_t* site_lines;
   uint64_t site_count;
   uint32_t allow_partial_collectives, report_count;
@@ -107,10 +108,10 @@ struct mh_state {
   struct mh_launch* launch;
   uint32_t group_position[3], group_size[3], group_count[3];
   uint32_t threads, simdgroups, live, at_barrier;
-  uint32_t epoch[2];        // threadgroup barriers passed: device, threadgroup
-  uint32_t group_serial;    // 1 for the first threadgroup of the launch
+  uint32_t epoch[2];      // threadgroup barriers passed: device, threadgroup
+  uint32_t group_serial;  // 1 for the first threadgroup of the launch
   uint64_t random;
-  void* scheduler;          // stack pointer of the launching context
+  void* scheduler;  // stack pointer of the launching context
   bool abandoned;
   uint32_t atomic, matrix;  // the current access is an atomic's, or a simdgroup matrix's (1 load, 2 store)
   struct mh_fiber fibers[MH_MAX_THREADS];

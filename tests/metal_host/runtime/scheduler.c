@@ -16,8 +16,9 @@ static uint32_t pick(uint32_t candidates, uint32_t after) {
   return (uint32_t)__builtin_ctz(later ? later : candidates);
 }
 
-// No lane of the simdgroup can run and some wait in collectives: those that wait at one place are the active lanes there.
-// The earliest place in the code goes first, so that lanes which took the other branch catch up before paths meet again.
+// No lane of the simdgroup can run and some wait in collectives: those that wait at one place are the active lanes
+// there. The earliest place in the code goes first, so that lanes which took the other branch catch up before paths
+// meet again.
 static void release_partial(struct mh_simdgroup* sg, uint32_t base) {
   uint64_t site = ~0ull;
   for (uint32_t rest = sg->in_collective; rest; rest &= rest - 1) {
@@ -121,7 +122,8 @@ void __mh_threadgroup_barrier(uint32_t flags) {
 }
 
 // Every lane of the simdgroup brings (in, size), and gets what the kind says in out (collective.c).
-static void collective(enum mh_kind kind, uint64_t site, const void* in, void* out, uint32_t size, uint32_t source_lane) {
+static void collective(enum mh_kind kind, uint64_t site, const void* in, void* out, uint32_t size,
+                       uint32_t source_lane) {
   struct mh_fiber* fiber = park(kind, site);
   fiber->in = in, fiber->out = out, fiber->size = size, fiber->source_lane = source_lane;
   uint32_t thread = __mh_self.thread, base = thread & ~31u, bit = 1u << thread % MH_LANES;
@@ -130,7 +132,8 @@ static void collective(enum mh_kind kind, uint64_t site, const void* in, void* o
   sg->in_collective |= bit;
   if (sg->in_collective == sg->exists) {
     bool same = true;
-    for (uint32_t rest = sg->exists; rest; rest &= rest - 1) same &= mh.fibers[base + (uint32_t)__builtin_ctz(rest)].site == site;
+    for (uint32_t rest = sg->exists; rest; rest &= rest - 1)
+      same &= mh.fibers[base + (uint32_t)__builtin_ctz(rest)].site == site;
     if (same) {
       mh_perform(sg, base, sg->exists);
       fiber->waiting_in = MH_NONE;
@@ -142,7 +145,9 @@ static void collective(enum mh_kind kind, uint64_t site, const void* in, void* o
 }
 
 #define SITE ((uint64_t)__builtin_return_address(0))
-void __mh_shuffle(const void* in, void* out, uint32_t size, uint32_t lane) { collective(MH_SHUFFLE, SITE, in, out, size, lane); }
+void __mh_shuffle(const void* in, void* out, uint32_t size, uint32_t lane) {
+  collective(MH_SHUFFLE, SITE, in, out, size, lane);
+}
 uint32_t __mh_gather(const void* in, void* out, uint32_t size) {
   collective(MH_GATHER, SITE, in, out, size, 0);
   return mh.fibers[__mh_self.thread].source_lane;  // the lanes that took part
@@ -153,7 +158,9 @@ uint32_t __mh_vote(uint32_t value, uint32_t* active) {
   *active = mh.fibers[__mh_self.thread].source_lane;
   return ballot;
 }
-void __mh_matrix_product(const float* operands, float* result) { collective(MH_MATRIX, SITE, operands, result, 6 * sizeof(float), 0); }
+void __mh_matrix_product(const float* operands, float* result) {
+  collective(MH_MATRIX, SITE, operands, result, 6 * sizeof(float), 0);
+}
 void __mh_simdgroup_barrier(uint32_t flags) {
   mh.fibers[__mh_self.thread].flags = flags;
   collective(MH_SIMDGROUP_BARRIER, SITE, 0, 0, 0, 0);
@@ -165,18 +172,30 @@ uint32_t __mh_identifier(uint32_t which, uint32_t axis) {
            z = t / mh.group_size[0] / mh.group_size[1];
   uint32_t position[3] = {x, y, z};
   switch (which) {
-    case 0: return mh.group_position[axis] * mh.launch->group[axis] + position[axis];
-    case 1: return mh.launch->grid[axis];
-    case 2: return mh.group_position[axis];
-    case 3: return mh.group_count[axis];
-    case 4: return position[axis];
-    case 5: return mh.group_size[axis];
-    case 6: return mh.launch->group[axis];
-    case 7: return t;
-    case 8: return t % MH_LANES;
-    case 9: return t / MH_LANES;
-    case 10: return mh.simdgroups;
-    default: return MH_LANES;
+    case 0:
+      return mh.group_position[axis] * mh.launch->group[axis] + position[axis];
+    case 1:
+      return mh.launch->grid[axis];
+    case 2:
+      return mh.group_position[axis];
+    case 3:
+      return mh.group_count[axis];
+    case 4:
+      return position[axis];
+    case 5:
+      return mh.group_size[axis];
+    case 6:
+      return mh.launch->group[axis];
+    case 7:
+      return t;
+    case 8:
+      return t % MH_LANES;
+    case 9:
+      return t / MH_LANES;
+    case 10:
+      return mh.simdgroups;
+    default:
+      return MH_LANES;
   }
 }
 
@@ -198,7 +217,8 @@ static void run_threadgroup(void) {
     mh.fibers[t].stack_pointer = mh_prepare_stack(launch->stacks + (t + 1) * launch->stack_size);
   }
   // Nobody may count on what threadgroup memory holds at the start: give it NaNs.
-  for (uint64_t i = 0; i < launch->variable_count; ++i) memset((void*)launch->variables[i].address, 0xff, launch->variables[i].size);
+  for (uint64_t i = 0; i < launch->variable_count; ++i)
+    memset((void*)launch->variables[i].address, 0xff, launch->variables[i].size);
   if (launch->regions) mh_begin_threadgroup();
   __mh_self.thread = MH_LANES - 1;  // so that the first to run is thread 0
   run_next(&mh.scheduler);

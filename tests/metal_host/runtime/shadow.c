@@ -1,32 +1,35 @@
-// What every byte of the launch's memory went through: who wrote it last, who has read it since, whether anybody wrote it.
+// What every byte of the launch's memory went through: who wrote it last, who has read it since, whether anybody wrote
+// it.
 //
-// Two accesses by different threads, one of them a write, race unless something orders them: a threadgroup barrier between
-// them, whose flags name the memory; or, inside one simdgroup, a simdgroup barrier with such flags. Barriers are counted
-// per kind of memory (epochs), so "a barrier lies between" is "the counts differ". Nothing orders two threadgroups, and
-// shuffles order nothing. Atomics do not race with each other. The loads and stores of a simdgroup matrix belong to the
-// simdgroup, not to a lane: which lane moves which element is the hardware's affair.
+// Two accesses by different threads, one of them a write, race unless something orders them: a threadgroup barrier
+// between them, whose flags name the memory; or, inside one simdgroup, a simdgroup barrier with such flags. Barriers
+// are counted per kind of memory (epochs), so "a barrier lies between" is "the counts differ". Nothing orders two
+// threadgroups, and shuffles order nothing. Atomics do not race with each other. The loads and stores of a simdgroup
+// matrix belong to the simdgroup, not to a lane: which lane moves which element is the hardware's affair.
 #include "runtime.h"
 
 struct access {
-  uint32_t group;        // serial number of the threadgroup; 0: no access
+  uint32_t group;  // serial number of the threadgroup; 0: no access
   uint32_t group_epoch, simdgroup_epoch;
-  uint16_t thread;       // MH_MAX_THREADS + s and MH_MAX_THREADS + 32 + s: matrix loads and stores of simdgroup s
+  uint16_t thread;  // MH_MAX_THREADS + s and MH_MAX_THREADS + 32 + s: matrix loads and stores of simdgroup s
   uint8_t atomic, write;
-  int32_t site;          // relative to the kernel's entry
+  int32_t site;  // relative to the kernel's entry
 };
 
 struct cell {
   struct access write;
-  struct access read;          // the latest since the write
-  struct access read_thread;   // the latest of another thread than read's
+  struct access read;            // the latest since the write
+  struct access read_thread;     // the latest of another thread than read's
   struct access read_simdgroup;  // the latest of another simdgroup than read's
-  struct access read_group;    // the latest of another threadgroup than read's
+  struct access read_group;      // the latest of another threadgroup than read's
   uint8_t initialised;
 };
 
 static struct mh_region* last_region;
 
-static uint32_t simdgroup_of(uint32_t thread) { return thread < MH_MAX_THREADS ? thread / MH_LANES : thread % MH_LANES; }
+static uint32_t simdgroup_of(uint32_t thread) {
+  return thread < MH_MAX_THREADS ? thread / MH_LANES : thread % MH_LANES;
+}
 
 static bool unordered(const struct access* before, const struct access* now) {
   if (!before->group || (before->atomic && now->atomic)) return false;
@@ -37,7 +40,8 @@ static bool unordered(const struct access* before, const struct access* now) {
 
 static uint64_t absolute(int32_t site) { return (uint64_t)mh.launch->entry + (uint64_t)(int64_t)site; }
 
-static struct mh_report* report(enum mh_fault fault, uint64_t address, uint32_t size, const struct access* now, uint64_t other_site) {
+static struct mh_report* report(enum mh_fault fault, uint64_t address, uint32_t size, const struct access* now,
+                                uint64_t other_site) {
   struct mh_report* r = mh_new_report(fault, absolute(now->site), other_site);
   if (r) r->address = address, r->size = size, r->write = now->write, r->thread = now->thread;
   if (r && last_region) r->region = (uint32_t)(last_region - mh.launch->regions);
@@ -49,8 +53,8 @@ static void race(uint64_t address, uint32_t size, const struct access* before, c
   if (r) r->other_thread = before->thread, r->other_write = before->write, r->mask = before->group != now->group;
 }
 
-// Threads that write the same value to one place do no harm, and kernels do it: two writes race if they differ. The callback
-// comes before the write, so the verdict waits until the runtime is entered again.
+// Threads that write the same value to one place do no harm, and kernels do it: two writes race if they differ. The
+// callback comes before the write, so the verdict waits until the runtime is entered again.
 static struct {
   uint64_t address;
   uint32_t size;
@@ -77,7 +81,8 @@ static void race_of_writes(uint64_t address, uint32_t size, const struct access*
     race(address, size, before, now);
     return;
   }
-  undecided.address = address, undecided.size = size, undecided.before = *before, undecided.now = *now, undecided.region = last_region;
+  undecided.address = address, undecided.size = size, undecided.before = *before, undecided.now = *now,
+  undecided.region = last_region;
   memcpy(undecided.old, (const void*)address, size);
 }
 
@@ -87,10 +92,13 @@ static struct mh_region* find_region(uint64_t address, uint32_t size) {
   uint64_t low = 0, high = mh.launch->region_count;
   while (low < high) {
     uint64_t middle = (low + high) / 2;
-    if (regions[middle].end <= address) low = middle + 1;
-    else high = middle;
+    if (regions[middle].end <= address)
+      low = middle + 1;
+    else
+      high = middle;
   }
-  if (low < mh.launch->region_count && address >= regions[low].start && address + size <= regions[low].end) return last_region = &regions[low];
+  if (low < mh.launch->region_count && address >= regions[low].start && address + size <= regions[low].end)
+    return last_region = &regions[low];
   return 0;
 }
 
@@ -100,7 +108,8 @@ static void out_of_bounds(uint64_t address, uint32_t size, const struct access* 
   struct mh_report* r = report(MH_OUT_OF_BOUNDS, address, size, now, 0);
   for (uint64_t i = 0; r && i < mh.launch->region_count; ++i) {
     const struct mh_region* region = &mh.launch->regions[i];
-    uint64_t distance = address >= region->start ? (address + size > region->end ? address + size - region->end : 0) : region->start - address;
+    uint64_t distance = address >= region->start ? (address + size > region->end ? address + size - region->end : 0)
+                                                 : region->start - address;
     if (distance < best) best = distance, r->near_region = (uint32_t)i;
   }
   mh_abandon();  // the access itself may not be made
@@ -138,9 +147,12 @@ static void check(uint64_t address, uint32_t size, bool write, uint64_t site) {
     return;
   }
   struct mh_counters* counters = &mh.launch->counters;
-  if (region->space == MH_THREADGROUP) *(write ? &counters->threadgroup_bytes_written : &counters->threadgroup_bytes_read) += size;
-  else if (region->space == MH_CONSTANT) counters->constant_bytes_read += size;
-  else *(write ? &counters->device_bytes_written : &counters->device_bytes_read) += size;
+  if (region->space == MH_THREADGROUP)
+    *(write ? &counters->threadgroup_bytes_written : &counters->threadgroup_bytes_read) += size;
+  else if (region->space == MH_CONSTANT)
+    counters->constant_bytes_read += size;
+  else
+    *(write ? &counters->device_bytes_written : &counters->device_bytes_read) += size;
   if (region->space == MH_CONSTANT) return;  // nobody writes there
 
   struct cell* cell = (struct cell*)region->shadow + (address - region->start);
@@ -206,16 +218,16 @@ uint32_t __mh_lane_index(void) { return __mh_self.lane; }
 
 // The callbacks of -fsanitize=thread.
 #define SITE ((uint64_t)__builtin_return_address(0))
-#define CALLBACKS(n)                                                                        \
-  void __tsan_read##n(void* p) { check((uint64_t)p, n, false, SITE); }                      \
+#define CALLBACKS(n)                                                   \
+  void __tsan_read##n(void* p) { check((uint64_t)p, n, false, SITE); } \
   void __tsan_write##n(void* p) { check((uint64_t)p, n, true, SITE); }
 CALLBACKS(1)
 CALLBACKS(2)
 CALLBACKS(4)
 CALLBACKS(8)
 CALLBACKS(16)
-#define UNALIGNED(n)                                                                        \
-  void __tsan_unaligned_read##n(void* p) { check((uint64_t)p, n, false, SITE); }            \
+#define UNALIGNED(n)                                                             \
+  void __tsan_unaligned_read##n(void* p) { check((uint64_t)p, n, false, SITE); } \
   void __tsan_unaligned_write##n(void* p) { check((uint64_t)p, n, true, SITE); }
 UNALIGNED(2)
 UNALIGNED(4)

@@ -27,45 +27,51 @@ namespace __mh {
 
 struct exchange {
   template <typename T>
-  static T of(T, T operand) { return operand; }
+  static T of(T, T operand) {
+    return operand;
+  }
 };
 struct subtract {
   template <typename T>
-  static T of(T a, T b) { return a - b; }
+  static T of(T a, T b) {
+    return a - b;
+  }
 };
 
 }  // namespace __mh
 
 namespace metal {
 
-#define __MH_ATOMIC_UPDATE(space, name, operation, allowed)                                                              \
-  template <typename T>                                                                                                  \
-  inline typename __mh::enable_if<allowed, T>::type atomic_##name##_explicit(                                            \
-      volatile space atomic<T>* object, typename __mh::same<T>::type operand, memory_order) {                            \
-    return __mh::atomic_update<__mh::operation>((space T*)&object->__value, operand);                                    \
+#define __MH_ATOMIC_UPDATE(space, name, operation, allowed)                                   \
+  template <typename T>                                                                       \
+  inline typename __mh::enable_if<allowed, T>::type atomic_##name##_explicit(                 \
+      volatile space atomic<T>* object, typename __mh::same<T>::type operand, memory_order) { \
+    return __mh::atomic_update<__mh::operation>((space T*)&object->__value, operand);         \
   }
 #define __MH_IS_INTEGER (is_same_v<T, int> || is_same_v<T, uint>)
-#define __MH_ATOMICS(space, has_float)                                                                                   \
-  template <typename T>                                                                                                  \
-  inline T atomic_load_explicit(const volatile space atomic<T>* object, memory_order) {                                  \
-    return __mh::atomic_load((space T*)&object->__value);                                                                \
-  }                                                                                                                      \
-  template <typename T>                                                                                                  \
-  inline void atomic_store_explicit(volatile space atomic<T>* object, typename __mh::same<T>::type desired, memory_order) { \
-    __mh::atomic_store((space T*)&object->__value, desired);                                                             \
-  }                                                                                                                      \
-  template <typename T>                                                                                                  \
-  inline bool atomic_compare_exchange_weak_explicit(volatile space atomic<T>* object, thread T* expected,                \
-                                                    typename __mh::same<T>::type desired, memory_order, memory_order) {  \
-    return __mh::atomic_compare_exchange((space T*)&object->__value, expected, desired);                                 \
-  }                                                                                                                      \
-  __MH_ATOMIC_UPDATE(space, exchange, exchange, true)                                                                    \
-  __MH_ATOMIC_UPDATE(space, fetch_add, add, __MH_IS_INTEGER || (has_float && is_same_v<T, float>))                       \
-  __MH_ATOMIC_UPDATE(space, fetch_sub, subtract, __MH_IS_INTEGER || (has_float && is_same_v<T, float>))                  \
-  __MH_ATOMIC_UPDATE(space, fetch_max, maximum, __MH_IS_INTEGER)                                                         \
-  __MH_ATOMIC_UPDATE(space, fetch_min, minimum, __MH_IS_INTEGER)                                                         \
-  __MH_ATOMIC_UPDATE(space, fetch_and, bit_and, __MH_IS_INTEGER)                                                         \
-  __MH_ATOMIC_UPDATE(space, fetch_or, bit_or, __MH_IS_INTEGER)                                                           \
+#define __MH_ATOMICS(space, has_float)                                                                      \
+  template <typename T>                                                                                     \
+  inline T atomic_load_explicit(const volatile space atomic<T>* object, memory_order) {                     \
+    return __mh::atomic_load((space T*)&object->__value);                                                   \
+  }                                                                                                         \
+  template <typename T>                                                                                     \
+  inline void atomic_store_explicit(volatile space atomic<T>* object, typename __mh::same<T>::type desired, \
+                                    memory_order) {                                                         \
+    __mh::atomic_store((space T*)&object->__value, desired);                                                \
+  }                                                                                                         \
+  template <typename T>                                                                                     \
+  inline bool atomic_compare_exchange_weak_explicit(volatile space atomic<T>* object, thread T* expected,   \
+                                                    typename __mh::same<T>::type desired, memory_order,     \
+                                                    memory_order) {                                         \
+    return __mh::atomic_compare_exchange((space T*)&object->__value, expected, desired);                    \
+  }                                                                                                         \
+  __MH_ATOMIC_UPDATE(space, exchange, exchange, true)                                                       \
+  __MH_ATOMIC_UPDATE(space, fetch_add, add, __MH_IS_INTEGER || (has_float && is_same_v<T, float>))          \
+  __MH_ATOMIC_UPDATE(space, fetch_sub, subtract, __MH_IS_INTEGER || (has_float && is_same_v<T, float>))     \
+  __MH_ATOMIC_UPDATE(space, fetch_max, maximum, __MH_IS_INTEGER)                                            \
+  __MH_ATOMIC_UPDATE(space, fetch_min, minimum, __MH_IS_INTEGER)                                            \
+  __MH_ATOMIC_UPDATE(space, fetch_and, bit_and, __MH_IS_INTEGER)                                            \
+  __MH_ATOMIC_UPDATE(space, fetch_or, bit_or, __MH_IS_INTEGER)                                              \
   __MH_ATOMIC_UPDATE(space, fetch_xor, bit_xor, __MH_IS_INTEGER)
 __MH_ATOMICS(device, true)
 __MH_ATOMICS(threadgroup, false)

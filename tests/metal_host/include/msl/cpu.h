@@ -20,7 +20,6 @@ void __mh_atomic_access(uint on);
 void __mh_matrix_access(uint kind);
 uint __mh_lane_index();
 #endif
-
 }
 
 // How a kernel gets what it was launched with.
@@ -28,20 +27,27 @@ struct __mh_context_t {
   ulong argument(uint index) const thread { return __mh_argument(index); }
   uint identifier(uint which, uint axis) const thread { return __mh_identifier(which, axis); }
 };
-#define __MH_ENTRY(symbol, call, limit)                      \
-  extern "C" {                                               \
-  __attribute__((visibility("default"))) void symbol() {     \
-    __mh_context_t context;                                  \
-    __MH_UNPACK call(context);                               \
-  }                                                          \
+#define __MH_ENTRY(symbol, call, limit)                                            \
+  extern "C" {                                                                     \
+  __attribute__((visibility("default"))) void symbol() {                           \
+    __mh_context_t context;                                                        \
+    __MH_UNPACK call(context);                                                     \
+  }                                                                                \
   __attribute__((visibility("default"))) device uint symbol##_max_threads = limit; \
   }
 
 #ifdef __MH_INSTRUMENTED
 #define __MH_TRANSCENDENTAL __mh_count_transcendental(),
-#define __MH_ATOMIC(statement) __mh_atomic_access(1); statement; __mh_atomic_access(0);
-#define __MH_MATRIX_LOAD(statement) __mh_matrix_access(1); statement __mh_matrix_access(0);
-#define __MH_MATRIX_STORE(statement) __mh_matrix_access(2); statement __mh_matrix_access(0);
+#define __MH_ATOMIC(statement) \
+  __mh_atomic_access(1);       \
+  statement;                   \
+  __mh_atomic_access(0);
+#define __MH_MATRIX_LOAD(statement) \
+  __mh_matrix_access(1);            \
+  statement __mh_matrix_access(0);
+#define __MH_MATRIX_STORE(statement) \
+  __mh_matrix_access(2);             \
+  statement __mh_matrix_access(0);
 #else
 #define __MH_TRANSCENDENTAL
 #define __MH_ATOMIC(statement) statement;
@@ -63,16 +69,17 @@ inline __attribute__((always_inline)) uint __mh_lane() {
 #else
 #define __MH_C_NAME(name) #name
 #endif
-#define __MH_LIBM(name)                                                    \
-  extern "C" float __mh_c_##name(float) __asm__(__MH_C_NAME(name##f));     \
-  namespace __mh_f {                                                       \
+#define __MH_LIBM(name)                                                       \
+  extern "C" float __mh_c_##name(float) __asm__(__MH_C_NAME(name##f));        \
+  namespace __mh_f {                                                          \
   inline float name(float x) { return __MH_TRANSCENDENTAL __mh_c_##name(x); } \
   }
-__MH_LIBM(acos) __MH_LIBM(acosh) __MH_LIBM(asin) __MH_LIBM(asinh) __MH_LIBM(atan) __MH_LIBM(atanh) __MH_LIBM(cos) __MH_LIBM(cosh)
-__MH_LIBM(sin) __MH_LIBM(sinh) __MH_LIBM(tan) __MH_LIBM(tanh) __MH_LIBM(exp) __MH_LIBM(exp2) __MH_LIBM(log) __MH_LIBM(log2)
-__MH_LIBM(log10)
+__MH_LIBM(acos)
+__MH_LIBM(acosh) __MH_LIBM(asin) __MH_LIBM(asinh) __MH_LIBM(atan) __MH_LIBM(atanh) __MH_LIBM(cos) __MH_LIBM(cosh)
+    __MH_LIBM(sin) __MH_LIBM(sinh) __MH_LIBM(tan) __MH_LIBM(tanh) __MH_LIBM(exp) __MH_LIBM(exp2) __MH_LIBM(log)
+        __MH_LIBM(log2) __MH_LIBM(log10)
 #undef __MH_LIBM
-extern "C" float __mh_c_atan2(float, float) __asm__(__MH_C_NAME(atan2f));
+            extern "C" float __mh_c_atan2(float, float) __asm__(__MH_C_NAME(atan2f));
 extern "C" float __mh_c_pow(float, float) __asm__(__MH_C_NAME(powf));
 extern "C" float __mh_c_fmod(float, float) __asm__(__MH_C_NAME(fmodf));
 extern "C" float __mh_c_ldexp(float, int) __asm__(__MH_C_NAME(ldexpf));
@@ -96,7 +103,9 @@ inline __attribute__((always_inline, convergent)) T from_lane(T value, uint lane
   return result;
 }
 
-inline __attribute__((always_inline, convergent)) uint vote(bool value, thread uint& active) { return __mh_vote(value, &active); }
+inline __attribute__((always_inline, convergent)) uint vote(bool value, thread uint& active) {
+  return __mh_vote(value, &active);
+}
 
 template <typename Op, typename T>
 inline __attribute__((always_inline, convergent)) T reduce(T value) {
@@ -119,13 +128,15 @@ inline __attribute__((always_inline, convergent)) T prefix(T value, T identity) 
 
 // d = a b + c for one 8x8 fragment of each, in float; every lane brings and gets two neighbours of a row.
 template <typename T>
-inline __attribute__((always_inline, convergent)) ext<float, 2> matrix_product(ext<T, 2> a, ext<T, 2> b, ext<float, 2> c) {
+inline __attribute__((always_inline, convergent)) ext<float, 2> matrix_product(ext<T, 2> a, ext<T, 2> b,
+                                                                               ext<float, 2> c) {
   float operands[6] = {float(a.x), float(a.y), float(b.x), float(b.y), c.x, c.y}, result[2];
   __mh_matrix_product(operands, result);
   return ext<float, 2>{result[0], result[1]};
 }
 
-// Threadgroup variables. Each is a global of its own between two margins; its record tells the host address, size and number.
+// Threadgroup variables. Each is a global of its own between two margins; its record tells the host address, size and
+// number.
 #ifdef __MH_INSTRUMENTED
 constexpr uint margin = 4096;
 #else
@@ -153,7 +164,8 @@ __attribute__((section(__MH_RECORDS), used)) device ulong threadgroup_variable<T
 
 }  // namespace __mh
 
-// One operating-system thread runs all fibers, so a plain access is atomic; the instrumented build must know that it is meant so.
+// One operating-system thread runs all fibers, so a plain access is atomic; the instrumented build must know that it is
+// meant so.
 namespace __mh {
 template <typename Op, typename P, typename T>
 inline T atomic_update(P pointer, T operand) {
@@ -171,7 +183,7 @@ inline void atomic_store(P pointer, T value) {
 }
 template <typename P, typename T>
 inline bool atomic_compare_exchange(P pointer, thread T* expected, T desired) {
-  __MH_ATOMIC(T old = *pointer; if (old == *expected) *pointer = desired)
+  __MH_ATOMIC(T old = *pointer; if (old == *expected)* pointer = desired)
   bool same = old == *expected;
   *expected = old;
   return same;

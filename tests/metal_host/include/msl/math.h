@@ -1,8 +1,8 @@
 // <metal_math>, <metal_common>, <metal_geometric>, <metal_relational>.
 //
-// Every function has overloads for float, half and bfloat and their vectors, computed in float and rounded once. Further
-// arguments of a vector function may be scalars, as Metal's implicit conversion has it. __mh_f::name(float...) is the
-// back end's (cpu.h, nvptx.h).
+// Every function has overloads for float, half and bfloat and their vectors, computed in float and rounded once.
+// Further arguments of a vector function may be scalars, as Metal's implicit conversion has it. __mh_f::name(float...)
+// is the back end's (cpu.h, nvptx.h).
 #pragma once
 
 namespace __mh {
@@ -29,27 +29,27 @@ using integral = typename enable_if<metal::is_integral<T>::value, T>::type;
   inline T name(T x, T y) { return T(f(float(x), float(y))); }
 #define __MH_SCALAR3(T, name, f) \
   inline T name(T x, T y, T z) { return T(f(float(x), float(y), float(z))); }
-#define __MH_VECTOR1(name)                                           \
-  template <typename E, int N>                                       \
-  inline __mh::ext<__mh::floating<E>, N> name(__mh::ext<E, N> x) {   \
-    __mh::ext<E, N> r;                                               \
+#define __MH_VECTOR1(name)                                                               \
+  template <typename E, int N>                                                           \
+  inline __mh::ext<__mh::floating<E>, N> name(__mh::ext<E, N> x) {                       \
+    __mh::ext<E, N> r;                                                                   \
     _Pragma("clang loop unroll(full)") for (int i = 0; i < N; ++i) r[i] = name(E(x[i])); \
-    return r;                                                        \
+    return r;                                                                            \
   }
-#define __MH_VECTOR2(name)                                           \
-  template <typename E, int N>                                       \
+#define __MH_VECTOR2(name)                                                                          \
+  template <typename E, int N>                                                                      \
   inline __mh::ext<__mh::floating<E>, N> name(__mh::ext<E, N> x, __mh::same_t<__mh::ext<E, N>> y) { \
-    __mh::ext<E, N> r;                                               \
-    _Pragma("clang loop unroll(full)") for (int i = 0; i < N; ++i) r[i] = name(E(x[i]), E(y[i])); \
-    return r;                                                        \
+    __mh::ext<E, N> r;                                                                              \
+    _Pragma("clang loop unroll(full)") for (int i = 0; i < N; ++i) r[i] = name(E(x[i]), E(y[i]));   \
+    return r;                                                                                       \
   }
-#define __MH_VECTOR3(name)                                           \
-  template <typename E, int N>                                       \
-  inline __mh::ext<__mh::floating<E>, N> name(__mh::ext<E, N> x, __mh::same_t<__mh::ext<E, N>> y, \
-                                              __mh::same_t<__mh::ext<E, N>> z) { \
-    __mh::ext<E, N> r;                                               \
+#define __MH_VECTOR3(name)                                                                                 \
+  template <typename E, int N>                                                                             \
+  inline __mh::ext<__mh::floating<E>, N> name(__mh::ext<E, N> x, __mh::same_t<__mh::ext<E, N>> y,          \
+                                              __mh::same_t<__mh::ext<E, N>> z) {                           \
+    __mh::ext<E, N> r;                                                                                     \
     _Pragma("clang loop unroll(full)") for (int i = 0; i < N; ++i) r[i] = name(E(x[i]), E(y[i]), E(z[i])); \
-    return r;                                                        \
+    return r;                                                                                              \
   }
 #define __MH_MATH1(name) __MH_EACH_FLOAT(__MH_SCALAR1, name, __mh_f::name) __MH_VECTOR1(name)
 #define __MH_MATH2(name) __MH_EACH_FLOAT(__MH_SCALAR2, name, __mh_f::name) __MH_VECTOR2(name)
@@ -103,94 +103,95 @@ inline float tanpi(float x) { return sinpi(x) / cospi(x); }
 
 namespace metal {
 
-__MH_MATH1(acos) __MH_MATH1(acosh) __MH_MATH1(asin) __MH_MATH1(asinh) __MH_MATH1(atan) __MH_MATH1(atanh)
-__MH_MATH1(cos) __MH_MATH1(cosh) __MH_MATH1(cospi) __MH_MATH1(sin) __MH_MATH1(sinh) __MH_MATH1(sinpi)
-__MH_MATH1(tan) __MH_MATH1(tanh) __MH_MATH1(tanpi)
-__MH_MATH1(exp) __MH_MATH1(exp2) __MH_MATH1(exp10) __MH_MATH1(log) __MH_MATH1(log2) __MH_MATH1(log10)
-__MH_MATH1(sqrt) __MH_MATH1(rsqrt)
-__MH_MATH1(abs) __MH_MATH1(fabs) __MH_MATH1(ceil) __MH_MATH1(floor) __MH_MATH1(trunc) __MH_MATH1(rint) __MH_MATH1(round)
-__MH_MATH1(fract) __MH_MATH1(sign) __MH_MATH1(saturate)
-__MH_MATH2(atan2) __MH_MATH2(pow) __MH_MATH2(powr) __MH_MATH2(fmod) __MH_MATH2(copysign) __MH_MATH2(fdim)
-__MH_MATH2(fmax) __MH_MATH2(fmin) __MH_MATH2(max) __MH_MATH2(min) __MH_MATH2(step)
-__MH_MATH3(fma) __MH_MATH3(max3) __MH_MATH3(min3) __MH_MATH3(median3) __MH_MATH3(fmax3) __MH_MATH3(fmin3)
-__MH_MATH3(fmedian3) __MH_MATH3(clamp) __MH_MATH3(mix) __MH_MATH3(smoothstep)
-
-#define __MH_SPLITTING(T, _)                                                   \
-  inline T sincos(T x, thread T& cosine) {                                     \
-    cosine = cos(x);                                                           \
-    return sin(x);                                                             \
-  }                                                                            \
-  inline T modf(T x, thread T& whole) {                                        \
-    whole = trunc(x);                                                          \
-    return copysign(isinf(x) ? T(0) : T(x - whole), x);                        \
-  }                                                                            \
+__MH_MATH1(acos)
+__MH_MATH1(acosh) __MH_MATH1(asin) __MH_MATH1(asinh) __MH_MATH1(atan) __MH_MATH1(atanh) __MH_MATH1(cos) __MH_MATH1(cosh)
+    __MH_MATH1(cospi) __MH_MATH1(sin) __MH_MATH1(sinh) __MH_MATH1(sinpi) __MH_MATH1(tan) __MH_MATH1(tanh)
+        __MH_MATH1(tanpi) __MH_MATH1(exp) __MH_MATH1(exp2) __MH_MATH1(exp10) __MH_MATH1(log) __MH_MATH1(log2)
+            __MH_MATH1(log10) __MH_MATH1(sqrt) __MH_MATH1(rsqrt) __MH_MATH1(abs) __MH_MATH1(fabs) __MH_MATH1(ceil)
+                __MH_MATH1(floor) __MH_MATH1(trunc) __MH_MATH1(rint) __MH_MATH1(round) __MH_MATH1(fract)
+                    __MH_MATH1(sign) __MH_MATH1(saturate) __MH_MATH2(atan2) __MH_MATH2(pow) __MH_MATH2(powr)
+                        __MH_MATH2(fmod) __MH_MATH2(copysign) __MH_MATH2(fdim) __MH_MATH2(fmax) __MH_MATH2(fmin)
+                            __MH_MATH2(max) __MH_MATH2(min) __MH_MATH2(step) __MH_MATH3(fma) __MH_MATH3(max3)
+                                __MH_MATH3(min3) __MH_MATH3(median3) __MH_MATH3(fmax3) __MH_MATH3(fmin3)
+                                    __MH_MATH3(fmedian3) __MH_MATH3(clamp) __MH_MATH3(mix) __MH_MATH3(smoothstep)
+#define __MH_SPLITTING(T, _)                                                         \
+  inline T sincos(T x, thread T& cosine) {                                           \
+    cosine = cos(x);                                                                 \
+    return sin(x);                                                                   \
+  }                                                                                  \
+  inline T modf(T x, thread T& whole) {                                              \
+    whole = trunc(x);                                                                \
+    return copysign(isinf(x) ? T(0) : T(x - whole), x);                              \
+  }                                                                                  \
   inline T ldexp(T x, int exponent) { return T(__mh_f::ldexp(float(x), exponent)); } \
-  inline T frexp(T x, thread int& exponent) {                                  \
-    float f = float(x);                                                        \
-    exponent = 0;                                                              \
-    if (f == 0.0f || !isfinite(x)) return x;                                   \
-    if (__builtin_fabsf(f) < 0x1p-126f) f *= 0x1p64f, exponent = -64;          \
-    uint bits = as_type<uint>(f);                                              \
-    exponent += int(bits >> 23 & 255) - 126;                                   \
-    return T(as_type<float>((bits & 0x807fffffu) | 0x3f000000u));              \
-  }                                                                            \
-  inline int ilogb(T x) {                                                      \
-    int exponent;                                                              \
-    frexp(x, exponent);                                                        \
-    return exponent - 1;                                                       \
+  inline T frexp(T x, thread int& exponent) {                                        \
+    float f = float(x);                                                              \
+    exponent = 0;                                                                    \
+    if (f == 0.0f || !isfinite(x)) return x;                                         \
+    if (__builtin_fabsf(f) < 0x1p-126f) f *= 0x1p64f, exponent = -64;                \
+    uint bits = as_type<uint>(f);                                                    \
+    exponent += int(bits >> 23 & 255) - 126;                                         \
+    return T(as_type<float>((bits & 0x807fffffu) | 0x3f000000u));                    \
+  }                                                                                  \
+  inline int ilogb(T x) {                                                            \
+    int exponent;                                                                    \
+    frexp(x, exponent);                                                              \
+    return exponent - 1;                                                             \
   }
 
 // Relational. The bits, not comparisons: the answer must not depend on the compiler's math mode.
-#define __MH_CLASSIFY(T, _)                                                                               \
-  inline bool isnan(T x) { return (as_type<uint>(float(x)) & 0x7fffffffu) > 0x7f800000u; }                \
-  inline bool isinf(T x) { return (as_type<uint>(float(x)) & 0x7fffffffu) == 0x7f800000u; }               \
-  inline bool isfinite(T x) { return (as_type<uint>(float(x)) & 0x7f800000u) != 0x7f800000u; }            \
-  inline bool isnormal(T x) { return isfinite(x) && !(fabs(x) < numeric_limits<T>::min()); }              \
-  inline bool signbit(T x) { return as_type<uint>(float(x)) >> 31; }                                      \
-  inline bool isordered(T x, T y) { return !isnan(x) && !isnan(y); }                                      \
+#define __MH_CLASSIFY(T, _)                                                                    \
+  inline bool isnan(T x) { return (as_type<uint>(float(x)) & 0x7fffffffu) > 0x7f800000u; }     \
+  inline bool isinf(T x) { return (as_type<uint>(float(x)) & 0x7fffffffu) == 0x7f800000u; }    \
+  inline bool isfinite(T x) { return (as_type<uint>(float(x)) & 0x7f800000u) != 0x7f800000u; } \
+  inline bool isnormal(T x) { return isfinite(x) && !(fabs(x) < numeric_limits<T>::min()); }   \
+  inline bool signbit(T x) { return as_type<uint>(float(x)) >> 31; }                           \
+  inline bool isordered(T x, T y) { return !isnan(x) && !isnan(y); }                           \
   inline bool isunordered(T x, T y) { return isnan(x) || isnan(y); }
-__MH_EACH_FLOAT(__MH_CLASSIFY, _)
-__MH_EACH_FLOAT(__MH_SPLITTING, _)
+                                        __MH_EACH_FLOAT(__MH_CLASSIFY, _) __MH_EACH_FLOAT(__MH_SPLITTING, _)
 #undef __MH_CLASSIFY
 #undef __MH_SPLITTING
-#define __MH_CLASSIFY_VECTOR(name)                                                    \
-  template <typename E, int N>                                                        \
+#define __MH_CLASSIFY_VECTOR(name)                                                                                   \
+  template <typename E, int N>                                                                                       \
   inline __mh::vec_t<typename __mh::enable_if<is_floating_point<E>::value, bool>::type, N> name(__mh::ext<E, N> x) { \
-    __mh::ext<int, N> r;                                                              \
-    for (int i = 0; i < N; ++i) r[i] = name(E(x[i]));                                 \
-    return r;                                                                         \
+    __mh::ext<int, N> r;                                                                                             \
+    for (int i = 0; i < N; ++i) r[i] = name(E(x[i]));                                                                \
+    return r;                                                                                                        \
   }
-__MH_CLASSIFY_VECTOR(isnan)
-__MH_CLASSIFY_VECTOR(isinf)
-__MH_CLASSIFY_VECTOR(isfinite)
-__MH_CLASSIFY_VECTOR(isnormal)
-__MH_CLASSIFY_VECTOR(signbit)
+                                            __MH_CLASSIFY_VECTOR(isnan) __MH_CLASSIFY_VECTOR(isinf)
+                                                __MH_CLASSIFY_VECTOR(isfinite) __MH_CLASSIFY_VECTOR(isnormal)
+                                                    __MH_CLASSIFY_VECTOR(signbit)
 #undef __MH_CLASSIFY_VECTOR
 
-template <typename T>
-inline typename __mh::enable_if<is_scalar<T>::value, T>::type select(T a, T b, bool c) {
+                                                        template <typename T>
+                                                        inline typename __mh::enable_if<is_scalar<T>::value, T>::type
+    select(T a, T b, bool c) {
   return c ? b : a;
 }
-#define __MH_VECTOR_LOGIC(N)                                                                 \
-  template <typename E>                                                                      \
+#define __MH_VECTOR_LOGIC(N)                                                                     \
+  template <typename E>                                                                          \
   inline __mh::ext<E, N> select(__mh::ext<E, N> a, __mh::same_t<__mh::ext<E, N>> b, bool##N c) { \
-    for (int i = 0; i < N; ++i) a[i] = c[i] ? E(b[i]) : E(a[i]);                             \
-    return a;                                                                                \
-  }                                                                                          \
-  inline bool any(bool##N v) {                                                               \
-    bool r = false;                                                                          \
-    for (int i = 0; i < N; ++i) r = r || v[i];                                               \
-    return r;                                                                                \
-  }                                                                                          \
-  inline bool all(bool##N v) {                                                               \
-    bool r = true;                                                                           \
-    for (int i = 0; i < N; ++i) r = r && v[i];                                               \
-    return r;                                                                                \
-  }                                                                                          \
-  template <typename E>                                                                      \
-  inline bool any(__mh::ext<E, N> v) { return any(bool##N(v)); }                             \
-  template <typename E>                                                                      \
-  inline bool all(__mh::ext<E, N> v) { return all(bool##N(v)); }
+    for (int i = 0; i < N; ++i) a[i] = c[i] ? E(b[i]) : E(a[i]);                                 \
+    return a;                                                                                    \
+  }                                                                                              \
+  inline bool any(bool##N v) {                                                                   \
+    bool r = false;                                                                              \
+    for (int i = 0; i < N; ++i) r = r || v[i];                                                   \
+    return r;                                                                                    \
+  }                                                                                              \
+  inline bool all(bool##N v) {                                                                   \
+    bool r = true;                                                                               \
+    for (int i = 0; i < N; ++i) r = r && v[i];                                                   \
+    return r;                                                                                    \
+  }                                                                                              \
+  template <typename E>                                                                          \
+  inline bool any(__mh::ext<E, N> v) {                                                           \
+    return any(bool##N(v));                                                                      \
+  }                                                                                              \
+  template <typename E>                                                                          \
+  inline bool all(__mh::ext<E, N> v) {                                                           \
+    return all(bool##N(v));                                                                      \
+  }
 __MH_VECTOR_LOGIC(2)
 __MH_VECTOR_LOGIC(3)
 __MH_VECTOR_LOGIC(4)
@@ -229,23 +230,25 @@ inline __mh::ext<__mh::floating<E>, 3> cross(__mh::ext<E, 3> a, __mh::ext<E, 3> 
 }
 
 // fast:: is what Metal computes with relaxed rounding; here both name the same function on the CPU.
-#define __MH_MODE1(name)                                      \
-  inline float name(float x) { return __MH_MODE(name)(x); }   \
+#define __MH_MODE1(name)                                    \
+  inline float name(float x) { return __MH_MODE(name)(x); } \
   __MH_VECTOR1(name)
-#define __MH_MODE2(name)                                               \
+#define __MH_MODE2(name)                                                \
   inline float name(float x, float y) { return __MH_MODE(name)(x, y); } \
   __MH_VECTOR2(name)
-#define __MH_MODES                                                                                       \
-  __MH_MODE1(acos) __MH_MODE1(acosh) __MH_MODE1(asin) __MH_MODE1(asinh) __MH_MODE1(atan) __MH_MODE1(atanh) \
-  __MH_MODE1(ceil) __MH_MODE1(cos) __MH_MODE1(cosh) __MH_MODE1(cospi) __MH_MODE1(exp) __MH_MODE1(exp2)   \
-  __MH_MODE1(exp10) __MH_MODE1(fabs) __MH_MODE1(abs) __MH_MODE1(floor) __MH_MODE1(fract) __MH_MODE1(log) \
-  __MH_MODE1(log2) __MH_MODE1(log10) __MH_MODE1(rint) __MH_MODE1(round) __MH_MODE1(rsqrt)                \
-  __MH_MODE1(saturate) __MH_MODE1(sin) __MH_MODE1(sinh) __MH_MODE1(sinpi) __MH_MODE1(sqrt) __MH_MODE1(tan) \
-  __MH_MODE1(tanh) __MH_MODE1(tanpi) __MH_MODE1(trunc) __MH_MODE2(atan2) __MH_MODE2(fmax)                \
-  __MH_MODE2(fmin) __MH_MODE2(fmod) __MH_MODE2(max) __MH_MODE2(min) __MH_MODE2(pow) __MH_MODE2(powr)     \
-  inline float sincos(float x, thread float& cosine) {                                                   \
-    cosine = cos(x);                                                                                     \
-    return sin(x);                                                                                       \
+#define __MH_MODES                                                                                                     \
+  __MH_MODE1(acos)                                                                                                     \
+  __MH_MODE1(acosh) __MH_MODE1(asin) __MH_MODE1(asinh) __MH_MODE1(atan) __MH_MODE1(atanh) __MH_MODE1(ceil)             \
+      __MH_MODE1(cos) __MH_MODE1(cosh) __MH_MODE1(cospi) __MH_MODE1(exp) __MH_MODE1(exp2) __MH_MODE1(exp10)            \
+          __MH_MODE1(fabs) __MH_MODE1(abs) __MH_MODE1(floor) __MH_MODE1(fract) __MH_MODE1(log) __MH_MODE1(log2)        \
+              __MH_MODE1(log10) __MH_MODE1(rint) __MH_MODE1(round) __MH_MODE1(rsqrt) __MH_MODE1(saturate)              \
+                  __MH_MODE1(sin) __MH_MODE1(sinh) __MH_MODE1(sinpi) __MH_MODE1(sqrt) __MH_MODE1(tan) __MH_MODE1(tanh) \
+                      __MH_MODE1(tanpi) __MH_MODE1(trunc) __MH_MODE2(atan2) __MH_MODE2(fmax) __MH_MODE2(fmin)          \
+                          __MH_MODE2(fmod) __MH_MODE2(max) __MH_MODE2(min) __MH_MODE2(pow)                             \
+                              __MH_MODE2(powr) inline float                                                            \
+                              sincos(float x, thread float& cosine) {                                                  \
+    cosine = cos(x);                                                                                                   \
+    return sin(x);                                                                                                     \
   }
 namespace precise {
 #define __MH_MODE(name) __mh_f::name

@@ -1,7 +1,8 @@
 // What an NVIDIA GPU gives the library: a simdgroup is a warp, threadgroup memory is shared memory. Counterpart: cpu.h.
 //
-// Lanes are renumbered so that Apple's 8x8 fragments are NVIDIA's: Apple's lane {a4 a3 a2 a1 a0} holds row {a4 a2 a1} and
-// columns {a3 a0 *}; hardware lane n holds row n / 4 and columns 2 (n % 4) + {0, 1}. So n4 = a4, n3 = a2, n2 = a1, n1 = a3.
+// Lanes are renumbered so that Apple's 8x8 fragments are NVIDIA's: Apple's lane {a4 a3 a2 a1 a0} holds row {a4 a2 a1}
+// and columns {a3 a0 *}; hardware lane n holds row n / 4 and columns 2 (n % 4) + {0, 1}. So n4 = a4, n3 = a2, n2 = a1,
+// n1 = a3.
 #pragma once
 
 struct __mh_launch_t {
@@ -11,7 +12,9 @@ struct __mh_launch_t {
 
 #define __MH_DEVICE inline __attribute__((always_inline, convergent))
 
-__MH_DEVICE uint __mh_hardware_lane(uint a) { return (a & 16) | ((a & 4) << 1) | ((a & 2) << 1) | ((a & 8) >> 2) | (a & 1); }
+__MH_DEVICE uint __mh_hardware_lane(uint a) {
+  return (a & 16) | ((a & 4) << 1) | ((a & 2) << 1) | ((a & 8) >> 2) | (a & 1);
+}
 __MH_DEVICE uint __mh_lane() {
   uint n = __nvvm_read_ptx_sreg_tid_x() & 31;
   return (n & 16) | ((n & 2) << 2) | ((n & 8) >> 1) | ((n & 4) >> 1) | (n & 1);
@@ -28,7 +31,8 @@ struct __mh_context_t {
 
   // False for the threads that only fill up the last warp.
   bool locate() thread {
-    uint block[3] = {uint(__nvvm_read_ptx_sreg_ctaid_x()), uint(__nvvm_read_ptx_sreg_ctaid_y()), uint(__nvvm_read_ptx_sreg_ctaid_z())};
+    uint block[3] = {uint(__nvvm_read_ptx_sreg_ctaid_x()), uint(__nvvm_read_ptx_sreg_ctaid_y()),
+                     uint(__nvvm_read_ptx_sreg_ctaid_z())};
     _Pragma("clang loop unroll(full)") for (int i = 0; i < 3; ++i) {
       position[i] = block[i];
       count[i] = (launch.grid[i] + launch.group[i] - 1) / launch.group[i];
@@ -40,49 +44,65 @@ struct __mh_context_t {
   }
   ulong argument(uint index) const thread { return launch.arguments[index]; }
   uint in_group(uint axis) const thread {
-    return axis == 0 ? thread_index % size[0] : axis == 1 ? thread_index / size[0] % size[1] : thread_index / size[0] / size[1];
+    return axis == 0   ? thread_index % size[0]
+           : axis == 1 ? thread_index / size[0] % size[1]
+                       : thread_index / size[0] / size[1];
   }
   uint identifier(uint which, uint axis) const thread {  // numbers: kernels.py
     switch (which) {
-      case 0: return position[axis] * launch.group[axis] + in_group(axis);
-      case 1: return launch.grid[axis];
-      case 2: return position[axis];
-      case 3: return count[axis];
-      case 4: return in_group(axis);
-      case 5: return size[axis];
-      case 6: return launch.group[axis];
-      case 7: return thread_index;
-      case 8: return thread_index % 32;
-      case 9: return thread_index / 32;
-      case 10: return (size[0] * size[1] * size[2] + 31) / 32;
-      default: return 32;
+      case 0:
+        return position[axis] * launch.group[axis] + in_group(axis);
+      case 1:
+        return launch.grid[axis];
+      case 2:
+        return position[axis];
+      case 3:
+        return count[axis];
+      case 4:
+        return in_group(axis);
+      case 5:
+        return size[axis];
+      case 6:
+        return launch.group[axis];
+      case 7:
+        return thread_index;
+      case 8:
+        return thread_index % 32;
+      case 9:
+        return thread_index / 32;
+      case 10:
+        return (size[0] * size[1] * size[2] + 31) / 32;
+      default:
+        return 32;
     }
   }
 };
-#define __MH_ENTRY(symbol, call, limit)                  \
-  extern "C" {                                           \
-  __kernel void symbol(__mh_launch_t launch) {          \
-    __mh_context_t context;                                \
-    context.launch = launch;                             \
-    if (context.locate()) __MH_UNPACK call(context);     \
-  }                                                      \
-  device uint symbol##_max_threads = limit;              \
+#define __MH_ENTRY(symbol, call, limit)              \
+  extern "C" {                                       \
+  __kernel void symbol(__mh_launch_t launch) {       \
+    __mh_context_t context;                          \
+    context.launch = launch;                         \
+    if (context.locate()) __MH_UNPACK call(context); \
+  }                                                  \
+  device uint symbol##_max_threads = limit;          \
   }
 
 __MH_DEVICE void __mh_threadgroup_barrier(uint) { __syncthreads(); }
 __MH_DEVICE void __mh_simdgroup_barrier(uint) { __nvvm_bar_warp_sync(__mh_active()); }
 
 // libdevice's functions: to a few ulp, as Metal's precise ones.
-#define __MH_LIBDEVICE(name)                \
-  extern "C" float __nv_##name##f(float);   \
-  namespace __mh_f {                        \
+#define __MH_LIBDEVICE(name)                               \
+  extern "C" float __nv_##name##f(float);                  \
+  namespace __mh_f {                                       \
   inline float name(float x) { return __nv_##name##f(x); } \
   }
-__MH_LIBDEVICE(acos) __MH_LIBDEVICE(acosh) __MH_LIBDEVICE(asin) __MH_LIBDEVICE(asinh) __MH_LIBDEVICE(atan) __MH_LIBDEVICE(atanh)
-__MH_LIBDEVICE(cos) __MH_LIBDEVICE(cosh) __MH_LIBDEVICE(sin) __MH_LIBDEVICE(sinh) __MH_LIBDEVICE(tan) __MH_LIBDEVICE(tanh)
-__MH_LIBDEVICE(exp) __MH_LIBDEVICE(exp2) __MH_LIBDEVICE(log) __MH_LIBDEVICE(log2) __MH_LIBDEVICE(log10)
+__MH_LIBDEVICE(acos)
+__MH_LIBDEVICE(acosh) __MH_LIBDEVICE(asin) __MH_LIBDEVICE(asinh) __MH_LIBDEVICE(atan) __MH_LIBDEVICE(atanh)
+    __MH_LIBDEVICE(cos) __MH_LIBDEVICE(cosh) __MH_LIBDEVICE(sin) __MH_LIBDEVICE(sinh) __MH_LIBDEVICE(tan)
+        __MH_LIBDEVICE(tanh) __MH_LIBDEVICE(exp) __MH_LIBDEVICE(exp2) __MH_LIBDEVICE(log) __MH_LIBDEVICE(log2)
+            __MH_LIBDEVICE(log10)
 #undef __MH_LIBDEVICE
-extern "C" float __nv_atan2f(float, float);
+                extern "C" float __nv_atan2f(float, float);
 extern "C" float __nv_powf(float, float);
 extern "C" float __nv_fmodf(float, float);
 extern "C" float __nv_ldexpf(float, int);
@@ -113,8 +133,8 @@ __MH_DEVICE T from_lane(T value, uint lane) {
   data.words[(sizeof(T) - 1) / 4] = 0;
   data.value = value;
   uint active = __mh_active(), source = __mh_hardware_lane(lane & 31);
-  _Pragma("clang loop unroll(full)") for (uint i = 0; i < (sizeof(T) + 3) / 4; ++i)
-    data.words[i] = uint(__nvvm_shfl_sync_idx_i32(active, int(data.words[i]), int(source), 31));
+  _Pragma("clang loop unroll(full)") for (uint i = 0; i < (sizeof(T) + 3) / 4; ++i) data.words[i] =
+      uint(__nvvm_shfl_sync_idx_i32(active, int(data.words[i]), int(source), 31));
   return data.value;
 }
 
@@ -134,7 +154,8 @@ template <typename Op, typename T>
 __MH_DEVICE T reduce(T value) {
   uint lanes = __mh_active();
   if (lanes == ~0u) {
-    _Pragma("clang loop unroll(full)") for (uint o = 16; o; o /= 2) value = Op::of(value, from_lane(value, __mh_lane() ^ o));
+    _Pragma("clang loop unroll(full)") for (uint o = 16; o; o /= 2) value =
+        Op::of(value, from_lane(value, __mh_lane() ^ o));
     return value;
   }
   uint rest = in_metal_order(lanes);
@@ -159,13 +180,15 @@ __MH_DEVICE uint transposed(uint pair) {  // an 8x8 matrix of 16-bit elements
   __asm__ volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
   return result;
 }
-#define __MH_MMA16(T, name)                                                                                           \
-  __MH_DEVICE ext<float, 2> matrix_product(ext<T, 2> a, ext<T, 2> b, ext<float, 2> c) {                               \
-    float d0, d1, d2, d3, c0 = c.x, c1 = c.y;                                                                         \
-    __asm__ volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%9};" \
-                     : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)                                                         \
-                     : "r"(__builtin_bit_cast(uint, a)), "r"(0u), "r"(transposed(__builtin_bit_cast(uint, b))), "f"(c0), "f"(c1), "f"(0.0f)); \
-    return ext<float, 2>{d0, d1};                                                                                     \
+#define __MH_MMA16(T, name)                                                                                     \
+  __MH_DEVICE ext<float, 2> matrix_product(ext<T, 2> a, ext<T, 2> b, ext<float, 2> c) {                         \
+    float d0, d1, d2, d3, c0 = c.x, c1 = c.y;                                                                   \
+    __asm__ volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name                                      \
+                     ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%9};"                                        \
+                     : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)                                                   \
+                     : "r"(__builtin_bit_cast(uint, a)), "r"(0u), "r"(transposed(__builtin_bit_cast(uint, b))), \
+                       "f"(c0), "f"(c1), "f"(0.0f));                                                            \
+    return ext<float, 2>{d0, d1};                                                                               \
   }
 __MH_MMA16(half, "f16")
 __MH_MMA16(bfloat, "bf16")
@@ -174,9 +197,10 @@ __MH_MMA16(bfloat, "bf16")
 // A lane's two elements go to k = t and t + 4 of tf32's k = 8 on both sides.
 __MH_DEVICE ext<float, 2> matrix_product_tf32(uint a0, uint a1, uint b0, uint b1, ext<float, 2> c) {
   float d0, d1, d2, d3, c0 = c.x, c1 = c.y;
-  __asm__ volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%9,%10,%11,%11};"
-                   : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)
-                   : "r"(a0), "r"(0u), "r"(a1), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(0.0f));
+  __asm__ volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%9,%10,%11,%11};"
+      : "=f"(d0), "=f"(d1), "=f"(d2), "=f"(d3)
+      : "r"(a0), "r"(0u), "r"(a1), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(0.0f));
   return ext<float, 2>{d0, d1};
 }
 __MH_DEVICE ext<float, 2> matrix_product(ext<float, 2> a, ext<float, 2> b, ext<float, 2> c) {
@@ -189,13 +213,14 @@ __MH_DEVICE ext<float, 2> matrix_product(ext<float, 2> a, ext<float, 2> b, ext<f
   return matrix_product_tf32(a0, a1, b0, b1, c);
 #else
   // x = high + low with 11 bits each: three products give float's precision but for the last bits.
-#define __MH_SPLIT(x)                                   \
-  uint x##_high = x & 0xffffe000u;                      \
+#define __MH_SPLIT(x)                                                                  \
+  uint x##_high = x & 0xffffe000u;                                                     \
   float x##_rest = __builtin_bit_cast(float, x) - __builtin_bit_cast(float, x##_high); \
   uint x##_low = __builtin_bit_cast(uint, x##_rest);
-  __MH_SPLIT(a0) __MH_SPLIT(a1) __MH_SPLIT(b0) __MH_SPLIT(b1)
+  __MH_SPLIT(a0)
+  __MH_SPLIT(a1) __MH_SPLIT(b0) __MH_SPLIT(b1)
 #undef __MH_SPLIT
-  c = matrix_product_tf32(a0_low, a1_low, b0_high, b1_high, c);
+      c = matrix_product_tf32(a0_low, a1_low, b0_high, b1_high, c);
   c = matrix_product_tf32(a0_high, a1_high, b0_low, b1_low, c);
   return matrix_product_tf32(a0_high, a1_high, b0_high, b1_high, c);
 #endif
@@ -204,8 +229,8 @@ __MH_DEVICE ext<float, 2> matrix_product(ext<float, 2> a, ext<float, 2> b, ext<f
 #define __MH_MATRIX_LOAD(statement) statement
 #define __MH_MATRIX_STORE(statement) statement
 
-// Declared as a global and turned to shared memory in the PTX (nvidia.py); the assembly keeps the optimiser from seeing a
-// pointer to global memory used as one to shared.
+// Declared as a global and turned to shared memory in the PTX (nvidia.py); the assembly keeps the optimiser from seeing
+// a pointer to global memory used as one to shared.
 template <typename Tag, typename T>
 struct threadgroup_variable {
   static device char storage[sizeof(T)];
@@ -223,14 +248,14 @@ template <typename P>
 struct bits {
   typedef P pointer;
 };
-#define __MH_BITS(T, U)                  \
-  template <>                            \
-  struct bits<device T*> {               \
-    typedef device U* pointer;           \
-  };                                     \
-  template <>                            \
-  struct bits<threadgroup T*> {          \
-    typedef threadgroup U* pointer;      \
+#define __MH_BITS(T, U)             \
+  template <>                       \
+  struct bits<device T*> {          \
+    typedef device U* pointer;      \
+  };                                \
+  template <>                       \
+  struct bits<threadgroup T*> {     \
+    typedef threadgroup U* pointer; \
   };
 __MH_BITS(float, uint)
 __MH_BITS(bool, uchar)
@@ -252,14 +277,14 @@ using bits_type = typename pointed<bits_pointer<P>>::type;
 
 template <typename Op>
 struct atomic_operation;
-#define __MH_ATOMIC_OPERATION(Op, builtin)          \
-  struct Op;                                        \
-  template <>                                       \
-  struct atomic_operation<Op> {                     \
-    template <typename P, typename T>               \
-    static __MH_DEVICE T of(P pointer, T operand) { \
+#define __MH_ATOMIC_OPERATION(Op, builtin)                \
+  struct Op;                                              \
+  template <>                                             \
+  struct atomic_operation<Op> {                           \
+    template <typename P, typename T>                     \
+    static __MH_DEVICE T of(P pointer, T operand) {       \
       return builtin(pointer, operand, __ATOMIC_RELAXED); \
-    }                                               \
+    }                                                     \
   };
 __MH_ATOMIC_OPERATION(add, __atomic_fetch_add)
 __MH_ATOMIC_OPERATION(maximum, __atomic_fetch_max)
@@ -301,7 +326,8 @@ __MH_DEVICE void atomic_store(P pointer, T value) {
 template <typename P, typename T>
 __MH_DEVICE bool atomic_compare_exchange(P pointer, thread T* expected, T desired) {
   bits_type<P> before = __builtin_bit_cast(bits_type<P>, *expected), after = __builtin_bit_cast(bits_type<P>, desired);
-  bool same = __atomic_compare_exchange_n((bits_pointer<P>)pointer, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  bool same =
+      __atomic_compare_exchange_n((bits_pointer<P>)pointer, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   *expected = __builtin_bit_cast(T, before);
   return same;
 }

@@ -1,6 +1,7 @@
 // <metal_compute>, <metal_simdgroup>, <metal_quadgroup>: barriers, shuffles, votes, reductions.
 //
-// Over scalars and vectors of half, float and integers of up to 32 bits: Metal 3.1 has none for bool, bfloat and 64-bit types.
+// Over scalars and vectors of half, float and integers of up to 32 bits: Metal 3.1 has none for bool, bfloat and 64-bit
+// types.
 #pragma once
 
 namespace metal {
@@ -8,7 +9,9 @@ namespace metal {
 enum class mem_flags : uint { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_texture = 4 };
 constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(uint(a) | uint(b)); }
 
-inline __attribute__((always_inline)) void threadgroup_barrier(mem_flags flags) { __mh_threadgroup_barrier(uint(flags)); }
+inline __attribute__((always_inline)) void threadgroup_barrier(mem_flags flags) {
+  __mh_threadgroup_barrier(uint(flags));
+}
 inline __attribute__((always_inline)) void simdgroup_barrier(mem_flags flags) { __mh_simdgroup_barrier(uint(flags)); }
 
 class simd_vote {
@@ -32,10 +35,10 @@ template <typename T>
 struct shuffles {
   static constant constexpr bool value = false;
 };
-#define __MH_SHUFFLES(T)                            \
-  template <>                                       \
-  struct shuffles<T> {                              \
-    static constant constexpr bool value = true;    \
+#define __MH_SHUFFLES(T)                         \
+  template <>                                    \
+  struct shuffles<T> {                           \
+    static constant constexpr bool value = true; \
   };
 __MH_SHUFFLES(half)
 __MH_SHUFFLES(float)
@@ -55,35 +58,48 @@ using shuffled_bits = typename enable_if<shuffles<T>::value && metal::is_integra
 
 struct add {
   template <typename T>
-  static T of(T a, T b) { return a + b; }
+  static T of(T a, T b) {
+    return a + b;
+  }
 };
 struct multiply {
   template <typename T>
-  static T of(T a, T b) { return a * b; }
+  static T of(T a, T b) {
+    return a * b;
+  }
 };
 struct maximum {
   template <typename T>
-  static T of(T a, T b) { return metal::max(a, b); }
+  static T of(T a, T b) {
+    return metal::max(a, b);
+  }
 };
 struct minimum {
   template <typename T>
-  static T of(T a, T b) { return metal::min(a, b); }
+  static T of(T a, T b) {
+    return metal::min(a, b);
+  }
 };
 struct bit_and {
   template <typename T>
-  static T of(T a, T b) { return a & b; }
+  static T of(T a, T b) {
+    return a & b;
+  }
 };
 struct bit_or {
   template <typename T>
-  static T of(T a, T b) { return a | b; }
+  static T of(T a, T b) {
+    return a | b;
+  }
 };
 struct bit_xor {
   template <typename T>
-  static T of(T a, T b) { return a ^ b; }
+  static T of(T a, T b) {
+    return a ^ b;
+  }
 };
 
 #define __MH_COLLECTIVE inline __attribute__((always_inline, convergent))
-
 
 }  // namespace __mh
 
@@ -141,13 +157,13 @@ __MH_COLLECTIVE __mh::shuffled<T> simd_shuffle_and_fill_down(T data, T filling, 
   return inside ? upper : fill;
 }
 
-#define __MH_REDUCTION(name, operation, constraint)                  \
-  template <typename T>                                              \
-  __MH_COLLECTIVE __mh::constraint<T> simd_##name(T data) {          \
-    return __mh::reduce<__mh::operation>(data);                      \
-  }                                                                  \
-  template <typename T>                                              \
-  __MH_COLLECTIVE __mh::constraint<T> quad_##name(T data) {          \
+#define __MH_REDUCTION(name, operation, constraint)                           \
+  template <typename T>                                                       \
+  __MH_COLLECTIVE __mh::constraint<T> simd_##name(T data) {                   \
+    return __mh::reduce<__mh::operation>(data);                               \
+  }                                                                           \
+  template <typename T>                                                       \
+  __MH_COLLECTIVE __mh::constraint<T> quad_##name(T data) {                   \
     data = __mh::operation::of(data, __mh::from_lane(data, __mh_lane() ^ 1)); \
     return __mh::operation::of(data, __mh::from_lane(data, __mh_lane() ^ 2)); \
   }
@@ -160,14 +176,14 @@ __MH_REDUCTION(or, bit_or, shuffled_bits)
 __MH_REDUCTION(xor, bit_xor, shuffled_bits)
 #undef __MH_REDUCTION
 
-#define __MH_PREFIX(name, operation, identity)                                 \
-  template <typename T>                                                        \
-  __MH_COLLECTIVE __mh::shuffled<T> simd_prefix_inclusive_##name(T data) {     \
-    return __mh::prefix<__mh::operation, true>(data, T(identity));             \
-  }                                                                            \
-  template <typename T>                                                        \
-  __MH_COLLECTIVE __mh::shuffled<T> simd_prefix_exclusive_##name(T data) {     \
-    return __mh::prefix<__mh::operation, false>(data, T(identity));            \
+#define __MH_PREFIX(name, operation, identity)                             \
+  template <typename T>                                                    \
+  __MH_COLLECTIVE __mh::shuffled<T> simd_prefix_inclusive_##name(T data) { \
+    return __mh::prefix<__mh::operation, true>(data, T(identity));         \
+  }                                                                        \
+  template <typename T>                                                    \
+  __MH_COLLECTIVE __mh::shuffled<T> simd_prefix_exclusive_##name(T data) { \
+    return __mh::prefix<__mh::operation, false>(data, T(identity));        \
   }
 __MH_PREFIX(sum, add, 0)
 __MH_PREFIX(product, multiply, 1)

@@ -57,29 +57,29 @@ inline simdgroup_matrix<T, Cols, Rows> make_diagonal_simdgroup_matrix(T value) {
 }
 
 // matrix_origin = (column, row) of the fragment's corner; elements_per_row is the leading dimension of the memory.
-#define __MH_MATRIX_LOADS(space)                                                                                           \
-  template <typename T>                                                                                                    \
-  inline __attribute__((always_inline, convergent)) void simdgroup_load(                                                   \
-      thread simdgroup_matrix<T, 8, 8>& m, const space T* src, ulong elements_per_row = 8, ulong2 matrix_origin = ulong2{0, 0}, \
-      bool transpose_matrix = false) {                                                                                     \
-    uint row = __mh::fragment_row(__mh_lane()), column = __mh::fragment_column(__mh_lane());                               \
-    src += matrix_origin.y * elements_per_row + matrix_origin.x;                                                           \
-    ulong first = transpose_matrix ? column * elements_per_row + row : row * elements_per_row + column;                    \
-    ulong second = transpose_matrix ? first + elements_per_row : first + 1;                                                \
-    __MH_MATRIX_LOAD(T x = src[first]; T y = src[second];)                                                                 \
-    m.__elements = typename simdgroup_matrix<T, 8, 8>::storage_type{x, y};                                                 \
+#define __MH_MATRIX_LOADS(space)                                                                        \
+  template <typename T>                                                                                 \
+  inline __attribute__((always_inline, convergent)) void simdgroup_load(                                \
+      thread simdgroup_matrix<T, 8, 8>& m, const space T* src, ulong elements_per_row = 8,              \
+      ulong2 matrix_origin = ulong2{0, 0}, bool transpose_matrix = false) {                             \
+    uint row = __mh::fragment_row(__mh_lane()), column = __mh::fragment_column(__mh_lane());            \
+    src += matrix_origin.y * elements_per_row + matrix_origin.x;                                        \
+    ulong first = transpose_matrix ? column * elements_per_row + row : row * elements_per_row + column; \
+    ulong second = transpose_matrix ? first + elements_per_row : first + 1;                             \
+    __MH_MATRIX_LOAD(T x = src[first]; T y = src[second];)                                              \
+    m.__elements = typename simdgroup_matrix<T, 8, 8>::storage_type{x, y};                              \
   }
-#define __MH_MATRIX_STORES(space)                                                                                          \
-  template <typename T>                                                                                                    \
-  inline __attribute__((always_inline, convergent)) void simdgroup_store(                                                  \
-      simdgroup_matrix<T, 8, 8> m, space T* dst, ulong elements_per_row = 8, ulong2 matrix_origin = ulong2{0, 0},          \
-      bool transpose_matrix = false) {                                                                                     \
-    uint row = __mh::fragment_row(__mh_lane()), column = __mh::fragment_column(__mh_lane());                               \
-    dst += matrix_origin.y * elements_per_row + matrix_origin.x;                                                           \
-    ulong first = transpose_matrix ? column * elements_per_row + row : row * elements_per_row + column;                    \
-    ulong second = transpose_matrix ? first + elements_per_row : first + 1;                                                \
-    T x = m.__elements.x, y = m.__elements.y;                                                                              \
-    __MH_MATRIX_STORE(dst[first] = x; dst[second] = y;)                                                                    \
+#define __MH_MATRIX_STORES(space)                                                                                 \
+  template <typename T>                                                                                           \
+  inline __attribute__((always_inline, convergent)) void simdgroup_store(                                         \
+      simdgroup_matrix<T, 8, 8> m, space T* dst, ulong elements_per_row = 8, ulong2 matrix_origin = ulong2{0, 0}, \
+      bool transpose_matrix = false) {                                                                            \
+    uint row = __mh::fragment_row(__mh_lane()), column = __mh::fragment_column(__mh_lane());                      \
+    dst += matrix_origin.y * elements_per_row + matrix_origin.x;                                                  \
+    ulong first = transpose_matrix ? column * elements_per_row + row : row * elements_per_row + column;           \
+    ulong second = transpose_matrix ? first + elements_per_row : first + 1;                                       \
+    T x = m.__elements.x, y = m.__elements.y;                                                                     \
+    __MH_MATRIX_STORE(dst[first] = x; dst[second] = y;)                                                           \
   }
 __MH_MATRIX_LOADS(device)
 __MH_MATRIX_LOADS(threadgroup)
@@ -91,15 +91,18 @@ __MH_MATRIX_STORES(threadgroup)
 // Operands of one type; the accumulator of that type or float, summed in float and rounded once.
 template <typename D, typename T, typename C>
 inline __attribute__((always_inline, convergent)) void simdgroup_multiply_accumulate(
-    thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<T, 8, 8> a, simdgroup_matrix<T, 8, 8> b, simdgroup_matrix<C, 8, 8> c) {
+    thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<T, 8, 8> a, simdgroup_matrix<T, 8, 8> b,
+    simdgroup_matrix<C, 8, 8> c) {
   static_assert(is_same_v<D, C>, "simdgroup_multiply_accumulate: the result must have the addend's type");
-  static_assert(is_same_v<D, T> || is_same_v<D, float>, "simdgroup_multiply_accumulate: accumulate in the operands' type or in float");
+  static_assert(is_same_v<D, T> || is_same_v<D, float>,
+                "simdgroup_multiply_accumulate: accumulate in the operands' type or in float");
   __mh::ext<float, 2> addend = __builtin_convertvector(c.__elements, __mh::ext<float, 2>);
   d.__elements = __builtin_convertvector(__mh::matrix_product(a.__elements, b.__elements, addend), __mh::ext<D, 2>);
 }
 template <typename D, typename T>
-inline __attribute__((always_inline, convergent)) void simdgroup_multiply(
-    thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<T, 8, 8> a, simdgroup_matrix<T, 8, 8> b) {
+inline __attribute__((always_inline, convergent)) void simdgroup_multiply(thread simdgroup_matrix<D, 8, 8>& d,
+                                                                          simdgroup_matrix<T, 8, 8> a,
+                                                                          simdgroup_matrix<T, 8, 8> b) {
   simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<D, 8>(D(0)));
 }
 

@@ -12,16 +12,16 @@ struct integral_constant {
 typedef integral_constant<bool, true> true_type;
 typedef integral_constant<bool, false> false_type;
 
-#define __MH_STRIP(name, qualified)                            \
-  template <typename T>                                        \
-  struct name {                                                \
-    typedef T type;                                            \
-  };                                                           \
-  template <typename T>                                        \
-  struct name<qualified> {                                     \
-    typedef T type;                                            \
-  };                                                           \
-  template <typename T>                                        \
+#define __MH_STRIP(name, qualified) \
+  template <typename T>             \
+  struct name {                     \
+    typedef T type;                 \
+  };                                \
+  template <typename T>             \
+  struct name<qualified> {          \
+    typedef T type;                 \
+  };                                \
+  template <typename T>             \
   using name##_t = typename name<T>::type;
 __MH_STRIP(remove_const, const T)
 __MH_STRIP(remove_volatile, volatile T)
@@ -71,14 +71,14 @@ template <typename A, typename B>
 constant constexpr bool is_same_v = is_same<A, B>::value;
 
 // As Metal's: true for vectors of such elements too.
-#define __MH_TRAIT(name)                             \
-  template <typename T>                              \
-  struct __trait_##name : false_type {};                   \
-  template <typename T>                              \
-  struct name : __trait_##name<remove_cv_t<T>> {};         \
-  template <typename T, int N>                       \
+#define __MH_TRAIT(name)                                         \
+  template <typename T>                                          \
+  struct __trait_##name : false_type {};                         \
+  template <typename T>                                          \
+  struct name : __trait_##name<remove_cv_t<T>> {};               \
+  template <typename T, int N>                                   \
   struct __trait_##name<__mh::ext<T, N>> : __trait_##name<T> {}; \
-  template <typename T>                              \
+  template <typename T>                                          \
   constant constexpr bool name##_v = name<T>::value;
 __MH_TRAIT(is_floating_point)
 __MH_TRAIT(is_integral)
@@ -160,14 +160,14 @@ struct make_scalar : __scalar_of<remove_cv_t<T>> {};
 template <typename T>
 using make_scalar_t = typename make_scalar<T>::type;
 
-#define __MH_SIGNS(S, U)                                \
-  template <>                                           \
-  struct __signed_of<U> {                             \
-    typedef S type;                                     \
-  };                                                    \
-  template <>                                           \
-  struct __unsigned_of<S> {                           \
-    typedef U type;                                     \
+#define __MH_SIGNS(S, U)    \
+  template <>               \
+  struct __signed_of<U> {   \
+    typedef S type;         \
+  };                        \
+  template <>               \
+  struct __unsigned_of<S> { \
+    typedef U type;         \
   };
 template <typename T>
 struct __signed_of {
@@ -194,33 +194,33 @@ template <typename T>
 struct numeric_limits {
   static constant constexpr bool is_specialized = false;
 };
-#define __MH_FLOAT_LIMITS(T, digits_, max_exponent_, max_, min_, epsilon_, denorm_)          \
-  template <>                                                                               \
-  struct numeric_limits<T> {                                                                \
+#define __MH_FLOAT_LIMITS(T, digits_, max_exponent_, max_, min_, epsilon_, denorm_)             \
+  template <>                                                                                   \
+  struct numeric_limits<T> {                                                                    \
     static constant constexpr bool is_specialized = true, is_signed = true, is_integer = false; \
-    static constant constexpr bool has_infinity = true, has_quiet_NaN = true;               \
-    static constant constexpr int digits = digits_, max_exponent = max_exponent_;           \
-    static constexpr T max() { return T(max_); }                                            \
-    static constexpr T lowest() { return T(-max_); }                                        \
-    static constexpr T min() { return T(min_); }                                            \
-    static constexpr T epsilon() { return T(epsilon_); }                                    \
-    static constexpr T denorm_min() { return T(denorm_); }                                  \
-    static constexpr T infinity() { return T(__builtin_inff()); }                           \
-    static constexpr T quiet_NaN() { return T(__builtin_nanf("")); }                        \
+    static constant constexpr bool has_infinity = true, has_quiet_NaN = true;                   \
+    static constant constexpr int digits = digits_, max_exponent = max_exponent_;               \
+    static constexpr T max() { return T(max_); }                                                \
+    static constexpr T lowest() { return T(-max_); }                                            \
+    static constexpr T min() { return T(min_); }                                                \
+    static constexpr T epsilon() { return T(epsilon_); }                                        \
+    static constexpr T denorm_min() { return T(denorm_); }                                      \
+    static constexpr T infinity() { return T(__builtin_inff()); }                               \
+    static constexpr T quiet_NaN() { return T(__builtin_nanf("")); }                            \
   };
 __MH_FLOAT_LIMITS(float, 24, 128, 0x1.fffffep+127f, 0x1p-126f, 0x1p-23f, 0x1p-149f)
 __MH_FLOAT_LIMITS(half, 11, 16, 0x1.ffcp+15f, 0x1p-14f, 0x1p-10f, 0x1p-24f)
 __MH_FLOAT_LIMITS(bfloat, 8, 128, 0x1.fep+127f, 0x1p-126f, 0x1p-7f, 0x1p-133f)
 #undef __MH_FLOAT_LIMITS
-#define __MH_INTEGER_LIMITS(T, sign, min_, max_)                                             \
-  template <>                                                                               \
-  struct numeric_limits<T> {                                                                \
+#define __MH_INTEGER_LIMITS(T, sign, min_, max_)                                               \
+  template <>                                                                                  \
+  struct numeric_limits<T> {                                                                   \
     static constant constexpr bool is_specialized = true, is_signed = sign, is_integer = true; \
-    static constant constexpr bool has_infinity = false, has_quiet_NaN = false;             \
-    static constant constexpr int digits = 8 * sizeof(T) - sign;                            \
-    static constexpr T max() { return T(max_); }                                            \
-    static constexpr T lowest() { return T(min_); }                                         \
-    static constexpr T min() { return T(min_); }                                            \
+    static constant constexpr bool has_infinity = false, has_quiet_NaN = false;                \
+    static constant constexpr int digits = 8 * sizeof(T) - sign;                               \
+    static constexpr T max() { return T(max_); }                                               \
+    static constexpr T lowest() { return T(min_); }                                            \
+    static constexpr T min() { return T(min_); }                                               \
   };
 __MH_INTEGER_LIMITS(bool, false, 0, 1)
 __MH_INTEGER_LIMITS(char, true, -128, 127)
@@ -240,10 +240,10 @@ struct array {
 
   static constexpr size_t size() { return N; }
   static constexpr bool empty() { return N == 0; }
-#define __MH_ARRAY(space)                                                    \
-  constexpr space T& operator[](size_t i) space { return __element[i]; }     \
+#define __MH_ARRAY(space)                                                            \
+  constexpr space T& operator[](size_t i) space { return __element[i]; }             \
   constexpr const space T& operator[](size_t i) const space { return __element[i]; } \
-  constexpr space T* data() space { return __element; }                      \
+  constexpr space T* data() space { return __element; }                              \
   constexpr const space T* data() const space { return __element; }
   __MH_ARRAY(thread)
   __MH_ARRAY(device)

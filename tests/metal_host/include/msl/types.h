@@ -156,9 +156,9 @@ constexpr T __mh_make(A... a) {
   return __mh::maker<T>::of(a...);
 }
 
-#define __MH_VECTORS(T)                                  \
-  typedef T T##2 __attribute__((ext_vector_type(2)));    \
-  typedef T T##3 __attribute__((ext_vector_type(3)));    \
+#define __MH_VECTORS(T)                               \
+  typedef T T##2 __attribute__((ext_vector_type(2))); \
+  typedef T T##3 __attribute__((ext_vector_type(3))); \
   typedef T T##4 __attribute__((ext_vector_type(4)));
 __MH_VECTORS(char)
 __MH_VECTORS(uchar)

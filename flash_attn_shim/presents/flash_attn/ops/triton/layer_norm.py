@@ -316,6 +316,38 @@ class RMSNorm(nn.Module):
         )
 
 
+class LayerNormLinearFn:
+    """The function behind `layer_norm_linear_fn`, under upstream's name."""
+
+    @staticmethod
+    def apply(
+        x,
+        norm_weight,
+        norm_bias,
+        linear_weight,
+        linear_bias,
+        residual=None,
+        eps=1e-6,
+        prenorm=False,
+        residual_in_fp32=False,
+        is_rms_norm=False,
+    ):
+        """See `layer_norm_linear_fn`."""
+        y = LayerNormFn.apply(
+            x,
+            norm_weight,
+            norm_bias,
+            residual,
+            eps=eps,
+            prenorm=prenorm,
+            residual_in_fp32=residual_in_fp32,
+            is_rms_norm=is_rms_norm,
+        )
+        y, *total = y if prenorm else (y,)
+        linear_bias = None if linear_bias is None else linear_bias.to(y.dtype)
+        return _one_or_tuple(F.linear(y, linear_weight.to(y.dtype), linear_bias), *total)
+
+
 def layer_norm_linear_fn(
     x,
     norm_weight,
@@ -329,19 +361,18 @@ def layer_norm_linear_fn(
     is_rms_norm=False,
 ):
     """A linear layer on the norm of `x + residual`; with `prenorm` also the sum. Under autocast, in its dtype."""
-    y = LayerNormFn.apply(
+    return LayerNormLinearFn.apply(
         x,
         norm_weight,
         norm_bias,
+        linear_weight,
+        linear_bias,
         residual,
-        eps=eps,
-        prenorm=prenorm,
-        residual_in_fp32=residual_in_fp32,
-        is_rms_norm=is_rms_norm,
+        eps,
+        prenorm,
+        residual_in_fp32,
+        is_rms_norm,
     )
-    y, *total = y if prenorm else (y,)
-    linear_bias = None if linear_bias is None else linear_bias.to(y.dtype)
-    return _one_or_tuple(F.linear(y, linear_weight.to(y.dtype), linear_bias), *total)
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -1,0 +1,152 @@
+"""The private functions: what ring attention is built on. Against autograd through the public ones."""
+
+import inspect
+
+import pytest
+import torch
+
+from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn import flash_attn_interface as interface
+
+SIZES = [(2, 33, 33, 4, 2), (1, 7, 40, 2, 2)]
+
+
+def tensors(batch, seqlen_q, seqlen_k, heads, heads_k, dim=16):
+    torch.manual_seed(0)
+    q = torch.randn(batch, seqlen_q, heads, dim)
+    k, v = torch.randn(2, batch, seqlen_k, heads_k, dim)
+    return [t.requires_grad_() for t in (q, k.clone(), v.clone())]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense_equals_autograd(sizes, dropout_p, causal):
+    q, k, v = tensors(*sizes)
+    dout = torch.randn_like(q)
+    torch.manual_seed(3)
+    expected = flash_attn_func(q, k, v, dropout_p, causal=causal, window_size=(20, -1), softcap=4.0)
+    grads = torch.autograd.grad(expected, (q, k, v), dout)
+    torch.manual_seed(3)
+    options = (dropout_p, q.shape[-1] ** -0.5, causal, 20, -1, 4.0, None)
+    out, lse, probs, rng_state = interface._flash_attn_forward(q, k, v, *options, True)
+    torch.testing.assert_close(out, expected.detach())
+    assert not out.requires_grad
+    assert (probs.numel() > 0) == (dropout_p > 0)
+    buffers = [torch.full_like(t, torch.nan, requires_grad=False) for t in (q, k, v)]
+    delta = interface._flash_attn_backward(dout, q, k, v, out, lse, *buffers, *options, False, rng_state=rng_state)
+    for buffer, grad in zip(buffers, grads, strict=True):
+        torch.testing.assert_close(buffer, grad)
+    torch.testing.assert_close(delta, (dout * out).sum(-1).transpose(1, 2))
+
+
+def test_varlen_equals_autograd():
+    torch.manual_seed(0)
+    cu = torch.tensor([0, 5, 5, 30], dtype=torch.int32)
+    q, k, v = (torch.randn(30, 4, 8, requires_grad=True) for _ in range(3))
+    dout = torch.randn_like(q)
+    expected = flash_attn_varlen_func(q, k, v, cu, cu, 25, 25, causal=True)
+    grads = torch.autograd.grad(expected, (q, k, v), dout)
+    out, lse, _, rng_state = interface._flash_attn_varlen_forward(q, k, v, cu, cu, 25, 25, 0.0, 8**-0.5, True)
+    torch.testing.assert_close(out, expected.detach())
+    buffers = [torch.empty_like(t) for t in (q, k, v)]
+    options = (cu, cu, 25, 25, 0.0, 8**-0.5, True, -1, -1, 0.0, None, False)
+    interface._flash_attn_varlen_backward(dout, q, k, v, out, lse, *buffers, *options, rng_state)
+    for buffer, grad in zip(buffers, grads, strict=True):
+        torch.testing.assert_close(buffer, grad)
+
+
+def test_attention_in_two_parts_of_the_keys():
+    """Ring attention: each part alone, merged by the log-sum-exps, and differentiated with the merged ones."""
+    q, k, v = tensors(1, 9, 20, 2, 2)
+    dout = torch.randn_like(q)
+    expected = flash_attn_func(q, k, v)
+    grads = torch.autograd.grad(expected, (q, k, v), dout)
+    options = (0.0, q.shape[-1] ** -0.5, False, -1, -1, 0.0, None)
+    parts = [
+        interface._flash_attn_forward(q, kp, vp, *options, False)[:2]
+        for kp, vp in zip(k.split(12, 1), v.split(12, 1), strict=True)
+    ]
+    lses = torch.stack([lse for _, lse in parts])
+    lse = torch.logsumexp(lses, 0)
+    weights = torch.exp(lses - lse).transpose(2, 3)[..., None]
+    out = sum(w * o for w, (o, _) in zip(weights, parts, strict=True))
+    torch.testing.assert_close(out, expected.detach())
+    dq, dk, dv = torch.zeros_like(q), [], []
+    for kp, vp in zip(k.split(12, 1), v.split(12, 1), strict=True):
+        buffers = [torch.empty_like(t) for t in (q, kp, vp)]
+        interface._flash_attn_backward(dout, q, kp, vp, out, lse, *buffers, *options, False)
+        dq += buffers[0]
+        dk.append(buffers[1])
+        dv.append(buffers[2])
+    for got, grad in zip((dq, torch.cat(dk, 1), torch.cat(dv, 1)), grads, strict=True):
+        torch.testing.assert_close(got, grad)
+
+
+def test_gradients_into_given_buffers_are_optional():
+    q, k, v = tensors(*SIZES[0])
+    options = (0.0, 0.25, True, -1, -1, 0.0, None)
+    out, lse, _, _ = interface._flash_attn_forward(q, k, v, *options, False)
+    dk = torch.empty_like(k)
+    assert interface._flash_attn_backward(out, q, k, v, out, lse, None, dk, None, *options, False).shape == lse.shape
+    assert dk.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dq", torch.empty(1), "dq"),
+        ("out", torch.empty(2, 1), "out"),
+        ("softmax_lse", None, "softmax_lse"),
+        ("rng_state", None, "rng_state"),
+    ],
+)
+def test_malformed(name, value, message):
+    q, k, v = tensors(*SIZES[0])
+    call = {
+        "dout": q,
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": q,
+        "softmax_lse": torch.zeros(2, 4, 33),
+        "dq": None,
+        "dk": None,
+        "dv": None,
+    }
+    call |= {
+        "dropout_p": 0.5,
+        "softmax_scale": 1.0,
+        "causal": False,
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "softcap": 0.0,
+    }
+    call |= {"alibi_slopes": None, "deterministic": False, "rng_state": torch.zeros(2, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=message):
+        interface._flash_attn_backward(**{**call, name: value})
+
+
+def test_plain_functions_with_upstreams_parameters():
+    """ring-flash-attention reads the argument names of plain functions, and passes what it finds."""
+    names = inspect.getfullargspec(interface._flash_attn_forward).args
+    assert names[3:] == [
+        "dropout_p",
+        "softmax_scale",
+        "causal",
+        "window_size_left",
+        "window_size_right",
+        "softcap",
+        "alibi_slopes",
+        "return_softmax",
+    ]
+    assert interface._wrapped_flash_attn_varlen_backward is interface._flash_attn_varlen_backward
+
+
+def test_autograd_classes_by_name():
+    q, k, v = tensors(*SIZES[0])
+    arguments = (q, k, v, 0.0, None, True, (-1, -1), 0.0, None, False, False)
+    out = interface.FlashAttnFunc.apply(*arguments, True)
+    torch.testing.assert_close(out, flash_attn_func(q, k, v, causal=True))
+    assert out.requires_grad
+    assert not interface.FlashAttnFunc.apply(*arguments, False).requires_grad
