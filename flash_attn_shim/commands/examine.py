@@ -12,7 +12,12 @@ from flash_attn_shim import policy
 
 _HOOK_FILES = ("mtlflashattn.pth", "mtlflashattn.start")
 _UF_HIDDEN = 0x8000  # macOS: stat.UF_HIDDEN, absent from `stat` elsewhere
-_SWITCHES = (policy.SWITCH, policy.MODULES, policy.TRANSFORMERS, "MTLFLASHATTN_TRACE")
+_SWITCHES = (
+    policy.SWITCH,
+    policy.MODULES,
+    policy.TRANSFORMERS,
+    *(f"MTLFLASHATTN_{name}" for name in ("TRACE", "KERNEL", "VARIANT", "TUNE", "CACHE")),
+)
 
 
 def everything():
