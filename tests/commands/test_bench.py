@@ -140,7 +140,7 @@ FIELD = [
     measured(SMALL[2], "mtlflashattn <simdgroup>", (1e-3,), ours=True),
     measured(SMALL[2], STOCK, (1e-3,), error=2.0),
 ]
-FACTS = {"torch": "2.13", "device": "mps: Apple M3 & co"}
+FACTS = {"torch": "<b>2.13", "device": "mps: Apple M3 & co"}
 
 
 def test_figures():
