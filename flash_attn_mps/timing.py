@@ -13,19 +13,25 @@ Call = Callable[[], object]
 Stopwatch = Callable[[Call, int], float]
 Name = TypeVar("Name", bound=Hashable)
 
-_SYNCHRONIZE = {"mps": torch.mps.synchronize, "cuda": torch.cuda.synchronize}
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until `device` has done what it was given."""
+    device = torch.device(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def stopwatch(device: torch.device | str) -> Stopwatch:
     """A stopwatch that waits for `device` before and after a batch of calls, and not between them."""
-    synchronize = _SYNCHRONIZE.get(torch.device(device).type, lambda: None)
 
     def seconds(call: Call, times: int) -> float:
-        synchronize()
+        synchronize(device)
         begin = time.perf_counter()
         for _ in range(times):
             call()
-        synchronize()
+        synchronize(device)
         return (time.perf_counter() - begin) / times
 
     return seconds

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-_WIDTH, _LEFT, _RIGHT = 920, 300, 110
+_WIDTH, _LEFT, _RIGHT = 940, 320, 110
 _BAR, _GAP, _BETWEEN = 16, 3, 16
 
 

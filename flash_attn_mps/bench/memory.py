@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..timing import Call
+from ..timing import Call, synchronize
 
 
 def peak(call: Call, device: torch.device | str) -> int:
@@ -19,19 +19,18 @@ def peak(call: Call, device: torch.device | str) -> int:
     some MiB.
     """
     kind = torch.device(device).type
+    synchronize(device)
     if kind == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     if kind == "mps":
-        torch.mps.synchronize()
         torch.mps.empty_cache()
         before = torch.mps.driver_allocated_memory()
         call()
-        torch.mps.synchronize()
+        synchronize(device)
         return max(0, torch.mps.driver_allocated_memory() - before)
     return _of_cpu(call)
 

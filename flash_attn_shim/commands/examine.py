@@ -5,6 +5,7 @@ import os
 import platform
 import site
 import sys
+import warnings
 from importlib import import_module, metadata
 
 import flash_attn_shim
@@ -101,7 +102,22 @@ def _attention():
     for name, reasons in refusals.items():
         if reasons:
             found[f"tier {name} is out"] = "; ".join(reasons)
+    found["tuned variants"] = _tuned()
     return found
+
+
+def _tuned():
+    """How many classes of calls `mtlflashattn tune` has settled here, or why its file does not count."""
+    from flash_attn_mps.metal import store
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        winners = store.load()
+    if caught:
+        return str(caught[0].message)
+    return (
+        f"for {len(winners)} classes of calls, in {store.path()}" if winners else "none: `mtlflashattn tune` finds some"
+    )
 
 
 def _libraries(status):

@@ -10,6 +10,7 @@ import torch
 from flash_attn_mps import problem
 from flash_attn_mps.metal import gpu, store, tune, variants
 from flash_attn_mps.metal.specialization import Variant
+from flash_attn_shim.commands import examine
 
 KEY = store.Key("float16", 64, 64, "short", "causal")
 TUNED = store.Winner(Variant(8, 2, 16, False), 1e-3, 2e-3)
@@ -177,6 +178,14 @@ def test_auto_tunes_the_first_long_call_of_a_class(monkeypatch):
         assert variants.chosen(call(4000)) == TUNED.variant
         assert variants.chosen(call(100)) == default(call(100))
     assert tuned == [store.Key("float16", 64, 64, "long", "full")]
+
+
+def test_the_doctor_says_what_is_tuned():
+    assert examine._tuned().startswith("none")
+    store.save({KEY: TUNED})
+    assert examine._tuned() == f"for 1 classes of calls, in {store.path()}"
+    store.path().write_text("{")
+    assert "is ignored: it is broken" in examine._tuned()
 
 
 def test_a_look_up_costs_a_few_microseconds():
