@@ -31,6 +31,15 @@ def _name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def unusable(device: str) -> str | None:
+    """Why torch cannot compute on `device` here, in words; None if it can."""
+    try:
+        torch.ones(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        return f"--device {device}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
 def best_device() -> str:
     """mps, cuda or cpu: the first that there is."""
     if torch.backends.mps.is_available():

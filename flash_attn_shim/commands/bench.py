@@ -29,6 +29,9 @@ def run(arguments):
         print(f"kind {unknown[0]} is not known; known: {', '.join(workloads.KINDS)}.", file=sys.stderr)
         return 2
     device = arguments.device or machine.best_device()
+    if unusable := machine.unusable(device):
+        print(unusable, file=sys.stderr)
+        return 2
     device_type = device.partition(":")[0]
     kinds = arguments.kinds or list(workloads.KINDS)
     chosen = [w for w in workloads.workloads(device_type, arguments.full) if w.kind in kinds]

@@ -33,6 +33,9 @@ def run(arguments):
         print("--quick and --full exclude each other.", file=sys.stderr)
         return 2
     device = arguments.device or ("mps" if torch.backends.mps.is_available() else "cpu")
+    if unusable := machine.unusable(device):
+        print(unusable, file=sys.stderr)
+        return 2
     without_metal = compiler.unavailable(device)
     level = "quick" if arguments.quick else "full" if arguments.full else "usual"
     try:
