@@ -86,8 +86,8 @@ METAL_FUNC void soften(
   }
 }
 
-// o += p v. At an edge a value that is not finite counts only for the queries that see its key: 0 * NaN is NaN, and memory
-// that nobody sees may hold one.
+// o += p v. Where scores may be hidden, at an edge or by a mask, a value that is not finite counts only for the queries that
+// see its key: 0 * NaN is NaN, and memory that nobody sees may hold one.
 template <bool EDGE, typename AnyKeys>
 METAL_FUNC void gather(
     thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
@@ -101,7 +101,7 @@ METAL_FUNC void gather(
     if (EDGE) key = min(key, keys.seqlen - 1);
     Operand v[DV_FRAGMENTS];
     SlabV::load_right(v, keys.v.at(key), lane);
-    if (EDGE) {
+    if (EDGE || MASK_KIND) {
       float finite = 0.0f;  // NaN if any value is not
       UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
         finite += 0.0f * float(v[f].thread_elements()[0]) + 0.0f * float(v[f].thread_elements()[1]);

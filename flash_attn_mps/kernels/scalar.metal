@@ -44,7 +44,7 @@ kernel void attention_scalar(
     for (int d = 0; d < HEAD_DIM_V; ++d) o[d] = fma(x, float(keys.v.at(key)[d]), o[d] * shrink);
   }
   device T* to = out + sequence.batch * p[O_BATCH] + (sequence.first_q + row) * p[O_ROW] + head * p[O_HEAD];
-  for (int d = 0; d < HEAD_DIM_V; ++d) to[d] = T(l > 0.0f ? o[d] / l : 0.0f);
+  for (int d = 0; d < HEAD_DIM_V; ++d) to[d] = T(l == 0.0f ? 0.0f : o[d] / l);  // l may be NaN
 #if WANT_LSE
   lse[sequence.batch * p[LSE_BATCH] + sequence.first_q + head * p[LSE_HEAD] + row] = (m + log2(l)) / LOG2E;
 #endif

@@ -93,11 +93,19 @@ METAL_FUNC bool is_seen(Scoring scoring, int row, int key, int seqlen_k) {
   return seen;
 }
 
+// Exponentials lose the digits of a small x, and a large softcap makes all of them small: there, Taylor's series to x^9.
+METAL_FUNC float tanh_of(float x) {
+  float xx = x * x;
+  float small = x * fma(xx, fma(xx, fma(xx, fma(xx, 62.0f / 2835.0f, -17.0f / 315.0f), 2.0f / 15.0f), -1.0f / 3.0f), 1.0f);
+  float large = 1.0f - 2.0f / (1.0f + fast::exp2(x * (2.0f * LOG2E)));
+  return abs(x) < 0.25f ? small : large;
+}
+
 // The score of a query and a key that the sequence has: in base 2 if SCORES_ARE_SCALED, else `factor` is still to come.
 METAL_FUNC float score_of(float product, Scoring scoring, int row, int key) {
   float s = product;
 #if HAS_SOFTCAP
-  s = scoring.outer * (1.0f - 2.0f / (1.0f + fast::exp2(s * scoring.inner * (2.0f * LOG2E))));  // tanh
+  s = scoring.outer * tanh_of(s * scoring.inner);
 #elif SCORES_ARE_SCALED
   s *= scoring.factor;
 #endif
@@ -107,7 +115,8 @@ METAL_FUNC float score_of(float product, Scoring scoring, int row, int key) {
 #if MASK_KIND == 1
   s = scoring.mask[row * scoring.mask_row + key * scoring.mask_column] ? s : -INFINITY;
 #elif MASK_KIND == 2
-  s += float(scoring.mask[row * scoring.mask_row + key * scoring.mask_column]) * LOG2E;
+  float bias = float(scoring.mask[row * scoring.mask_row + key * scoring.mask_column]);
+  s = bias == -INFINITY ? bias : s + bias * LOG2E;  // hidden, even if s is NaN
 #endif
   return s;
 }

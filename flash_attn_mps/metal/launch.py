@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import operator
 import struct
-from typing import Any
 
 import torch
 
@@ -20,35 +20,83 @@ _TYPES = {
     torch.int64: "long",
 }
 MAX_HEAD_DIM = 256
+_INT, _FLOAT = struct.Struct("<i"), struct.Struct("<f")
+_OF_PROBLEM = operator.attrgetter(*OPTIONAL_BUFFERS)
 
 
 def refuse(p: AttentionProblem) -> list[str]:
     """Why no Metal kernel serves `p`, in words."""
     if p.q.device.type not in compiler.device_types:
         return [f"tensors are on {p.q.device}"]
-    limits = {
-        "there are no scores": p.empty,
-        f"head_dim above {MAX_HEAD_DIM}": max(p.q.shape[-1], p.v.shape[-1]) > MAX_HEAD_DIM,
-        "dropout_p": p.dropout_p > 0,
-        "attention_chunk": p.attention_chunk > 0,
-        "gradients are needed": p.requires_grad,
-        "softmax_scale is a tensor of another dtype than float": isinstance(p.softmax_scale, torch.Tensor)
-        and p.softmax_scale.dtype not in _TYPES,
-    }
-    return [reason for reason, applies in limits.items() if applies]
+    scale = p.softmax_scale
+    limits = (
+        (p.empty, "there are no scores"),
+        (p.q.shape[-1] > MAX_HEAD_DIM or p.v.shape[-1] > MAX_HEAD_DIM, f"head_dim above {MAX_HEAD_DIM}"),
+        (p.dropout_p > 0, "dropout_p"),
+        (p.attention_chunk > 0, "attention_chunk"),
+        (p.requires_grad, "gradients are needed"),
+        (
+            isinstance(scale, torch.Tensor) and scale.dtype not in _TYPES,
+            "softmax_scale is a tensor of another dtype than float",
+        ),
+    )
+    return [reason for applies, reason in limits if applies]
 
 
 def run(p: AttentionProblem, entry: str, variant: Variant) -> Result | None:
     """One launch, without waiting for it. None where the kernel does not compile on this machine."""
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (p.q, p.k, p.v))
-    buffers = {name: t for name in OPTIONAL_BUFFERS if isinstance(t := getattr(p, name), torch.Tensor)}
-    specialization = Specialization(
+    q, k, v = _with_whole_rows(p.q), _with_whole_rows(p.k), _with_whole_rows(p.v)
+    buffers = optional_buffers(p)
+    kernel = compiler.kernel(specialize(p, q, k, v, buffers, entry, variant))
+    if kernel is None:
+        return None
+    result = outputs(p)
+    out, lse = result.out, result.lse
+    threads, group_size = grid(p, entry, variant)
+    kernel(
+        q,
+        k,
+        v,
+        out,
+        out if lse is None else lse,  # a kernel without WANT_LSE does not look
+        parameters(p, q, k, v, out),
+        *buffers.values(),
+        threads=threads,
+        group_size=group_size,
+    )
+    return result
+
+
+def _with_whole_rows(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def optional_buffers(p: AttentionProblem) -> dict[str, torch.Tensor]:
+    """Those of `OPTIONAL_BUFFERS` that `p` has. Strides of the mask are arguments; the others are contiguous."""
+    return {
+        name: t if name == "mask" or t.is_contiguous() else t.contiguous()
+        for name, t in zip(OPTIONAL_BUFFERS, _OF_PROBLEM(p), strict=True)
+        if t is not None and isinstance(t, torch.Tensor)  # softmax_scale may be a number
+    }
+
+
+def specialize(
+    p: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    buffers: dict[str, torch.Tensor],
+    entry: str,
+    variant: Variant,
+) -> Specialization:
+    head_dim_v = v.shape[-1]
+    return Specialization(
         entry,
         _TYPES[q.dtype],
         q.shape[-1],
-        v.shape[-1],
+        head_dim_v,
         min(_alignment(q), _alignment(k)),
-        min(_alignment(v), _lowest_bit(v.shape[-1])),
+        min(_alignment(v), _lowest_bit(head_dim_v)),
         p.window_left >= 0,
         p.window_right >= 0,
         p.softcap > 0,
@@ -58,34 +106,32 @@ def run(p: AttentionProblem, entry: str, variant: Variant) -> Result | None:
         _TYPES[p.softmax_scale.dtype] if "softmax_scale" in buffers else "float",
         variant,
     )
-    kernel = compiler.kernel(specialization)
-    if kernel is None:
-        return None
-    # Rows that no sequence has are not written: with seqused_q there may be some.
-    make, fill = (torch.empty, None) if p.seqused_q is None else (torch.zeros, -torch.inf)
-    out = make(p.out_shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(p.lse_shape if p.want_lse else 0, dtype=torch.float32, device=q.device)
-    if fill is not None:
-        lse.fill_(fill)
-    rows = variant.rows * variant.simdgroups if entry == "attention_forward" else 32 * variant.simdgroups
-    packed = p.cu_seqlens_q is not None
-    tiles = q.shape[0] // rows + p.batch if packed else -(-p.max_seqlen_q // rows)
+
+
+def outputs(p: AttentionProblem) -> Result:
+    """Memory for the results. Rows that no sequence has are not written by a kernel: with seqused_q there may be some."""
+    q, lse = p.q, None
+    if p.seqused_q is None:
+        out = q.new_empty(p.out_shape)
+        if p.want_lse:
+            lse = q.new_empty(p.lse_shape, dtype=torch.float32)
+    else:
+        out = q.new_zeros(p.out_shape)
+        if p.want_lse:
+            lse = q.new_full(p.lse_shape, -torch.inf, dtype=torch.float32)
+    return Result(out, lse)
+
+
+def grid(p: AttentionProblem, entry: str, variant: Variant) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Threads in all and in a group: tiles of queries, heads, sequences. `tile_of` (scoring.metal) has the other half."""
     threads = 32 * variant.simdgroups
-    kernel(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        _parameters(p, q, k, v, out),
-        *(t if t.dim() == 0 or name == "mask" else t.contiguous() for name, t in buffers.items()),
-        threads=(tiles * threads, p.heads, 1 if packed else p.batch),
-        group_size=(threads, 1, 1),
-    )
-    return Result(out, lse if p.want_lse else None)
+    rows = variant.rows * variant.simdgroups if entry == "attention_forward" else threads
+    if p.cu_seqlens_q is None:
+        return (-(-p.max_seqlen_q // rows) * threads, p.heads, p.batch), (threads, 1, 1)
+    return ((p.q.shape[0] // rows + p.batch) * threads, p.heads, 1), (threads, 1, 1)
 
 
-def _parameters(p: AttentionProblem, q: Any, k: Any, v: Any, out: Any) -> list[int]:
+def parameters(p: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> list[int]:
     """The values of `params.metal`'s names, in their order."""
     seqlen_q = p.max_seqlen_q
     heads = p.heads
@@ -123,10 +169,10 @@ def _strides(t: torch.Tensor) -> tuple[int, int, int]:
 
 def _alignment(t: torch.Tensor) -> int:
     """Elements to which every row is aligned: a power of two, 16 bytes at most."""
-    together = t.storage_offset()
+    together = t.storage_offset() | 16 // t.itemsize
     for stride in t.stride()[:-1]:
         together |= stride
-    return min(_lowest_bit(together), 16 // t.itemsize)
+    return together & -together
 
 
 def _lowest_bit(n: int) -> int:
@@ -135,4 +181,4 @@ def _lowest_bit(n: int) -> int:
 
 def _bits(value: float) -> int:
     """The bits of a float32."""
-    return struct.unpack("<i", struct.pack("<f", value))[0]
+    return _INT.unpack(_FLOAT.pack(value))[0]

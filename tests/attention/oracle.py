@@ -5,8 +5,9 @@ it is the "plain PyTorch implementation" of the error rule in `rule.py`. Nothing
 
 Semantics: with offset = seqlen_k - seqlen_q, query i sees key j iff i + offset - left <= j <= i + offset + right (a
 negative bound is open, causal is right = 0); a score is scaled, soft-capped, biased by ALiBi, masked; a query that
-sees no key gives zeros and a log-sum-exp of -inf. FlashAttention-3's qv adds qv v^T to the scores before the scale;
-under its attention_chunk, query i also sees only the chunk of keys in which position i + offset lies.
+sees no key gives zeros and a log-sum-exp of -inf. A sink is one more score of every query of its head, with value 0.
+FlashAttention-3's qv adds qv v^T to the scores before the scale; under its attention_chunk, query i also sees only the
+chunk of keys in which position i + offset lies.
 """
 
 import math
@@ -35,8 +36,11 @@ class Cached(NamedTuple):
     v_cache: torch.Tensor
 
 
-def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p, chunk, qv):
-    """q (Sq, D), k (Sk, D), v (Sk, Dv), keep (Sq, Sk) or None: out (Sq, Dv), lse (Sq,), undropped p (Sq, Sk)."""
+def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p, chunk, qv, mask=None, sink=None):
+    """q (Sq, D), k (Sk, D), v (Sk, Dv), keep (Sq, Sk) or None: out (Sq, Dv), lse (Sq,), undropped p (Sq, Sk).
+
+    mask (Sq, Sk): bool, False hides, or added to the scores. sink: 0-d.
+    """
     seqlen_q, seqlen_k = q.shape[0], k.shape[0]
     distance = torch.arange(seqlen_q)[:, None] + (seqlen_k - seqlen_q) - torch.arange(seqlen_k)[None, :]
     left, right = int(window[0]), 0 if causal else int(window[1])
@@ -56,12 +60,19 @@ def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p,
         s = softcap * torch.tanh(s / softcap)
     if slope is not None:
         s = s - (slope.double() * distance.abs()).to(s.dtype)
+    if mask is not None and mask.dtype == torch.bool:
+        seen &= mask
+    elif mask is not None:
+        s = s + mask.to(s.dtype)
     s = s.masked_fill(~seen, -math.inf)
+    if sink is not None:
+        s = torch.cat([s, sink.to(s.dtype).expand(seqlen_q, 1)], dim=-1)
 
-    sees_some = seen.any(dim=-1)
-    row_max = torch.where(sees_some, s.detach().amax(dim=-1), 0.0) if seqlen_k else s.new_zeros(seqlen_q)
+    sees_some = ~torch.isneginf(s.detach()).all(dim=-1)
+    row_max = torch.where(sees_some, s.detach().amax(dim=-1), 0.0) if s.shape[-1] else s.new_zeros(seqlen_q)
     weight = torch.exp(s - row_max[:, None])
     total = weight.sum(dim=-1)
+    weight = weight[:, :seqlen_k]
     total = torch.where(sees_some, total, 1.0)
     p = weight / total[:, None]
     lse = torch.where(sees_some, row_max + torch.log(total), -math.inf)
@@ -69,8 +80,24 @@ def one_head(q, k, v, *, scale, causal, window, softcap, slope, keep, dropout_p,
     return kept @ v, lse, p
 
 
-def one_sequence(q, k, v, *, slopes, keep, qv, softmax_scale, causal, window_size, softcap, dropout_p, attention_chunk):
-    """q (Sq, H, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv), slopes (H,) or None, keep (H, Sq, Sk), qv (Sq, H, Dv) or None."""
+def one_sequence(
+    q,
+    k,
+    v,
+    *,
+    slopes=None,
+    keep=None,
+    qv=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    dropout_p=0.0,
+    attention_chunk=0,
+    mask=None,
+    sinks=None,
+):
+    """q (Sq, H, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv), slopes and sinks (H,), keep and mask (H, Sq, Sk), qv (Sq, H, Dv)."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     if softmax_scale is None:
         softmax_scale = float(q.shape[-1] + (0 if qv is None else qv.shape[-1])) ** -0.5
@@ -88,6 +115,8 @@ def one_sequence(q, k, v, *, slopes, keep, qv, softmax_scale, causal, window_siz
             dropout_p=dropout_p,
             chunk=attention_chunk,
             qv=None if qv is None else qv[:, h],
+            mask=None if mask is None else mask[h],
+            sink=None if sinks is None else sinks[h],
         )
         for h in range(heads)
     ]

@@ -94,3 +94,26 @@ def test_pairwise_covers_every_pair():
     for one, other in combinations(factors, 2):
         assert {(c[one], c[other]) for c in cases} == {(i, j) for i in factors[one] for j in factors[other]}
     assert len(cases) < 3 * 2 * 4
+
+
+@pytest.mark.parametrize("kind", ["bool", "added"])
+def test_masks_against_pytorch_math(kind):
+    q, k, v = torch.randn(1, 9, 4, 8).double(), torch.randn(1, 7, 2, 8).double(), torch.randn(1, 7, 2, 8).double()
+    mask = torch.randn(4, 9, 7).double()
+    mask = mask > -0.5 if kind == "bool" else mask
+    mine, _, _ = oracle.one_sequence(q[0], k[0], v[0], mask=mask)
+    theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(mine, theirs[0].transpose(0, 1))
+
+
+def test_a_sink_is_a_key_with_that_score_and_no_value():
+    q, k, v = torch.randn(5, 2, 4).double(), torch.randn(6, 2, 4).double(), torch.randn(6, 2, 4).double()
+    sinks = torch.tensor([0.7, -1.2])
+    out, lse, p = oracle.one_sequence(q, k, v, causal=True, sinks=sinks)
+    no_more = F.pad(v, (0, 0, 0, 0, 1, 0))
+    bias = torch.cat([sinks.double()[:, None, None].expand(2, 5, 1), torch.zeros(2, 5, 6).double()], -1)
+    extra = oracle.one_sequence(q, F.pad(k, (0, 0, 0, 0, 1, 0)), no_more, causal=True, mask=bias)
+    torch.testing.assert_close((out, lse, p), (extra[0], extra[1], extra[2][..., 1:]))
+    blind, lse, _ = oracle.one_sequence(q, k, v, mask=torch.zeros(2, 5, 6, dtype=torch.bool), sinks=sinks)
+    assert (blind == 0).all()
+    torch.testing.assert_close(lse, sinks.double()[:, None].expand(2, 5))

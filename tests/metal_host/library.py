@@ -63,7 +63,8 @@ def compile_shader(source_text: str) -> ShaderLibrary:
     """Compile Metal Shading Language; stands in for torch.mps.compile_shader(source).
 
     Headers of the installed torch may be included. Raises SyntaxError with the compiler's log for what Metal refuses.
-    Kernels that are templates are compiled when they are first looked up.
+    Kernels that are templates are compiled when they are first looked up. Inside an instrumented `observe` only the
+    instrumented build is made at first; the other one (which also finds recursion) when it is launched.
     """
     expanded = source.expand(source_text, source.include_directories())
     unit = translate(source.preprocess(expanded))
@@ -78,7 +79,7 @@ class ShaderLibrary:
         self._plain = [name for name, instance in unit.kernels.instances.items() if not instance.template_arguments]
         self._builds: dict[tuple[str, bool], cpu.Compiled] = {}
         self._modules: dict[str, nvidia.Module] = {}
-        self._compile(self._plain, False)
+        self._compile(self._plain, _mode.get().instrumented)
 
     def _compile(self, names: list[str], instrument: bool) -> None:
         for name, compiled in cpu.compile_unit(self._unit, names, instrument).items():
@@ -121,20 +122,21 @@ class KernelFunction:
         self._library = library
         self._name = name
         self._kernel = library._unit.kernels.instances[name].kernel
-        self._fast = library.compiled(name)
-        if self._fast.threadgroup_bytes > MAX_THREADGROUP_BYTES:
+        compiled = library.compiled(name, _mode.get().instrumented)
+        self._threadgroup_bytes, self._max_threads = compiled.threadgroup_bytes, compiled.max_threads
+        if self._threadgroup_bytes > MAX_THREADGROUP_BYTES:
             raise RuntimeError(
                 f"Failed to create pipeline state object, error: kernel '{name}' uses "
-                f"{self._fast.threadgroup_bytes} bytes of threadgroup memory, the maximum is {MAX_THREADGROUP_BYTES}"
+                f"{self._threadgroup_bytes} bytes of threadgroup memory, the maximum is {MAX_THREADGROUP_BYTES}"
             )
 
     @property
     def max_threads_per_threadgroup(self) -> int:
-        return min(self._fast.max_threads, abi.MAX_THREADS)
+        return min(self._max_threads, abi.MAX_THREADS)
 
     @property
     def static_thread_group_memory_length(self) -> int:
-        return self._fast.threadgroup_bytes
+        return self._threadgroup_bytes
 
     def __call__(
         self,
@@ -168,7 +170,7 @@ class KernelFunction:
                 allow_partial_collectives=mode.allow_partial_collectives,
             )
         else:
-            counters = cpu.launch(self._fast, bindings.addresses(), shape, mode.seed)
+            counters = cpu.launch(self._library.compiled(self._name), bindings.addresses(), shape, mode.seed)
         if mode.log is not None:
             mode.log.append(Launch(self._name, {n: getattr(counters, n) for n in abi.COUNTERS}))
         if errors is not None:

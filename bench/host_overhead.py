@@ -1,0 +1,120 @@
+"""What a call costs on the host besides the launch itself: the kernel is a stub, everything around it is the product.
+
+    python bench/host_overhead.py [--device mps] [--calls N]
+
+Medians in microseconds of this thread's processor time, for the whole call and for its parts. The rest is what lies
+between the parts: the public function, the choice of the tier, the call of the kernel, the end of the outputs' lives.
+The goal is at most 30 microseconds a call.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from unittest import mock
+
+import torch
+
+from flash_attn_mps import checks, interface, problem
+from flash_attn_mps.metal import compiler, launch, simdgroup, variants
+
+GOAL = 30.0
+ENTRY = "attention_forward"
+
+
+def median_microseconds(function, calls, rounds=21):
+    function()
+    times = []
+    for _ in range(rounds):
+        begin = time.thread_time_ns()
+        for _ in range(calls // rounds):
+            function()
+        times.append((time.thread_time_ns() - begin) / (calls // rounds) / 1e3)
+    return statistics.median(times)
+
+
+def scenarios(device):
+    """Name to (public call, the problem that it builds)."""
+
+    def tensor(*shape, dtype=torch.float16):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    # Small ones: for large ones the CPU's allocator asks the system, which that of a GPU does not.
+    q, k = tensor(2, 32, 4, 64), tensor(2, 32, 2, 64)
+    slopes = tensor(4, dtype=torch.float32)
+    packed_q, packed_k = tensor(64, 4, 64), tensor(64, 2, 64)
+    cu = torch.arange(0, 65, 16, dtype=torch.int32, device=device)
+    one, used = tensor(2, 1, 4, 64), torch.full((2,), 30, dtype=torch.int32, device=device)
+    scoring = problem.Scoring
+
+    return {
+        "dense": (
+            lambda: interface.flash_attn_func(q, k, k),
+            lambda: problem.dense(q, k, k, scoring()),
+        ),
+        "dense, causal": (
+            lambda: interface.flash_attn_func(q, k, k, causal=True),
+            lambda: problem.dense(q, k, k, scoring(causal=True)),
+        ),
+        "dense, all features, lse": (
+            lambda: interface.flash_attn_func(q, k, k, 0.0, 0.1, True, (10, 0), 30.0, slopes, return_attn_probs=True),
+            lambda: problem.dense(q, k, k, scoring(0.1, True, (10, 0), 30.0, slopes, want_lse=True)),
+        ),
+        "varlen, causal": (
+            lambda: interface.flash_attn_varlen_func(packed_q, packed_k, packed_k, cu, cu, 16, 16, causal=True),
+            lambda: problem.varlen(packed_q, packed_k, packed_k, cu, cu, 16, 16, scoring(causal=True)),
+        ),
+        "KV cache, one query": (
+            lambda: interface.flash_attn_with_kvcache(one, k, k, cache_seqlens=used, causal=True),
+            None,
+        ),
+    }
+
+
+def parts(build, calls):
+    """Name to microseconds."""
+    p = build()
+    variant = variants.default(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
+    out = launch.outputs(p).out
+    return {
+        "problem": median_microseconds(build, calls),
+        "refuse": median_microseconds(lambda: simdgroup.refuse(p), calls),
+        "kernel": median_microseconds(
+            lambda: compiler.kernel(launch.specialize(p, p.q, p.k, p.v, launch.optional_buffers(p), ENTRY, variant)),
+            calls,
+        ),
+        "params": median_microseconds(lambda: launch.parameters(p, p.q, p.k, p.v, out), calls),
+        "outputs": median_microseconds(lambda: launch.outputs(p), calls),
+        "grid": median_microseconds(lambda: launch.grid(p, ENTRY, variant), calls),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="where the tensors are; values are never looked at")
+    parser.add_argument("--calls", type=int, default=6000)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    stub = mock.patch.multiple(
+        compiler,
+        compile_shader=lambda _source: type("Library", (), {ENTRY: staticmethod(lambda *_, **__: None)}),
+        device_types=frozenset({chosen.device}),
+    )
+    # As on a device, values cannot be read for free.
+    with stub, mock.patch.object(checks, "readable", lambda _tensor: False), torch.no_grad():
+        compiler.clear()
+        print(
+            f"torch {torch.__version__}, {platform.processor() or platform.machine()}, tensors on {chosen.device}; microseconds"
+        )
+        worst = 0.0
+        for name, (call, build) in scenarios(chosen.device).items():
+            total = median_microseconds(call, chosen.calls)
+            worst = max(worst, total)
+            of = parts(build, chosen.calls) if build else {}
+            rest = {"rest": total - sum(of.values())} if of else {}
+            print(f"{name:26}{total:6.1f}   " + "  ".join(f"{part} {spent:.1f}" for part, spent in (of | rest).items()))
+    print(f"largest {worst:.1f}, goal {GOAL:.0f}: {'met' if worst <= GOAL else 'missed'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""What a launch passes to a kernel: parameters in the kernel's order, strides and offsets of any size."""
+
+import mmap
+import struct
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import flash_attn_mps
+from flash_attn_mps.metal import compiler, launch, specialization
+from flash_attn_mps.metal.specialization import Variant
+from flash_attn_mps.problem import AttentionProblem, Result
+from tests.metal_host import compile_shader, observe
+
+from .calls import Spec, draw, int32
+from .test_values import KERNELS
+
+PARAMS = Path(flash_attn_mps.__file__).with_name("kernels") / "params.metal"
+KERNEL = ("attention_forward", Variant(8, 2, 8, False))
+
+
+def passed(problem: AttentionProblem) -> tuple[tuple, dict]:
+    """The arguments of the kernel, by position and by name."""
+    kernel = mock.Mock()
+    with mock.patch.object(compiler, "kernel", return_value=kernel):
+        launch.run(problem, *KERNEL)
+    return kernel.call_args
+
+
+def as_the_kernel_reads(values: list[int], names: list[str]) -> dict[str, int]:
+    """values[name] for each name, looked up by the Metal source's own enumeration."""
+    lines = " ".join(f"out[{i}] = p[{name}];" for i, name in enumerate(names))
+    library = compile_shader(
+        f"#include <metal_stdlib>\nusing namespace metal;\n{PARAMS.read_text()}\n"
+        f"kernel void probe(constant long* p [[buffer(0)]], device long* out [[buffer(1)]]) {{ {lines} }}"
+    )
+    out = torch.zeros(len(names), dtype=torch.int64)
+    library.probe(values, out, threads=1)
+    return dict(zip(names, out.tolist(), strict=True))
+
+
+def bits(x: float) -> int:
+    return struct.unpack("<i", struct.pack("<f", x))[0]
+
+
+def test_parameters_are_what_their_names_say():
+    """Every value of this call is another number, so none can stand in another's place."""
+    memory = torch.zeros(10_000)
+    q = memory.as_strided((2, 11, 6, 8), (701, 61, 9, 1))
+    k = memory.as_strided((2, 13, 3, 8), (703, 51, 10, 1))
+    v = memory.as_strided((2, 13, 3, 16), (705, 52, 17, 1))
+    mask = torch.zeros(10_000, dtype=torch.bool).as_strided((2, 6, 11, 13), (801, 131, 19, 4))
+    dense = AttentionProblem(
+        q, k, v, 2, 11, 13, 0.3, 5, 7, softcap=1.7, alibi_slopes=torch.zeros(2, 6), mask=mask, want_lse=True
+    )
+    of_dense = {
+        "SEQLEN_Q": 11,
+        "SEQLEN_K": 13,
+        "BATCH": 2,
+        "GROUP": 2,
+        **{"Q_BATCH": 701, "Q_ROW": 61, "Q_HEAD": 9},
+        **{"K_BATCH": 703, "K_ROW": 51, "K_HEAD": 10},
+        **{"V_BATCH": 705, "V_ROW": 52, "V_HEAD": 17},
+        **{"O_BATCH": 11 * 6 * 16, "O_ROW": 6 * 16, "O_HEAD": 16},
+        **{"LSE_BATCH": 66, "LSE_HEAD": 11},
+        **{"LEFT": 5, "RIGHT": 7, "SCALE": bits(0.3), "SOFTCAP": bits(1.7), "ALIBI_BATCH": 6},
+        **{"PAGE_SIZE": 0, "TABLE_ROW": 0},
+        **{"MASK_BATCH": 801, "MASK_HEAD": 131, "MASK_ROW": 19, "MASK_COLUMN": 4},
+    }
+    packed = AttentionProblem(
+        q[0],
+        memory.as_strided((4, 13, 3, 8), (703, 51, 10, 1)),
+        memory.as_strided((4, 13, 3, 16), (705, 52, 17, 1)),
+        1,
+        11,
+        13,
+        0.3,
+        cu_seqlens_q=int32([0, 11]),
+        seqused_k=int32([13]),
+        block_table=torch.zeros(1, 5, dtype=torch.int32),
+        want_lse=True,
+    )
+    of_packed = {
+        **of_dense,
+        **{"BATCH": 1, "Q_BATCH": 0, "O_BATCH": 0, "LSE_BATCH": 0, "LSE_HEAD": 11, "LEFT": -1, "RIGHT": -1},
+        **{"SOFTCAP": 0, "ALIBI_BATCH": 0, "PAGE_SIZE": 13, "TABLE_ROW": 5},
+        **dict.fromkeys(("MASK_BATCH", "MASK_HEAD", "MASK_ROW", "MASK_COLUMN"), 0),
+    }
+    assert specialization.parameters() == tuple(of_dense)
+    for problem, expected in ((dense, of_dense), (packed, of_packed)):
+        values = passed(problem).args[5]
+        assert len(values) == len(expected)
+        assert as_the_kernel_reads(values, list(expected)) == expected
+
+
+def test_optional_buffers_arrive_in_the_order_of_their_names():
+    call = draw(Spec([(5, 9), (5, 7)], storage="cache", alibi="BH", sinks=True, mask="bool", scale=torch.tensor(0.5)))
+    p = call.problem
+    expected = [p.seqused_k, p.kv_batch_idx, p.leftpad_k, p.alibi_slopes, p.sinks, p.mask, p.softmax_scale]
+    given = passed(p).args[6:]
+    assert len(given) == len(expected)
+    assert all(a is b for a, b in zip(given, expected, strict=True))
+
+
+@pytest.fixture(scope="module")
+def far_memory():
+    """fp16 memory of more than 2 ** 31 elements, of which the system provides the pages that are touched."""
+    size = 2 * ((1 << 31) + (1 << 20))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.float16)
+    return memory
+
+
+def far(memory, x, axis, base):
+    """x in `memory`, with its entries along `axis` (of length 2) more than 2 ** 31 elements apart."""
+    strides = list(x.contiguous().stride())
+    strides[axis] = (1 << 31) + 1024
+    view = memory.as_strided(x.shape, strides, base)
+    view.copy_(x)
+    return view
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "row", "head"])
+@pytest.mark.parametrize("operand", ["q", "k", "v", "out"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_offsets_beyond_2_to_the_31(kernel, operand, axis, far_memory):
+    call = draw(Spec([(2, 2)] * 2, (16, 16), torch.float16, heads=(2, 2)))
+    p = call.problem
+    if operand != "out":
+        setattr(p, operand, far(far_memory, getattr(p, operand), axis, 0))
+        call.check(launch.run(p, *kernel))
+        return
+    # Outputs are contiguous; so large a one is stood in for by one that is far apart.
+    result = torch.full(p.out_shape, -7.0, dtype=torch.float16)
+    out = far(far_memory, result, axis, 0)
+    compiled = compiler.kernel
+
+    def with_far_out(asked):
+        def call_kernel(*arguments, **how):
+            arguments = list(arguments)
+            arguments[3] = out
+            names = specialization.parameters()
+            for name, stride in zip(("O_BATCH", "O_ROW", "O_HEAD"), out.stride(), strict=False):
+                arguments[5][names.index(name)] = stride
+            compiled(asked)(*arguments, **how)
+
+        return call_kernel
+
+    with mock.patch.object(compiler, "kernel", with_far_out):
+        lse = launch.run(p, *kernel).lse
+    call.check(Result(out.contiguous(), lse))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_pages_beyond_2_to_the_31(kernel, far_memory):
+    call = draw(Spec([(3, 9), (2, 16)], (16, 16), torch.float16, storage="paged", page_size=16))
+    p = call.problem
+    for name, base in (("k", 0), ("v", 1 << 16)):
+        near = getattr(p, name)  # 4 pages: two of them far, at places that overlap with the near ones nowhere
+        stride = 16 * 2 * 16
+        view = far_memory.as_strided(near.shape, (stride, *near.stride()[1:]), (1 << 31) + base)
+        view.copy_(near)
+        page = far_memory.as_strided(((1 << 31) // stride + 200, *near.shape[1:]), (stride, *near.stride()[1:]), base)
+        setattr(p, name, page)
+    used = p.block_table < 1 << 30
+    p.block_table[used] += (1 << 31) // (16 * 2 * 16)
+    call.check(launch.run(p, *kernel))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_masks_beyond_2_to_the_31(kernel, far_memory):
+    call = draw(Spec([(2, 9)] * 2, (16, 16), torch.float16, heads=(2, 2), mask="same"))
+    call.problem.mask = far(far_memory, call.problem.mask, 2, 0)
+    call.check(launch.run(call.problem, *kernel))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_last_dimensions_of_stride_zero(kernel):
+    call = draw(Spec([(9, 20)], (16, 16), torch.float16))
+    p = call.problem
+    p.q, p.k = (t[..., :1].expand(t.shape) for t in (p.q, p.k))
+    (s,) = call.sequences
+    s.q, s.k = (t[..., :1].expand(t.shape) for t in (s.q, s.k))
+    with observe():
+        call.check(launch.run(p, *kernel))
+
+
+@pytest.mark.parametrize("offset", range(1, 9))
+def test_every_storage_offset(offset):
+    """Rows aligned to 2, 4, 8 or 16 bytes: vectors of the width that the offset of each operand leaves."""
+    call = draw(Spec([(9, 20)], (32, 64), torch.float16))
+    p = call.problem
+    for n, name in enumerate("qkv"):
+        near = getattr(p, name)
+        memory = torch.full((near.numel() + 16,), float("nan"), dtype=near.dtype)
+        view = memory[(place := offset if n == offset % 3 else 0) : place + near.numel()].view(near.shape)
+        setattr(p, name, view.copy_(near))
+    with observe():
+        call.check(launch.run(p, *KERNEL))
+
+
+def test_many_sequences_in_one_launch():
+    """The tiles of 150 sequences, many of them empty, are found by search: each query is written once and right."""
+    lengths = [(n * n % 23 if n % 3 else 0, n * 7 % 31) for n in range(150)]
+    for kernel in KERNELS:
+        call = draw(Spec(lengths, (16, 16), torch.float16, storage="varlen", window=(-1, 0)))
+        with observe() as launches:
+            result = launch.run(call.problem, *kernel)
+        assert len(launches) == 1
+        call.check(result)

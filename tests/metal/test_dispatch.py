@@ -1,0 +1,252 @@
+"""Which tier serves a call, what happens where a kernel does not compile, and what is compiled at all."""
+
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+
+from flash_attn_mps import dispatch, trace
+from flash_attn_mps.interface import flash_attn_func, flash_attn_varlen_func
+from flash_attn_mps.metal import compiler
+from flash_attn_mps.metal.specialization import Specialization, Variant
+from tests.attention import oracle
+from tests.attention.layouts import laid_out, randn
+from tests.attention.rule import assert_within_rule
+from tests.attention.test_varlen import cumulative
+from tests.metal_host import compile_shader, observe
+
+
+@pytest.fixture(autouse=True)
+def _forgetful():
+    """Kernels and warnings of other tests are forgotten, and so are those of these tests."""
+    compiler.clear()
+    dispatch._unknown.clear()
+    yield
+    compiler.clear()
+    dispatch._unknown.clear()
+
+
+@pytest.fixture
+def qkv():
+    return [torch.randn(1, 20, 2, 16) for _ in range(3)]
+
+
+def served_by(monkeypatch, *qkv, **how):
+    """(the tier that serves flash_attn_func, its launches)."""
+    monkeypatch.setattr(trace, "enabled", True)
+    monkeypatch.setattr(trace, "calls", trace.Counter())
+    with observe(instrumented=False) as launches:
+        out = flash_attn_func(*qkv, **how)
+    exact, plain = oracle.dense(*(x.double() for x in qkv), **how).out, oracle.dense(*qkv, **how).out
+    assert_within_rule("out", out, plain, exact)
+    (call,) = trace.calls
+    return call.tier, [launch.kernel for launch in launches]
+
+
+@pytest.mark.parametrize(
+    ("force", "tier", "kernels"),
+    [
+        (None, "simdgroup", ["attention_forward"]),
+        ("auto", "simdgroup", ["attention_forward"]),
+        ("simdgroup", "simdgroup", ["attention_forward"]),
+        ("SIMDGROUP", "simdgroup", ["attention_forward"]),
+        ("scalar", "scalar", ["attention_scalar"]),
+        ("torch", "torch", []),
+    ],
+)
+def test_the_variable_forces_a_tier(force, tier, kernels, qkv, monkeypatch):
+    if force is None:
+        monkeypatch.delenv("MTLFLASHATTN_KERNEL", raising=False)
+    else:
+        monkeypatch.setenv("MTLFLASHATTN_KERNEL", force)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert served_by(monkeypatch, *qkv, causal=True) == (tier, kernels)
+
+
+@pytest.mark.parametrize("force", ["simdgroup", "scalar"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dropout_p": 0.1}, "dropout_p"),
+        ({"head_dim": 264}, "head_dim above 256"),
+        ({"requires_grad": True}, "gradients are needed"),
+        ({"seqlen_k": 0}, "there are no scores"),
+    ],
+    ids=str,
+)
+def test_a_force_that_cannot_serve_says_why(force, change, reason, monkeypatch):
+    monkeypatch.setenv("MTLFLASHATTN_KERNEL", force)
+    q = torch.randn(1, 9, 2, change.get("head_dim", 16), requires_grad="requires_grad" in change)
+    k = torch.randn(1, change.get("seqlen_k", 9), 2, change.get("head_dim", 16))
+    with pytest.raises(NotImplementedError, match=f"{force}: .*{reason}"):
+        flash_attn_func(q, k, k, dropout_p=change.get("dropout_p", 0.0))
+
+
+def test_a_force_is_an_error_on_other_devices(monkeypatch, qkv):
+    monkeypatch.setenv("MTLFLASHATTN_KERNEL", "simdgroup")
+    monkeypatch.setattr(compiler, "device_types", frozenset({"mps"}))
+    with pytest.raises(NotImplementedError, match="simdgroup: tensors are on cpu"):
+        flash_attn_func(*qkv)
+
+
+def test_an_unknown_value_warns_once_and_counts_as_auto(qkv, monkeypatch):
+    monkeypatch.setenv("MTLFLASHATTN_KERNEL", "fastest")
+    with pytest.warns(
+        UserWarning, match="MTLFLASHATTN_KERNEL=fastest is not known.*simdgroup, scalar, torch, auto"
+    ) as caught:
+        tiers = [served_by(monkeypatch, *qkv)[0] for _ in range(3)]
+    assert tiers == ["simdgroup"] * 3
+    assert len(caught) == 1
+
+
+def refused_when_compiled(_source):
+    raise SyntaxError("Failed to create metal library, error: program_source:1:1: error: unknown type name 'bfloat'")
+
+
+def refused_as_pipeline(_source):
+    """A library whose functions make no pipeline: torch raises RuntimeError when one is looked up."""
+    library = mock.MagicMock()
+    type(library).attention_forward = mock.PropertyMock(
+        side_effect=RuntimeError("Failed to create pipeline state object, error: too much threadgroup memory")
+    )
+    return library
+
+
+@pytest.mark.parametrize("refuse", [refused_when_compiled, refused_as_pipeline])
+def test_a_kernel_that_does_not_compile_is_replaced(refuse, qkv, monkeypatch):
+    """Right results by another tier, one warning that says what to report, and no second attempt."""
+    compile_ = mock.Mock(side_effect=refuse)
+    monkeypatch.setattr(compiler, "compile_shader", compile_)
+    monkeypatch.setattr(dispatch, "TIERS", (dispatch.simdgroup, dispatch.reference))
+    with pytest.warns(RuntimeWarning, match="attention_forward did not compile") as caught:
+        tiers = [served_by(monkeypatch, *qkv, causal=True) for _ in range(3)]
+        longer = [torch.randn(1, 50, 2, 16) for _ in range(3)]
+        tiers.append(served_by(monkeypatch, *longer, causal=True))
+    assert tiers == [("torch", [])] * 4
+    assert compile_.call_count == 1
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert "report" in text
+    assert "Failed to create" in text
+    with warnings.catch_warnings():  # another kernel is tried too, and fails in silence
+        warnings.simplefilter("error")
+        assert served_by(monkeypatch, *qkv) == ("torch", [])
+    assert compile_.call_count == 2
+
+
+def test_a_forced_kernel_that_does_not_compile_is_an_error(qkv, monkeypatch):
+    monkeypatch.setenv("MTLFLASHATTN_KERNEL", "simdgroup")
+    monkeypatch.setattr(compiler, "compile_shader", refused_when_compiled)
+    with (
+        pytest.warns(RuntimeWarning, match="did not compile"),
+        pytest.raises(NotImplementedError, match="simdgroup: its kernel does not compile"),
+    ):
+        flash_attn_func(*qkv)
+
+
+def test_errors_that_are_no_compiler_s_are_not_swallowed(qkv, monkeypatch):
+    monkeypatch.setattr(compiler, "compile_shader", mock.Mock(side_effect=KeyError("a mistake of ours")))
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        flash_attn_func(*qkv)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """The sources that are compiled during a test. They are not run."""
+    sources = []
+
+    def compile_(source):
+        sources.append(source)
+        return mock.Mock()
+
+    monkeypatch.setattr(compiler, "compile_shader", compile_)
+    return sources
+
+
+def test_lengths_strides_and_scales_compile_nothing_new(compilations):
+    for length in range(1, 200, 7):
+        for heads, batch in ((2, 1), (4, 3)):
+            for layout in ("contiguous", "transposed", "packed", "expanded"):
+                q = randn(batch, length, heads, 64, dtype=torch.float16, layout=layout)
+                k = randn(batch, 2 * length, 2, 64, dtype=torch.float16, layout=layout)
+                flash_attn_func(q, k, k, softmax_scale=1 / length)
+    assert len(compilations) == 1
+
+
+def test_batches_and_lengths_of_packed_calls_compile_nothing_new(compilations):
+    for sequences in (1, 2, 50):
+        for length in (1, 9, 64):
+            cu = cumulative([length] * sequences)
+            q = randn(sequences * length, 2, 64, dtype=torch.float16)
+            flash_attn_varlen_func(q, q, q, cu, cu, length, length)
+    assert len(compilations) == 1
+
+
+def test_masks_compile_one_kernel_for_each_side_that_is_closed(compilations):
+    """A side of the window that hides nothing counts as open: that makes four kernels, whatever the widths and lengths."""
+    for length in (1, 2, 5, 30, 100):
+        q = randn(1, length, 2, 64, dtype=torch.float16)
+        for left in (-1, 0, 3, 10, 60, 200):
+            for right in (-1, 0, 3, 10, 60, 200):
+                flash_attn_func(q, q, q, window_size=(left, right))
+    assert len(compilations) == 4
+
+
+def test_alignment_is_what_strides_may_change(compilations):
+    """Rows aligned to 2, 4, 8 or 16 bytes and better."""
+    storage = torch.zeros(1 << 16, dtype=torch.float16)
+    for offset in range(32):
+        q = storage[offset:].as_strided((1, 20, 2, 64), (2560, 128, 64, 1))
+        flash_attn_func(q, q, q)
+    assert len(compilations) == 4
+
+
+def test_kernels_that_are_kept_are_limited(compilations):
+    limit = compiler.kernel.cache_info().maxsize
+    assert limit is not None
+    assert 32 <= limit <= 1024
+    kind = Specialization(
+        "attention_forward",
+        "half",
+        0,
+        8,
+        8,
+        8,
+        False,
+        False,
+        False,
+        False,
+        (),
+        "bool",
+        "float",
+        Variant(8, 2, 8, False),
+    )
+    for head_dim in range(limit + 20):
+        compiler.kernel(kind._replace(head_dim=head_dim))
+    assert compiler.kernel.cache_info().currsize == limit
+
+
+def test_explain_gives_the_reasons_of_each_tier(qkv):
+    p = dispatch.AttentionProblem(*qkv, 1, 20, 20, 0.25, dropout_p=0.5)
+    reasons = dispatch.explain(p)
+    assert list(reasons) == ["simdgroup", "cpu", "torch"]
+    assert reasons["simdgroup"] == ["dropout_p"]
+    assert reasons["torch"] == []
+
+
+def test_results_do_not_depend_on_the_tier(monkeypatch):
+    """The same call by every tier, and strided: the tiers differ by rounding only."""
+    qkv = [laid_out(torch.randn(2, 33, 4, 24), "strided_last") for _ in range(3)]
+    results = []
+    for force in ("simdgroup", "scalar", "torch"):
+        monkeypatch.setenv("MTLFLASHATTN_KERNEL", force)
+        results.append(flash_attn_func(*qkv, causal=True, softcap=2.0, return_attn_probs=True))
+    for out, lse, _ in results[1:]:
+        torch.testing.assert_close(out, results[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse, results[0][1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_runner_is_in_place():
+    assert compiler.compile_shader is compile_shader
