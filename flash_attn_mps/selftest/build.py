@@ -57,7 +57,7 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
     if feature.alibi == "heads":
         slopes = slopes[:1].expand_as(slopes)
     sinks = randn(heads) if feature.sinks else None
-    scale = {"": case.head_dim**-0.5, "number": 0.15, "tensor": 0.1}[feature.scale]
+    scale = {"": case.head_dim**-0.5, "number": 0.15, "tensor": 0.125}[feature.scale]
     sequences = []
     for b, (seqlen_q, seqlen_k) in enumerate(feature.lengths):
         q, k = randn(seqlen_q, heads, case.head_dim).to(dtype), randn(seqlen_k, heads_k, case.head_dim).to(dtype)

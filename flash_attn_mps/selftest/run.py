@@ -63,8 +63,8 @@ def _judged(case: Case, built: Built, result: Result) -> Outcome:
         exact = built.out[b]
         if not out.numel():
             continue
-        # Probabilities and output are rounded once each to the dtype of v. All else is float32: scores of up to 20, whose
-        # exponentials a GPU gives to a few units in the last place.
+        # Probabilities and output are rounded once each to the dtype of v. All else is float32: scores of up to 20,
+        # whose exponentials a GPU gives to a few units in the last place.
         largest = max(1.0, exact.abs().max().item(), _largest(built.problem.v))
         share, where = _share(out.double(), exact, 2 * torch.finfo(dtype).eps * largest + 2e-5)
         if share > worst:
