@@ -72,7 +72,7 @@ def tune(
     calls = {}
     p = _problem(key, device, *_LENGTHS[key.length])
     for variant in dict.fromkeys([default, *candidates]):
-        reason = _wrong(run(small, variant), exact, small)
+        reason = _refusal(functools.partial(run, small, variant), exact, small)
         if reason:
             refused[variant] = reason
             tick()
@@ -152,7 +152,12 @@ def _in_fp32(p: AttentionProblem) -> AttentionProblem:
     return replace(p, q=p.q.float().cpu(), k=p.k.float().cpu(), v=p.v.float().cpu())
 
 
-def _wrong(result: Result | None, exact: torch.Tensor, p: AttentionProblem) -> str | None:
+def _refusal(call: Callable[[], Result | None], exact: torch.Tensor, p: AttentionProblem) -> str | None:
+    """Why a variant takes no part, in words."""
+    try:
+        result = call()
+    except (RuntimeError, ValueError) as error:  # a pipeline that takes fewer threads than the variant has, say
+        return f"its launch fails ({error})"
     if result is None:
         return "it does not compile"
     error = (result.out.float().cpu() - exact).abs().max().item()

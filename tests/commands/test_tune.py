@@ -47,15 +47,18 @@ def test_a_wrong_or_uncompilable_variant_never_wins(metal):
     def run(p, variant):
         if variant == WIDE:
             return None
+        if variant == STAGED:
+            raise ValueError("Threadgroup size exceeds 512 limit")
         result = launch.run(p, "attention_forward", variant)
         if variant == SMALL:
             result.out[0, -1, 0, 0] += 0.05
         return result
 
     clock = Clock({DEFAULT: 3.0})
-    outcome = tune.tune(KEY, "cpu", clock, candidates=[SMALL, WIDE], run=run)
+    outcome = tune.tune(KEY, "cpu", clock, candidates=[SMALL, WIDE, STAGED], run=run)
     assert outcome.winner.variant == DEFAULT
     assert outcome.refused[WIDE] == "it does not compile"
+    assert outcome.refused[STAGED] == "its launch fails (Threadgroup size exceeds 512 limit)"
     assert "off by 0.05" in outcome.refused[SMALL]
 
 
