@@ -56,6 +56,7 @@ def default(element_bytes: int, head_dim: int, head_dim_v: int) -> Variant:
     return next(variant for variant in candidates if fits(variant, element_bytes, head_dim, head_dim_v))
 
 
+_SHORT, _MEDIUM = store.LENGTHS["short"], store.LENGTHS["medium"]
 _chosen: dict[tuple, Variant] = {}  # by class of calls
 _stored: dict[store.Key, store.Winner] | None = None  # None: the file has not been read
 
@@ -65,9 +66,9 @@ def chosen(p: AttentionProblem) -> Variant:
 
     Raises `NotImplementedError` where `MTLFLASHATTN_VARIANT` names one that these head dims do not allow.
     """
-    queries = p.max_seqlen_q
-    length = (queries > store.LENGTHS["short"]) + (queries > store.LENGTHS["medium"])
-    call = (p.q.dtype, p.q.shape[-1], p.v.shape[-1], length, p.window_left >= 0, p.window_right >= 0)
+    q, queries = p.q, p.max_seqlen_q
+    length = 0 if queries <= _SHORT else 1 if queries <= _MEDIUM else 2
+    call = (q.dtype, q.shape[-1], p.v.shape[-1], length, p.window_left >= 0, p.window_right >= 0)
     variant = _chosen.get(call)
     if variant is None:
         variant = _chosen[call] = _choose(p)
