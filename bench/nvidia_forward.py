@@ -27,8 +27,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from flash_attn_mps import problem
-from flash_attn_mps.metal import compiler, launch
-from flash_attn_mps.metal.specialization import Variant
+from flash_attn_mps.metal import launch
+from flash_attn_mps.metal.specialization import Specialization, Variant
 from flash_attn_mps.metal.variants import fits
 from tests.metal_host import nvidia
 
@@ -74,23 +74,9 @@ def described(dtype: str, head_dim: int, mask: str, q, k, v) -> problem.Attentio
     return problem.dense(q, k, v, scoring)
 
 
-class _Stop(Exception):
-    """Carries a specialization out of a launch that is not made."""
-
-
-def specialization(p: problem.AttentionProblem, variant: Variant):
-    def stop(spec):
-        raise _Stop(spec)
-
-    before, compiler.device_types = compiler.device_types, frozenset({"cpu"})
-    kernel, compiler.kernel = compiler.kernel, stop
-    try:
-        launch.run(p, "attention_forward", variant)
-    except _Stop as stopped:
-        return stopped.args[0]
-    finally:
-        compiler.device_types, compiler.kernel = before, kernel
-    raise AssertionError("the launch asked for no kernel")
+def specialization(p: problem.AttentionProblem, variant: Variant) -> Specialization:
+    buffers = launch.optional_buffers(p)
+    return launch.specialize(p, p.q, p.k, p.v, buffers, "attention_forward", variant)
 
 
 def shape_of(variant: Variant) -> str:
@@ -205,7 +191,7 @@ def median_ms(launches: dict[str, object], rounds: int = 5) -> dict[str, float]:
 
 def our_launch(kernel: Kernel, variant: Variant, p, out, lse):
     rows = variant.rows * variant.simdgroups
-    values = torch.tensor(launch._parameters(p, p.q, p.k, p.v, out), dtype=torch.int64, device="cuda")
+    values = torch.tensor(launch.parameters(p, p.q, p.k, p.v, out), dtype=torch.int64, device="cuda")
     buffers = [p.q, p.k, p.v, out, lse, values]
     if p.cu_seqlens_q is None:
         tiles, batch = -(-p.max_seqlen_q // rows), p.batch
