@@ -9,6 +9,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from .problem import AttentionProblem
+from .tables import aligned
 
 
 class Call(NamedTuple):
@@ -59,11 +60,8 @@ def _mask(p: AttentionProblem) -> str:
 def table() -> str:
     """The counts as lines of text, most frequent first."""
     head = (*(f.replace("_", " ") for f in Call._fields), "calls")
-    rows = [head, *((*map(str, call), str(count)) for call, count in calls.most_common())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    rows = [head, *((*call, count) for call, count in calls.most_common())]
+    return aligned(rows)
 
 
 def _print_at_exit() -> None:

@@ -25,19 +25,34 @@ compile_shader: Callable[[str], Any] = _from_torch
 device_types: frozenset[str] = frozenset({"mps"})
 
 
+failures: dict[Specialization, str] = {}  # what did not compile, and the compiler's log
+
+
+def unavailable(device: str) -> str | None:
+    """Why no Metal kernel can run on `device`, in words; None if one can."""
+    kind = torch.device(device).type
+    if kind not in device_types:
+        return f"Metal kernels run on {', '.join(sorted(device_types))}, not on {kind}"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return "torch has no MPS device on this machine"
+    return None
+
+
 @functools.lru_cache(maxsize=_CACHED)
 def kernel(specialization: Specialization) -> Any | None:
     """The compiled kernel, or None, after a warning, where this machine's Metal does not take it."""
     try:
         return getattr(compile_shader(specialization.source()), specialization.entry)
     except (SyntaxError, RuntimeError) as error:
+        failures[specialization] = str(error).strip()
         _warn_once(specialization, error)
         return None
 
 
 def clear() -> None:
-    """Forget all kernels, and that warnings were given."""
+    """Forget all kernels, failures, and that warnings were given."""
     kernel.cache_clear()
+    failures.clear()
     _warned.clear()
 
 

@@ -6,9 +6,9 @@ from ..problem import AttentionProblem, Result
 from . import launch, variants
 
 name = "simdgroup"
+ENTRY = "attention_forward"
 refuse = launch.refuse
 
 
 def run(p: AttentionProblem) -> Result | None:
-    variant = variants.default(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
-    return launch.run(p, "attention_forward", variant)
+    return launch.run(p, ENTRY, variants.chosen(p))

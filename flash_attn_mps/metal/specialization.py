@@ -40,6 +40,10 @@ class Variant(NamedTuple):
     keys: int  # keys of a block: a multiple of 8
     staged: bool  # do the simdgroups of a group share their keys through threadgroup memory?
 
+    def __str__(self) -> str:
+        """Like "16x4x32-direct", as `MTLFLASHATTN_VARIANT` takes it."""
+        return f"{self.rows}x{self.simdgroups}x{self.keys}-{'staged' if self.staged else 'direct'}"
+
 
 class Specialization(NamedTuple):
     """Everything that the compiled code depends on."""
@@ -114,6 +118,11 @@ class Specialization(NamedTuple):
 @functools.cache
 def _text(name: str) -> str:
     return (_KERNELS / f"{name}.metal").read_text(encoding="ascii")
+
+
+def sources() -> list[tuple[str, str]]:
+    """Name and text of every source that some kernel is made of."""
+    return [(name, _text(name)) for name in dict.fromkeys(name for names in _SOURCES.values() for name in names)]
 
 
 @functools.cache

@@ -1,13 +1,16 @@
-"""Which variant of the tiled kernel a call gets."""
+"""Which variant of the tiled kernel a call gets: the one that is forced, or stored by `tune`, or this GPU's default."""
 
 from __future__ import annotations
 
 import functools
-import re
-import subprocess
+import os
 
+from ..problem import AttentionProblem
+from . import gpu, store
 from .specialization import Variant
 
+FORCE = "MTLFLASHATTN_VARIANT"
+TUNE = "MTLFLASHATTN_TUNE"
 MAX_THREADGROUP_BYTES = 32 << 10
 
 
@@ -45,7 +48,7 @@ def threadgroup_bytes(variant: Variant, element_bytes: int, head_dim: int, head_
 def default(element_bytes: int, head_dim: int, head_dim_v: int) -> Variant:
     """What should do well on this machine's GPU generation (Apple M1 and M2: staged; later ones: direct)."""
     wide = max(head_dim, head_dim_v)
-    staged = generation() in (1, 2)
+    staged = gpu.generation() in (1, 2)
     rows = 16 if wide <= 64 and element_bytes == 2 else 8
     keys = 32 if wide <= 128 else 16
     preferred = Variant(rows, 4, keys, staged)
@@ -53,14 +56,61 @@ def default(element_bytes: int, head_dim: int, head_dim_v: int) -> Variant:
     return next(variant for variant in candidates if fits(variant, element_bytes, head_dim, head_dim_v))
 
 
-@functools.cache
-def generation() -> int:
-    """The number in "Apple M3 Max"; 0 where there is none to be found."""
-    try:
-        brand = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5, check=False
-        ).stdout
-    except OSError:
-        return 0
-    found = re.search(r"Apple M(\d+)", brand)
-    return int(found.group(1)) if found else 0
+_SHORT, _MEDIUM = store.LENGTHS["short"], store.LENGTHS["medium"]
+_chosen: dict[tuple, Variant] = {}  # by class of calls
+_stored: dict[store.Key, store.Winner] | None = None  # None: the file has not been read
+
+
+def chosen(p: AttentionProblem) -> Variant:
+    """The variant for `p`: one dictionary look-up but for the first call of a class.
+
+    Raises `NotImplementedError` where `MTLFLASHATTN_VARIANT` names one that these head dims do not allow.
+    """
+    q, queries = p.q, p.max_seqlen_q
+    length = 0 if queries <= _SHORT else 1 if queries <= _MEDIUM else 2
+    call = (q.dtype, q.shape[-1], p.v.shape[-1], length, p.window_left >= 0, p.window_right >= 0)
+    variant = _chosen.get(call)
+    if variant is None:
+        variant = _chosen[call] = _choose(p)
+    return variant
+
+
+def forget() -> None:
+    """Choose anew from now on: the environment, or what is stored, has changed."""
+    global _stored
+    _chosen.clear()
+    _stored = None
+
+
+def _choose(p: AttentionProblem) -> Variant:
+    global _stored
+    shape = (p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
+    if wanted := os.environ.get(FORCE):
+        return _forced(wanted, shape)
+    if _stored is None:
+        _stored = store.load()
+    key = store.key_of(p)
+    fitting = set(all_variants(*shape))
+    # A class that was not tuned is closest to the one with a simpler mask.
+    for mask in store.MASKS[store.MASKS.index(key.mask) :: -1]:
+        winner = _stored.get(key._replace(mask=mask))
+        if winner is not None and winner.variant in fitting:
+            return winner.variant
+    if key.length == "long" and os.environ.get(TUNE, "").lower() == "auto":
+        from . import tune
+
+        winner = tune.briefly(p)
+        _stored[key] = winner
+        return winner.variant
+    return default(*shape)
+
+
+def _forced(text: str, shape: tuple[int, int, int]) -> Variant:
+    fitting = all_variants(*shape)
+    variant = next((variant for variant in fitting if str(variant) == text.replace(" ", "").lower()), None)
+    if variant is None:
+        raise NotImplementedError(
+            f"{FORCE}={text} is no variant for head dims {shape[1]} and {shape[2]} of {shape[0]} bytes; "
+            f"there are {', '.join(map(str, fitting))}"
+        )
+    return variant

@@ -5,6 +5,7 @@ import os
 import platform
 import site
 import sys
+import warnings
 from importlib import import_module, metadata
 
 import flash_attn_shim
@@ -12,7 +13,12 @@ from flash_attn_shim import policy
 
 _HOOK_FILES = ("mtlflashattn.pth", "mtlflashattn.start")
 _UF_HIDDEN = 0x8000  # macOS: stat.UF_HIDDEN, absent from `stat` elsewhere
-_SWITCHES = (policy.SWITCH, policy.MODULES, policy.TRANSFORMERS, "MTLFLASHATTN_TRACE")
+_SWITCHES = (
+    policy.SWITCH,
+    policy.MODULES,
+    policy.TRANSFORMERS,
+    *(f"MTLFLASHATTN_{name}" for name in ("TRACE", "KERNEL", "VARIANT", "TUNE", "CACHE")),
+)
 
 
 def everything():
@@ -96,7 +102,22 @@ def _attention():
     for name, reasons in refusals.items():
         if reasons:
             found[f"tier {name} is out"] = "; ".join(reasons)
+    found["tuned variants"] = _tuned()
     return found
+
+
+def _tuned():
+    """How many classes of calls `mtlflashattn tune` has settled here, or why its file does not count."""
+    from flash_attn_mps.metal import store
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        winners = store.load()
+    if caught:
+        return str(caught[0].message)
+    return (
+        f"for {len(winners)} classes of calls, in {store.path()}" if winners else "none: `mtlflashattn tune` finds some"
+    )
 
 
 def _libraries(status):

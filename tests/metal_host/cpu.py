@@ -6,7 +6,9 @@ import ctypes
 import ctypes.util
 import json
 import mmap
+import platform
 import sys
+import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +20,8 @@ from .frontend import Unit
 
 FAST_STACK = 128 << 10
 _RUNTIME_FLAGS = ["-std=gnu11", "-O2", "-fPIC", "-ffreestanding", "-fno-stack-protector", "-fno-optimize-sibling-calls"]
-_FAST = ["-O2", "-fno-optimize-sibling-calls"]
+# Metal lets a vector be read where its elements are aligned; x86 would trap on a stricter assumption.
+_FAST = ["-O2", "-fno-optimize-sibling-calls", "-fmax-type-align=1"]
 # One callback for each access as the source has it: no vectors of the optimiser's, no access left out.
 _INSTRUMENTED = [
     *(
@@ -36,25 +39,19 @@ _INSTRUMENTED = [
         "-mllvm",
         "-tsan-instrument-read-before-write=1",
     ),
-    *("-fsanitize=array-bounds", "-fsanitize-recover=array-bounds"),
+    *("-fsanitize=array-bounds", "-fsanitize-recover=array-bounds", "-fmax-type-align=8"),
 ]
 
 
 def link(objects: list[Path], output: Path) -> None:
-    if sys.platform == "darwin":
-        toolchain.run(
-            [
-                "cc",
-                *toolchain.target(),
-                "-shared",
-                "-Wl,-undefined,dynamic_lookup",
-                "-o",
-                str(output),
-                *map(str, objects),
-            ]
-        )
+    """A shared library that finds the runtime's and the C library's symbols when it is loaded."""
+    names = [str(o) for o in objects]
+    if sys.platform == "darwin":  # zig's linker signs, as macOS on arm64 demands
+        target = f"{platform.machine().replace('arm64', 'aarch64')}-macos"
+        shared = ["-target", target, "-shared", "-Wl,-undefined,dynamic_lookup"]
+        toolchain.run(["cc", *shared, "-o", str(output), *names])
     else:
-        toolchain.run(["ld.lld", "-shared", "--hash-style=gnu", "-Bsymbolic", "-o", str(output), *map(str, objects)])
+        toolchain.run(["ld.lld", "-shared", "--hash-style=gnu", "-Bsymbolic", "-o", str(output), *names])
 
 
 def _compile_c(name: str, output: Path) -> None:
@@ -114,6 +111,7 @@ class Compiled:
     entry: int
     max_threads: int
     variables: list[abi.ThreadgroupRecord]
+    constants: tuple[int, int]  # addresses of the source's tables
     sites: sites.Sites | None
 
     @property
@@ -155,12 +153,18 @@ def compile_unit(unit: Unit, host_names: list[str], instrumented: bool) -> dict[
     return _load(unit, path, entries, instrumented)
 
 
+def _extent(library: ctypes.CDLL, function: str) -> tuple[int, int]:
+    """What runtime/table.c says: the first address and the one behind the last."""
+    first, last = ctypes.c_void_p(), ctypes.c_void_p()
+    library.__getattr__(function)(ctypes.byref(first), ctypes.byref(last))
+    return first.value or 0, last.value or 0
+
+
 def _load(unit: Unit, path: Path, entries: dict[str, str], instrumented: bool) -> dict[str, Compiled]:
     library = ctypes.CDLL(str(path))
-    first, last = ctypes.c_void_p(), ctypes.c_void_p()
-    library.__getattr__("__mh_records")(ctypes.byref(first), ctypes.byref(last))
-    count = ((last.value or 0) - (first.value or 0)) // ctypes.sizeof(abi.ThreadgroupRecord)
-    records = (abi.ThreadgroupRecord * count).from_address(first.value) if count else []
+    first, last = _extent(library, "__mh_records")
+    count = (last - first) // ctypes.sizeof(abi.ThreadgroupRecord)
+    records = (abi.ThreadgroupRecord * count).from_address(first) if count else []
     table = sites.Sites(library, json.loads((path.parent / "sites.json").read_text())) if instrumented else None
     compiled = {}
     for host_name, symbol in entries.items():
@@ -172,6 +176,7 @@ def _load(unit: Unit, path: Path, entries: dict[str, str], instrumented: bool) -
             entry=ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value or 0,
             max_threads=ctypes.c_uint32.in_dll(library, f"{symbol}_max_threads").value,
             variables=[r for r in records if unit.variables[r.number].kernel == kernel.name],
+            constants=_extent(library, "__mh_constants"),
             sites=table,
         )
     return compiled
@@ -180,8 +185,17 @@ def _load(unit: Unit, path: Path, entries: dict[str, str], instrumented: bool) -
 def launch(compiled: Compiled, addresses: dict[int, int], shape: Shape, seed: int) -> abi.Counters:
     """Run a kernel of the fast build: addresses maps buffer indices to memory."""
     request = prepare(compiled, addresses, shape, seed)
-    runtime().__getattr__("__mh_launch")(ctypes.byref(request))
+    run(request)
     return request.counters
+
+
+_running = threading.Lock()
+
+
+def run(request: abi.Launch) -> None:
+    """One launch at a time: the runtime has one set of fibers, and ctypes lets other Python threads go on."""
+    with _running:
+        runtime().__getattr__("__mh_launch")(ctypes.byref(request))
 
 
 def prepare(compiled: Compiled, addresses: dict[int, int], shape: Shape, seed: int) -> abi.Launch:

@@ -23,7 +23,7 @@ class Fault:
     """One thing that an instrumented launch found.
 
     kind: "race", "out of bounds", "uninitialised", "divergent barrier", "divergent simdgroup operation",
-        "inactive lane", or "index".
+        "inactive lane", "index", or "misaligned".
     file, line: where in the source; other_line: the other access of a race, 0 where there is none.
     message: one sentence with memory, thread, threadgroup and places.
     """

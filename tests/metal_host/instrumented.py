@@ -24,6 +24,7 @@ _KINDS = {
     5: "divergent simdgroup operation",
     6: "inactive lane",
     7: "index",
+    8: "misaligned",
 }
 _OPERATIONS = {
     1: "shuffle",
@@ -45,6 +46,7 @@ def launch(
     for variable in compiled.variables:
         start = variable.address
         regions.append(abi.Region(start, start + variable.size, abi.SPACES.index("threadgroup"), variable.number))
+    regions.append(abi.Region(*compiled.constants, abi.SPACES.index("constant"), abi.MAX_BUFFERS))
     regions.sort(key=lambda r: r.start)
     request = cpu.prepare(compiled, arena.addresses, shape, seed)
     request.regions = (abi.Region * len(regions))(*regions)
@@ -55,13 +57,12 @@ def launch(
         len(compiled.sites.lines),
     )
     request.allow_partial_collectives = allow_partial_collectives
-    runtime = cpu.runtime()
-    cell = runtime.__getattr__("__mh_shadow_bytes")()
+    cell = cpu.runtime().__getattr__("__mh_shadow_bytes")()
     size = sum((r.end - r.start) * cell for r in regions if r.space != abi.SPACES.index("constant"))
     with mmap.mmap(-1, size + mmap.PAGESIZE) as shadow:
         view = ctypes.c_char.from_buffer(shadow)
         request.shadow_memory, request.shadow_size = ctypes.addressof(view), size + mmap.PAGESIZE
-        runtime.__getattr__("__mh_launch")(ctypes.byref(request))
+        cpu.run(request)
         del view
     arena.copy_back()
     teller = Teller(compiled, bindings, regions)
@@ -157,6 +158,8 @@ class Teller:
             message = self._race(r, there)
         elif kind == "out of bounds":
             message = f"{self._access(r)} {self._outside(r)}, {self._at(r)}"
+        elif kind == "misaligned":
+            message = f"{self._access(r)} at address {r.address:#x}, no multiple of {min(r.size, 8)}, {self._at(r)}"
         elif kind == "uninitialised":
             message = (
                 f"{self._access(r)} {self._inside(r)}, which no thread of the threadgroup has written, {self._at(r)}"
@@ -202,6 +205,8 @@ class Teller:
     def _name(self, region: abi.Region) -> str:
         if abi.SPACES[region.space] == "threadgroup":
             return f"threadgroup '{self._unit.variables[region.id].name}'"
+        if region.id == abi.MAX_BUFFERS:
+            return "the source's constants"
         return f"{abi.SPACES[region.space]} '{self._bindings.name(region.id)}'"
 
     def _inside(self, r: abi.Report) -> str:

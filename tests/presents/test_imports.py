@@ -39,25 +39,6 @@ KERNEL_HELPERS = {
 
 # Not presented yet. Strict: who presents one takes it off this list.
 AWAITED = {
-    "flash_attn.flash_attn_interface": {
-        "_flash_attn_backward",
-        "_flash_attn_forward",
-        "_flash_attn_varlen_backward",
-        "_flash_attn_varlen_forward",
-        "_wrapped_flash_attn_backward",
-        "_wrapped_flash_attn_forward",
-        "_wrapped_flash_attn_varlen_backward",
-        "_wrapped_flash_attn_varlen_forward",
-        "FlashAttnFunc",
-        "FlashAttnKVPackedFunc",
-        "FlashAttnQKVPackedFunc",
-        "FlashAttnVarlenFunc",
-        "FlashAttnVarlenKVPackedFunc",
-        "FlashAttnVarlenQKVPackedFunc",
-        "flash_attn_gpu",
-        "maybe_contiguous",
-        "round_multiple",
-    },
     "flash_attn_interface": {
         "_flash_attn_backward",
         "_flash_attn_forward",

@@ -326,10 +326,12 @@ SMALL = {
         "if (i == 0) atomic_store_explicit(a, 1, memory_order_relaxed); if (i == 40) ((device int*)a)[0] = 2;",
         "race",
     ),
-    "a byte past an odd-sized buffer": ("o[g] = ((const device uchar*)in)[g == 3 ? 513 : 0];", "out of bounds"),
+    "a byte past an odd-sized buffer": ("o[g] = ((const device uchar*)in)[g == 3 ? 512 : 0];", "out of bounds"),
     "before the start of a buffer": ("o[g] = in[long(g) - 129];", "out of bounds"),
     "inside the storage, outside the view": ("o[g] = in[129];", "out of bounds"),
     "a vector across the end": ("o[g] = *(const device ulong*)((const device uchar*)in + 505);", "out of bounds"),
+    "a misaligned vector": ("o[g] = ((const device float2*)(in + 1))[0].x;", "misaligned"),
+    "a misaligned scalar": ("o[g] = *(const device float*)((const device uchar*)in + 2);", "misaligned"),
     "inline constants": ("o[g] = c[2];", "out of bounds"),
     "a threadgroup variable never written": ("o[g] = t[i];", "uninitialised"),
     "read-modify-write of what nobody wrote": ("t[i] += 1; o[g] = t[i];", "uninitialised"),
@@ -356,6 +358,7 @@ SMALL = {
         f"for (uint n = 0; n < 1 + i / 32; ++n) {TG_BARRIER} o[g] = 0;",
         "divergent barrier",
     ),
+    "clean tables in constant memory": ("o[g] = pick(i & 1 ? odd : even, i / 2 % 4) + i;", None),
     "a vote of some lanes": ("if (i & 1) o[g] = simd_any(true);", "divergent simdgroup operation"),
     "a reduction of some lanes": ("if (i & 1) o[g] = simd_sum(1.0f);", "divergent simdgroup operation"),
 }
@@ -364,7 +367,10 @@ SMALL = {
 @pytest.fixture(scope="module")
 def small_library():
     """All the small kernels in one source, each body on a line of its own."""
-    text = HEADER
+    text = (
+        f"{HEADER}constant float even[4] = {{0, 2, 4, 6}};\nconstant float odd[4] = {{1, 3, 5, 7}};\n"
+        "float pick(constant float* table, uint i) { return table[i]; }\n"
+    )
     lines = {}
     for number, (name, (body, _)) in enumerate(SMALL.items()):
         text += (

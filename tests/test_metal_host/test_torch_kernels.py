@@ -6,6 +6,7 @@ Code that runs on real Macs must run here, and give what attention is: this is h
 import itertools
 import math
 import struct
+import zlib
 from dataclasses import dataclass
 
 import pytest
@@ -53,7 +54,7 @@ class Problem:
     """Random inputs of a case, and its answer in float64."""
 
     def __init__(self, case: Case, device: str):
-        g = torch.Generator().manual_seed(hash(str(case)) % 1000)
+        g = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
         self.case = case
         heads_q, heads_k = case.heads
 

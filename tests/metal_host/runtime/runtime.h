@@ -49,6 +49,7 @@ enum mh_fault {
   MH_DIVERGENT_COLLECTIVE,
   MH_INACTIVE_LANE,
   MH_INDEX,
+  MH_MISALIGNED,
 };
 struct mh_report {
   uint32_t fault, kind;           // enum mh_fault; enum mh_kind where a collective is at fault

@@ -218,9 +218,16 @@ uint32_t __mh_lane_index(void) { return __mh_self.lane; }
 
 // The callbacks of -fsanitize=thread.
 #define SITE ((uint64_t)__builtin_return_address(0))
-#define CALLBACKS(n)                                                   \
-  void __tsan_read##n(void* p) { check((uint64_t)p, n, false, SITE); } \
-  void __tsan_write##n(void* p) { check((uint64_t)p, n, true, SITE); }
+static void aligned(uint64_t address, uint32_t size, bool write, uint64_t site) {
+  if (address & ((size < 8 ? size : 8) - 1)) {
+    struct mh_report* r = mh_new_report(MH_MISALIGNED, site, 0);
+    if (r) r->address = address, r->size = size, r->write = write;
+  }
+  check(address, size, write, site);
+}
+#define CALLBACKS(n)                                                     \
+  void __tsan_read##n(void* p) { aligned((uint64_t)p, n, false, SITE); } \
+  void __tsan_write##n(void* p) { aligned((uint64_t)p, n, true, SITE); }
 CALLBACKS(1)
 CALLBACKS(2)
 CALLBACKS(4)

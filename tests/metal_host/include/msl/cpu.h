@@ -75,9 +75,10 @@ inline __attribute__((always_inline)) uint __mh_lane() {
   inline float name(float x) { return __MH_TRANSCENDENTAL __mh_c_##name(x); } \
   }
 __MH_LIBM(acos)
-__MH_LIBM(acosh) __MH_LIBM(asin) __MH_LIBM(asinh) __MH_LIBM(atan) __MH_LIBM(atanh) __MH_LIBM(cos) __MH_LIBM(cosh)
-    __MH_LIBM(sin) __MH_LIBM(sinh) __MH_LIBM(tan) __MH_LIBM(tanh) __MH_LIBM(exp) __MH_LIBM(exp2) __MH_LIBM(log)
-        __MH_LIBM(log2) __MH_LIBM(log10)
+__MH_LIBM(acosh)
+__MH_LIBM(asin) __MH_LIBM(asinh) __MH_LIBM(atan) __MH_LIBM(atanh) __MH_LIBM(cos) __MH_LIBM(cosh) __MH_LIBM(sin)
+    __MH_LIBM(sinh) __MH_LIBM(tan) __MH_LIBM(tanh) __MH_LIBM(exp) __MH_LIBM(exp2) __MH_LIBM(log) __MH_LIBM(log2)
+        __MH_LIBM(log10)
 #undef __MH_LIBM
             extern "C" float __mh_c_atan2(float, float) __asm__(__MH_C_NAME(atan2f));
 extern "C" float __mh_c_pow(float, float) __asm__(__MH_C_NAME(powf));

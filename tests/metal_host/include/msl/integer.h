@@ -15,6 +15,10 @@
     __mh::ext<E, N> r;                                                                              \
     for (int i = 0; i < N; ++i) r[i] = name(E(x[i]), E(y[i]));                                      \
     return r;                                                                                       \
+  }                                                                                                 \
+  template <typename S, typename E, int N>                                                          \
+  inline __mh::ext<__mh::scalar_with<S, __mh::integral<E>>, N> name(S x, __mh::ext<E, N> y) {       \
+    return name(__mh::ext<E, N>(E(x)), y);                                                          \
   }
 #define __MH_INT_VECTOR3(name)                                                                    \
   template <typename E, int N>                                                                    \
@@ -121,8 +125,9 @@ inline int mad24(int x, int y, int z) { return mul24(x, y) + z; }
 inline uint mad24(uint x, uint y, uint z) { return mul24(x, y) + z; }
 
 __MH_INT_VECTOR1(abs)
-__MH_INT_VECTOR1(clz) __MH_INT_VECTOR1(ctz) __MH_INT_VECTOR1(popcount) __MH_INT_VECTOR1(reverse_bits)
-    __MH_INT_VECTOR2(max) __MH_INT_VECTOR2(min) __MH_INT_VECTOR2(addsat) __MH_INT_VECTOR2(subsat) __MH_INT_VECTOR2(hadd)
+__MH_INT_VECTOR1(clz)
+__MH_INT_VECTOR1(ctz) __MH_INT_VECTOR1(popcount) __MH_INT_VECTOR1(reverse_bits) __MH_INT_VECTOR2(max)
+    __MH_INT_VECTOR2(min) __MH_INT_VECTOR2(addsat) __MH_INT_VECTOR2(subsat) __MH_INT_VECTOR2(hadd)
         __MH_INT_VECTOR2(rhadd) __MH_INT_VECTOR2(rotate) __MH_INT_VECTOR2(mulhi) __MH_INT_VECTOR3(max3)
             __MH_INT_VECTOR3(min3) __MH_INT_VECTOR3(median3) __MH_INT_VECTOR3(clamp)
 #undef __MH_INT_VECTOR1

@@ -14,6 +14,8 @@ struct same {
 template <typename T>
 using same_t = typename same<T>::type;  // not deduced: lets a scalar become a vector
 
+template <typename S, typename T>
+using scalar_with = typename enable_if<metal::is_scalar<S>::value, T>::type;
 template <typename T>
 using floating = typename enable_if<metal::is_floating_point<T>::value, T>::type;
 template <typename T>
@@ -42,6 +44,10 @@ using integral = typename enable_if<metal::is_integral<T>::value, T>::type;
     __mh::ext<E, N> r;                                                                              \
     _Pragma("clang loop unroll(full)") for (int i = 0; i < N; ++i) r[i] = name(E(x[i]), E(y[i]));   \
     return r;                                                                                       \
+  }                                                                                                 \
+  template <typename S, typename E, int N>                                                          \
+  inline __mh::ext<__mh::scalar_with<S, __mh::floating<E>>, N> name(S x, __mh::ext<E, N> y) {       \
+    return name(__mh::ext<E, N>(E(x)), y);                                                          \
   }
 #define __MH_VECTOR3(name)                                                                                 \
   template <typename E, int N>                                                                             \
@@ -104,16 +110,17 @@ inline float tanpi(float x) { return sinpi(x) / cospi(x); }
 namespace metal {
 
 __MH_MATH1(acos)
-__MH_MATH1(acosh) __MH_MATH1(asin) __MH_MATH1(asinh) __MH_MATH1(atan) __MH_MATH1(atanh) __MH_MATH1(cos) __MH_MATH1(cosh)
-    __MH_MATH1(cospi) __MH_MATH1(sin) __MH_MATH1(sinh) __MH_MATH1(sinpi) __MH_MATH1(tan) __MH_MATH1(tanh)
-        __MH_MATH1(tanpi) __MH_MATH1(exp) __MH_MATH1(exp2) __MH_MATH1(exp10) __MH_MATH1(log) __MH_MATH1(log2)
-            __MH_MATH1(log10) __MH_MATH1(sqrt) __MH_MATH1(rsqrt) __MH_MATH1(abs) __MH_MATH1(fabs) __MH_MATH1(ceil)
-                __MH_MATH1(floor) __MH_MATH1(trunc) __MH_MATH1(rint) __MH_MATH1(round) __MH_MATH1(fract)
-                    __MH_MATH1(sign) __MH_MATH1(saturate) __MH_MATH2(atan2) __MH_MATH2(pow) __MH_MATH2(powr)
-                        __MH_MATH2(fmod) __MH_MATH2(copysign) __MH_MATH2(fdim) __MH_MATH2(fmax) __MH_MATH2(fmin)
-                            __MH_MATH2(max) __MH_MATH2(min) __MH_MATH2(step) __MH_MATH3(fma) __MH_MATH3(max3)
-                                __MH_MATH3(min3) __MH_MATH3(median3) __MH_MATH3(fmax3) __MH_MATH3(fmin3)
-                                    __MH_MATH3(fmedian3) __MH_MATH3(clamp) __MH_MATH3(mix) __MH_MATH3(smoothstep)
+__MH_MATH1(acosh)
+__MH_MATH1(asin) __MH_MATH1(asinh) __MH_MATH1(atan) __MH_MATH1(atanh) __MH_MATH1(cos) __MH_MATH1(cosh) __MH_MATH1(cospi)
+    __MH_MATH1(sin) __MH_MATH1(sinh) __MH_MATH1(sinpi) __MH_MATH1(tan) __MH_MATH1(tanh) __MH_MATH1(tanpi)
+        __MH_MATH1(exp) __MH_MATH1(exp2) __MH_MATH1(exp10) __MH_MATH1(log) __MH_MATH1(log2) __MH_MATH1(log10)
+            __MH_MATH1(sqrt) __MH_MATH1(rsqrt) __MH_MATH1(abs) __MH_MATH1(fabs) __MH_MATH1(ceil) __MH_MATH1(floor)
+                __MH_MATH1(trunc) __MH_MATH1(rint) __MH_MATH1(round) __MH_MATH1(fract) __MH_MATH1(sign)
+                    __MH_MATH1(saturate) __MH_MATH2(atan2) __MH_MATH2(pow) __MH_MATH2(powr) __MH_MATH2(fmod)
+                        __MH_MATH2(copysign) __MH_MATH2(fdim) __MH_MATH2(fmax) __MH_MATH2(fmin) __MH_MATH2(max)
+                            __MH_MATH2(min) __MH_MATH2(step) __MH_MATH3(fma) __MH_MATH3(max3) __MH_MATH3(min3)
+                                __MH_MATH3(median3) __MH_MATH3(fmax3) __MH_MATH3(fmin3) __MH_MATH3(fmedian3)
+                                    __MH_MATH3(clamp) __MH_MATH3(mix) __MH_MATH3(smoothstep)
 #define __MH_SPLITTING(T, _)                                                         \
   inline T sincos(T x, thread T& cosine) {                                           \
     cosine = cos(x);                                                                 \
@@ -236,19 +243,20 @@ inline __mh::ext<__mh::floating<E>, 3> cross(__mh::ext<E, 3> a, __mh::ext<E, 3> 
 #define __MH_MODE2(name)                                                \
   inline float name(float x, float y) { return __MH_MODE(name)(x, y); } \
   __MH_VECTOR2(name)
-#define __MH_MODES                                                                                                     \
-  __MH_MODE1(acos)                                                                                                     \
-  __MH_MODE1(acosh) __MH_MODE1(asin) __MH_MODE1(asinh) __MH_MODE1(atan) __MH_MODE1(atanh) __MH_MODE1(ceil)             \
-      __MH_MODE1(cos) __MH_MODE1(cosh) __MH_MODE1(cospi) __MH_MODE1(exp) __MH_MODE1(exp2) __MH_MODE1(exp10)            \
-          __MH_MODE1(fabs) __MH_MODE1(abs) __MH_MODE1(floor) __MH_MODE1(fract) __MH_MODE1(log) __MH_MODE1(log2)        \
-              __MH_MODE1(log10) __MH_MODE1(rint) __MH_MODE1(round) __MH_MODE1(rsqrt) __MH_MODE1(saturate)              \
-                  __MH_MODE1(sin) __MH_MODE1(sinh) __MH_MODE1(sinpi) __MH_MODE1(sqrt) __MH_MODE1(tan) __MH_MODE1(tanh) \
-                      __MH_MODE1(tanpi) __MH_MODE1(trunc) __MH_MODE2(atan2) __MH_MODE2(fmax) __MH_MODE2(fmin)          \
-                          __MH_MODE2(fmod) __MH_MODE2(max) __MH_MODE2(min) __MH_MODE2(pow)                             \
-                              __MH_MODE2(powr) inline float                                                            \
-                              sincos(float x, thread float& cosine) {                                                  \
-    cosine = cos(x);                                                                                                   \
-    return sin(x);                                                                                                     \
+#define __MH_MODES                                                                                               \
+  __MH_MODE1(acos)                                                                                               \
+  __MH_MODE1(acosh)                                                                                              \
+  __MH_MODE1(asin) __MH_MODE1(asinh) __MH_MODE1(atan) __MH_MODE1(atanh) __MH_MODE1(ceil) __MH_MODE1(cos)         \
+      __MH_MODE1(cosh) __MH_MODE1(cospi) __MH_MODE1(exp) __MH_MODE1(exp2) __MH_MODE1(exp10) __MH_MODE1(fabs)     \
+          __MH_MODE1(abs) __MH_MODE1(floor) __MH_MODE1(fract) __MH_MODE1(log) __MH_MODE1(log2) __MH_MODE1(log10) \
+              __MH_MODE1(rint) __MH_MODE1(round) __MH_MODE1(rsqrt) __MH_MODE1(saturate) __MH_MODE1(sin)          \
+                  __MH_MODE1(sinh) __MH_MODE1(sinpi) __MH_MODE1(sqrt) __MH_MODE1(tan) __MH_MODE1(tanh)           \
+                      __MH_MODE1(tanpi) __MH_MODE1(trunc) __MH_MODE2(atan2) __MH_MODE2(fmax) __MH_MODE2(fmin)    \
+                          __MH_MODE2(fmod) __MH_MODE2(max) __MH_MODE2(min) __MH_MODE2(pow)                       \
+                              __MH_MODE2(powr) inline float                                                      \
+                              sincos(float x, thread float& cosine) {                                            \
+    cosine = cos(x);                                                                                             \
+    return sin(x);                                                                                               \
   }
 namespace precise {
 #define __MH_MODE(name) __mh_f::name

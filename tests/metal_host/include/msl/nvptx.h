@@ -97,12 +97,12 @@ __MH_DEVICE void __mh_simdgroup_barrier(uint) { __nvvm_bar_warp_sync(__mh_active
   inline float name(float x) { return __nv_##name##f(x); } \
   }
 __MH_LIBDEVICE(acos)
-__MH_LIBDEVICE(acosh) __MH_LIBDEVICE(asin) __MH_LIBDEVICE(asinh) __MH_LIBDEVICE(atan) __MH_LIBDEVICE(atanh)
-    __MH_LIBDEVICE(cos) __MH_LIBDEVICE(cosh) __MH_LIBDEVICE(sin) __MH_LIBDEVICE(sinh) __MH_LIBDEVICE(tan)
-        __MH_LIBDEVICE(tanh) __MH_LIBDEVICE(exp) __MH_LIBDEVICE(exp2) __MH_LIBDEVICE(log) __MH_LIBDEVICE(log2)
-            __MH_LIBDEVICE(log10)
+__MH_LIBDEVICE(acosh)
+__MH_LIBDEVICE(asin) __MH_LIBDEVICE(asinh) __MH_LIBDEVICE(atan) __MH_LIBDEVICE(atanh) __MH_LIBDEVICE(cos)
+    __MH_LIBDEVICE(cosh) __MH_LIBDEVICE(sin) __MH_LIBDEVICE(sinh) __MH_LIBDEVICE(tan) __MH_LIBDEVICE(tanh)
+        __MH_LIBDEVICE(exp) __MH_LIBDEVICE(exp2) __MH_LIBDEVICE(log) __MH_LIBDEVICE(log2) __MH_LIBDEVICE(log10)
 #undef __MH_LIBDEVICE
-                extern "C" float __nv_atan2f(float, float);
+            extern "C" float __nv_atan2f(float, float);
 extern "C" float __nv_powf(float, float);
 extern "C" float __nv_fmodf(float, float);
 extern "C" float __nv_ldexpf(float, int);
@@ -218,7 +218,8 @@ __MH_DEVICE ext<float, 2> matrix_product(ext<float, 2> a, ext<float, 2> b, ext<f
   float x##_rest = __builtin_bit_cast(float, x) - __builtin_bit_cast(float, x##_high); \
   uint x##_low = __builtin_bit_cast(uint, x##_rest);
   __MH_SPLIT(a0)
-  __MH_SPLIT(a1) __MH_SPLIT(b0) __MH_SPLIT(b1)
+  __MH_SPLIT(a1)
+  __MH_SPLIT(b0) __MH_SPLIT(b1)
 #undef __MH_SPLIT
       c = matrix_product_tf32(a0_low, a1_low, b0_high, b1_high, c);
   c = matrix_product_tf32(a0_high, a1_high, b0_low, b1_low, c);

@@ -1,0 +1,1 @@
+"""`mtlflashattn bench`: this machine's ways to compute attention, side by side."""

@@ -1,0 +1,153 @@
+"""Measurements as one HTML file: no scripts, nothing loaded from anywhere, light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+from . import chart, report
+from .contenders import STOCK
+from .measure import Measurement
+from .workloads import KINDS
+
+# Light and dark, 3:1 against either ground. Stock is grey: it is what the others are measured by.
+_COLOURS = (
+    ("#77766f", "#98978f"),
+    ("#2a6fd0", "#4b93ee"),
+    ("#c2560c", "#ee7d33"),
+    ("#1b8a5a", "#2fb37c"),
+    ("#8a3fb5", "#b678dd"),
+    ("#a17500", "#d19a00"),
+    ("#c23a6b", "#ec6f9b"),
+)
+
+_STYLE = """
+:root { color-scheme: light dark; --ground: #fbfbf9; --ink: #1d1d1b; --soft: #5d5c57; --line: #e2e1dc;
+  --bad: #b3261e; LIGHT }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #191918; --ink: #ecebe6; --soft: #a9a8a1; --line: #363633;
+    --bad: #ff8a80; DARK }
+}
+body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .25rem; }
+p { margin: .25rem 0 .75rem; } .soft, figcaption { color: var(--soft); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 1rem 0; color: var(--soft); }
+dt, dd { margin: 0; } figure { margin: 0; overflow-x: auto; }
+svg { width: 100%; min-width: 40rem; height: auto; display: block; }
+text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--ink); }
+text.tick, text.none { fill: var(--soft); } text.value { font-variant-numeric: tabular-nums; }
+.grid { stroke: var(--line); } .axis { stroke: var(--soft); }
+.legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none; margin: 0 0 .5rem; padding: 0; }
+.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
+details { margin-top: .5rem; } summary { cursor: pointer; color: var(--soft); }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child, td:last-child { text-align: left; }
+td:last-child { color: var(--soft); white-space: normal; } tr.wrong td { color: var(--bad); }
+th[colspan] { text-align: left; padding-top: .8rem; } .scroll { overflow-x: auto; }
+"""
+
+
+def render(facts: Mapping[str, str], measurements: Sequence[Measurement]) -> str:
+    """The whole page. `facts`: of the machine."""
+    colours = _colours(measurements)
+    style = _STYLE.replace("LIGHT", _variables(0)).replace("DARK", _variables(1))
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    sections = "".join(_section(kind, by_name, colours) for kind, by_name in report.groups(measurements).items())
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>mtlflashattn bench: {escape(facts.get('device', ''))}</title><style>{style}</style></head><body>"
+        f"<h1>Attention on {escape(facts.get('device', 'this machine'))}</h1>"
+        "<p class=soft>Medians over rounds in alternating order, host side included. TF/s count the scores that the"
+        " mask leaves; GB/s count q, k and v read once and the output written once.</p>"
+        f"<dl>{listed}</dl>{sections}</body></html>\n"
+    )
+
+
+def _variables(theme: int) -> str:
+    return " ".join(f"--c{n}: {pair[theme]};" for n, pair in enumerate(_COLOURS))
+
+
+def _colours(measurements: Sequence[Measurement]) -> dict[str, int]:
+    """Stock is grey; the others follow in the order in which they ran."""
+    others = [name for name in dict.fromkeys(m.contender for m in measurements) if name != STOCK]
+    return {STOCK: 0, **{name: 1 + n % (len(_COLOURS) - 1) for n, name in enumerate(others)}}
+
+
+def _section(kind: str, by_name: Mapping[str, Sequence[Measurement]], colours: Mapping[str, int]) -> str:
+    unit, metric = _metric(kind, [m for group in by_name.values() for m in group if m.seconds])
+    title = f"{kind.capitalize()}: {KINDS[kind]}"
+    groups = [
+        chart.Group(name, [_bar(group, m, colours, metric, unit) for m in group]) for name, group in by_name.items()
+    ]
+    present = dict.fromkeys(m.contender for group in by_name.values() for m in group)
+    legend = "".join(f'<li><i style="background:var(--c{colours[n]})"></i>{escape(n)}</li>' for n in present)
+    return (
+        f"<section><h2>{escape(title)}</h2><p>{escape(_summary(by_name))}</p><ul class=legend>{legend}</ul>"
+        f"<figure>{chart.bars(groups, unit, title)}<figcaption>{unit}, longer is better</figcaption></figure>"
+        f"<details open><summary>All figures</summary><div class=scroll>{_table(by_name)}</div></details></section>"
+    )
+
+
+def _metric(kind: str, measured: Sequence[Measurement]) -> tuple[str, Callable[[Measurement], float]]:
+    """Decoding is bound by memory, all else by arithmetic."""
+    if kind == "decode":
+        return "GB/s", lambda m: m.gbytes
+    if max((m.tflops for m in measured), default=1.0) < 1.0:
+        return "GF/s", lambda m: 1000 * m.tflops
+    return "TF/s", lambda m: m.tflops
+
+
+def _bar(
+    group: Sequence[Measurement], m: Measurement, colours: Mapping[str, int], metric: Callable, unit: str
+) -> chart.Bar:
+    if not m.seconds:
+        return chart.Bar(m.contender, colours[m.contender], None, _shortened(m.why_not), m.why_not)
+    if m.differs:
+        return chart.Bar(m.contender, colours[m.contender], None, "wrong result", "wrong result")
+    faster = report.against_stock(group, m)
+    label = f"{metric(m):.3g}" + (f"  ({faster:.2f}x)" if faster is not None and m.contender != STOCK else "")
+    return chart.Bar(
+        m.contender,
+        colours[m.contender],
+        metric(m),
+        label,
+        f"{m.contender}: {m.median * 1e3:.3f} ms, {metric(m):.3g} {unit}",
+    )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _summary(by_name: Mapping[str, Sequence[Measurement]]) -> str:
+    """The best tier of this project against stock PyTorch, over all workloads of the section."""
+    gains = []
+    for group in by_name.values():
+        ours = [report.against_stock(group, m) for m in group if m.ours and m.seconds and not m.differs]
+        ours = [gain for gain in ours if gain is not None]
+        if ours:
+            gains.append(max(ours))
+    if not gains:
+        return "No comparison with stock PyTorch."
+    mean = math.exp(sum(map(math.log, gains)) / len(gains))
+    calls = f"{len(gains)} workloads, geometric mean" if len(gains) > 1 else "one workload"
+    return f"This project's fastest tier is {mean:.2f} times as fast as stock PyTorch ({calls})."
+
+
+def _table(by_name: Mapping[str, Sequence[Measurement]]) -> str:
+    head = "".join(f"<th>{escape(title)}</th>" for title in ("", *report.HEAD))
+    rows = [f"<tr>{head}</tr>"]
+    for name, group in by_name.items():
+        rows.append(f'<tr><th colspan="{len(report.HEAD) + 1}">{escape(name)}</th></tr>')
+        for m in group:
+            shown = (m.contender, *report.cells(group, m))
+            rows.append(
+                ('<tr class="wrong">' if m.seconds and m.differs else "<tr>")
+                + "".join(f"<td>{escape(cell)}</td>" for cell in shown)
+                + "</tr>"
+            )
+    return f"<table>{''.join(rows)}</table>"

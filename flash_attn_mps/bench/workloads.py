@@ -1,0 +1,153 @@
+"""What is timed: calls as programs make them, and what they cost at least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+KINDS = {
+    "prefill": "a prompt, or an encoder",
+    "decode": "one query against a cache",
+    "varlen": "packed sequences of mixed length",
+    "window": "sliding-window attention",
+}
+_SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+class Workload(NamedTuple):
+    """`lengths`: queries and keys of each sequence; packed if `kind` is varlen, else all the same."""
+
+    kind: str
+    dtype: str
+    head_dim: int
+    heads: int
+    heads_k: int
+    lengths: tuple[tuple[int, int], ...]
+    causal: bool = True
+    window: int = -1  # keys to the left of a query; -1 is open
+
+    @property
+    def packed(self) -> bool:
+        return self.kind == "varlen"
+
+    @property
+    def name(self) -> str:
+        queries, keys = self.lengths[0]
+        if self.packed:
+            what = f"{len(self.lengths)} ragged, {sum(q for q, _ in self.lengths)} rows"
+        else:
+            what = f"B{len(self.lengths)} L{keys}" if queries == keys else f"B{len(self.lengths)} {queries}x{keys}"
+        mask = f"window {self.window}" if self.window >= 0 else "causal" if self.causal and queries > 1 else ""
+        return f"{what} H{self.heads}/{self.heads_k} D{self.head_dim} {_SHORT[self.dtype]} {mask}".rstrip()
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs of one head that the mask leaves."""
+        return sum(_pairs(q, k, self.causal, self.window) for q, k in self.lengths)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of q k^T and p v, of visible pairs only."""
+        return 4 * self.head_dim * self.heads * self.pairs
+
+    @property
+    def bytes(self) -> int:
+        """q, k and v read once, the output written once."""
+        queries, keys = (sum(lengths) for lengths in zip(*self.lengths, strict=True))
+        elements = 2 * queries * self.heads + 2 * keys * self.heads_k
+        return elements * self.head_dim * getattr(torch, self.dtype).itemsize
+
+
+def _pairs(queries: int, keys: int, causal: bool, window: int) -> int:
+    position = torch.arange(queries) + keys - queries
+    last = position.clamp(max=keys - 1) if causal else torch.full_like(position, keys - 1)
+    first = (position - window).clamp(min=0) if window >= 0 else torch.zeros_like(position)
+    return int((last - first + 1).clamp(min=0).sum())
+
+
+@dataclass
+class Inputs:
+    """`(batch, seqlen, heads, head_dim)`, or packed `(total, heads, head_dim)` with `cu_seqlens`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+    max_seqlen: int = 0
+
+
+def inputs(workload: Workload, device: torch.device | str) -> Inputs:
+    dtype = getattr(torch, workload.dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(which: int, heads: int) -> torch.Tensor:
+        lengths = [pair[which] for pair in workload.lengths]
+        rows = (sum(lengths),) if workload.packed else (len(lengths), lengths[0])
+        return torch.randn(*rows, heads, workload.head_dim, generator=generator).to(device, dtype)
+
+    q, k, v = randn(0, workload.heads), randn(1, workload.heads_k), randn(1, workload.heads_k)
+    if not workload.packed:
+        return Inputs(q, k, v)
+    lengths = torch.tensor([queries for queries, _ in workload.lengths])
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+    return Inputs(q, k, v, cu_seqlens, int(lengths.max()))
+
+
+def _same(batch: int, length: int, keys: int | None = None) -> tuple[tuple[int, int], ...]:
+    return ((length, length if keys is None else keys),) * batch
+
+
+def _mixed(count: int, longest: int) -> tuple[tuple[int, int], ...]:
+    """Lengths as prompts have them: many short, few long, the same on every machine."""
+    lengths = [max(1, round(longest * ((i * 0.618034) % 1.0) ** 2)) for i in range(1, count)]
+    return tuple((n, n) for n in [longest, *lengths])
+
+
+def workloads(device_type: str, full: bool) -> list[Workload]:
+    """For a GPU, or smaller ones for a CPU; `full` has several times as many."""
+    return _for_cpu(full) if device_type == "cpu" else _for_gpu(full)
+
+
+def _for_cpu(full: bool) -> list[Workload]:
+    found = [Workload("prefill", "float32", 64, 8, 8, _same(1, n)) for n in (256, 1024)]
+    found += [
+        Workload("prefill", "bfloat16", 64, 8, 2, _same(1, 1024)),
+        Workload("decode", "float32", 64, 8, 2, _same(4, 1, 2048)),
+        Workload("varlen", "float32", 64, 8, 8, _mixed(8, 512)),
+        Workload("window", "float32", 64, 8, 8, _same(1, 2048), window=256),
+    ]
+    if full:
+        found += [
+            Workload("prefill", "float32", 128, 8, 8, _same(2, n), c) for n in (1024, 4096) for c in (True, False)
+        ]
+        found += [Workload("decode", "bfloat16", 128, 8, 2, _same(1, 1, n)) for n in (2048, 16384)]
+        found += [Workload("varlen", "bfloat16", 128, 8, 2, _mixed(32, 1024))]
+        found += [Workload("window", "bfloat16", 128, 8, 2, _same(1, 8192), window=1024)]
+    return found
+
+
+def _for_gpu(full: bool) -> list[Workload]:
+    found = [Workload("prefill", "float16", d, 16, 8, _same(1, n)) for d in (64, 128) for n in (512, 2048, 8192)]
+    found += [Workload("prefill", "float16", 128, 16, 8, _same(1, 2048), causal=False)]
+    found += [Workload("decode", "float16", 128, 32, 8, _same(b, 1, n)) for b, n in ((1, 4096), (8, 4096), (1, 32768))]
+    found += [Workload("varlen", "float16", 128, 16, 8, _mixed(16, 2048))]
+    found += [Workload("window", "float16", 128, 16, 8, _same(1, 8192), window=1024)]
+    if full:
+        found += [
+            Workload("prefill", dtype, d, 16, 8, _same(4, n), causal)
+            for dtype in ("bfloat16", "float32")
+            for d in (64, 80, 128, 256)
+            for n in (512, 2048)
+            for causal in (True, False)
+        ]
+        found += [Workload("prefill", "float16", d, 16, 16, _same(1, 4096)) for d in (40, 96, 160, 192, 256)]
+        found += [
+            Workload("decode", "bfloat16", d, 32, 8, _same(4, 1, n)) for d in (64, 128, 256) for n in (1024, 8192)
+        ]
+        found += [Workload("varlen", "bfloat16", d, 16, 8, _mixed(64, 4096)) for d in (64, 128)]
+        found += [
+            Workload("window", "bfloat16", d, 16, 8, _same(1, n), window=1024) for d in (64, 128) for n in (4096, 16384)
+        ]
+    return found

@@ -1,0 +1,75 @@
+"""`mtlflashattn selftest`: is every result right on this machine?"""
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+
+def add_arguments(parser):
+    parser.add_argument("--quick", action="store_true", help="a minute or two instead of some ten on a Mac")
+    parser.add_argument("--full", action="store_true", help="every head dim and variant: about an hour on a Mac")
+    parser.add_argument("--device", help="default: mps where there is one, else cpu")
+    parser.add_argument("--case", nargs="+", metavar="CASE", help="only these, by the names that a report gives")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("mtlflashattn-selftest.json"),
+        metavar="FILE",
+        help="the report to attach to an issue (default: mtlflashattn-selftest.json)",
+    )
+
+
+def run(arguments):
+    import torch
+
+    from flash_attn_mps import machine
+    from flash_attn_mps.metal import compiler
+    from flash_attn_mps.progress import Progress
+    from flash_attn_mps.selftest import cases, report
+    from flash_attn_mps.selftest import run as runner
+
+    if arguments.quick and arguments.full:
+        print("--quick and --full exclude each other.", file=sys.stderr)
+        return 2
+    device = arguments.device or ("mps" if torch.backends.mps.is_available() else "cpu")
+    if unusable := machine.unusable(device):
+        print(unusable, file=sys.stderr)
+        return 2
+    without_metal = compiler.unavailable(device)
+    level = "quick" if arguments.quick else "full" if arguments.full else "usual"
+    try:
+        chosen = [cases.parse(name) for name in arguments.case or ()] or list(cases.cases(level, not without_metal))
+    except ValueError as error:
+        print(f"--case: {error}", file=sys.stderr)
+        return 2
+    facts = machine.facts(device)
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    began, outcomes = time.monotonic(), []
+    with Progress(len(chosen), "selftest") as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a kernel that does not compile is in the report
+        try:
+            for case in chosen:
+                progress.step(str(case), 0)
+                outcomes.append(runner.run(case, device))
+                progress.step()
+        except KeyboardInterrupt:
+            print("Interrupted: this is about the cases before.", file=sys.stderr)
+    seconds = time.monotonic() - began
+    metal = not without_metal and any(o.case.tier in ("simdgroup", "scalar") for o in outcomes)
+    print(f"\n{report.table(outcomes)}\n")
+    failed = sum(outcome.failed for outcome in outcomes)
+    if failed:
+        print(f"{report.failures(outcomes)}\n")
+    print(
+        f"{len(outcomes)} of {len(chosen)} cases in {seconds:.0f} s: {f'{failed} FAILED' if failed else 'all right'}."
+    )
+    if not metal:
+        print(f"NO METAL KERNEL WAS TESTED: {without_metal or 'no case was for one'}.")
+    try:
+        report.write(arguments.json, facts, level, metal, seconds, outcomes)
+    except OSError as error:
+        print(f"--json: {error}", file=sys.stderr)
+        return 1
+    print(f"Written to {arguments.json}" + (": please attach it to an issue." if failed else "."))
+    return 1 if failed or len(outcomes) < len(chosen) else 0

@@ -1,0 +1,82 @@
+"""`mtlflashattn tune`: which variant of the Metal kernel is fastest on this GPU, measured and kept."""
+
+import sys
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float16", "bfloat16"], choices=("float16", "bfloat16", "float32")
+    )
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128], metavar="D")
+    parser.add_argument(
+        "--length",
+        nargs="+",
+        default=["short", "medium", "long"],
+        choices=("short", "medium", "long"),
+        help="up to 512 queries, up to 2048, more",
+    )
+    parser.add_argument("--mask", nargs="+", default=["full", "causal"], choices=("full", "causal", "window"))
+    parser.add_argument("--device", default="mps", help="default: mps")
+    parser.add_argument("--forget", action="store_true", help="remove what was stored, and time nothing")
+
+
+def run(arguments):
+    from flash_attn_mps import timing
+    from flash_attn_mps.metal import compiler, launch, store, tune, variants
+    from flash_attn_mps.progress import Progress
+    from flash_attn_mps.tables import aligned
+
+    if arguments.forget:
+        store.path().unlink(missing_ok=True)
+        variants.forget()
+        print(f"{store.path()} is gone: every call gets this GPU's default variant.")
+        return 0
+    refused = compiler.unavailable(arguments.device)
+    too_wide = [d for d in arguments.head_dim if not 0 < d <= launch.MAX_HEAD_DIM]
+    if refused or too_wide:
+        reason = refused or f"--head-dim {too_wide[0]}: the Metal kernel serves 1 to {launch.MAX_HEAD_DIM}"
+        print(f"Nothing to tune here: {reason}.", file=sys.stderr)
+        return 2
+    keys = tune.keys(arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
+    candidates = {key: tune.candidates(key) for key in keys}
+    watch = timing.stopwatch(arguments.device)
+    outcomes, unkept = [], None
+    with Progress(sum(map(len, candidates.values())), "tune") as progress:
+        try:
+            for key in keys:
+                progress.step(str(key), 0)
+                outcomes.append(tune.tune(key, arguments.device, watch, candidates=candidates[key], tick=progress.step))
+                if outcomes[-1].winner is not None:
+                    store.save({key: outcomes[-1].winner})
+        except KeyboardInterrupt:
+            pass  # what is measured is stored
+        except OSError as error:
+            unkept = error
+    variants.forget()
+    head = ("dtype", "head dim", "length", "mask", "fastest", "ms", "default's ms", "gain", "refused")
+    print(aligned([head, *map(_row, outcomes)]))
+    for reason, count in _reasons(outcomes).items():
+        print(f"{count} variants were refused: {reason}. Please report it with the output of `mtlflashattn selftest`.")
+    if unkept is not None:
+        print(f"Nothing is kept: {unkept}. MTLFLASHATTN_CACHE names another directory.", file=sys.stderr)
+    elif any(outcome.winner for outcome in outcomes):
+        print(f"Stored in {store.path()}")
+    return 0 if unkept is None and len(outcomes) == len(keys) and all(outcome.winner for outcome in outcomes) else 1
+
+
+def _row(outcome):
+    key, winner, _, refused = outcome
+    dims = key.head_dim if key.head_dim == key.head_dim_v else f"{key.head_dim}/{key.head_dim_v}"
+    if winner is None:
+        return (key.dtype, dims, key.length, key.mask, "none works", "", "", "", len(refused))
+    gain = f"{winner.default_seconds / winner.seconds:.2f}x"
+    times = (f"{winner.seconds * 1e3:.3f}", f"{winner.default_seconds * 1e3:.3f}")
+    return (key.dtype, dims, key.length, key.mask, winner.variant, *times, gain, len(refused))
+
+
+def _reasons(outcomes):
+    counts = {}
+    for outcome in outcomes:
+        for reason in outcome.refused.values():
+            counts[reason] = counts.get(reason, 0) + 1
+    return counts

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from flash_attn_mps.metal import compiler, variants
+from tests.metal_host import compile_shader
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache directory, and variants chosen anew."""
+    monkeypatch.setenv("MTLFLASHATTN_CACHE", str(tmp_path))
+    for name in ("MTLFLASHATTN_VARIANT", "MTLFLASHATTN_TUNE"):
+        monkeypatch.delenv(name, raising=False)
+    variants.forget()
+    yield tmp_path
+    variants.forget()
+
+
+@pytest.fixture
+def metal(monkeypatch):
+    """The Metal tiers serve CPU tensors, on the runner."""
+    monkeypatch.setattr(compiler, "compile_shader", compile_shader)
+    monkeypatch.setattr(compiler, "device_types", frozenset({"cpu"}))
+    compiler.clear()
+    yield
+    compiler.clear()
