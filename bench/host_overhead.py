@@ -103,9 +103,7 @@ def main():
     # As on a device, values cannot be read for free.
     with stub, mock.patch.object(checks, "readable", lambda _tensor: False), torch.no_grad():
         compiler.clear()
-        print(
-            f"torch {torch.__version__}, {platform.processor() or platform.machine()}, tensors on {chosen.device}; microseconds"
-        )
+        print(f"torch {torch.__version__}, {platform.machine()}, tensors on {chosen.device}; microseconds")
         worst = 0.0
         for name, (call, build) in scenarios(chosen.device).items():
             total = median_microseconds(call, chosen.calls)

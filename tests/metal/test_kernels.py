@@ -27,7 +27,7 @@ DEFAULT = numbered("tiled", grid.cases(**grid.VARIANTS)) + numbered("scalar", gr
 FULL = [
     *numbered("tiled", grid.cases(dims=grid.DIMS + grid.MORE_DIMS, **grid.VARIANTS)),
     *numbered("variant", grid.cases_of_every_variant()),
-    *numbered("scalar", grid.cases(dims=SCALAR_DIMS + [(100, 1), (72, 72), (3, 200)], long=(True,))),
+    *numbered("scalar", grid.cases(dims=[*SCALAR_DIMS, (100, 1), (72, 72), (3, 200)], long=(True,))),
 ]
 
 
