@@ -109,7 +109,7 @@ def specialize(
 
 
 def outputs(p: AttentionProblem) -> Result:
-    """Memory for the results. Rows that no sequence has are not written by a kernel: with seqused_q there may be some."""
+    """Memory for the results. No kernel writes the rows that no sequence has: with seqused_q there may be some."""
     q, lse = p.q, None
     if p.seqused_q is None:
         out = q.new_empty(p.out_shape)
@@ -123,7 +123,7 @@ def outputs(p: AttentionProblem) -> Result:
 
 
 def grid(p: AttentionProblem, entry: str, variant: Variant) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Threads in all and in a group: tiles of queries, heads, sequences. `tile_of` (scoring.metal) has the other half."""
+    """Threads in all and in a group: tiles of queries, heads, sequences. scoring.metal has the other half, tile_of."""
     threads = 32 * variant.simdgroups
     rows = variant.rows * variant.simdgroups if entry == "attention_forward" else threads
     if p.cu_seqlens_q is None:

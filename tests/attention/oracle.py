@@ -97,7 +97,7 @@ def one_sequence(
     mask=None,
     sinks=None,
 ):
-    """q (Sq, H, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv), slopes and sinks (H,), keep and mask (H, Sq, Sk), qv (Sq, H, Dv)."""
+    """q (Sq, H, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv), qv (Sq, H, Dv), slopes, sinks (H,), keep, mask (H, Sq, Sk)."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     if softmax_scale is None:
         softmax_scale = float(q.shape[-1] + (0 if qv is None else qv.shape[-1])) ** -0.5

@@ -1,8 +1,8 @@
 """Attention calls as a kernel gets them, and what the oracle says of them.
 
 A call is drawn as values, `(entries, rows, heads, head_dim)` for each of q, k and v, and a list of sequences that says
-which of those rows count. From the same values come the memory that the kernel reads, in some layout and with NaN or Inf
-wherever no query may look, and the clean sequences that the oracle reads.
+which of those rows count. From the same values come the memory that the kernel reads, in some layout and with NaN or
+Inf wherever no query may look, and the clean sequences that the oracle reads.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Spec:
 
 @dataclass
 class Sequence:
-    """One sequence as the oracle reads it: q (sq, H, D), k (sk, Hkv, D), v (sk, Hkv, Dv), and its place in the output."""
+    """One sequence as the oracle reads it: q (sq, H, D), k (sk, Hkv, D), v (sk, Hkv, Dv); its place in the output."""
 
     q: torch.Tensor
     k: torch.Tensor

@@ -2,8 +2,8 @@
 
     python -m tests.metal.counters [--heads 4] [--lengths 256 512] [--dims 64 128]
 
-Counted by the runner's instrumented build, so no noise and no machine is in the figures. torch's kernel has no window: it
-gets one as a boolean mask, as scaled_dot_product_attention would.
+Counted by the runner's instrumented build, so no noise and no machine is in the figures. torch's kernel has no window:
+it gets one as a boolean mask, as scaled_dot_product_attention would.
 """
 
 import argparse

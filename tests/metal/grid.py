@@ -18,10 +18,9 @@ from tests.attention.pairwise import pairwise
 from .calls import STORAGES, Spec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DIMS = [(8, 8), (40, 40), (64, 64), (96, 96), (128, 128), (256, 256)]  # multiples of 8
-DIMS += [(1, 1), (5, 5), (13, 13), (100, 100), (192, 128), (8, 40), (20, 13)]
-MORE_DIMS = [(d, d) for d in range(16, 256, 8)] + [(20, 20), (250, 250), (255, 255)]
-MORE_DIMS += [(128, 64), (64, 128), (100, 72), (3, 200), (256, 1)]
+DIMS = [(8, 8), (40, 40), (64, 64), (128, 128), (256, 256), (1, 1), (13, 13), (100, 100), (192, 128), (8, 40)]
+MORE_DIMS = [(d, d) for d in range(16, 256, 8) if (d, d) not in DIMS] + [(5, 5), (20, 20), (250, 250), (255, 255)]
+MORE_DIMS += [(128, 64), (64, 128), (20, 13), (100, 72), (3, 200), (256, 1)]
 
 # Sequences (queries, keys). Queries have one length where the storage of q is dense.
 EQUAL = [
@@ -54,19 +53,21 @@ LAYOUTS = ("contiguous", "transposed", "packed", "expanded", "strided_last")
 WINDOWS = {"none": (0, 0), "causal": (0, 1), "right": (0, 1), "left": (1, 0), "both": (1, 1)}  # which sides are closed
 BROADCASTS = ("", "b", "h", "q", "k", "bh", "bq", "bk", "hq", "hk", "qk", "bhq", "bhk", "bqk", "hqk", "bhqk")
 
-CASES = dict(
-    dims=DIMS,
-    dtype=DTYPES,
-    storage=STORAGES,
-    window=tuple(WINDOWS),
-    mask=(None, "bool", "same", "float32"),
-    softcap=(0.0, 3.0),
-    alibi=(None, "H", "BH"),
-    sinks=(False, True),
-    lse=(True, False),
-    scale=("number", "float16", "float32"),  # or a 0-d tensor of that dtype
-    aligned=(True, False),
-)
+CASES = {
+    "dims": DIMS,
+    "dtype": DTYPES,
+    "storage": STORAGES,
+    "window": tuple(WINDOWS),
+    "mask": (None, "bool", "same", "float32"),
+    "softcap": (0.0, 3.0),
+    "alibi": (None, "H", "BH"),
+    "sinks": (False, True),
+    "lse": (True, False),
+    "scale": ("number", "float16", "float32"),  # or a 0-d tensor of that dtype
+    "aligned": (True, False),
+    "long": (False,),
+}
+VARIANTS = {"rows": (8, 16, 32), "simdgroups": (1, 2, 4, 8), "keys": (8, 16, 32, 64), "staged": (False, True)}
 SHAPES = pairwise(
     turn=tuple(range(7)),
     heads=((2, 2), (4, 2), (3, 1)),
@@ -87,6 +88,18 @@ def cases(**changes) -> list[dict]:
     return pairwise(**{**CASES, **changes})
 
 
+def cases_of_every_variant() -> list[dict]:
+    """Every variant of the tiled kernel for some head dims, each with the next of the other factors."""
+    others = cases(long=(True,))
+    chosen = []
+    for dtype in (torch.float16, torch.float32):
+        for dims in ((64, 64), (20, 13), (192, 128), (256, 256)):
+            for variant in variants.all_variants(dtype.itemsize, *dims):
+                other = others[len(chosen) % len(others)]
+                chosen.append({**other, **variant._asdict(), "dtype": dtype, "dims": dims})
+    return chosen
+
+
 def fitting(case: dict) -> Variant:
     """The variant that a case asks for, made smaller until it fits the head dims."""
     variant = Variant(case["rows"], case["simdgroups"], case["keys"], case["staged"] and case["simdgroups"] > 1)
@@ -99,13 +112,13 @@ def fitting(case: dict) -> Variant:
     return variant
 
 
-def specs(case: dict, number: int, shapes: int, long: bool = False) -> Iterator[Spec]:
+def specs(case: dict, number: int, shapes: int) -> Iterator[Spec]:
     """The next shapes of the `number`th case."""
     for turn in range(number * shapes, (number + 1) * shapes):
         shape = SHAPES[turn % len(SHAPES)]
         storage = case["storage"]
         if storage == "dense":
-            lengths = LONG[turn % 3] if long and turn % 4 == 0 else EQUAL[turn % len(EQUAL)]
+            lengths = LONG[turn % 3] if case["long"] and turn % 4 == 0 else EQUAL[turn % len(EQUAL)]
         elif storage in ("cache", "paged-cache"):
             lengths = SAME_QUERIES[turn % len(SAME_QUERIES)]
         else:

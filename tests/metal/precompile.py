@@ -16,7 +16,7 @@ from tests.metal_host import compile_shader, observe
 def specializations(launches: Iterable[tuple[AttentionProblem, str, Variant]]) -> list[Specialization]:
     """What `launch.run` asks the compiler for, each once. Nothing is compiled."""
     asked: dict[Specialization, None] = {}
-    with mock.patch.object(compiler, "kernel", lambda specialization: asked.setdefault(specialization)):
+    with mock.patch.object(compiler, "kernel", asked.setdefault):
         for arguments in launches:
             launch.run(*arguments)
     return list(asked)

@@ -56,7 +56,7 @@ def test_no_more_than_torch_s_kernel_at_length(library, length, dim, mask):
 
 
 def products_needed(spec, variant):
-    """8x8x8 products: every simdgroup's rows against the blocks from the first key that one of them sees to the last."""
+    """8x8x8 products: a simdgroup's rows against the blocks from the first key that one of them sees to the last."""
     products = 0
     for seqlen_q, seqlen_k in spec.lengths:
         distance = torch.arange(seqlen_q)[:, None] + (seqlen_k - seqlen_q) - torch.arange(seqlen_k)

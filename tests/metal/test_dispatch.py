@@ -185,7 +185,7 @@ def test_batches_and_lengths_of_packed_calls_compile_nothing_new(compilations):
 
 
 def test_masks_compile_one_kernel_for_each_side_that_is_closed(compilations):
-    """A side of the window that hides nothing counts as open: that makes four kernels, whatever the widths and lengths."""
+    """A side of the window that hides nothing counts as open: that makes four kernels, whatever widths and lengths."""
     for length in (1, 2, 5, 30, 100):
         q = randn(1, length, 2, 64, dtype=torch.float16)
         for left in (-1, 0, 3, 10, 60, 200):

@@ -150,12 +150,12 @@ def test_the_watch_sees_what_it_looks_for():
     """The guards themselves: each kind of wait, and a created tensor."""
     x = on_device(3)
     waits = [
-        lambda: x[0].item(),
-        lambda: x.tolist(),
-        lambda: x.cpu(),
+        x[0].item,
+        x.tolist,
+        x.cpu,
         lambda: bool(x[0]),
         lambda: int(x[0]),
-        lambda: x.numpy(),
+        x.numpy,
     ]
     for wait in waits:
         with pytest.raises(AssertionError, match="waits for the device"):
@@ -181,7 +181,7 @@ def test_a_dimension_that_is_not_contiguous_costs_one_copy_of_that_tensor(kernel
 
 
 def test_varlen_starts_no_more_groups_than_the_rows_and_sequences_need(kernel):
-    """At most total / rows + batch tiles, whatever max_seqlen says: padding to the longest would be 64 times as many."""
+    """At most total / rows + batch tiles, whatever max_seqlen says. Padded to the longest: 64 times more."""
     lengths = [4096] + [1] * 63
     q, cu = on_device(sum(lengths), 2, 64), cumulative(lengths).as_subclass(OnDevice)
     interface.flash_attn_varlen_func(q, q, q, cu, cu, 4096, 4096)

@@ -1,5 +1,7 @@
-"""Both kernels over the grid, instrumented: right by the error rule, and no race, no access outside a buffer, no read of
-threadgroup memory that nobody wrote, no barrier that some threads miss.
+"""Both kernels over the grid, instrumented.
+
+Right by the error rule, and no race, no access outside a buffer, no read of threadgroup memory that nobody wrote, no
+barrier that some threads miss.
 """
 
 import pytest
@@ -13,14 +15,25 @@ from . import grid
 from .calls import draw
 from .precompile import precompile
 
-TILED = grid.cases(rows=(8, 16, 32), simdgroups=(1, 2, 4, 8), keys=(8, 16, 32, 64), staged=(False, True))
-SCALARS = grid.cases(dims=[(8, 8), (64, 64), (13, 13), (40, 24), (1, 100)])
+SCALAR_DIMS = [(8, 8), (64, 64), (13, 13), (40, 24), (1, 100)]
 SHAPES = 3  # for each case
 
 
-def launches(kind, case, number, shapes=SHAPES):
+def numbered(kind, cases):
+    return [pytest.param(kind, n, case, id=f"{kind}{n}-{case_id(case)}") for n, case in enumerate(cases)]
+
+
+DEFAULT = numbered("tiled", grid.cases(**grid.VARIANTS)) + numbered("scalar", grid.cases(dims=SCALAR_DIMS))
+FULL = [
+    *numbered("tiled", grid.cases(dims=grid.DIMS + grid.MORE_DIMS, **grid.VARIANTS)),
+    *numbered("variant", grid.cases_of_every_variant()),
+    *numbered("scalar", grid.cases(dims=[*SCALAR_DIMS, (100, 1), (72, 72), (3, 200)], long=(True,))),
+]
+
+
+def launches(kind, number, case):
     entry, variant = ("attention_scalar", SCALAR) if kind == "scalar" else ("attention_forward", grid.fitting(case))
-    for spec in grid.specs(case, number, shapes):
+    for spec in grid.specs(case, number, SHAPES):
         yield spec, entry, variant
 
 
@@ -28,22 +41,24 @@ def launches(kind, case, number, shapes=SHAPES):
 def _compiled(request):
     """The kernels of the chosen tests, compiled side by side."""
     chosen = [item.callspec.params for item in request.session.items if item.module is request.module]
-    precompile(
-        (draw(spec).problem, entry, variant)
-        for params in chosen
-        for spec, entry, variant in launches(params["kind"], *params["case"])
-    )
+    precompile((draw(spec).problem, entry, variant) for how in chosen for spec, entry, variant in launches(**how))
 
 
-def parameters(kind, cases):
-    return [pytest.param(kind, (case, n), id=f"{kind}-{case_id(case)}") for n, case in enumerate(cases)]
-
-
-@pytest.mark.parametrize(("kind", "case"), parameters("tiled", TILED) + parameters("scalar", SCALARS))
-def test_grid(kind, case):
-    for seed, (spec, entry, variant) in enumerate(launches(kind, *case)):
+def run(kind, number, case):
+    for seed, (spec, entry, variant) in enumerate(launches(kind, number, case)):
         print(variant, spec)
         call = draw(spec)
         with observe(seed=seed):
             result = launch.run(call.problem, entry, variant)
         call.check(result)
+
+
+@pytest.mark.parametrize(("kind", "number", "case"), DEFAULT)
+def test_grid(kind, number, case):
+    run(kind, number, case)
+
+
+@pytest.mark.metal_full
+@pytest.mark.parametrize(("kind", "number", "case"), FULL)
+def test_whole_grid(kind, number, case):
+    run(kind, number, case)

@@ -1,4 +1,4 @@
-"""The public functions with the runner in the product's seam: served by the `simdgroup` tier, in one launch, and right."""
+"""The public functions with the runner in the product's seam: served by the `simdgroup` tier, in one launch, right."""
 
 import pytest
 import torch

@@ -49,7 +49,7 @@ def sees(spec, call):
 )
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_what_a_query_sees_reaches_it_and_no_other(kernel, how, operand, value):
-    """One element is not finite: of query 20, key 25, or column 3 of value 25. All that does not depend on it is right."""
+    """One element is not finite: of query 20, key 25, or column 3 of value 25. What does not depend on it is right."""
     spec = Spec([(33, 40)], (DIM, DIM), torch.float16, heads=(2, 1), **how)
     call = draw(spec)
     p, at = call.problem, 20 if operand == "q" else 25
