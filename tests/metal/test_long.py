@@ -87,12 +87,14 @@ def test_long(on_gpu, monkeypatch, dtype, shape, case):
     assert {call.tier for call in trace.calls} == {"simdgroup"}
     parts = list(zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True))
     for one, got, got_lse in zip(parts, out.split(lengths_q), lse.split(lengths_q, 1), strict=True):
+        if one[0].shape[0] == 0:
+            continue
         if one[1].shape[0] == 0:
             assert not got.any()
             assert (got_lse == -torch.inf).all()
             continue
         expected, expected_lse = attention(*one, options, torch.float64)
         plain, _ = attention(*one, options, dtype)
-        error, plain_error = ((x.double() - expected).abs().max() if x.numel() else 0.0 for x in (got, plain))
+        error, plain_error = ((x.double() - expected).abs().max() for x in (got, plain))
         assert error <= 2 * plain_error + 1e-5
         torch.testing.assert_close(got_lse.double(), expected_lse, atol=2e-4, rtol=1e-5)

@@ -5,9 +5,11 @@ See `flash_attn_mps.interface` and `flash_attn_mps.lowlevel`.
 
 import inspect
 
+import flash_attn_shim.needs_torch  # noqa: F401
+
+# isort: split
 import torch
 
-import flash_attn_shim.needs_torch  # noqa: F401
 from flash_attn_mps.interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
