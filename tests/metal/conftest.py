@@ -1,19 +1,26 @@
+import os
+
 import pytest
 import torch
 
-from flash_attn_mps.metal import compiler
+from flash_attn_mps.metal import compiler, store, variants
 from tests.metal_host import compile_shader
 
 
 @pytest.fixture(autouse=True, scope="package")
-def _metal_on_the_cpu():
-    """The runner in the place of torch.mps.compile_shader, for tensors on the CPU."""
+def _metal_on_the_cpu(tmp_path_factory):
+    """The runner in the place of torch.mps.compile_shader, for tensors on the CPU; nothing forced, nothing tuned."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("MTLFLASHATTN_")]:
+            patch.delenv(name)
+        patch.setenv(store.CACHE, str(tmp_path_factory.mktemp("cache")))
+        variants.forget()
         patch.setattr(compiler, "compile_shader", compile_shader)
         patch.setattr(compiler, "device_types", frozenset({"cpu"}))
         compiler.clear()
         yield
         compiler.clear()
+        variants.forget()
 
 
 @pytest.fixture(autouse=True, scope="package")
