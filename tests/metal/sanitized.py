@@ -1,0 +1,35 @@
+"""The tiled kernel on an NVIDIA GPU, against the CPU: `compute-sanitizer --tool TOOL python -m tests.metal.sanitized`.
+
+TOOL: memcheck (with PYTORCH_NO_CUDA_MEMORY_CACHING=1: torch's allocator hides where buffers end), racecheck, initcheck.
+MTLFLASHATTN_VARIANT chooses the variant, such as 16x4x32-staged. The arithmetic of the reference stays on the CPU, so that
+nothing but the kernel is looked at.
+"""
+
+import itertools
+
+import torch
+
+import flash_attn_mps as fa
+from flash_attn_mps.metal import compiler
+from tests.metal_host import compile_shader
+
+LENGTHS_Q, LENGTHS_K = [130, 0, 257], [200, 33, 257]
+CASES = [{}, {"causal": True}, {"window_size": (70, 10)}]
+
+
+def main() -> None:
+    compiler.compile_shader, compiler.device_types = compile_shader, frozenset({"cuda"})
+    torch.manual_seed(0)
+    ends = [torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in (LENGTHS_Q, LENGTHS_K)]
+    for head_dim, options in itertools.product((64, 96, 128), CASES):
+        heads = ((sum(LENGTHS_Q), 2), (sum(LENGTHS_K), 1), (sum(LENGTHS_K), 1))
+        tensors = [*(torch.randn(*shape, head_dim).half() for shape in heads), *ends]
+        out = fa.flash_attn_varlen_func(*(t.cuda() for t in tensors), 257, 257, **options)
+        expected = fa.flash_attn_varlen_func(*tensors, 257, 257, **options)
+        error = (out.cpu().float() - expected.float()).abs().max().item()
+        print(f"head_dim {head_dim} {options}: largest difference {error:.1e}", flush=True)
+        assert error < 4e-3
+
+
+if __name__ == "__main__":
+    main()
