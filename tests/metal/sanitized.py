@@ -1,8 +1,8 @@
 """The tiled kernel on an NVIDIA GPU, against the CPU: `compute-sanitizer --tool TOOL python -m tests.metal.sanitized`.
 
 TOOL: memcheck (with PYTORCH_NO_CUDA_MEMORY_CACHING=1: torch's allocator hides where buffers end), racecheck, initcheck.
-MTLFLASHATTN_VARIANT chooses the variant, such as 16x4x32-staged. The arithmetic of the reference stays on the CPU, so that
-nothing but the kernel is looked at.
+MTLFLASHATTN_VARIANT chooses the variant, such as 16x4x32-staged. The arithmetic of the reference stays on the CPU, so
+that nothing but the kernel is looked at.
 """
 
 import itertools
