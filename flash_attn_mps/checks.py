@@ -6,6 +6,7 @@ It is read only when something is wrong.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import operator
@@ -54,9 +55,14 @@ def tensor_of_rank(value: Any, name: str, ranks: tuple[int, ...], dims: str) -> 
     return value
 
 
+@functools.cache
+def _ranks(dims: str) -> tuple[int]:
+    return (len(dims.rstrip(",").split(",")),)
+
+
 def tensor(value: Any, name: str, dims: str, like: torch.Tensor | None = None) -> torch.Tensor:
     """A strided tensor of as many dimensions as `dims` names, on the device of `like`."""
-    tensor_of_rank(value, name, (len(dims.rstrip(",").split(",")),), dims)
+    tensor_of_rank(value, name, _ranks(dims), dims)
     if like is not None and value.device != like.device:
         raise malformed(name, value, f"a tensor on {like.device}, where the queries are")
     return value

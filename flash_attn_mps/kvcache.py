@@ -5,6 +5,7 @@ Lengths and indices stay on the device. Values are checked where the host can re
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def attention(
     cache = _Cache(
         q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, block_table_name, cu_seqlens_q
     )
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         if k is not None or v is not None:
             cache.check_new(k, v, cu_seqlens_k_new)
         elif cu_seqlens_k_new is not None:
