@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 
 from .problem import AttentionProblem, Result
 
+_NOTHING = nullcontext()
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
+
 
 def without_autocast(like: torch.Tensor) -> AbstractContextManager:
     """No autocast on the device of `like`: the dtypes of attention are those of its arguments, as upstream has it."""
     device = like.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return _NOTHING
 
 
 _TENSORS = [field.name for field in dataclasses.fields(AttentionProblem) if "Tensor" in field.type]
