@@ -39,7 +39,7 @@ def flash_attn_func(
 ):
     """Attention of a dense batch: `(batch, seqlen_q, heads, head_dim of v)`, or `(out, softmax_lse)`."""
     checks.integer(num_splits, "num_splits", "an integer")
-    _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     scoring = Scoring(
         softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
     )
@@ -65,7 +65,7 @@ def flash_attn_qkvpacked_func(
 
     `qkv` is `(batch, seqlen, 3, heads, head_dim)`, or `(batch, seqlen, num_heads_q + 2 * heads_k, head_dim)`.
     """
-    _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     scoring = Scoring(
         softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
     )
@@ -114,7 +114,7 @@ def flash_attn_varlen_func(
     seen.
     """
     checks.integer(num_splits, "num_splits", "an integer")
-    _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     scoring = Scoring(
         softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
     )
@@ -161,7 +161,7 @@ def flash_attn_with_kvcache(
     starts.
     """
     checks.integer(num_splits, "num_splits", "an integer")
-    _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     result = kvcache.attention(
         q,
         k_cache,
@@ -245,7 +245,7 @@ def _finish(p: AttentionProblem, qv=None, softmax_scale=None):
     return (result.out, result.lse) if p.want_lse else result.out
 
 
-def _refuse(**descales) -> None:
+def refuse(**descales) -> None:
     for name, value in descales.items():
         if value is not None:
             raise checks.unsupported(name, value, "None: there is no fp8 attention here")

@@ -89,7 +89,7 @@ def _flash_attn_backward(
     window_size = (window_size_left, window_size_right)
     seed = _seed(dropout_p, rng_state)
     scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
-    return _backward(dense, (q, k, v), scoring, dout, out, softmax_lse, (dq, dk, dv))
+    return backward(dense, (q, k, v), scoring, dout, out, softmax_lse, (dq, dk, dv))
 
 
 def _flash_attn_varlen_backward(
@@ -121,7 +121,7 @@ def _flash_attn_varlen_backward(
     seed = _seed(dropout_p, rng_state)
     scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _backward(varlen, (q, k, v, *lengths), scoring, dout, out, softmax_lse, (dq, dk, dv))
+    return backward(varlen, (q, k, v, *lengths), scoring, dout, out, softmax_lse, (dq, dk, dv))
 
 
 @torch.no_grad()
@@ -133,7 +133,8 @@ def _forward(describe, tensors, layout, scoring: Scoring, return_softmax):
 
 
 @torch.no_grad()
-def _backward(describe, tensors, scoring: Scoring, dout, out, lse, grads):
+def backward(describe, tensors, scoring: Scoring, dout, out, lse, grads):
+    """Gradients of the problem that `describe(*tensors, scoring)` gives, into `grads` where they are buffers."""
     p: AttentionProblem = describe(*tensors, scoring).resolved()
     for name, value, shape in (
         ("dout", dout, p.out_shape),

@@ -1,4 +1,7 @@
-"""`flash_attn_interface`, the top-level module of FlashAttention 3. See `flash_attn_mps.interface3`."""
+"""`flash_attn_interface`, the top-level module of FlashAttention 3.
+
+See `flash_attn_mps.interface3`, and `flash_attn_mps.lowlevel3` for the private functions.
+"""
 
 import flash_attn_shim.needs_torch  # noqa: F401
 from flash_attn_mps.interface3 import (
@@ -9,6 +12,7 @@ from flash_attn_mps.interface3 import (
     flash_attn_with_kvcache,
     get_scheduler_metadata,
 )
+from flash_attn_mps.lowlevel3 import _flash_attn_backward, _flash_attn_forward  # noqa: F401
 
 __all__ = [
     "flash_attn_combine",
@@ -18,3 +22,30 @@ __all__ = [
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
 ]
+
+
+def maybe_contiguous(x):
+    """`x`, copied if its last dimension is not contiguous; None stays None."""
+    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+
+
+class FlashAttnFunc:
+    """What upstream's autograd function is to a caller: `apply` with the arguments of `flash_attn_func`, in order."""
+
+    apply = staticmethod(flash_attn_func)
+
+
+class FlashAttnQKVPackedFunc:
+    """What upstream's autograd function is to a caller: `apply` with the arguments of `flash_attn_qkvpacked_func`."""
+
+    apply = staticmethod(flash_attn_qkvpacked_func)
+
+
+class FlashAttnVarlenFunc:
+    """What upstream's autograd function is to a caller."""
+
+    @staticmethod
+    def apply(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, *scoring):
+        """`flash_attn_varlen_func` with `seqused` before `max_seqlen`, as upstream's class has them."""
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
+        return flash_attn_varlen_func(q, k, v, *lengths, *scoring)

@@ -5,7 +5,8 @@ from unittest import mock
 
 import flash_attn_shim
 
-# Only the top-level name passes the switch: its submodules are found on its __path__.
+# Only the top-level names pass the switch: submodules are found on a package's __path__.
 with mock.patch.dict(os.environ, MTLFLASHATTN_SHIM="on"):
     flash_attn_shim.install()
     import flash_attn  # noqa: F401
+    import flash_attn_interface  # noqa: F401

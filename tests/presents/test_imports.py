@@ -37,18 +37,6 @@ KERNEL_HELPERS = {
     "flash_attn.ops.triton.linear": {"init_to_zero", "get_configs_io_bound"},
 }
 
-# Not presented yet. Strict: who presents one takes it off this list.
-AWAITED = {
-    "flash_attn_interface": {
-        "_flash_attn_backward",
-        "_flash_attn_forward",
-        "FlashAttnFunc",
-        "FlashAttnQKVPackedFunc",
-        "FlashAttnVarlenFunc",
-        "maybe_contiguous",
-    },
-}
-
 
 def imported(statement):
     """`(module, name or None)` for everything that a statement imports."""
@@ -62,15 +50,7 @@ def upstream_has(module, name):
     return module in UPSTREAM and (name is None or name in UPSTREAM[module] or f"{module}.{name}" in UPSTREAM)
 
 
-def marked(key, awaited):
-    """A test that is expected to fail, and must, while what it needs is awaited."""
-    mark = pytest.mark.xfail(reason="not presented yet", raises=(ImportError, AttributeError), strict=True)
-    return pytest.param(*key, marks=[mark] if awaited else [], id=".".join(map(str, key)))
-
-
-@pytest.mark.parametrize(
-    "statement", [marked((s,), any(n in AWAITED.get(m, ()) for m, n in imported(s))) for s in STATEMENTS]
-)
+@pytest.mark.parametrize("statement", STATEMENTS)
 def test_statement(statement, monkeypatch):
     """It resolves where upstream's own Python would, and else fails as a missing module or name does."""
     monkeypatch.setenv("MTLFLASHATTN_SHIM", "on")
@@ -92,9 +72,7 @@ def public_names():
     ]
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [marked((m, n), n.split(".")[0] in AWAITED.get(m, ())) for m, n in public_names()]
-)
+@pytest.mark.parametrize(("module", "name"), public_names())
 def test_name_and_signature(module, name, monkeypatch):
     monkeypatch.setenv("MTLFLASHATTN_SHIM", "on")
     value = importlib.import_module(module)

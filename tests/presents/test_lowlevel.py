@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+import flash_attn_interface as fa3
 from flash_attn import flash_attn_func, flash_attn_varlen_func
 from flash_attn import flash_attn_interface as interface
 
@@ -150,3 +151,45 @@ def test_autograd_classes_by_name():
     torch.testing.assert_close(out, flash_attn_func(q, k, v, causal=True))
     assert out.requires_grad
     assert not interface.FlashAttnFunc.apply(*arguments, False).requires_grad
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash_attention_3(packed):
+    """Forward and backward of the top-level module: the gradients of its public functions."""
+    torch.manual_seed(0)
+    cu = torch.tensor([0, 12, 30], dtype=torch.int32)
+    shape = (30, 2, 8) if packed else (2, 15, 2, 8)
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    dout = torch.randn_like(q)
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 18, "max_seqlen_k": 18} if packed else {}
+    public = fa3.flash_attn_varlen_func if packed else fa3.flash_attn_func
+    expected = public(q, k, v, **lengths, causal=True, softcap=3.0)
+    grads = torch.autograd.grad(expected, (q, k, v), dout)
+    out, lse, *accumulators = fa3._flash_attn_forward(q, k, v, **lengths, causal=True, softcap=3.0)
+    torch.testing.assert_close(out, expected.detach())
+    assert [t.numel() for t in accumulators] == [0, 0]
+    buffers = [torch.empty_like(t) for t in (q, k, v)]
+    options = dict(zip(("dq", "dk", "dv"), buffers, strict=True), is_causal=True, softcap=3.0)
+    fa3._flash_attn_backward(dout, q, k, v, out, lse, **lengths, **options)
+    for buffer, grad in zip(buffers, grads, strict=True):
+        torch.testing.assert_close(buffer, grad)
+
+
+def test_flash_attention_3_appends_to_a_cache():
+    torch.manual_seed(0)
+    q, k_new, v_new = (torch.randn(2, 3, 2, 8) for _ in range(3))
+    caches = torch.randn(2, 2, 16, 2, 8)
+    seqlens = torch.tensor([4, 9], dtype=torch.int32)
+    again = caches.clone()
+    expected = fa3.flash_attn_with_kvcache(q, *again, k_new, v_new, cache_seqlens=seqlens, causal=True)
+    out, *_ = fa3._flash_attn_forward(q, *caches, k_new, v_new, seqused_k=seqlens, causal=True)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(caches, again)
+
+
+def test_flash_attention_3_class_takes_upstreams_order():
+    torch.manual_seed(0)
+    q = torch.randn(30, 2, 8)
+    cu = torch.tensor([0, 12, 30], dtype=torch.int32)
+    out = fa3.FlashAttnVarlenFunc.apply(q, q, q, cu, cu, None, None, 18, 18, None, True)
+    torch.testing.assert_close(out, fa3.flash_attn_varlen_func(q, q, q, cu, cu, 18, 18, causal=True))
