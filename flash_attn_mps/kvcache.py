@@ -50,6 +50,7 @@ def attention(
     cache = _Cache(
         q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, block_table_name, cu_seqlens_q
     )
+    given = (q, k_cache, v_cache, k, v, qv)  # before rotation under no_grad makes k another tensor
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         if k is not None or v is not None:
             cache.check_new(k, v, cu_seqlens_k_new)
@@ -72,9 +73,10 @@ def attention(
         if qv is not None:
             p = with_qv(p, qv, scoring.softmax_scale)
         result = dispatch.attention(p)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_cache, v_cache, k, v)):
-        anchor = next(t for t in (q, k_cache, v_cache, k, v) if t is not None and t.requires_grad)
-        result.out = _NoBackward.apply(result.out, anchor)
+    if torch.is_grad_enabled():
+        anchor = next((t for t in given if t is not None and t.requires_grad), None)
+        if anchor is not None:
+            result.out = _NoBackward.apply(result.out, anchor)
     return result
 
 

@@ -56,8 +56,7 @@ def _flash_attn_forward(
     window_size = (window_size_left, window_size_right)
     scoring = Scoring(softmax_scale, causal, window_size, softcap, want_lse=True, attention_chunk=attention_chunk)
     if cu_seqlens_k is None and (seqused_k is not None or k_new is not None or page_table is not None):
-        if seqused_q is not None:
-            raise checks.unsupported("seqused_q", seqused_q, "None with a key-value cache")
+        _refuse("with a key-value cache", seqused_q=seqused_q)
         result = kvcache.attention(
             q,
             k,
@@ -80,10 +79,17 @@ def _flash_attn_forward(
             max_seqlen_q=max_seqlen_q,
         )
     else:
-        caches = {"kv_batch_idx": kv_batch_idx, "leftpad_k": leftpad_k, "rotary_cos": rotary_cos, "k_new": k_new}
-        for name, value in caches.items():
-            if value is not None:
-                raise checks.unsupported(name, value, "None without a key-value cache (seqused_k, and no cu_seqlens_k)")
+        _refuse(
+            "without a key-value cache (seqused_k, and no cu_seqlens_k)",
+            k_new=k_new,
+            v_new=v_new,
+            cu_seqlens_k_new=cu_seqlens_k_new,
+            kv_batch_idx=kv_batch_idx,
+            leftpad_k=leftpad_k,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            seqlens_rotary=seqlens_rotary,
+        )
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
         p = _describe(*lengths, page_table)(q, k, v, scoring)
         result = dispatch.attention(p if qv is None else with_qv(p, qv, softmax_scale))
@@ -124,10 +130,15 @@ def _flash_attn_backward(
 def _describe(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table):
     """A function from q, k, v and the scoring to the problem: dense without `cu_seqlens_q`, else packed."""
     if cu_seqlens_q is None:
-        for name, value in (("cu_seqlens_k", cu_seqlens_k), ("seqused_q", seqused_q)):
-            if value is not None:
-                raise checks.unsupported(name, value, "None without cu_seqlens_q")
+        # A dense problem has one length for all: a length that is not looked at would give wrong gradients.
+        _refuse("without cu_seqlens_q", cu_seqlens_k=cu_seqlens_k, sequed_q=seqused_q, sequed_k=seqused_k)
         return dense
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = {"seqused_q": seqused_q, "seqused_k": seqused_k, "block_table": page_table}
     return lambda q, k, v, scoring: varlen(q, k, v, *lengths, scoring, **options)
+
+
+def _refuse(where: str, **arguments) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise checks.unsupported(name, value, f"None {where}")

@@ -264,8 +264,7 @@ def pages(
         raise checks.malformed(
             lengths_name, f"a sequence of {max(lengths)} keys", f"at most {room}, the room of {name}"
         )
-    needed = torch.tensor(
-        [-(-n // block_size) for n in lengths], device="cpu"
-    )  # only blocks that hold keys are looked at
+    # Only blocks that hold keys are looked at.
+    needed = torch.tensor([-(-n // block_size) for n in lengths], device="cpu")
     used = torch.arange(block_table.shape[1], device="cpu") < needed[:, None]
     checks.indices(block_table, name, num_blocks, "the blocks of k", used)

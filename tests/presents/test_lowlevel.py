@@ -193,3 +193,31 @@ def test_flash_attention_3_class_takes_upstreams_order():
     cu = torch.tensor([0, 12, 30], dtype=torch.int32)
     out = fa3.FlashAttnVarlenFunc.apply(q, q, q, cu, cu, None, None, 18, 18, None, True)
     torch.testing.assert_close(out, fa3.flash_attn_varlen_func(q, q, q, cu, cu, 18, 18, causal=True))
+
+
+@pytest.mark.parametrize("name", ["sequed_q", "sequed_k", "cu_seqlens_k"])
+def test_flash_attention_3_backward_refuses_lengths_that_it_would_not_look_at(name):
+    q = torch.randn(2, 15, 2, 8)
+    lengths = {name: torch.tensor([3, 4], dtype=torch.int32)}
+    with pytest.raises(NotImplementedError, match=name):
+        fa3._flash_attn_backward(q, q, q, q, q, torch.zeros(2, 2, 15), **lengths)
+
+
+@pytest.mark.parametrize("name", ["v_new", "rotary_sin", "seqlens_rotary", "cu_seqlens_k_new", "kv_batch_idx"])
+def test_flash_attention_3_forward_refuses_what_belongs_to_a_cache(name):
+    q = torch.randn(2, 15, 2, 8)
+    with pytest.raises(NotImplementedError, match=name):
+        fa3._flash_attn_forward(q, q, q, **{name: torch.zeros(2, dtype=torch.int32)})
+
+
+@pytest.mark.parametrize("name", ["k", "qv"])
+def test_a_cache_never_loses_a_gradient_in_silence(name):
+    torch.manual_seed(0)
+    new = {n: torch.randn(1, 2, 2, 8) for n in ("k", "v", "qv")}
+    new[name].requires_grad_()
+    cos, sin = torch.randn(2, 16, 4)
+    caches = torch.randn(2, 1, 16, 2, 8)
+    options = {"rotary_cos": cos, "rotary_sin": sin, "cache_seqlens": 5, "causal": True}
+    out = fa3.flash_attn_with_kvcache(torch.randn(1, 2, 2, 8), *caches, **new, **options)
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        out.sum().backward()
