@@ -73,6 +73,12 @@ class AttentionProblem:
         return self.k.shape[-2]
 
     @property
+    def window(self) -> tuple[int, int]:
+        """`(window_left, window_right)`, where a side that hides nothing at these lengths is open too."""
+        left, right = self.window_left, self.window_right
+        return -1 if left >= self.max_seqlen_k - 1 else left, -1 if right >= self.max_seqlen_q - 1 else right
+
+    @property
     def ragged_q(self) -> bool:
         """Do the sequences differ in their number of queries?"""
         return self.cu_seqlens_q is not None or self.seqused_q is not None
@@ -138,14 +144,13 @@ class Scoring:
     attention_chunk: Any = 0
     seed: int | None = None  # None: from torch's default generator, if there is dropout
 
-    def checked(self, q: torch.Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> dict[str, Any]:
+    def checked(self, q: torch.Tensor, batch: int) -> dict[str, Any]:
         left, right = checks.window(self.window_size, self.causal)
         dropout_p = checks.dropout_p(self.dropout_p)
         return {
             "softmax_scale": checks.softmax_scale(self.softmax_scale, q.shape[-1], q),
-            # A side that hides nothing is open: it spares masks, and lets more tiers serve the call.
-            "window_left": -1 if left >= seqlen_k - 1 else left,
-            "window_right": -1 if right >= seqlen_q - 1 else right,
+            "window_left": left,
+            "window_right": right,
             "softcap": checks.softcap(self.softcap),
             "alibi_slopes": checks.alibi_slopes(self.alibi_slopes, batch, q.shape[-2], q),
             "dropout_p": dropout_p,
@@ -167,7 +172,7 @@ def dense(q: Any, k: Any, v: Any, scoring: Scoring, names: Mapping[str, str] = c
     if k.shape[0] != batch:
         raise checks.malformed(names.get("k", "k"), k, f"a batch of {batch}, that of {names.get('q', 'q')}")
     seqlen_k = k.shape[1]
-    return AttentionProblem(q, k, v, batch, seqlen_q, seqlen_k, **scoring.checked(q, batch, seqlen_q, seqlen_k))
+    return AttentionProblem(q, k, v, batch, seqlen_q, seqlen_k, **scoring.checked(q, batch))
 
 
 def varlen(
@@ -222,7 +227,7 @@ def varlen(
         batch,
         max_seqlen_q,
         max_seqlen_k,
-        **scoring.checked(q, batch, max_seqlen_q, max_seqlen_k),
+        **scoring.checked(q, batch),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q,

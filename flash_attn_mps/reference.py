@@ -137,12 +137,13 @@ class _Block:
         self.p, self.group, self.queries, self.keys = p, group, queries, keys
         self.first, self.last = first, last
         self.lo, self.hi = 0, group.seqlen_k
+        self.left, self.right = p.window
         if group.offsets is not None:
             least, greatest = group.offsets
-            if p.window_left >= 0:
-                self.lo = max(self.lo, first + least - p.window_left)
-            if p.window_right >= 0:
-                self.hi = min(self.hi, last + greatest + p.window_right)
+            if self.left >= 0:
+                self.lo = max(self.lo, first + least - self.left)
+            if self.right >= 0:
+                self.hi = min(self.hi, last + greatest + self.right)
 
     def heads_first(self, rows: torch.Tensor) -> torch.Tensor:
         """`(g, c, heads, d)` to `(g, heads_k, r * c, d)`, float32."""
@@ -174,7 +175,7 @@ class _Block:
         if p.softcap:
             s = s.div_(p.softcap).tanh_().mul_(p.softcap)
             capped = s.clone() if keep_capped else None
-        positioned = p.alibi_slopes is not None or p.window_left >= 0 or p.window_right >= 0
+        positioned = p.alibi_slopes is not None or self.left >= 0 or self.right >= 0
         distance = self._distance() if positioned else None
         if p.alibi_slopes is not None:
             slopes = p.alibi_slopes.unflatten(-1, (p.heads_k, -1))[..., None, None]
@@ -211,10 +212,10 @@ class _Block:
     def _hidden(self, distance: torch.Tensor | None) -> torch.Tensor | None:
         """`(g or 1, c, n)`: which scores do not count; None if all do."""
         hidden = []
-        if self.p.window_right >= 0:
-            hidden.append(distance > self.p.window_right)
-        if self.p.window_left >= 0:
-            hidden.append(distance < -self.p.window_left)
+        if self.right >= 0:
+            hidden.append(distance > self.right)
+        if self.left >= 0:
+            hidden.append(distance < -self.left)
         if self.p.attention_chunk:
             chunks = self._diagonal().div(self.p.attention_chunk, rounding_mode="floor")
             hidden.append(self._keys() // self.p.attention_chunk != chunks)
