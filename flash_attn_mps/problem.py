@@ -108,7 +108,15 @@ class AttentionProblem:
 
     @property
     def requires_grad(self) -> bool:
-        return torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or self.v.requires_grad)
+        if not torch.is_grad_enabled():
+            return False
+        sinks = self.sinks
+        return (
+            self.q.requires_grad
+            or self.k.requires_grad
+            or self.v.requires_grad
+            or (sinks is not None and sinks.requires_grad)
+        )
 
 
 @dataclass(slots=True, eq=False)
