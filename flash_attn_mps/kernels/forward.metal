@@ -59,17 +59,21 @@ METAL_FUNC void soften(
 #endif
         if (EDGE && !MASK_KIND && !is_seen(scoring, row, key, seqlen)) x = -INFINITY;
         s[r][n].thread_elements()[e] = x;
+        m = max(m, x);
       }
     }
 #if MASK_KIND
     if (!masking.all) {
-      UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n)
-        UNROLL for (int e = 0; e < 2; ++e)
-          s[r][n].thread_elements()[e] = masked(s[r][n].thread_elements()[e], masking.at(r, n, e));
+      m = -INFINITY;
+      UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
+        UNROLL for (int e = 0; e < 2; ++e) {
+          float x = masked(s[r][n].thread_elements()[e], masking.at(r, n, e));
+          s[r][n].thread_elements()[e] = x;
+          m = max(m, x);
+        }
+      }
     }
 #endif
-    UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n)
-      UNROLL for (int e = 0; e < 2; ++e) m = max(m, s[r][n].thread_elements()[e]);
     m = max(row_max(m) * factor, state.m[r]);
     float base = m == -INFINITY ? 0.0f : m;  // a row that has seen nothing yet: -inf - -inf is NaN
     float sum = 0.0f;
