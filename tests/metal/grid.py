@@ -126,6 +126,8 @@ def specs(case: dict, number: int, shapes: int) -> Iterator[Spec]:
             lengths = SAME_QUERIES[turn % len(SAME_QUERIES)]
         else:
             lengths = RAGGED[turn % len(RAGGED)]
+        if case["dims"] == (1, 1):  # the rule compares the largest of errors: among a few values that is luck
+            lengths = lengths * 8
         left, right = WINDOWS[case["window"]]
         scale = shape["scale"]
         if case["scale"] != "number":

@@ -273,3 +273,17 @@ def test_masks_do_not_change_the_kernels_of_calls_without():
     votes = {counter: counted(p, STAGED)[counter] for counter in ("shuffles", "threadgroup_barriers")}
     blocks = 128 // 2 // STAGED.keys
     assert votes["threadgroup_barriers"] == 2 * blocks * 2 * (64 // (STAGED.rows * STAGED.simdgroups))
+
+
+def test_neighbouring_elements_are_loaded_together():
+    """Instructions that load from device memory: fewer, the better the rows of the mask are aligned."""
+    p = with_mask(plain(64), torch.ones(64, 64, dtype=torch.bool))
+    buffers = launch.optional_buffers(p)
+    asked = launch.specialize(p, p.q, p.k, p.v, buffers, "attention_forward", Variant(16, 2, 32, False))
+    loads = []
+    for aligned in (16, 4, 1):
+        library = compiler.compile_shader(asked._replace(mask=asked.mask._replace(aligned=aligned)).source())
+        loads.append(library.module("attention_forward").ptx.count("ld.global"))
+    fragments, rows = 32 // 8, 16 // 8
+    assert loads[0] < loads[1] < loads[2]
+    assert loads[2] - loads[0] >= rows * (2 * fragments - 1)
