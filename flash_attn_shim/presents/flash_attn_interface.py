@@ -29,6 +29,11 @@ def maybe_contiguous(x):
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
+def round_multiple(x, m):
+    """The least multiple of `m` that is not below `x`."""
+    return (x + m - 1) // m * m
+
+
 class FlashAttnFunc:
     """What upstream's autograd function is to a caller: `apply` with the arguments of `flash_attn_func`, in order."""
 

@@ -128,8 +128,17 @@ def test_malformed(name, value, message):
         interface._flash_attn_backward(**{**call, name: value})
 
 
-def test_plain_functions_with_upstreams_parameters():
+@pytest.mark.parametrize(
+    "function", [*(f for n, f in vars(interface).items() if n.startswith("_flash_attn")), fa3._flash_attn_forward]
+)
+def test_plain_functions_with_upstreams_parameters(function):
     """ring-flash-attention reads the argument names of plain functions, and passes what it finds."""
+    assert inspect.isfunction(function)
+    assert inspect.getfullargspec(function).args == list(inspect.signature(function).parameters)
+    assert inspect.getfullargspec(function).varargs is None
+
+
+def test_window_is_two_arguments():
     names = inspect.getfullargspec(interface._flash_attn_forward).args
     assert names[3:] == [
         "dropout_p",
@@ -182,9 +191,14 @@ def test_flash_attention_3_appends_to_a_cache():
     seqlens = torch.tensor([4, 9], dtype=torch.int32)
     again = caches.clone()
     expected = fa3.flash_attn_with_kvcache(q, *again, k_new, v_new, cache_seqlens=seqlens, causal=True)
-    out, *_ = fa3._flash_attn_forward(q, *caches, k_new, v_new, seqused_k=seqlens, causal=True)
+    out, lse, *_ = fa3._flash_attn_forward(q, *caches, k_new, v_new, seqused_k=seqlens, causal=True)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(caches, again)
+    whole = {"cache_seqlens": seqlens + 3, "causal": True, "return_softmax_lse": True}
+    out, again_lse, *accumulators = fa3.flash_attn_with_kvcache(q, *caches, **whole)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(again_lse, lse)
+    assert [t.numel() for t in accumulators] == [0, 0], "as many values as upstream's"
 
 
 def test_flash_attention_3_class_takes_upstreams_order():
