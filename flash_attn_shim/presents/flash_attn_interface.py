@@ -13,6 +13,7 @@ from flash_attn_mps.interface3 import (
     get_scheduler_metadata,
 )
 from flash_attn_mps.lowlevel3 import _flash_attn_backward, _flash_attn_forward  # noqa: F401
+from flash_attn_shim.own import own as _own
 
 __all__ = [
     "flash_attn_combine",
@@ -22,6 +23,8 @@ __all__ = [
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
 ]
+
+_own(globals())
 
 
 def maybe_contiguous(x):

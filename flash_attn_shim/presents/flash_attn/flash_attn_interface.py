@@ -25,6 +25,7 @@ from flash_attn_mps.lowlevel import (
     _flash_attn_varlen_backward,
     _flash_attn_varlen_forward,
 )
+from flash_attn_shim.own import own as _own
 
 __all__ = [
     "flash_attn_func",
@@ -35,6 +36,8 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
+
+_own(globals())
 
 # diffusers calls these.
 _wrapped_flash_attn_forward = _flash_attn_forward
