@@ -238,6 +238,25 @@ def test_small_helpers(module):
     assert [module.round_multiple(n, 32) for n in (0, 1, 32, 33)] == [0, 32, 32, 64]
 
 
+@pytest.mark.parametrize("is_dropout", [False, True])
+def test_block_size_takes_s_dmask_apart(is_dropout):
+    """Upstream's tests restore the probabilities of S_dmask tile by tile; they are there whatever the tile."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 300, 2, 16) for _ in range(3))
+    out, lse, probs = flash_attn_func(q, k, v, 0.3, return_attn_probs=True)
+    block = interface._get_block_size_n(q.device, 16, is_dropout, False)
+    assert block % 32 == 0
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).double() / 4
+    tiles = zip(
+        probs.split(block, -1), scores.split(block, -1), v.transpose(1, 2).double().split(block, 2), strict=True
+    )
+    restored = torch.zeros(1, 2, 300, 16, dtype=torch.float64)
+    for signed, score, value in tiles:
+        torch.testing.assert_close(signed.abs().double(), torch.exp(score - lse[..., None]), rtol=1e-4, atol=1e-6)
+        restored += signed.double().clamp(min=0.0) / 0.7 @ value
+    torch.testing.assert_close(out.double(), restored.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_flash_attention_3(packed):
     """Forward and backward of the top-level module: the gradients of its public functions."""

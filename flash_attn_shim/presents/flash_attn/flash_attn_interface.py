@@ -46,6 +46,9 @@ _wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward
 _wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
 
 
+USE_TRITON_ROCM = False  # upstream's switch for AMD GPUs
+
+
 class flash_attn_gpu:
     """Upstream's compiled extension, which is not here: xformers looks for the name, and uses it on CUDA only."""
 
@@ -58,6 +61,14 @@ def maybe_contiguous(x):
 def round_multiple(x, m):
     """The least multiple of `m` that is not below `x`."""
     return (x + m - 1) // m * m
+
+
+def _get_block_size_n(device, head_dim, is_dropout, is_causal):
+    """How many keys a kernel takes at once: upstream's tests, and who borrowed from them, walk through S_dmask by it.
+
+    Here S_dmask has no tiles, and any number that is right for them is right.
+    """
+    return 128 if head_dim <= 64 and not is_dropout else 64
 
 
 def _applied(name, function):
