@@ -20,8 +20,8 @@ struct State {
 template <bool EDGE, typename AnyKeys>
 METAL_FUNC void score(thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread State& state, AnyKeys keys, int first, Lane lane) {
   UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-    int key0 = key_of(first, n, lane.column);
-    int key1 = key_of(first, n, lane.column + 1);
+    int key0 = key_of(first, n, lane.column, 0);
+    int key1 = key_of(first, n, lane.column, 1);
     if (EDGE) {
       key0 = min(key0, keys.seqlen - 1);
       key1 = min(key1, keys.seqlen - 1);
@@ -52,7 +52,7 @@ METAL_FUNC void soften(
     float m = -INFINITY;
     UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
       UNROLL for (int e = 0; e < 2; ++e) {
-        int key = key_of(first, n, lane.column + e);
+        int key = key_of(first, n, lane.column, e);
         float x = s[r][n].thread_elements()[e];
 #if SCORES_ARE_SCALED
         x = score_of(x, scoring, min(row, scoring.seqlen_q - 1), EDGE ? min(key, seqlen - 1) : key);
@@ -113,7 +113,7 @@ METAL_FUNC void gather(
     int first,
     Lane lane) {
   UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-    int key = key_of(first, n, lane.row);
+    int key = key_of(first, n, lane.row, 0);
     if (EDGE) key = min(key, keys.seqlen - 1);
     Operand v[DV_FRAGMENTS];
     SlabV::load_right(v, keys.v.at(key), lane);
@@ -162,6 +162,9 @@ struct Range {
   int some_end;
   int all_begin;
   int all_end;
+
+  METAL_FUNC bool meets(int first) const thread { return first + KEYS > some_begin && first < some_end; }
+  METAL_FUNC bool holds(int first) const thread { return first >= all_begin && first + KEYS <= all_end; }
 };
 
 METAL_FUNC Range range_of(Scoring scoring, int first_row, int last_row, int seqlen_k) {
@@ -231,20 +234,16 @@ kernel void attention_forward(
   threadgroup Staging staging;
   Range group_range = range_of(scoring, group_first, min(group_first + ROWS * SIMDGROUPS, sequence.seqlen_q) - 1, sequence.seqlen_k);
   for (int first = group_range.some_begin; first < group_range.some_end; first += KEYS) {
-    bool in_range = first + KEYS > range.some_begin && first < range.some_end && state.first_row < sequence.seqlen_q;
-    bool edge = first < range.all_begin || first + KEYS > range.all_end;
+    Masking masking;
 #if MASK_KIND
-    Masking masking;
     masking.some = false;
-    if (in_range) masking = masking_of(edge, scoring, state.first_row, first, keys.seqlen, lane);
-    in_range = masking.some;
-    if (!is_wanted(staging, in_range, first / KEYS % 2, simdgroup, index)) continue;
-#else
-    Masking masking;
+    if (range.meets(first) && state.first_row < sequence.seqlen_q)
+      masking = masking_of(!range.holds(first), scoring, state.first_row, first, keys.seqlen, lane);
+    if (!is_wanted(staging, masking.some, first / KEYS % 2, simdgroup, index)) continue;
 #endif
     StagedKeys staged = stage(staging, keys, first, ushort(simdgroup * 32 + index));
-    if (in_range) {
-      if (!edge) {
+    if (masking.some && range.meets(first) && state.first_row < sequence.seqlen_q) {
+      if (range.holds(first)) {
         attend<false>(state, staged, scoring, masking, first, lane);
       } else {
         attend<true>(state, staged, scoring, masking, first, lane);
@@ -254,10 +253,9 @@ kernel void attention_forward(
 #else
   if (state.first_row >= sequence.seqlen_q) return;
   for (int first = range.some_begin; first < range.some_end; first += KEYS) {
-    bool edge = first < range.all_begin || first + KEYS > range.all_end;
-    Masking masking = masking_of(edge, scoring, state.first_row, first, keys.seqlen, lane);
+    Masking masking = masking_of(!range.holds(first), scoring, state.first_row, first, keys.seqlen, lane);
     if (!masking.some) continue;
-    if (!edge) {
+    if (range.holds(first)) {
       attend<false>(state, keys, scoring, masking, first, lane);
     } else {
       attend<true>(state, keys, scoring, masking, first, lane);

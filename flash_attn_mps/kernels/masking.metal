@@ -5,12 +5,12 @@
 // agree on it, so under a mask fragment n takes every KEY_FRAGMENTS-th key: a lane's elements of the mask are neighbours in
 // memory, 2 KEY_FRAGMENTS of them in each of its rows.
 
-// The key that column `column` of fragment n stands for.
-METAL_FUNC int key_of(int first, int n, int column) {
+// The key that column `column + e` of fragment n stands for.
+METAL_FUNC int key_of(int first, int n, int column, int e) {
 #if MASK_KIND
-  return first + KEY_FRAGMENTS * column + n;
+  return first + KEY_FRAGMENTS * (column + e) + n;
 #else
-  return first + 8 * n + column;
+  return first + 8 * n + column + e;
 #endif
 }
 
@@ -75,7 +75,7 @@ struct Masking {
   METAL_FUNC void load_vectors(Scoring scoring, int first_row, int first, Lane lane) thread {
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
       int row = min(first_row + 8 * r + lane.row, scoring.seqlen_q - 1);
-      Words<MASK_WORDS>::load(words[r], (device const uint*)(scoring.mask_at(row, key_of(first, 0, lane.column))));
+      Words<MASK_WORDS>::load(words[r], (device const uint*)(scoring.mask_at(row, key_of(first, 0, lane.column, 0))));
     }
   }
 
@@ -86,7 +86,7 @@ struct Masking {
       int row = first_row + 8 * r + lane.row;
       UNROLL for (int w = 0; w < MASK_WORDS; ++w) words[r][w] = 0;
       UNROLL for (int i = 0; i < MASK_ELEMENTS; ++i) {
-        int key = key_of(first, i, lane.column);
+        int key = key_of(first, i, lane.column, 0);
         MASK_T x = *scoring.mask_at(min(row, scoring.seqlen_q - 1), EDGE ? min(key, seqlen - 1) : key);
         if (EDGE && !is_seen(scoring, row, key, seqlen)) x = MASK_KIND == 1 ? MASK_T(0) : MASK_T(-INFINITY);
         words[r][i * MASK_BYTES / 4] |= bits_of(x) << (8 * (i * MASK_BYTES % 4));

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flash_attn_mps import interface
-from flash_attn_mps.metal import compiler, launch
+from flash_attn_mps.metal import compiler, launch, variants
 from flash_attn_mps.metal.specialization import Mask, Variant
 from flash_attn_mps.problem import Scoring, dense, with_mask
 from tests.attention.pairwise import case_id, pairwise
@@ -64,6 +64,12 @@ CASES = pairwise(
     extra=("none", "softcap", "alibi", "sinks"),
 )
 
+FULL = [
+    {**CASES[n % len(CASES)], "dtype": dtype, "variant": variant}
+    for dtype in (torch.float16, torch.float32)
+    for n, variant in enumerate(variants.all_variants(dtype.itemsize, DIM, 24))
+]
+
 
 def calls_of(case):
     """Every pattern, each with the next of the lengths."""
@@ -80,11 +86,18 @@ def calls_of(case):
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(request):
     """The kernels of the chosen cases, compiled side by side."""
-    chosen = [item.callspec.params for item in request.session.items if item.function is test_structured_masks]
+    tests = (test_structured_masks, test_structured_masks_in_every_variant)
+    chosen = [item.callspec.params for item in request.session.items if item.function in tests]
     calls = (
         (call.problem, "attention_forward", how["case"]["variant"]) for how in chosen for _, call in calls_of(**how)
     )
     precompile(calls)
+
+
+@pytest.mark.metal_full
+@pytest.mark.parametrize("case", FULL, ids=case_id)
+def test_structured_masks_in_every_variant(case):
+    test_structured_masks(case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
