@@ -62,7 +62,9 @@ def _ranks(dims: str) -> tuple[int]:
 
 def tensor(value: Any, name: str, dims: str, like: torch.Tensor | None = None) -> torch.Tensor:
     """A strided tensor of as many dimensions as `dims` names, on the device of `like`."""
-    tensor_of_rank(value, name, _ranks(dims), dims)
+    # Dynamo warns about a cache that it traces through.
+    ranks = _ranks.__wrapped__(dims) if torch.compiler.is_compiling() else _ranks(dims)
+    tensor_of_rank(value, name, ranks, dims)
     if like is not None and value.device != like.device:
         raise malformed(name, value, f"a tensor on {like.device}, where the queries are")
     return value

@@ -1,0 +1,155 @@
+"""Attention as operators of `torch.library`: what torch.compile and torch.export put into their graphs.
+
+While a graph is captured, a call is described and checked as always, in Python that Dynamo traces; its shapes stay
+symbolic. Then, instead of asking the tiers, `dispatch` emits one operator whose arguments are the fields of the
+`AttentionProblem`. Its kernel builds the problem anew when the graph runs, reads the lengths that the host can read, and
+asks the tiers: so a graph holds for all lengths, and what is decided per call (the tier, forced or not, what is traced)
+is decided per call. Calls outside of a graph never come here: `torch.library` would cost more than the launch.
+
+`flash_attn_forward` gives `(out, softmax_lse, probs)`, empty where they are not wanted. Its derivative is
+`flash_attn_backward`, which has none. The names contain "flash_attn" because policies of selective activation
+checkpointing look for that in an operator's name (trl, selective_activation_checkpointing.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.library import custom_op
+
+from .problem import AttentionProblem, Result, with_lengths
+
+NAMESPACE = "mtlflashattn"
+_TYPES = {
+    "torch.Tensor": ("Tensor {}",),
+    "torch.Tensor | None": ("Tensor? {}",),
+    "int": ("SymInt {}",),
+    "float": ("float {}",),
+    "bool": ("bool {}",),
+    "float | torch.Tensor": ("float? {}", "Tensor? {}_tensor"),
+    "int | torch.Tensor": ("SymInt? {}", "Tensor? {}_tensor"),
+}
+# The lengths that the host knows are not part of a graph: they are read when it runs.
+_FIELDS = [(f.name, _TYPES[f.type]) for f in dataclasses.fields(AttentionProblem) if f.type in _TYPES]
+_PROBLEM = ", ".join(part.format(name) for name, parts in _FIELDS for part in parts)
+_COUNT = sum(len(parts) for _, parts in _FIELDS)  # arguments that describe a problem; q, k and v come first
+
+
+def _flat(p: AttentionProblem) -> list[Any]:
+    """The arguments that describe `p`, in the order of the schema."""
+    arguments = []
+    for name, parts in _FIELDS:
+        value = getattr(p, name)
+        if len(parts) == 1:
+            arguments.append(value)
+        else:
+            arguments.extend((None, value) if isinstance(value, torch.Tensor) else (value, None))
+    return arguments
+
+
+def _problem(arguments: tuple[Any, ...]) -> AttentionProblem:
+    values = iter(arguments)
+    fields = {}
+    for name, parts in _FIELDS:
+        value = next(values)
+        if len(parts) == 2:
+            tensor = next(values)
+            value = value if tensor is None else tensor
+        fields[name] = value
+    return AttentionProblem(**fields)
+
+
+def _computed(arguments: tuple[Any, ...]) -> AttentionProblem:
+    """The problem as an operator's kernel hands it to the tiers."""
+    p = with_lengths(_problem(arguments))
+    return dataclasses.replace(p, seed=int(p.seed)) if isinstance(p.seed, torch.Tensor) else p
+
+
+def register(
+    forward: Callable[[AttentionProblem], Result], backward: Callable[..., tuple[torch.Tensor, ...]]
+) -> tuple[Callable[[AttentionProblem], Result], Callable[..., tuple[torch.Tensor, ...]]]:
+    """The operators whose kernels are `forward(p)` and `backward(p, out, lse, dout, dlse)`, as such functions."""
+
+    @custom_op(
+        f"{NAMESPACE}::flash_attn_forward", mutates_args=(), schema=f"({_PROBLEM}) -> (Tensor, Tensor, Tensor)"
+    )
+    def forward_op(*arguments: Any):
+        with torch.no_grad():
+            p = _computed(arguments)
+            result = forward(p)
+            nothing = p.q.new_empty(0)
+            lse = nothing.float() if result.lse is None else result.lse
+            return _dense(result.out), _dense(lse), nothing if result.probs is None else _dense(result.probs)
+
+    @forward_op.register_fake
+    def _(*arguments: Any):
+        p = _problem(arguments)
+        lse_shape = p.lse_shape if p.want_lse else (0,)
+        probs = p.q.new_empty((p.batch, p.heads, *_longest(p)) if p.want_probs else (0,))
+        return p.q.new_empty(p.out_shape), p.q.new_empty(lse_shape, dtype=torch.float32), probs
+
+    @custom_op(
+        f"{NAMESPACE}::flash_attn_backward",
+        mutates_args=(),
+        schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PROBLEM}) -> (Tensor, Tensor, Tensor)",
+    )
+    def backward_op(dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *arguments):
+        with torch.no_grad():
+            return tuple(map(_dense, backward(_computed(arguments), out, lse, dout, dlse)))
+
+    @backward_op.register_fake
+    def _(_dout, _dlse, _out, _lse, *arguments):
+        p = _problem(arguments)
+        return tuple(t.new_empty(t.shape) for t in (p.q, p.k, p.v))
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        out, lse, probs = output
+        # Every tensor goes through save_for_backward, so that checkpointing and offloading hooks see it.
+        ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
+        ctx.save_for_backward(out, lse, *(value for value in inputs if isinstance(value, torch.Tensor)))
+        ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(probs)
+
+    def differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _dprobs: Any):
+        out, lse, *saved = ctx.saved_tensors
+        tensors = iter(saved)
+        pairs = zip(ctx.is_tensor, ctx.others, strict=True)
+        arguments = [next(tensors) if is_tensor else other for is_tensor, other in pairs]
+        if dout is None:
+            dout = torch.zeros_like(out)
+        grads = backward_op(dout, dlse, out, lse, *arguments)
+        wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
+        return *wanted, *[None] * (_COUNT - len(wanted))
+
+    def differentiate_again(*_: Any):
+        raise NotImplementedError("flash attention has no second derivative (double backward)")
+
+    forward_op.register_autograd(differentiate, setup_context=save)
+    backward_op.register_autograd(differentiate_again)
+
+    def captured_forward(p: AttentionProblem) -> Result:
+        want_lse = p.want_lse or p.requires_grad  # the backward pass needs it
+        out, lse, probs = forward_op(*_flat(dataclasses.replace(p, want_lse=want_lse)))
+        return Result(out, lse if p.want_lse else None, probs if p.want_probs else None)
+
+    def captured_backward(p: AttentionProblem, out, lse, dout, dlse):
+        return backward_op(dout, dlse, out, lse, *_flat(p))
+
+    return captured_forward, captured_backward
+
+
+def _longest(p: AttentionProblem) -> tuple[int, int]:
+    """`(max_seqlen_q, max_seqlen_k)` as the kernel will know them: sizes unknown where only a tensor has them."""
+    given = ((p.max_seqlen_q, p.longest_q), (p.max_seqlen_k, p.longest_k))
+    return tuple(bound if longest is None else torch.library.get_ctx().new_dynamic_size() for bound, longest in given)
+
+
+def _dense(t: torch.Tensor) -> torch.Tensor:
+    """`t`, contiguous, with the strides of a new tensor also along dimensions of size 1, as the fake one has them."""
+    if not t.is_contiguous():
+        return t.contiguous(memory_format=torch.contiguous_format)
+    return t.view(-1).view(t.shape) if 1 in t.shape else t
