@@ -133,7 +133,7 @@ def softmax_scale(value: Any, head_dim: int, like: torch.Tensor) -> float | torc
                 raise malformed("softmax_scale", value, f"a 0-d tensor on {like.device} or on the CPU")
             return value
     scale = number(value, "softmax_scale", accepted)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # Dynamo does not trace math.isfinite of a number that varies
         raise malformed("softmax_scale", value, accepted)
     return scale
 

@@ -82,7 +82,7 @@ def register(
             result = forward(p)
             nothing = p.q.new_empty(0)
             lse = nothing.float() if result.lse is None else result.lse
-            return _dense(result.out), _dense(lse), nothing if result.probs is None else _dense(result.probs)
+            return contiguous(result.out), contiguous(lse), nothing if result.probs is None else contiguous(result.probs)
 
     @forward_op.register_fake
     def _(*arguments: Any):
@@ -98,7 +98,7 @@ def register(
     )
     def backward_op(dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *arguments):
         with torch.no_grad():
-            return tuple(map(_dense, backward(_computed(arguments), out, lse, dout, dlse)))
+            return tuple(map(contiguous, backward(_computed(arguments), out, lse, dout, dlse)))
 
     @backward_op.register_fake
     def _(_dout, _dlse, _out, _lse, *arguments):
@@ -142,13 +142,24 @@ def register(
     return captured_forward, captured_backward
 
 
+@custom_op(f"{NAMESPACE}::no_gradient", mutates_args=(), schema="(Tensor like, str reason) -> Tensor")
+def no_gradient(_like: torch.Tensor, reason: str) -> torch.Tensor:
+    """Raises NotImplementedError when it runs; in a graph it stands for a gradient like `like`."""
+    raise NotImplementedError(reason)
+
+
+@no_gradient.register_fake
+def _(like: torch.Tensor, _reason: str) -> torch.Tensor:
+    return torch.empty_like(like)
+
+
 def _longest(p: AttentionProblem) -> tuple[int, int]:
     """`(max_seqlen_q, max_seqlen_k)` as the kernel will know them: sizes unknown where only a tensor has them."""
     given = ((p.max_seqlen_q, p.longest_q), (p.max_seqlen_k, p.longest_k))
     return tuple(bound if longest is None else torch.library.get_ctx().new_dynamic_size() for bound, longest in given)
 
 
-def _dense(t: torch.Tensor) -> torch.Tensor:
+def contiguous(t: torch.Tensor) -> torch.Tensor:
     """`t`, contiguous, with the strides of a new tensor also along dimensions of size 1, as the fake one has them."""
     if not t.is_contiguous():
         return t.contiguous(memory_format=torch.contiguous_format)
