@@ -117,11 +117,10 @@ class _NoBackward(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, _dout: torch.Tensor) -> Any:
+    def backward(ctx: Any, dout: torch.Tensor) -> Any:
         # An operator, because a graph is made of the backward pass too, whether anybody runs it or not.
-        return None, ops.no_gradient(
-            *ctx.saved_tensors, "flash_attn_with_kvcache has no backward pass: use flash_attn_func to train"
-        )
+        reason = "flash_attn_with_kvcache has no backward pass: use flash_attn_func to train"
+        return None, ops.no_gradient(dout, *ctx.saved_tensors, reason)
 
 
 class _Cache:

@@ -142,15 +142,18 @@ def register(
     return captured_forward, captured_backward
 
 
-@custom_op(f"{NAMESPACE}::no_gradient", mutates_args=(), schema="(Tensor like, str reason) -> Tensor")
-def no_gradient(_like: torch.Tensor, reason: str) -> torch.Tensor:
-    """Raises NotImplementedError when it runs; in a graph it stands for a gradient like `like`."""
+@custom_op(f"{NAMESPACE}::no_gradient", mutates_args=(), schema="(Tensor dout, Tensor x, str reason) -> Tensor")
+def no_gradient(_dout: torch.Tensor, _x: torch.Tensor, reason: str) -> torch.Tensor:
+    """Raises NotImplementedError when it runs; in a graph it stands for the gradient of `x`.
+
+    It takes `dout` so that it counts as part of the backward pass: without, it would run in the forward one.
+    """
     raise NotImplementedError(reason)
 
 
 @no_gradient.register_fake
-def _(like: torch.Tensor, _reason: str) -> torch.Tensor:
-    return torch.empty_like(like)
+def _(_dout: torch.Tensor, x: torch.Tensor, _reason: str) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
 def _longest(p: AttentionProblem) -> tuple[int, int]:
