@@ -49,7 +49,7 @@ def register(attend: Callable[..., Result]) -> Callable[..., Result]:
         q, k_cache, v_cache, scoring, named = _call(arguments)
         with torch.no_grad():
             result = attend(q, k_cache, v_cache, scoring, **named)
-            lse = q.new_empty(0, dtype=torch.float32) if result.lse is None else result.lse
+            lse = result.lse if scoring.want_lse else q.new_empty(0, dtype=torch.float32)
             return contiguous(result.out), contiguous(lse)
 
     def fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

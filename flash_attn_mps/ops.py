@@ -80,9 +80,9 @@ def register(
         with torch.no_grad():
             p = _computed(arguments)
             result = forward(p)
-            nothing = p.q.new_empty(0)
-            lse = nothing.float() if result.lse is None else result.lse
-            return contiguous(result.out), contiguous(lse), nothing if result.probs is None else contiguous(result.probs)
+            lse = result.lse if p.want_lse else p.q.new_empty(0, dtype=torch.float32)
+            probs = result.probs if p.want_probs else p.q.new_empty(0)
+            return contiguous(result.out), contiguous(lse), contiguous(probs)
 
     @forward_op.register_fake
     def _(*arguments: Any):
@@ -107,6 +107,8 @@ def register(
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         out, lse, probs = output
+        if not _problem(inputs).want_lse:
+            raise ValueError("want_lse: got False; accepted: True where a gradient is needed")
         # Every tensor goes through save_for_backward, so that checkpointing and offloading hooks see it.
         ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
         ctx.save_for_backward(out, lse, *(value for value in inputs if isinstance(value, torch.Tensor)))
