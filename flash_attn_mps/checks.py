@@ -6,7 +6,6 @@ It is read only when something is wrong.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import operator
@@ -55,16 +54,9 @@ def tensor_of_rank(value: Any, name: str, ranks: tuple[int, ...], dims: str) -> 
     return value
 
 
-@functools.cache
-def _ranks(dims: str) -> tuple[int]:
-    return (len(dims.rstrip(",").split(",")),)
-
-
 def tensor(value: Any, name: str, dims: str, like: torch.Tensor | None = None) -> torch.Tensor:
     """A strided tensor of as many dimensions as `dims` names, on the device of `like`."""
-    # Dynamo warns about a cache that it traces through.
-    ranks = _ranks.__wrapped__(dims) if torch.compiler.is_compiling() else _ranks(dims)
-    tensor_of_rank(value, name, ranks, dims)
+    tensor_of_rank(value, name, (dims.count(", ") + 1,), dims)
     if like is not None and value.device != like.device:
         raise malformed(name, value, f"a tensor on {like.device}, where the queries are")
     return value

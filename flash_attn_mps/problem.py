@@ -149,18 +149,20 @@ class Scoring:
     def checked(self, q: torch.Tensor, batch: int) -> dict[str, Any]:
         left, right = checks.window(self.window_size, self.causal)
         dropout_p = checks.dropout_p(self.dropout_p)
-        return {
+        fields = {
             "softmax_scale": checks.softmax_scale(self.softmax_scale, q.shape[-1], q),
             "window_left": left,
             "window_right": right,
             "softcap": checks.softcap(self.softcap),
             "alibi_slopes": checks.alibi_slopes(self.alibi_slopes, batch, q.shape[-2], q),
             "dropout_p": dropout_p,
-            "seed": (_draw_seed() if self.seed is None else self.seed) if dropout_p else 0,
             "want_lse": bool(self.want_lse),
-            "want_probs": bool(dropout_p and (self.want_lse if self.want_probs is None else self.want_probs)),
             "attention_chunk": checks.attention_chunk(self.attention_chunk),
         }
+        if dropout_p:
+            fields["seed"] = _draw_seed() if self.seed is None else self.seed
+            fields["want_probs"] = bool(self.want_lse if self.want_probs is None else self.want_probs)
+        return fields
 
 
 def _draw_seed() -> int | torch.Tensor:
