@@ -115,7 +115,15 @@ class AttentionProblem:
 
     @property
     def requires_grad(self) -> bool:
-        return torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or self.v.requires_grad)
+        if not torch.is_grad_enabled():
+            return False
+        sinks = self.sinks
+        return (
+            self.q.requires_grad
+            or self.k.requires_grad
+            or self.v.requires_grad
+            or (sinks is not None and sinks.requires_grad)
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -300,6 +308,34 @@ def with_qv(p: AttentionProblem, qv: Any, softmax_scale: Any) -> AttentionProble
     q, k = torch.cat([p.q, qv], -1), torch.cat([p.k, p.v], -1)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else p.softmax_scale
     return dataclasses.replace(p, q=q, k=k, softmax_scale=scale)
+
+
+def with_mask(p: AttentionProblem, mask: Any, name: str = "attn_mask") -> AttentionProblem:
+    """`p` with a mask on its scores: bool, where False hides, or of q's dtype or float32, where it is added.
+
+    mask broadcasts to `(batch, heads, seqlen_q, seqlen_k)`; fewer dimensions are the last ones, and nothing is copied.
+    It comes on top of the window, after scale, softcap and ALiBi; what is added to a score of base e. An added -inf
+    hides a key; the least finite number does not: queries that see nothing else see such keys alike.
+
+    Rows and columns are positions in a sequence: with `seqused_k` those past its end do not matter, with `leftpad_k`
+    column 0 is its first key. A packed batch is refused, because nothing bounds its lengths by the shape of a mask.
+
+    Raises ValueError for another dtype, device or shape, NotImplementedError for a packed batch or a mask that
+    requires grad.
+    """
+    if p.cu_seqlens_q is not None or p.cu_seqlens_k is not None:
+        raise checks.unsupported(name, "a mask for a packed batch", "a mask for queries (batch, seqlen_q, heads, ...)")
+    shape = (p.batch, p.heads, p.max_seqlen_q, p.max_seqlen_k)
+    return dataclasses.replace(p, mask=checks.mask(mask, name, shape, p.q))
+
+
+def with_sinks(p: AttentionProblem, sinks: Any, name: str = "sinks") -> AttentionProblem:
+    """`p` with attention sinks `(heads,)`: a score, not scaled, that every query of a head has besides its keys.
+
+    Its value is zero, so it only takes part in the softmax's denominator and in the log-sum-exp. Any floating dtype;
+    computed in float32. Gradients reach it. A query that sees no key gives zeros, and the sink as log-sum-exp.
+    """
+    return dataclasses.replace(p, sinks=checks.sinks(sinks, name, p.heads, p.q))
 
 
 def pages(
