@@ -42,12 +42,17 @@ def attention(p: AttentionProblem) -> Result:
 
 def gradients(
     p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of q, k and v, whichever tier gave `out` and `lse`. `dlse` is the gradient of the log-sum-exp."""
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of q, k, v and sinks, whichever tier gave `out` and `lse`.
+
+    `dlse` is the gradient of the log-sum-exp, if it has one.
+    """
     if torch.compiler.is_compiling():
         return _captured_gradients(p, out, lse, dout, dlse)
+    p = p.resolved()
+    tier = cpu if cpu in _tiers() and not cpu.refuse(p) else reference
     with without_autocast(p.q):
-        return reference.backward(p.resolved(), out, lse, dout, dlse)
+        return tier.backward(p, out, lse, dout, dlse)
 
 
 _captured_attention, _captured_gradients = ops.register(attention, gradients)

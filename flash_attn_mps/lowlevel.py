@@ -150,8 +150,7 @@ def backward(describe, tensors, scoring: Scoring, dout, out, lse, grads):
     for name, value, like in zip(("dq", "dk", "dv"), grads, (p.q, p.k, p.v), strict=True):
         if value is not None and (not isinstance(value, torch.Tensor) or value.shape != like.shape):
             raise checks.malformed(name, value, f"None or a tensor {tuple(like.shape)}")
-    computed = dispatch.gradients(p, out, lse, dout)
-    for buffer, grad in zip(grads, computed, strict=True):
+    for buffer, grad in zip(grads, dispatch.gradients(p, out, lse, dout), strict=False):
         if buffer is not None:
             buffer.copy_(grad)
     return (dout.float() * out.float()).sum(-1).transpose(-1, -2).contiguous()

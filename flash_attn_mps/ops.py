@@ -35,7 +35,8 @@ _TYPES = {
 # The lengths that the host knows are not part of a graph: they are read when it runs.
 _FIELDS = [(f.name, _TYPES[f.type]) for f in dataclasses.fields(AttentionProblem) if f.type in _TYPES]
 _PROBLEM = ", ".join(part.format(name) for name, parts in _FIELDS for part in parts)
-_COUNT = sum(len(parts) for _, parts in _FIELDS)  # arguments that describe a problem; q, k and v come first
+_NAMES = [part.split()[1] for part in _PROBLEM.split(", ")]
+_DIFFERENTIABLE = ("q", "k", "v", "sinks")
 
 
 def _flat(p: AttentionProblem) -> list[Any]:
@@ -69,8 +70,8 @@ def _computed(arguments: tuple[Any, ...]) -> AttentionProblem:
 
 
 def register(
-    forward: Callable[[AttentionProblem], Result], backward: Callable[..., tuple[torch.Tensor, ...]]
-) -> tuple[Callable[[AttentionProblem], Result], Callable[..., tuple[torch.Tensor, ...]]]:
+    forward: Callable[[AttentionProblem], Result], backward: Callable[..., tuple[torch.Tensor | None, ...]]
+) -> tuple[Callable[[AttentionProblem], Result], Callable[..., tuple[torch.Tensor | None, ...]]]:
     """The operators whose kernels are `forward(p)` and `backward(p, out, lse, dout, dlse)`, as such functions."""
 
     @custom_op(
@@ -94,16 +95,18 @@ def register(
     @custom_op(
         f"{NAMESPACE}::flash_attn_backward",
         mutates_args=(),
-        schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PROBLEM}) -> (Tensor, Tensor, Tensor)",
+        schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
     )
     def backward_op(dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *arguments):
         with torch.no_grad():
-            return tuple(map(contiguous, backward(_computed(arguments), out, lse, dout, dlse)))
+            grads = backward(_computed(arguments), out, lse, dout, dlse)
+            return tuple(lse.new_empty(0) if grad is None else contiguous(grad) for grad in grads)
 
     @backward_op.register_fake
-    def _(_dout, _dlse, _out, _lse, *arguments):
+    def _(_dout, _dlse, _out, lse, *arguments):
         p = _problem(arguments)
-        return tuple(t.new_empty(t.shape) for t in (p.q, p.k, p.v))
+        tensors = (getattr(p, name) for name in _DIFFERENTIABLE)
+        return tuple(lse.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         out, lse, probs = output
@@ -123,9 +126,9 @@ def register(
         arguments = [next(tensors) if is_tensor else other for is_tensor, other in pairs]
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = backward_op(dout, dlse, out, lse, *arguments)
-        wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
-        return *wanted, *[None] * (_COUNT - len(wanted))
+        grads = dict(zip(_DIFFERENTIABLE, backward_op(dout, dlse, out, lse, *arguments), strict=True))
+        pairs = zip(_NAMES, ctx.needs_input_grad, strict=True)
+        return tuple(grads[name] if needed else None for name, needed in pairs)
 
     def differentiate_again(*_: Any):
         raise NotImplementedError("flash attention has no second derivative (double backward)")
@@ -139,7 +142,8 @@ def register(
         return Result(out, lse if p.want_lse else None, probs if p.want_probs else None)
 
     def captured_backward(p: AttentionProblem, out, lse, dout, dlse):
-        return backward_op(dout, dlse, out, lse, *_flat(p))
+        *grads, dsinks = backward_op(dout, dlse, out, lse, *_flat(p))
+        return *grads, None if p.sinks is None else dsinks
 
     return captured_forward, captured_backward
 
