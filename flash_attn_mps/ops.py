@@ -35,11 +35,11 @@ _TYPES = {
 # The lengths that the host knows are not part of a graph: they are read when it runs.
 _FIELDS = [(f.name, _TYPES[f.type]) for f in dataclasses.fields(AttentionProblem) if f.type in _TYPES]
 _PROBLEM = ", ".join(part.format(name) for name, parts in _FIELDS for part in parts)
-_NAMES = [part.split()[1] for part in _PROBLEM.split(", ")]
+NAMES = [part.split()[1] for part in _PROBLEM.split(", ")]
 _DIFFERENTIABLE = ("q", "k", "v", "sinks")
 
 
-def _flat(p: AttentionProblem) -> list[Any]:
+def flat(p: AttentionProblem) -> list[Any]:
     """The arguments that describe `p`, in the order of the schema."""
     arguments = []
     for name, parts in _FIELDS:
@@ -127,7 +127,7 @@ def register(
         if dout is None:
             dout = torch.zeros_like(out)
         grads = dict(zip(_DIFFERENTIABLE, backward_op(dout, dlse, out, lse, *arguments), strict=True))
-        pairs = zip(_NAMES, ctx.needs_input_grad, strict=True)
+        pairs = zip(NAMES, ctx.needs_input_grad, strict=True)
         return tuple(grads[name] if needed else None for name, needed in pairs)
 
     def differentiate_again(*_: Any):
@@ -138,11 +138,11 @@ def register(
 
     def captured_forward(p: AttentionProblem) -> Result:
         want_lse = p.want_lse or p.requires_grad  # the backward pass needs it
-        out, lse, probs = forward_op(*_flat(dataclasses.replace(p, want_lse=want_lse)))
+        out, lse, probs = forward_op(*flat(dataclasses.replace(p, want_lse=want_lse)))
         return Result(out, lse if p.want_lse else None, probs if p.want_probs else None)
 
     def captured_backward(p: AttentionProblem, out, lse, dout, dlse):
-        *grads, dsinks = backward_op(dout, dlse, out, lse, *_flat(p))
+        *grads, dsinks = backward_op(dout, dlse, out, lse, *flat(p))
         return *grads, None if p.sinks is None else dsinks
 
     return captured_forward, captured_backward
