@@ -188,10 +188,10 @@ def window(window_size: Any, causal: Any) -> tuple[int, int]:
 def alibi_slopes(value: Any, batch: int, heads: int, like: torch.Tensor) -> torch.Tensor | None:
     if value is None:
         return None
-    accepted = f"a float32 tensor ({heads},) or ({batch}, {heads}) on {like.device}"
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or value.device != like.device:
-        raise malformed("alibi_slopes", value, accepted)
-    if value.shape not in ((heads,), (batch, heads)):
+    fits = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.device == like.device
+    if not fits or value.shape != ((heads,) if value.dim() == 1 else (batch, heads)):
+        # Only now: a graph in which a length is printed holds for that length alone.
+        accepted = f"a float32 tensor ({heads},) or ({batch}, {heads}) on {like.device}"
         raise malformed("alibi_slopes", value, accepted)
     if value.requires_grad and torch.is_grad_enabled():
         raise unsupported("alibi_slopes", "a tensor that requires grad", "slopes without gradient: pass .detach()")
