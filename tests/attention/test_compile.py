@@ -158,7 +158,7 @@ def test_without_aot(name):
 @pytest.mark.parametrize("name", ["lse", "varlen"])
 def test_everything_dynamic_from_the_start(name):
     # The first length is one with which no two sizes are the same: PyTorch takes such for one.
-    assert_one_graph(*CALLS[name], lengths=(9, 5, 12, 33), dynamic=True)
+    assert_one_graph(*CALLS[name], lengths=(9, 5, 33), dynamic=True)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -227,7 +227,7 @@ def test_eager_calls_do_without_operators():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name):
-    """Every operator that a call runs, as it runs it; the forward pass with tensors that require gradients too."""
+    """Every operator that a call runs, as it runs it: the forward pass with tensors that require gradients."""
     function, make = CALLS[name]
     _, calls = operators(function, make(6))
     expected = ["flash_attn_forward", "flash_attn_backward"]
@@ -235,9 +235,9 @@ def test_opcheck(name):
         expected = ["flash_attn_with_kvcache" if name == "cache" else "flash_attn_with_kvcache_append"]
     assert [op.__name__ for op, _ in calls] == [f"{name}.default" for name in expected]
     for op, arguments in calls:
-        if "backward" not in op.__name__:  # which has no gradient
-            torch.library.opcheck(op, arguments)
-        torch.library.opcheck(op, [x.detach() if torch.is_tensor(x) else x for x in arguments])
+        if "backward" in op.__name__:  # which has no gradient
+            arguments = [x.detach() if torch.is_tensor(x) else x for x in arguments]
+        torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 16), (1, 5, 1, 8), (3, 1, 4, 8)])
