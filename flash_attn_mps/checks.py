@@ -254,7 +254,8 @@ def lengths(value: Any, name: str, batch: int, most: int | list[int], like: torc
 def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> tuple[int, torch.Tensor | None]:
     """The longest sequence: at least as long as every length known.
 
-    A 0-d tensor on a device is not waited for: `total` bounds it, and it is handed back for a tier that needs it.
+    A 0-d tensor on a device is not waited for: `total` bounds it, and it is handed back for a tier that needs it. While
+    a graph is captured nothing is known, and the number is looked at when it runs.
     """
     accepted = "an integer or a 0-d integer tensor, not negative"
     if isinstance(value, torch.Tensor) and not readable(value):
@@ -262,6 +263,8 @@ def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> tu
             raise malformed(name, value, accepted)
         return total, None if value.is_meta else value
     longest = integer(value, name, accepted)
+    if torch.compiler.is_compiling():  # bert_padding gives a number that only a run of the graph has
+        return longest, None
     if longest < 0 or (known and longest < max(known)):
         least = max(known) if known else 0
         raise malformed(name, value, f"at least {least}, the length of the longest sequence")

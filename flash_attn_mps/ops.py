@@ -164,8 +164,14 @@ def _(_dout: torch.Tensor, x: torch.Tensor, _reason: str) -> torch.Tensor:
 
 def _longest(p: AttentionProblem) -> tuple[int, int]:
     """`(max_seqlen_q, max_seqlen_k)` as the kernel will know them: sizes unknown where only a tensor has them."""
-    given = ((p.max_seqlen_q, p.longest_q), (p.max_seqlen_k, p.longest_k))
-    return tuple(bound if longest is None else torch.library.get_ctx().new_dynamic_size() for bound, longest in given)
+    if p.cu_seqlens_q is None:
+        return p.max_seqlen_q, p.max_seqlen_k
+    rows_k = p.k.shape[0] if p.block_table is None else p.block_table.shape[1] * p.k.shape[1]
+    given = ((p.max_seqlen_q, p.q.shape[0], p.longest_q), (p.max_seqlen_k, rows_k, p.longest_k))
+    return tuple(
+        torch.sym_min(most, rows) if longest is None else torch.library.get_ctx().new_dynamic_size()
+        for most, rows, longest in given
+    )
 
 
 def contiguous(t: torch.Tensor) -> torch.Tensor:

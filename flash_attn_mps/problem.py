@@ -236,10 +236,10 @@ def varlen(
 
 
 def with_lengths(p: AttentionProblem) -> AttentionProblem:
-    """`p` with the lengths that the host can read for free, checked: what `varlen` does too, except in a graph."""
+    """`p` with the lengths that the host can read for free, checked: what `varlen` leaves out of a graph."""
     if p.cu_seqlens_q is None:
         return p
-    _, _, lengths_q, _, _, lengths_k = _lengths(
+    max_seqlen_q, _, lengths_q, max_seqlen_k, _, lengths_k = _lengths(
         p.q,
         p.k,
         p.cu_seqlens_q,
@@ -251,7 +251,9 @@ def with_lengths(p: AttentionProblem) -> AttentionProblem:
         p.block_table,
         checks.NO_NAMES,
     )
-    return dataclasses.replace(p, lengths_q=lengths_q, lengths_k=lengths_k)
+    return dataclasses.replace(
+        p, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, lengths_q=lengths_q, lengths_k=lengths_k
+    )
 
 
 def _lengths(
