@@ -1,7 +1,7 @@
 """Attention against a key-value cache as operators of `torch.library`, for graphs: see `flash_attn_mps.ops`.
 
-The whole call is one operator, not the attention alone: where the new keys go is a matter of values, which a graph does
-not have. `flash_attn_with_kvcache` reads the caches, `flash_attn_with_kvcache_append` writes them too; a single operator
+The whole call is one operator, not the attention alone: where the new keys go is a matter of values, which a graph
+does not have. `flash_attn_with_kvcache` reads the caches, `flash_attn_with_kvcache_append` writes them too: one operator
 for both would have graphs copy caches that nobody writes.
 """
 
@@ -33,9 +33,10 @@ _TENSORS = (
 _NUMBERS = ("cache_seqlens", "max_seqlen_q")  # integers or tensors
 _SCHEMA = ", ".join(
     (
-        "(Tensor q, Tensor{} k_cache, Tensor{} v_cache, float? softmax_scale, Tensor? softmax_scale_tensor, bool causal",
-        "SymInt window_left, SymInt window_right, float softcap, Tensor? alibi_slopes, bool want_lse",
-        "SymInt attention_chunk, bool rotary_interleaved, str block_table_name",
+        "(Tensor q, Tensor{} k_cache, Tensor{} v_cache",
+        "float? softmax_scale, Tensor? softmax_scale_tensor, bool causal, SymInt window_left, SymInt window_right",
+        "float softcap, Tensor? alibi_slopes, bool want_lse, SymInt attention_chunk",
+        "bool rotary_interleaved, str block_table_name",
         *(f"SymInt? {name}, Tensor? {name}_tensor" for name in _NUMBERS),
         *(f"Tensor? {name}" for name in _TENSORS),
     )

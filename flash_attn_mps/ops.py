@@ -2,9 +2,9 @@
 
 While a graph is captured, a call is described and checked as always, in Python that Dynamo traces; its shapes stay
 symbolic. Then, instead of asking the tiers, `dispatch` emits one operator whose arguments are the fields of the
-`AttentionProblem`. Its kernel builds the problem anew when the graph runs, reads the lengths that the host can read, and
-asks the tiers: so a graph holds for all lengths, and what is decided per call (the tier, forced or not, what is traced)
-is decided per call. Calls outside of a graph never come here: `torch.library` would cost more than the launch.
+`AttentionProblem`. Its kernel builds the problem anew when the graph runs, reads the lengths that the host can read,
+and asks the tiers: so a graph holds for all lengths, and what is decided per call (the tier, forced or not, what is
+traced) is decided per run. Calls outside of a graph never come here: `torch.library` would cost more than the launch.
 
 `flash_attn_forward` gives `(out, softmax_lse, probs)`, empty where they are not wanted. Its derivative is
 `flash_attn_backward`, which has none. The names contain "flash_attn" because policies of selective activation
@@ -74,9 +74,7 @@ def register(
 ) -> tuple[Callable[[AttentionProblem], Result], Callable[..., tuple[torch.Tensor | None, ...]]]:
     """The operators whose kernels are `forward(p)` and `backward(p, out, lse, dout, dlse)`, as such functions."""
 
-    @custom_op(
-        f"{NAMESPACE}::flash_attn_forward", mutates_args=(), schema=f"({_PROBLEM}) -> (Tensor, Tensor, Tensor)"
-    )
+    @custom_op(f"{NAMESPACE}::flash_attn_forward", mutates_args=(), schema=f"({_PROBLEM}) -> (Tensor, Tensor, Tensor)")
     def forward_op(*arguments: Any):
         with torch.no_grad():
             p = _computed(arguments)

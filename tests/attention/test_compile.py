@@ -87,8 +87,11 @@ CALLS = {
     ),
     "lse": (lambda *x: fa2.flash_attn_func(*x, causal=True, return_attn_probs=True), qkv),
     "dropout": (lambda *x: fa2.flash_attn_func(*x, dropout_p=0.4, return_attn_probs=True), qkv),
-    "scale in a tensor": (lambda *x: fa2.flash_attn_func(*x[:3], softmax_scale=x[3]), lambda n: (*qkv(n), 1 / COS[n, 0])),
-    "batch and heads vary": (lambda x: fa2.flash_attn_qkvpacked_func(x), lambda n: (leaf(n, n + 1, 3, n // 2, 8),)),
+    "scale in a tensor": (
+        lambda *x: fa2.flash_attn_func(*x[:3], softmax_scale=x[3]),
+        lambda n: (*qkv(n), 1 / COS[n, 0]),
+    ),
+    "batch and heads vary": (fa2.flash_attn_qkvpacked_func, lambda n: (leaf(n, n + 1, 3, n // 2, 8),)),
     "kvpacked": (fa2.flash_attn_kvpacked_func, lambda n: (leaf(2, 6, 4, 8), leaf(2, n, 2, 2, 8))),
     "varlen": (lambda *x: fa2.flash_attn_varlen_func(*x, causal=True), packed),
     "varlen, features": (
@@ -306,7 +309,7 @@ def test_malformed_calls_name_the_argument():
 
 
 def test_no_second_derivative():
-    fast, _ = compiled(lambda *x: interface.flash_attn_func(*x), "eager")
+    fast, _ = compiled(interface.flash_attn_func, "eager")
     tensors = qkv(5)
     (dq,) = torch.autograd.grad(fast(*tensors).sum(), tensors[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):

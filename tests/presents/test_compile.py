@@ -95,7 +95,10 @@ FUNCTIONS = {
     "FusedMLP": (FusedMLP(32, 64, checkpoint_lvl=1), x32),
     "GatedMlp": (GatedMlp(32, 64), x32),
     "CrossEntropyLoss": (CrossEntropyLoss(inplace_backward=True), labelled),
-    "cross_entropy_loss": (lambda x, y: cross_entropy_loss(x, y, label_smoothing=0.1, lse_square_scale=0.01)[0], labelled),
+    "cross_entropy_loss": (
+        lambda x, y: cross_entropy_loss(x, y, label_smoothing=0.1, lse_square_scale=0.01)[0],
+        labelled,
+    ),
     "FlashSelfAttention": (FlashSelfAttention(causal=True), lambda n: (leaf(2, n, 3, 4, 16),)),
     "MHA": (MHA(32, 4, num_heads_kv=2, use_flash_attn=True, rotary_emb_dim=8, causal=True, dropout=0.2), x32),
     "Block": (
