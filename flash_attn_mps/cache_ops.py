@@ -1,8 +1,8 @@
 """Attention against a key-value cache as operators of `torch.library`, for graphs: see `flash_attn_mps.ops`.
 
 The whole call is one operator, not the attention alone: where the new keys go is a matter of values, which a graph
-does not have. `flash_attn_with_kvcache` reads the caches, `flash_attn_with_kvcache_append` writes them too: one operator
-for both would have graphs copy caches that nobody writes.
+does not have. `flash_attn_with_kvcache` reads the caches, `flash_attn_with_kvcache_append` writes them too: one
+operator for both would have graphs copy caches that nobody writes.
 """
 
 from __future__ import annotations
