@@ -56,7 +56,10 @@ def tensor_of_rank(value: Any, name: str, ranks: tuple[int, ...], dims: str) -> 
 
 def tensor(value: Any, name: str, dims: str, like: torch.Tensor | None = None) -> torch.Tensor:
     """A strided tensor of as many dimensions as `dims` names, on the device of `like`."""
-    tensor_of_rank(value, name, (dims.count(", ") + 1,), dims)
+    rank = dims.count(", ") + 1
+    strided = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
+    if not strided or value.dim() != rank:
+        tensor_of_rank(value, name, (rank,), dims)  # which says what is wrong
     if like is not None and value.device != like.device:
         raise malformed(name, value, f"a tensor on {like.device}, where the queries are")
     return value

@@ -270,26 +270,23 @@ def _lengths(
 ) -> tuple[int, torch.Tensor | None, list[int] | None, int, torch.Tensor | None, list[int] | None]:
     """`max_seqlen`, `longest` and `lengths` of the queries and of the keys, as in `AttentionProblem`."""
     paged = block_table is not None
-    cu_q_name, cu_k_name = names.get("cu_seqlens_q", "cu_seqlens_q"), names.get("cu_seqlens_k", "cu_seqlens_k")
-    lengths_q = checks.cu_seqlens(cu_seqlens_q, cu_q_name, q.shape[0], names.get("q", "q"), q)
+    name = names.get
+    cu_q_name, cu_k_name = name("cu_seqlens_q", "cu_seqlens_q"), name("cu_seqlens_k", "cu_seqlens_k")
+    total_q, room = q.shape[0], k.shape[0]
+    lengths_q = checks.cu_seqlens(cu_seqlens_q, cu_q_name, total_q, name("q", "q"), q)
     batch = cu_seqlens_q.shape[0] - 1
-    room = k.shape[0]
     if paged:
         checks.int32(block_table, "block_table", "batch, blocks per sequence", batch, q)
         room = block_table.shape[1] * k.shape[1]
-    if cu_seqlens_k is cu_seqlens_q and not paged and k.shape[0] == q.shape[0]:
+    if cu_seqlens_k is cu_seqlens_q and not paged and room == total_q:
         lengths_k = lengths_q
     else:
-        total_k = None if paged else k.shape[0]
-        lengths_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, total_k, names.get("k", "k"), q)
+        total_k = None if paged else room
+        lengths_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, total_k, name("k", "k"), q)
         if cu_seqlens_k.shape[0] != batch + 1:
             raise checks.malformed(cu_k_name, cu_seqlens_k, f"{batch + 1} values, as many as {cu_q_name}")
-    max_seqlen_q, longest_q = checks.max_seqlen(
-        max_seqlen_q, names.get("max_seqlen_q", "max_seqlen_q"), lengths_q, q.shape[0]
-    )
-    max_seqlen_k, longest_k = checks.max_seqlen(
-        max_seqlen_k, names.get("max_seqlen_k", "max_seqlen_k"), lengths_k, room
-    )
+    max_seqlen_q, longest_q = checks.max_seqlen(max_seqlen_q, name("max_seqlen_q", "max_seqlen_q"), lengths_q, total_q)
+    max_seqlen_k, longest_k = checks.max_seqlen(max_seqlen_k, name("max_seqlen_k", "max_seqlen_k"), lengths_k, room)
     if paged:
         pages(block_table, k, lengths_k, cu_k_name)
     if seqused_q is not None:
