@@ -6,8 +6,8 @@ Not used on MPS: stock attention there has been wrong in many releases (pytorch#
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention  # torch's: taken before `sdpa.install` can replace it
 
 from .problem import AttentionProblem, Result
 
@@ -47,7 +47,7 @@ def _is_flash(p: AttentionProblem, causal: bool) -> bool:
 
 
 def run(p: AttentionProblem) -> Result:
-    out = F.scaled_dot_product_attention(
+    out = scaled_dot_product_attention(
         p.q.transpose(1, 2),
         p.k.transpose(1, 2),
         p.v.transpose(1, 2),

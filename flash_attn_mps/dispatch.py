@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
+from types import ModuleType
 
 from . import cpu, reference, trace
 from .autograd import without_autocast
@@ -20,10 +22,10 @@ _FORCED = {"simdgroup": (simdgroup,), "scalar": (scalar,), "torch": (reference,)
 _unknown: set[str] = set()
 
 
-def attention(p: AttentionProblem) -> Result:
-    """Compute `p` on the first tier that serves it."""
+def attention(p: AttentionProblem, among: Sequence[ModuleType] | None = None) -> Result:
+    """Compute `p` on the first tier that serves it, of all tiers or `among` these."""
     refusals = []
-    for tier in _tiers():
+    for tier in tiers() if among is None else among:
         reasons = tier.refuse(p)
         if not reasons:
             with without_autocast(p.q):
@@ -36,7 +38,8 @@ def attention(p: AttentionProblem) -> Result:
     raise NotImplementedError("no tier serves this attention call: " + " | ".join(refusals))
 
 
-def _tiers() -> tuple:
+def tiers() -> tuple[ModuleType, ...]:
+    """Those that are asked, in this order."""
     choice = os.environ.get(_FORCE)
     if choice is None:
         return TIERS
@@ -48,4 +51,4 @@ def _tiers() -> tuple:
 
 def explain(p: AttentionProblem) -> dict[str, list[str]]:
     """Each tier's reasons not to serve `p`, in the order in which they are asked; the first with none serves it."""
-    return {tier.name: tier.refuse(p) for tier in _tiers()}
+    return {tier.name: tier.refuse(p) for tier in tiers()}
