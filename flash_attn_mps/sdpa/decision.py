@@ -56,9 +56,7 @@ def decide(call: Call, given: Settings) -> Decision:
     shortest, source = _shortest(call, given)
     length = min(call.seqlen_q, call.seqlen_k)
     if length >= shortest:
-        found.append(
-            Reason("speed", f"{length} tokens are at least the {shortest:g} from which on it is used: {source}")
-        )
+        found.append(Reason("speed", f"{length} tokens are not fewer than {shortest:g}: {source}"))
     if found:
         return Decision(True, tuple(found))
     if shortest == NEVER:

@@ -1,4 +1,4 @@
-"""From which length on this package's attention is faster than torch's own: measured by `mtlflashattn tune`, and kept."""
+"""From which length on this package's attention is faster than torch's: measured by `mtlflashattn tune`, and kept."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def measure(
 def load() -> dict[Class, float]:
     """What is stored for this machine and this torch; nothing, with a warning, from a file that is broken."""
     try:
-        return {
-            Class(*(entry[field] for field in Class._fields)): NEVER
-            if entry["length"] is None
-            else entry["length"] + 0.0
-            for entry in store.read().get(_SECTION, ())
-        }
-    except (TypeError, KeyError, AttributeError) as error:
+        return dict(map(_entry, store.read().get(_SECTION, ())))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         return store.broken(error)
+
+
+def _entry(entry: dict) -> tuple[Class, float]:
+    length = entry["length"]
+    return Class(*(entry[field] for field in Class._fields)), NEVER if length is None else float(length)
 
 
 def save(found: Mapping[Class, float]) -> None:

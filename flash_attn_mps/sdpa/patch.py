@@ -146,7 +146,7 @@ def reset() -> None:
 scaled_dot_product_attention = _Serving(F.scaled_dot_product_attention).function
 scaled_dot_product_attention.__module__ = "flash_attn_mps.sdpa"
 scaled_dot_product_attention.__qualname__ = "scaled_dot_product_attention"
-scaled_dot_product_attention.__doc__ = """`torch.nn.functional.scaled_dot_product_attention`: its arguments, results, errors.
+scaled_dot_product_attention.__doc__ = """`scaled_dot_product_attention` with torch's arguments, results and errors.
 
 Calls on MPS go to this package's attention where `explain` says so; all others are torch's own, untouched. Needs no
 `install()`.
