@@ -50,7 +50,7 @@ def forward(p: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
             block_lse = torch.logsumexp(s, -1, keepdim=True)
             if p.sinks is not None:
                 block_lse = torch.logaddexp(block_lse, p.sinks.view(p.heads_k, -1, 1, 1))
-            prob = s.sub_(block_lse.masked_fill(block_lse == -torch.inf, 0.0)).exp_()
+            prob = _normalized(p, s.sub_(block_lse.masked_fill(block_lse == -torch.inf, 0.0)).exp_())
             if probs is not None:
                 probs[group.seqs, :, block.first : block.last, block.lo : block.hi] = prob.flatten(1, 2).to(q.dtype)
             if p.dropout_p:
@@ -99,7 +99,7 @@ def backward(
             # A row that sees nothing has lse -inf and scores of -inf: against +inf its probabilities are 0, not NaN.
             block_lse = block_lse.masked_fill(block_lse == -torch.inf, torch.inf)
             s, capped = block.scores(q_rows, k_rows, keep_capped=True)
-            prob = s.sub_(block.split(block_lse)).exp_()
+            prob = _normalized(p, s.sub_(block.split(block_lse)).exp_())
             dp = block.split(do @ v_seen.transpose(-1, -2))
             kept = prob
             if p.dropout_p:
@@ -117,6 +117,14 @@ def backward(
         keys.add(dk, group, dk_rows)
         keys.add(dv, group, dv_rows)
     return queries.finished(dq), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _normalized(p: AttentionProblem, prob: torch.Tensor) -> torch.Tensor:
+    """Probabilities that add up to 1 where a mask has added so much to all scores of a row (torch.finfo(...).min, to
+    hide a query) that the log-sum-exp has no digits left for their number. A block has all keys that its rows see."""
+    if p.mask is None or not p.mask.is_floating_point() or p.sinks is not None:
+        return prob
+    return prob.div_(prob.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny))
 
 
 class _Dropout:
