@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from ..problem import AttentionProblem, Scoring, dense
+from ..problem import AttentionProblem, Scoring, dense, with_mask
 from .call import Arguments
 
 
@@ -24,9 +22,7 @@ def problem(arguments: Arguments) -> AttentionProblem:
         right = max(0, seqlen_q - seqlen_k)  # windows are counted from the bottom right
     scoring = Scoring(softmax_scale=scale, window_size=(-1, right), dropout_p=float(dropout_p))
     p = dense(q, k, v, scoring, {"q": "query", "k": "key", "v": "value"})
-    if mask is None:
-        return p
-    return replace(p, mask=mask.expand(p.batch, p.heads, seqlen_q, seqlen_k))
+    return p if mask is None else with_mask(p, mask)
 
 
 def as_called(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -69,5 +69,3 @@ def tier(request):
     """Both tiers that serve calls on a Mac, in turn."""
     request.getfixturevalue("as_mps" if request.param == "torch" else "metal")
     return request.param
-
-

@@ -139,6 +139,13 @@ def test_the_budget(which, release, gigabytes, taken):
 
 
 SAFE = call(FP32, q=700, k=900)
+LONG = SAFE._replace(seqlen_q=4096, seqlen_k=4096)
+
+
+def measured(length, route="prefill", dtype="float32", causal=False, gradient=False, **others):
+    return {"measured": {Class(dtype, 64, causal, gradient, route): length}, **others}
+
+
 SPEED = [
     (SAFE, (2, 12), {}, False),
     (SAFE._replace(seqlen_q=1024, seqlen_k=1023), (2, 12), {}, False),  # both lengths count
@@ -148,21 +155,21 @@ SPEED = [
     (SAFE, (2, 12), {"min_seq": NEVER}, False),
     (SAFE, (2, 12), {"fast_min_seq": 0}, False),  # torch's path is not a fused one
     (SAFE, (2, 13), {"min_seq": 0}, False),  # torch's path is a fused one
-    (SAFE._replace(seqlen_q=4096, seqlen_k=4096), (2, 13), {}, False),
+    (LONG, (2, 13), {}, False),
     (SAFE, (2, 13), {"fast_min_seq": 700}, True),
     (SAFE._replace(seqlen_q=1), (2, 12), {"fast_min_seq": 1}, True),
     (SAFE._replace(head_dim=320, head_dim_v=320), (2, 12), {"min_seq": 0}, False),  # no Metal kernel
     (SAFE._replace(gradient=True), (2, 12), {"min_seq": 0, "fast_min_seq": 0}, False),
     (SAFE._replace(dropout=True), (2, 12), {"min_seq": 0, "fast_min_seq": 0}, False),
-    (SAFE, (2, 13), {"measured": {Class("float32", 64, False, False, "prefill"): 512.0}}, True),
-    (SAFE, (2, 13), {"measured": {Class("float32", 64, False, False, "prefill"): 1024.0}}, False),
-    (SAFE, (2, 13), {"measured": {Class("float16", 64, False, False, "prefill"): 512.0}}, False),
-    (SAFE, (2, 13), {"measured": {Class("float32", 64, True, False, "prefill"): 512.0}}, False),
-    (SAFE, (2, 13), {"measured": {Class("float32", 64, False, False, "general"): 512.0}}, False),
-    (SAFE, (2, 13), {"measured": {Class("float32", 64, False, False, "prefill"): 512.0}, "fast_min_seq": NEVER}, False),
-    (SAFE._replace(seqlen_q=2048, seqlen_k=2048), (2, 12), {"measured": {Class("float32", 64, False, False, "general"): NEVER}}, False),
-    (SAFE._replace(gradient=True), (2, 13), {"measured": {Class("float32", 64, False, True, "math"): 512.0}}, True),
-]  # fmt: skip
+    (SAFE, (2, 13), measured(512.0), True),
+    (SAFE, (2, 13), measured(1024.0), False),
+    (SAFE, (2, 13), measured(512.0, dtype="float16"), False),
+    (SAFE, (2, 13), measured(512.0, causal=True), False),
+    (SAFE, (2, 13), measured(512.0, route="general"), False),
+    (SAFE, (2, 13), measured(512.0, fast_min_seq=NEVER), False),  # the user has the last word
+    (LONG, (2, 12), measured(NEVER, route="general"), False),
+    (SAFE._replace(gradient=True), (2, 13), measured(512.0, route="math", gradient=True), True),
+]
 
 
 @pytest.mark.parametrize("which,release,others,taken", SPEED)
