@@ -36,5 +36,7 @@ def flash_attention(
         raise checks.unsupported("attn_mask", "a boolean mask, whose True is ambiguous", accepted)
     if attn_mask is not None and is_causal:
         raise checks.malformed("attn_mask", attn_mask, "None with is_causal, or a mask that says it all")
+    if scale is not None:
+        scale = checks.number(scale, "scale", "None or a finite number")
     arguments = Arguments(query, key, value, attn_mask, dropout_p, bool(is_causal), scale, True)
     return attention.as_called(dispatch.attention(attention.problem(arguments)).out, query)

@@ -22,6 +22,10 @@ class Hazard(NamedTuple):
     routes: tuple[str, ...]
     applies: Callable[[Call], bool]
 
+    def holds(self, torch: Version) -> bool:
+        """Does that release have it?"""
+        return self.since <= torch and (self.fixed is None or torch < self.fixed)
+
 
 _ALWAYS: Version = (0, 0)
 
@@ -112,11 +116,4 @@ TABLE = (
 def hazards(call: Call, torch: Version) -> list[Hazard]:
     """Those that `call` meets under that release."""
     way = stock.route(call, torch)
-    return [
-        hazard
-        for hazard in TABLE
-        if hazard.since <= torch
-        and (hazard.fixed is None or torch < hazard.fixed)
-        and way in hazard.routes
-        and hazard.applies(call)
-    ]
+    return [hazard for hazard in TABLE if hazard.holds(torch) and way in hazard.routes and hazard.applies(call)]

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention as torchs  # before
 from .. import dispatch, timing
 from ..metal import store
 from . import stock
-from .attention import problem
+from .attention import as_called, problem
 from .call import Arguments, describe
 from .settings import NEVER, Class, class_of
 
@@ -120,7 +120,7 @@ def _run(attention: Callable[[Arguments], torch.Tensor], arguments: Arguments, g
 
 
 def _ours(arguments: Arguments) -> torch.Tensor:
-    return dispatch.attention(problem(arguments)).out
+    return as_called(dispatch.attention(problem(arguments)).out, arguments.query)
 
 
 def _torchs(arguments: Arguments) -> torch.Tensor:

@@ -122,7 +122,7 @@ def _warn_once(error: Exception, decision: Decision) -> None:
         f"{type(error).__name__}: {error}. Further failures of this kind are counted in sdpa.stats() alone. "
         "Please report it with the output of `mtlflashattn doctor`.",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
