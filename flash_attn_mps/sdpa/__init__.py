@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from .. import trace
-from . import counters, obstacles, patch
+from . import counters, patch
 from .call import bind
 from .counters import stats
 from .decision import Decision, Reason
@@ -52,7 +52,7 @@ def explain(*args: Any, torch_version: str | None = None, **kwargs: Any) -> Deci
     given = patch.current()
     if torch_version is not None:
         given = replace(given, torch=version(torch_version))
-    return patch.examine(bind(*args, **kwargs), given, obstacles.DEVICES | {"meta"})[0]
+    return patch.examine(bind(*args, **kwargs), given, as_if=True)[0]
 
 
 trace.at_exit.append(counters.table)

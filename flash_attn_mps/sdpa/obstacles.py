@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Set
 
 import torch
 from torch.overrides import _get_current_function_mode_stack
@@ -11,9 +10,9 @@ from torch.utils._device import DeviceContext
 
 from .. import checks
 from .call import Arguments
+from .counters import ELSEWHERE
 from .decision import Reason
 
-DEVICES = frozenset({"mps"})  # calls on other devices are torch's
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLAGS = tuple(
     getattr(torch._C, name)
@@ -29,19 +28,24 @@ _FLAGS = tuple(
 )
 
 
+def is_served(tensor: torch.Tensor) -> bool:
+    """Is it on a device whose calls may be taken? (The attribute is read much faster than the name of a device.)"""
+    return tensor.is_mps
+
+
 def backends() -> tuple:
     """Which backends torch's attention may use, as `torch.nn.attention.sdpa_kernel` sets it."""
     return tuple(str(flag()) for flag in _FLAGS)
 
 
-def of_surroundings(arguments: Arguments, devices: Set[str], usual_backends: tuple) -> Reason | None:
-    """What stands in the way before dtypes and shapes are looked at."""
+def of_surroundings(arguments: Arguments, usual_backends: tuple, as_if: bool = False) -> Reason | None:
+    """What stands in the way before dtypes and shapes are looked at. `as_if`: tensors on "meta" count as on MPS."""
     for tensor in arguments.tensors:
         if type(tensor) not in PLAIN:
             return Reason("type", f"an argument is a {type(tensor).__name__}, not a plain tensor")
     device = arguments.query.device
-    if device.type not in devices:
-        return Reason(device.type, f"the tensors are on {device}")
+    if not is_served(arguments.query) and not (as_if and arguments.query.is_meta):
+        return Reason(ELSEWHERE, f"the tensors are on {device}")
     for tensor in arguments.tensors:
         if tensor.device != device:
             return Reason("devices", "the tensors are on several devices")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,20 +34,24 @@ class _Serving:
         self.function = self._function()
 
     def _function(self) -> Callable[..., torch.Tensor]:
+        # In the closure, since what is looked up there costs least: most calls of most programs only pass by.
         torchs, decided = self.torchs, self._decided
+        is_compiling, plain = torch.compiler.is_compiling, obstacles.PLAIN
+        count_elsewhere = counters.count_elsewhere
 
         def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return traced.attention(torchs, args, kwargs)
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             if type(mask) is CausalBias:  # it looks for the function by its name in torch.nn.functional
                 return CausalBias.__torch_function__(F.scaled_dot_product_attention, (CausalBias,), args, kwargs)
             query = args[0] if args else kwargs.get("query")
-            if type(query) in obstacles.PLAIN:
-                device = query.device.type
-                if device in obstacles.DEVICES:
-                    return decided(args, kwargs)
-                counters.count(LEFT, device)
+            if type(query) not in plain:
+                counters.count(LEFT, "type")
+            elif obstacles.is_served(query):
+                return decided(args, kwargs)
+            else:
+                count_elsewhere()
             return torchs(*args, **kwargs)
 
         return scaled_dot_product_attention
@@ -66,16 +70,16 @@ class _Serving:
 
 def _attention(arguments: Arguments) -> torch.Tensor | None:
     """This package's result; None where the call is torch's."""
-    decision, arguments = examine(arguments, current(), obstacles.DEVICES)
+    decision, arguments = examine(arguments, current())
     if decision.take:
         return _taken(arguments, decision)
     counters.count(LEFT, decision.reasons[0].key)
     return None
 
 
-def examine(arguments: Arguments, given: settings.Settings, devices: Set[str]) -> tuple[Decision, Arguments]:
+def examine(arguments: Arguments, given: settings.Settings, as_if: bool = False) -> tuple[Decision, Arguments]:
     """The decision about a call, and its arguments as autocast would have them."""
-    obstacle = obstacles.of_surroundings(arguments, devices, _usual_backends)
+    obstacle = obstacles.of_surroundings(arguments, _usual_backends, as_if)
     if obstacle is None:
         arguments = obstacles.under_autocast(arguments)
         obstacle = obstacles.of_arguments(arguments)

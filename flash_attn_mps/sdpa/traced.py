@@ -26,7 +26,7 @@ def attention(torchs: Callable[..., torch.Tensor], args: tuple, kwargs: dict[str
         function = torch.nn.functional.scaled_dot_product_attention
         return CausalBias.__torch_function__(function, (CausalBias,), args, kwargs)
     query = args[0] if args else kwargs.get("query")
-    if type(query) not in obstacles.PLAIN or query.device.type not in obstacles.DEVICES:
+    if type(query) not in obstacles.PLAIN or not obstacles.is_served(query):
         return torchs(*args, **kwargs)
     if _is_exporting() or torch.is_autocast_enabled(query.device.type):
         return torchs(*args, **kwargs)

@@ -82,7 +82,7 @@ def test_the_environment_installs_it_and_the_trace_prints_the_counters():
     env["MTLFLASHATTN_TRACE"] = "1"
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "True"
-    assert ["left", "cpu", "1"] in [line.split() for line in result.stderr.splitlines()]
+    assert ["left", "not", "on", "MPS", "1"] in [line.split() for line in result.stderr.splitlines()]
     assert not sdpa.is_installed(), "and without it nothing is"
 
 
