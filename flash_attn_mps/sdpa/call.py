@@ -41,6 +41,41 @@ def bind(
     return Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
+class Signature(NamedTuple):
+    """All that dtypes, shapes and strides say about a call, hashable: calls of one signature meet one decision."""
+
+    query: torch.Size
+    key: torch.Size
+    value: torch.Size
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    transposed: bool  # is query a view that is not contiguous?
+    mask: tuple[torch.Size, torch.dtype, tuple[int, ...]] | None  # shape, dtype, strides
+    mask_gradient: bool
+    gradient: bool
+    dropout: bool
+    causal: bool
+    gqa: bool
+
+
+def signature(arguments: Arguments) -> Signature:
+    """Of arguments that `obstacles.of_surroundings` and `of_values` found nothing wrong with."""
+    query, key, value, mask, dropout_p, is_causal, _, enable_gqa = arguments
+    recorded = torch.is_grad_enabled()
+    return Signature(
+        query.shape,
+        key.shape,
+        value.shape,
+        (query.dtype, key.dtype, value.dtype),
+        not query.is_contiguous(),
+        None if mask is None else (mask.shape, mask.dtype, mask.stride()),
+        mask is not None and recorded and mask.requires_grad,
+        recorded and (query.requires_grad or key.requires_grad or value.requires_grad),
+        dropout_p > 0,
+        is_causal,
+        enable_gqa,
+    )
+
+
 class Call(NamedTuple):
     """One call. Lengths are in tokens, `batch` is the product of all leading dimensions."""
 
@@ -69,32 +104,32 @@ class Call(NamedTuple):
         return self.batch * self.heads * self.seqlen_q * self.seqlen_k
 
 
-def describe(arguments: Arguments) -> Call:
-    """Arguments that `obstacles.obstacle` found nothing wrong with."""
-    query, key, value, mask, dropout_p, is_causal, _, _ = arguments
-    kind = "none"
-    if mask is not None:
-        kind = "bool" if mask.dtype == torch.bool else "same" if mask.dtype == query.dtype else "float32"
+def describe(given: Signature) -> Call:
+    """A signature that `obstacles.of_shapes` found nothing wrong with."""
+    query, key, dtype = given.query, given.key, given.dtypes[0]
+    kind, varies = "none", ""
+    if given.mask is not None:
+        shape, mask_dtype, strides = given.mask
+        kind = "bool" if mask_dtype == torch.bool else "same" if mask_dtype == dtype else "float32"
+        varies = _varying(shape, strides)
     return Call(
-        query.dtype,
-        math.prod(query.shape[:-3]),
-        query.shape[-3],
-        key.shape[-3],
-        query.shape[-2],
-        key.shape[-2],
-        query.shape[-1],
-        value.shape[-1],
+        dtype,
+        math.prod(query[:-3]),
+        query[-3],
+        key[-3],
+        query[-2],
+        key[-2],
+        query[-1],
+        given.value[-1],
         kind,
-        "" if mask is None else _varies(mask),
-        is_causal,
-        dropout_p > 0,
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments.tensors),
-        not query.is_contiguous(),
+        varies,
+        given.causal,
+        given.dropout,
+        given.gradient,
+        given.transposed,
     )
 
 
-def _varies(mask: torch.Tensor) -> str:
-    axes = "b" * max(1, mask.dim() - 3) + "hqk"
-    sizes, strides = mask.shape[::-1], mask.stride()[::-1]
-    varying = {axis for axis, size, stride in zip(axes[::-1], sizes, strides, strict=False) if size > 1 and stride}
-    return "".join(axis for axis in "bhqk" if axis in varying)
+def _varying(shape: torch.Size, strides: tuple[int, ...]) -> str:
+    axes = zip("kqhb", shape[::-1], strides[::-1], strict=False)
+    return "".join(axis for axis, size, stride in axes if size > 1 and stride)[::-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 from ..metal.launch import MAX_HEAD_DIM
@@ -36,7 +35,6 @@ class Decision(NamedTuple):
         return ("taken: " if self.take else "left to torch: ") + "; ".join(reason.words for reason in self.reasons)
 
 
-@functools.lru_cache(maxsize=1024)
 def decide(call: Call, given: Settings) -> Decision:
     """For a call that torch and this package both compute."""
     release = ".".join(map(str, given.torch))

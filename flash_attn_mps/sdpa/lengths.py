@@ -15,7 +15,7 @@ from .. import dispatch, timing
 from ..metal import store
 from . import stock
 from .attention import as_called, problem
-from .call import Arguments, describe
+from .call import Arguments, describe, signature
 from .settings import NEVER, Class, class_of
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -59,7 +59,7 @@ def measure(
     tick: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """The least of `lengths` such that ours is faster there and at all longer ones. `tick` is called for each."""
-    call = describe(_draw(kind, device, max(lengths)))
+    call = describe(signature(_draw(kind, device, max(lengths))))
     of = class_of(call, stock.route(call, stock.version(torch.__version__)))
     shortest, lost, seconds = NEVER, False, {}
     for length in sorted(lengths, reverse=True):

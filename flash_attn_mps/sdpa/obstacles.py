@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from .. import checks
-from .call import Arguments
+from .call import Arguments, Signature
 from .counters import ELSEWHERE
 from .decision import Reason
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+_NUMBERS = (float, int)
 _FLAGS = tuple(
     getattr(torch._C, name)
     for name in (
@@ -35,7 +34,7 @@ def is_served(tensor: torch.Tensor) -> bool:
 
 def backends() -> tuple:
     """Which backends torch's attention may use, as `torch.nn.attention.sdpa_kernel` sets it."""
-    return tuple(str(flag()) for flag in _FLAGS)
+    return tuple([flag() for flag in _FLAGS])
 
 
 def of_surroundings(arguments: Arguments, usual_backends: tuple, as_if: bool = False) -> Reason | None:
@@ -81,56 +80,61 @@ def under_autocast(arguments: Arguments) -> Arguments:
     return Arguments(*cast, *arguments[len(arguments.tensors) :])
 
 
-def of_arguments(arguments: Arguments) -> Reason | None:
-    """What only torch computes, or refuses, among dtypes, shapes and values."""
-    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = arguments
-    if query.dtype not in checks.DTYPES or not query.dtype == key.dtype == value.dtype:
-        return Reason("dtype", f"dtypes {query.dtype}, {key.dtype}, {value.dtype}")
-    if not 3 <= query.dim() == key.dim() == value.dim():
-        return Reason("shape", f"{query.dim()}, {key.dim()} and {value.dim()} dimensions")
-    if not _shapes_fit(query, key, value, enable_gqa):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
-        return Reason("shape", f"shapes {shapes}, which torch broadcasts or refuses")
-    if 0 in (*query.shape, *key.shape, *value.shape):
-        return Reason("empty", "a tensor is empty")
-    if max(query.shape[-1], value.shape[-1]) > checks.MAX_HEAD_DIM:
-        return Reason("head_dim", f"a head_dim above {checks.MAX_HEAD_DIM}")
-    if mask is not None and (words := _mask(arguments)):
-        return Reason("mask", words)
+def of_values(arguments: Arguments) -> Reason | None:
+    """What torch refuses, or this package does not have, among the arguments that are no tensors."""
+    _, _, _, _, dropout_p, is_causal, scale, enable_gqa = arguments
     if type(is_causal) is not bool or type(enable_gqa) is not bool:
         return Reason("type", "is_causal or enable_gqa is not a bool")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real) or not 0 <= dropout_p < 1:
+    if type(dropout_p) not in _NUMBERS or not 0 <= dropout_p < 1:
         return Reason("dropout_p", f"dropout_p is {dropout_p!r}")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, numbers.Real)):
+    if scale is not None and type(scale) not in _NUMBERS:
         return Reason("scale", f"scale is {scale!r}")
     return None
 
 
-def _shapes_fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: object) -> bool:
-    """Are these one attention problem, without a dimension of query to be expanded?"""
-    leading = query.shape[:-3]
-    heads, heads_k = query.shape[-3], key.shape[-3]
+def of_shapes(given: Signature) -> Reason | None:
+    """What only torch computes, or refuses, among dtypes and shapes."""
+    query, key, value = given.query, given.key, given.value
+    if given.dtypes[0] not in checks.DTYPES or len(set(given.dtypes)) > 1:
+        return Reason("dtype", f"dtypes {', '.join(map(str, given.dtypes))}")
+    if not 3 <= len(query) == len(key) == len(value):
+        return Reason("shape", f"{len(query)}, {len(key)} and {len(value)} dimensions")
+    if not _is_one_problem(query, key, value, given.gqa):
+        shapes = ", ".join(str(tuple(shape)) for shape in (query, key, value))
+        return Reason("shape", f"shapes {shapes}, which torch broadcasts or refuses")
+    if 0 in (*query, *key, *value):
+        return Reason("empty", "a tensor is empty")
+    if max(query[-1], value[-1]) > checks.MAX_HEAD_DIM:
+        return Reason("head_dim", f"a head_dim above {checks.MAX_HEAD_DIM}")
+    if given.mask is not None and (words := _against_mask(given)):
+        return Reason("mask", words)
+    return None
+
+
+def _is_one_problem(query: torch.Size, key: torch.Size, value: torch.Size, gqa: bool) -> bool:
+    """Do the shapes fit, without a dimension of query to be expanded?"""
+    heads, heads_k = query[-3], key[-3]
     return (
-        key.shape[-1] == query.shape[-1]
-        and key.shape[:-1] == value.shape[:-1]
-        and all(n in (1, m) for n, m in zip(key.shape[:-3], leading, strict=True))
-        and (heads_k in (1, heads) or (enable_gqa is True and heads_k > 0 and heads % heads_k == 0))
+        key[-1] == query[-1]
+        and key[:-1] == value[:-1]
+        and all(n in (1, m) for n, m in zip(key[:-3], query[:-3], strict=True))
+        and (heads_k in (1, heads) or (gqa and heads_k > 0 and heads % heads_k == 0))
     )
 
 
-def _mask(arguments: Arguments) -> str | None:
+def _against_mask(given: Signature) -> str | None:
     """Why the mask is left to torch."""
-    query, key, _, mask, _, is_causal, _, _ = arguments
-    if is_causal:
+    shape, dtype, _ = given.mask
+    if given.causal:
         return "is_causal and attn_mask at once"
-    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
-        return f"attn_mask has dtype {mask.dtype}"
-    if mask.requires_grad and torch.is_grad_enabled():
+    if dtype not in (torch.bool, given.dtypes[0], torch.float32):
+        return f"attn_mask has dtype {dtype}"
+    if given.mask_gradient:
         return "attn_mask requires a gradient"
     # Leading dimensions are joined into one, which a mask that differs along them could not follow without a copy.
-    if not 2 <= mask.dim() <= min(4, query.dim()) or (query.dim() > 4 and mask.dim() > 3):
-        return f"attn_mask has {mask.dim()} dimensions"
-    full = (*query.shape[:-1], key.shape[-2])
-    if any(n not in (1, m) for n, m in zip(mask.shape[::-1], full[::-1], strict=False)):
-        return f"attn_mask {tuple(mask.shape)} does not broadcast to {full}"
+    if not 2 <= len(shape) <= min(4, len(given.query)) or (len(given.query) > 4 and len(shape) > 3):
+        return f"attn_mask has {len(shape)} dimensions"
+    full = (*given.query[:-1], given.key[-2])
+    if any(n not in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False)):
+        return f"attn_mask {tuple(shape)} does not broadcast to {full}"
     return None

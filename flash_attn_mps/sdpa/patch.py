@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch.nn.attention.bias import CausalBias
 
 from .. import dispatch, reference
 from . import attention, counters, obstacles, settings, traced
-from .call import Arguments, bind, describe
+from .call import Arguments, Signature, bind, describe, signature
 from .counters import FELL, LEFT, TAKEN
 from .decision import Decision, decide
 
@@ -35,7 +36,7 @@ class _Serving:
 
     def _function(self) -> Callable[..., torch.Tensor]:
         # In the closure, since what is looked up there costs least: most calls of most programs only pass by.
-        torchs, decided = self.torchs, self._decided
+        torchs, on_mps = self.torchs, self._on_mps
         is_compiling, plain = torch.compiler.is_compiling, obstacles.PLAIN
         count_elsewhere = counters.count_elsewhere
 
@@ -49,14 +50,14 @@ class _Serving:
             if type(query) not in plain:
                 counters.count(LEFT, "type")
             elif obstacles.is_served(query):
-                return decided(args, kwargs)
+                return on_mps(args, kwargs)
             else:
                 count_elsewhere()
             return torchs(*args, **kwargs)
 
         return scaled_dot_product_attention
 
-    def _decided(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    def _on_mps(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         out = None
         if self.active:
             try:
@@ -79,13 +80,17 @@ def _attention(arguments: Arguments) -> torch.Tensor | None:
 
 def examine(arguments: Arguments, given: settings.Settings, as_if: bool = False) -> tuple[Decision, Arguments]:
     """The decision about a call, and its arguments as autocast would have them."""
-    obstacle = obstacles.of_surroundings(arguments, _usual_backends, as_if)
-    if obstacle is None:
-        arguments = obstacles.under_autocast(arguments)
-        obstacle = obstacles.of_arguments(arguments)
+    obstacle = obstacles.of_surroundings(arguments, _usual_backends, as_if) or obstacles.of_values(arguments)
     if obstacle is not None:
         return Decision(False, (obstacle,)), arguments
-    return decide(describe(arguments), given), arguments
+    arguments = obstacles.under_autocast(arguments)
+    return _decided(signature(arguments), given), arguments
+
+
+@functools.lru_cache(maxsize=1024)
+def _decided(of: Signature, given: settings.Settings) -> Decision:
+    obstacle = obstacles.of_shapes(of)
+    return decide(describe(of), given) if obstacle is None else Decision(False, (obstacle,))
 
 
 def _taken(arguments: Arguments, decision: Decision) -> torch.Tensor | None:
@@ -143,7 +148,7 @@ def reset() -> None:
     global _given
     counters.clear()
     _warned.clear()
-    decide.cache_clear()
+    _decided.cache_clear()
     _given = None
 
 
