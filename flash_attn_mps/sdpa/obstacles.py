@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -30,6 +32,18 @@ _FLAGS = tuple(
 def is_served(tensor: torch.Tensor) -> bool:
     """Is it on a device whose calls may be taken? (The attribute is read much faster than the name of a device.)"""
     return tensor.is_mps
+
+
+def is_causal_bias(mask: object) -> bool:
+    """By name: importing torch's module costs a second, and who has such a mask has imported it."""
+    return type(mask).__name__ == "CausalBias" and type(mask).__module__ == "torch.nn.attention.bias"
+
+
+def with_causal_bias(mask: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """torch's class compares the function with the one that torch.nn.functional has, which may be ours: where torch's
+    own function is what it gets, it takes the memory of the mask, which nobody has written, for the mask."""
+    function = torch.nn.functional.scaled_dot_product_attention
+    return type(mask).__torch_function__(function, (type(mask),), args, kwargs)
 
 
 def backends() -> tuple:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.jit import _builtins
-from torch.nn.attention.bias import CausalBias
 
 from .. import dispatch, reference
 from . import attention, counters, obstacles, settings, traced
@@ -44,8 +43,8 @@ class _Serving:
             if is_compiling():
                 return traced.attention(torchs, args, kwargs)
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-            if type(mask) is CausalBias:  # it looks for the function by its name in torch.nn.functional
-                return CausalBias.__torch_function__(F.scaled_dot_product_attention, (CausalBias,), args, kwargs)
+            if mask is not None and type(mask) not in plain and obstacles.is_causal_bias(mask):
+                return obstacles.with_causal_bias(mask, args, kwargs)
             query = args[0] if args else kwargs.get("query")
             if type(query) not in plain:
                 counters.count(LEFT, "type")

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.attention.bias import CausalBias
 
 from . import obstacles
 from .call import bind
@@ -22,9 +21,8 @@ _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 
 def attention(torchs: Callable[..., torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     """Traced by Dynamo: what it can evaluate while it traces decides."""
     mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-    if type(mask) is CausalBias:
-        function = torch.nn.functional.scaled_dot_product_attention
-        return CausalBias.__torch_function__(function, (CausalBias,), args, kwargs)
+    if obstacles.is_causal_bias(mask):
+        return obstacles.with_causal_bias(mask, args, kwargs)
     query = args[0] if args else kwargs.get("query")
     if type(query) not in obstacles.PLAIN or not obstacles.is_served(query):
         return torchs(*args, **kwargs)
