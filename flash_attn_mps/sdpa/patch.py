@@ -94,9 +94,12 @@ def _decided(of: Signature, given: settings.Settings) -> Decision:
 
 def _taken(arguments: Arguments, decision: Decision) -> torch.Tensor | None:
     """This package's result, or None, after a warning, where it has none."""
-    # For speed alone, the tier in plain PyTorch is no gain; where torch is wrong or has no room for it, it is.
-    fast = [tier for tier in dispatch.tiers() if tier is not reference]
-    attempts = (None, [reference]) if decision.needed else (fast or None,)
+    # For the speed of a forward pass the tier in plain PyTorch is no gain. Where torch is wrong or has no room it is,
+    # and a backward pass was measured with it.
+    if decision.needed or attention.needs_gradient(arguments):
+        attempts = (None, [reference])
+    else:
+        attempts = ([tier for tier in dispatch.tiers() if tier is not reference] or None,)
     failure: Exception | None = None
     for among in attempts:
         try:
@@ -165,7 +168,7 @@ _permanent, _contexts = False, 0  # who wants it: install(), and how many instal
 
 
 def install() -> None:
-    """Replace `torch.nn.functional.scaled_dot_product_attention`, reading the environment anew. Again is harmless."""
+    """Replace `torch.nn.functional.scaled_dot_product_attention`, reading the settings anew. Again is harmless."""
     global _permanent, _given
     with _lock:
         _given = None
@@ -207,9 +210,10 @@ def torchs() -> Callable[..., torch.Tensor]:
 
 
 def _put() -> None:
-    global _patch, _usual_backends
+    global _patch, _usual_backends, _given
     if is_installed():
         return
+    _given = None
     if _patch is not None:
         _patch.active = False  # somebody has replaced it since, and may call it still
     _usual_backends = obstacles.backends()

@@ -100,7 +100,16 @@ def test_strides_are_usual_and_numbers_the_same(linears, batch, kind, mask, need
         assert torch.equal(theirs, ours)
 
 
-def test_nothing_is_copied():
+def test_nothing_is_copied(monkeypatch):
+    received, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *args: received.append(x.data_ptr()) or linear(x, *args))
+    mha.install(devices=["cpu"])
+    query, key = torch.randn(1, LENGTH, DIM), torch.randn(1, KEYS, DIM)
+    module = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+    module(query, key, key)
+    module.train()(query, query, query)
+    assert received[:2] == [query.data_ptr(), key.data_ptr()]
+    assert received[3] == query.data_ptr()
     x = torch.randn(1, LENGTH, DIM).transpose(0, 1)
     normal = mha.with_usual_strides(x)
     assert (x.stride(), normal.stride()) == ((DIM, LENGTH * DIM, 1), (DIM, DIM, 1))

@@ -1,6 +1,8 @@
 """Putting the function there and away again, failures of ours, threads, pickles, compiled graphs, counters."""
 
+import contextlib
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_attn_mps import dispatch, reference, sdpa, trace
 from flash_attn_mps.sdpa import patch
+from flash_attn_mps.sdpa.call import bind
+from flash_attn_mps.sdpa.settings import Class
 from tests.sdpa.exact import assert_right
 
 ORIGINAL = F.scaled_dot_product_attention
@@ -129,6 +133,29 @@ def test_for_speed_alone_the_torch_tier_does_not_serve(metal, given, monkeypatch
     with sdpa.installed(), pytest.warns(RuntimeWarning, match="does not compile"):
         assert torch.equal(attend(Q), ORIGINAL(Q, Q, Q, is_causal=True))
     assert sdpa.stats()["fell through"] == {"NotImplementedError": 1}
+
+
+def test_a_backward_pass_that_was_measured_to_be_faster_is_taken(metal, given):
+    given(torch=(2, 13), measured={Class("float32", 64, True, True, "math"): 33.0})
+    q = Q.float().requires_grad_()
+    with sdpa.installed():
+        attend(q).sum().backward()
+        attend(q[:, :, :32])
+    assert sdpa.stats()["taken"] == {"speed": 1}
+    assert sdpa.stats()["left"] == {"short": 1}
+
+
+def test_the_environment_is_read_when_it_is_installed(monkeypatch):
+    q = torch.empty(1, 1, 100, 64, device="meta")
+    for name, value in (("MIN_SEQ", "100"), ("FAST_MIN_SEQ", "100"), ("MIN_GB", "0")):
+        for taken in (False, True):
+            monkeypatch.setenv(f"MTLFLASHATTN_SDPA_{name}", value if taken else "never")
+            for install in (sdpa.installed, sdpa.install):
+                with install() or contextlib.nullcontext():
+                    given = dataclasses.replace(patch.current(), torch=(2, 13 if name == "FAST_MIN_SEQ" else 12))
+                    assert patch.examine(bind(q, q, q), given, as_if=True)[0].take is taken
+                sdpa.uninstall()
+        monkeypatch.setenv(f"MTLFLASHATTN_SDPA_{name}", "never")
 
 
 OUT_OF_MEMORY = [
