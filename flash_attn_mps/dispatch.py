@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
-from types import ModuleType
 
 from . import cpu, reference, trace
 from .autograd import without_autocast
@@ -22,10 +20,10 @@ _FORCED = {"simdgroup": (simdgroup,), "scalar": (scalar,), "torch": (reference,)
 _unknown: set[str] = set()
 
 
-def attention(p: AttentionProblem, among: Sequence[ModuleType] | None = None) -> Result:
-    """Compute `p` on the first tier that serves it, of all tiers or `among` these."""
+def attention(p: AttentionProblem, without: tuple = ()) -> Result:
+    """Compute `p` on the first tier that serves it, `without` some of them unless these are forced."""
     refusals = []
-    for tier in tiers() if among is None else among:
+    for tier in [tier for tier in _tiers() if tier not in without] or _tiers():
         reasons = tier.refuse(p)
         if not reasons:
             with without_autocast(p.q):
@@ -38,8 +36,7 @@ def attention(p: AttentionProblem, among: Sequence[ModuleType] | None = None) ->
     raise NotImplementedError("no tier serves this attention call: " + " | ".join(refusals))
 
 
-def tiers() -> tuple[ModuleType, ...]:
-    """Those that are asked, in this order."""
+def _tiers() -> tuple:
     choice = os.environ.get(_FORCE)
     if choice is None:
         return TIERS
@@ -51,4 +48,4 @@ def tiers() -> tuple[ModuleType, ...]:
 
 def explain(p: AttentionProblem) -> dict[str, list[str]]:
     """Each tier's reasons not to serve `p`, in the order in which they are asked; the first with none serves it."""
-    return {tier.name: tier.refuse(p) for tier in tiers()}
+    return {tier.name: tier.refuse(p) for tier in _tiers()}

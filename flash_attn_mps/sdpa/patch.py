@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.jit import _builtins
 
 from .. import dispatch, reference
+from ..metal import scalar, simdgroup
 from . import attention, counters, obstacles, settings, traced
 from .call import Arguments, Signature, bind, describe, signature
 from .counters import FELL, LEFT, TAKEN
@@ -96,14 +97,11 @@ def _taken(arguments: Arguments, decision: Decision) -> torch.Tensor | None:
     """This package's result, or None, after a warning, where it has none."""
     # For the speed of a forward pass the tier in plain PyTorch is no gain. Where torch is wrong or has no room it is,
     # and a backward pass was measured with it.
-    if decision.needed or attention.needs_gradient(arguments):
-        attempts = (None, [reference])
-    else:
-        attempts = ([tier for tier in dispatch.tiers() if tier is not reference] or None,)
+    worth_it = decision.needed or attention.needs_gradient(arguments)
     failure: Exception | None = None
-    for among in attempts:
+    for without in ((), (simdgroup, scalar)) if worth_it else ((reference,),):
         try:
-            out = dispatch.attention(attention.problem(arguments), among).out
+            out = dispatch.attention(attention.problem(arguments), without).out
         except Exception as error:
             if _is_out_of_memory(error):
                 raise  # torch would need more, and may abort the process
