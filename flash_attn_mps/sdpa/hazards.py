@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from . import stock
 from .call import Call
 from .stock import Version
@@ -22,9 +24,9 @@ class Hazard(NamedTuple):
     routes: tuple[str, ...]
     applies: Callable[[Call], bool]
 
-    def holds(self, torch: Version) -> bool:
+    def holds(self, release: Version) -> bool:
         """Does that release have it?"""
-        return self.since <= torch and (self.fixed is None or torch < self.fixed)
+        return self.since <= release and (self.fixed is None or release < self.fixed)
 
 
 _ALWAYS: Version = (0, 0)
@@ -61,6 +63,14 @@ TABLE = (
         None,
         ("general",),
         lambda call: call.half and call.seqlen_k > 3068,
+    ),
+    Hazard(
+        "pytorch#160841",
+        "scores beyond the range of float16 overflow before they are scaled and give NaN or garbage",
+        _ALWAYS,
+        (2, 10),  # pytorch#165961
+        ("general",),
+        lambda call: call.dtype == torch.float16,
     ),
     Hazard(
         "pytorch#156707",
@@ -113,7 +123,7 @@ TABLE = (
 )
 
 
-def hazards(call: Call, torch: Version) -> list[Hazard]:
-    """Those that `call` meets under that release."""
-    way = stock.route(call, torch)
-    return [hazard for hazard in TABLE if hazard.holds(torch) and way in hazard.routes and hazard.applies(call)]
+def hazards(call: Call, release: Version) -> list[Hazard]:
+    """Those that `call` meets under that release of torch."""
+    way = stock.route(call, release)
+    return [hazard for hazard in TABLE if hazard.holds(release) and way in hazard.routes and hazard.applies(call)]

@@ -36,17 +36,14 @@ def attention(torchs: Callable[..., torch.Tensor], args: tuple, kwargs: dict[str
     return _operator(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
 
 
-@torch.library.custom_op("mtlflashattn::scaled_dot_product_attention", mutates_args=())
-def _operator(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, float? scale, "
+    "bool enable_gqa) -> Tensor"
+)
+
+
+@torch.library.custom_op("mtlflashattn::scaled_dot_product_attention", mutates_args=(), schema=_SCHEMA)
+def _operator(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
     from . import patch
 
     out = patch.scaled_dot_product_attention(
