@@ -57,6 +57,11 @@ class _Serving:
 
         return scaled_dot_product_attention
 
+    def retire(self) -> None:
+        """Stop serving. Whoever still holds the function may call it still."""
+        self.active = False
+        _builtins._get_builtin_table().pop(id(self.function), None)  # the next object with this id is another one
+
     def _on_mps(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         out = None
         if self.active:
@@ -213,14 +218,14 @@ def _put() -> None:
         return
     _given = None
     if _patch is not None:
-        _patch.active = False  # somebody has replaced it since, and may call it still
+        _patch.retire()  # somebody has replaced it since
     _usual_backends = obstacles.backends()
     _patch = _Serving(F.scaled_dot_product_attention)
     function = _patch.function
     # Pickled, and printed, as the function of torch that it stands for.
     function.__module__, function.__qualname__ = "torch.nn.functional", "scaled_dot_product_attention"
     function.__doc__ = _patch.torchs.__doc__
-    if (operator := _builtins._find_builtin(_patch.torchs)) is not None:  # torch.jit.script looks it up by identity
+    if (operator := _builtins._find_builtin(_patch.torchs)) is not None:  # torch.jit.script finds it by its id
         _builtins._register_builtin(function, operator)
     F.scaled_dot_product_attention = function
 
@@ -231,5 +236,5 @@ def _restore() -> None:
         return
     if is_installed():
         F.scaled_dot_product_attention = _patch.torchs
-    _patch.active = False
+    _patch.retire()
     _patch = None

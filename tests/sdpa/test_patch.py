@@ -44,6 +44,15 @@ def test_uninstall_leaves_the_very_same_object():
     assert not sdpa.is_installed()
 
 
+def test_no_name_of_a_builtin_outlives_the_function():
+    """torch.jit keeps them by id, which the next object may have."""
+    table = torch.jit._builtins._get_builtin_table()
+    before = dict(table)
+    with sdpa.installed():
+        assert table[id(F.scaled_dot_product_attention)] == "aten::scaled_dot_product_attention"
+    assert table == before
+
+
 def test_contexts_nest_and_end_with_an_error():
     with pytest.raises(KeyError), sdpa.installed(), sdpa.installed():
         raise KeyError
