@@ -1,5 +1,7 @@
-"""What `mtlflashattn doctor` says of PyTorch's own attention."""
+"""PyTorch's own attention in `mtlflashattn doctor` and `mtlflashattn run`."""
 
+import os
+import subprocess
 import sys
 import types
 
@@ -28,3 +30,23 @@ def test_modules_that_took_torchs_function_are_named_with_advice(monkeypatch):
     (advice,) = (line for line in findings["advice"] if "some_model.sdpa" in line)
     assert "mps_fa" in advice
     assert "PyTorch's own attention" in doctor.render(findings)
+
+
+def test_run_serves_a_program_that_never_heard_of_this_package(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import sys, torch.nn.functional as F\n"
+        "print(type(F.scaled_dot_product_attention).__name__, sys.argv[1:], 'flash_attn_mps' in sys.modules)"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MTLFLASHATTN_")}
+    printed = [
+        subprocess.run(
+            [sys.executable, "-m", "flash_attn_shim", "run", *options, str(script), "x"],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for options in (["--sdpa"], [])
+    ]
+    assert printed == ["function ['x'] True", "builtin_function_or_method ['x'] False"]
