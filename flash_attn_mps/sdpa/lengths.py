@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +66,7 @@ def measure(
     for length in sorted(lengths, reverse=True):
         if not lost:
             seconds[length] = ours, theirs = _medians(_draw(kind, device, length), kind.gradient, watch)
-            lost = ours > _GAIN * theirs
+            lost = ours == math.inf or ours > _GAIN * theirs
             shortest = shortest if lost else float(length)
         tick()
     return Outcome(of, shortest, seconds)
@@ -106,10 +107,17 @@ def _draw(kind: Kind, device: torch.device | str, length: int) -> Arguments:
 
 
 def _medians(arguments: Arguments, gradient: bool, watch: timing.Stopwatch) -> tuple[float, float]:
-    """Seconds of a call: ours, torch's."""
-    calls = {run: functools.partial(_run, run, arguments, gradient) for run in (_ours, _torchs)}
+    """Seconds of a call: ours, torch's; infinitely many where it fails (torch's may have no room for its scores)."""
+    medians = {_ours: math.inf, _torchs: math.inf}
+    calls = {run: functools.partial(_run, run, arguments, gradient) for run in medians}
+    for run in medians:
+        try:
+            watch(calls[run], 1)
+        except RuntimeError:
+            del calls[run]
     times = timing.rounds(calls, watch, _ROUNDS, _BATCH_SECONDS)
-    return statistics.median(times[_ours]), statistics.median(times[_torchs])
+    medians.update((run, statistics.median(seconds)) for run, seconds in times.items())
+    return medians[_ours], medians[_torchs]
 
 
 def _run(attention: Callable[[Arguments], torch.Tensor], arguments: Arguments, gradient: bool) -> None:

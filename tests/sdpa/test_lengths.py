@@ -1,6 +1,7 @@
 """From which length on ours is faster: measured with a clock of the test's own, kept, and used."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -51,6 +52,19 @@ def test_the_least_length_from_which_on_ours_stays_faster(ours, shortest, timed)
     assert len(outcome.seconds) == timed
     assert len(ticks) == len(lengths.LENGTHS)
     assert outcome.seconds[4096] == (ours(4096) / 1e3, 4.096)
+
+
+@pytest.mark.parametrize("failing,shortest", [("_torchs", 128), ("_ours", NEVER)])
+def test_who_has_no_room_for_a_length_loses_it(failing, shortest):
+    class Failing(Clock):
+        def __call__(self, call, times):
+            if call.args[0] is getattr(lengths, failing) and call.args[1].key.shape[-2] == 4096:
+                raise RuntimeError("MPS backend out of memory")
+            return super().__call__(call, times)
+
+    outcome = lengths.measure(KIND, "cpu", Failing(lambda n: n / 2))
+    assert outcome.shortest == shortest
+    assert math.inf in outcome.seconds[4096]
 
 
 @pytest.mark.parametrize("kind", lengths.kinds(["float32", "bfloat16"], [40, 64], [False, True]), ids=str)
