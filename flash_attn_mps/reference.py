@@ -38,7 +38,7 @@ def forward(p: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     """Output, log-sum-exp and probabilities, as in `Result`."""
     q, k, v = p.q, p.k, p.v
     probs = None
-    if p.want_lse and p.dropout_p:
+    if p.want_probs:
         probs = torch.zeros((p.batch, p.heads, p.max_seqlen_q, p.max_seqlen_k), dtype=q.dtype, device=q.device)
     if q.is_meta:
         return q.new_empty(p.out_shape), q.new_empty(p.lse_shape, dtype=torch.float32), probs
@@ -155,7 +155,7 @@ def _may_spread(p: AttentionProblem, *rows: torch.Tensor) -> bool:
     What keeps them back is one product more. Where looking would wait for the device it is spent on masks alone:
     they hide what was never written, windows only hide what others see.
     """
-    if p.mask is None and p.window_left < 0 and p.window_right < 0 and not p.attention_chunk:
+    if p.mask is None and p.window == (-1, -1) and not p.attention_chunk:
         return False
     if not all(map(readable, rows)):
         return p.mask is not None
