@@ -37,6 +37,14 @@ def test_gradients_and_dropout():
     assert not torch.equal(first, flash_attention(Q, K, K))
 
 
+@pytest.mark.parametrize("how", [{"is_causal": True}, {"attn_mask": MASK.float()}])
+def test_compiled_without_a_break(how):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q: flash_attention(q, K.float(), K.float(), **how), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(Q.float()), flash_attention(Q.float(), K.float(), K.float(), **how))
+    torch._dynamo.reset()
+
+
 MALFORMED = [
     (ValueError, "query", (Q[0], K, K), {}),
     (ValueError, "key", (Q, [1.0], K), {}),
