@@ -26,6 +26,7 @@ def render(findings):
     for title, key in (("Switches", "switches"), ("Hook", "hook"), ("System", "system"), ("Attention", "attention")):
         lines += ["", title, *_table(findings[key])]
     lines += ["", "Libraries", *_table(findings["libraries"])]
+    lines += ["", "Programs", *_table(findings["programs"])]
     if findings["advice"]:
         lines += ["", "Advice", *(f"  * {advice}" for advice in findings["advice"])]
     return "\n".join(lines)
