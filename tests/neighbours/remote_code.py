@@ -229,7 +229,7 @@ def write(directory, pattern, supports=True):
     auto_map = {"AutoConfig": "modeling_tiny.TinyConfig", "AutoModel": "modeling_tiny.TinyModel"}
     config = {"model_type": "tiny-remote", "architectures": ["TinyModel"], "auto_map": auto_map, "width": 16}
     (directory / "config.json").write_text(json.dumps(config))
-    weights = torch.randn(48, 16, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(48, 16, generator=torch.Generator().manual_seed(0)) / 4
     tensors = {"qkv.weight": weights, "qkv.bias": weights[:, 0].clone()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
