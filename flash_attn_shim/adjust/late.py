@@ -21,6 +21,8 @@ _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 
 _MODERNBERT = "transformers.models.modernbert.modeling_modernbert"
 
+_warned = set()
+
 
 def mend(undo):
     """Give modules what they did not import; return the names of those that cannot be mended."""
@@ -47,10 +49,12 @@ def mend(undo):
 
 
 def warn(modules):
-    """Say what could not be mended, and what to do."""
-    if modules:
+    """Say once what could not be mended, and what to do."""
+    unsaid = [name for name in modules if name not in _warned]
+    _warned.update(unsaid)
+    if unsaid:
         finder.warn(
-            f"{', '.join(modules)} was imported before flash_attn_shim.install() and will not use flash_attn: call "
+            f"{', '.join(unsaid)} was imported before flash_attn_shim.install() and will not use flash_attn: call "
             "install() before importing it. Where mtlflashattn is installed, that happens when Python starts; "
             "`mtlflashattn doctor` says why it did not here."
         )
