@@ -6,9 +6,8 @@
 * Programs written for early builds of FlashAttention 3 index what its functions return with [0], or unpack it. Today's
   FlashAttention 3 returns a tensor, and so does ours. With the flag off they take their FlashAttention 2 path.
 
-A module is named by the end of its dotted name, because copies lie under other packages
-(`lightx2v_train.model_zoo.native.wan.modules.attention`), and custom nodes of ComfyUI under the path they were loaded
-from.
+A module is named by the end of its dotted name: copies lie under other packages, and custom nodes of ComfyUI under the
+path they were loaded from.
 """
 
 FA2 = "flash_attn"
@@ -67,10 +66,7 @@ def _old_fa3(module, name, source, use="indexes what FlashAttention 3 returns wi
     return Flag(module, name, False, FA3, f"{use}; without the flag it does not use it", source)
 
 
-_WAN = (
-    "wan/modules/attention.py of Wan-Video/Wan2.1, Wan-Video/Wan2.2 and guandeh17/Self-Forcing; "
-    "lightx2v_train/lightx2v_train/model_zoo/native/wan/modules/attention.py of ModelTC/LightX2V"
-)
+_WAN = "wan/modules/attention.py of Wan-Video/Wan2.1, Wan-Video/Wan2.2 and guandeh17/Self-Forcing"
 _SKYREELS = "skyreels_v2_infer/modules/attention.py of SkyworkAI/SkyReels-V2"
 _VIDEOX = "videox_fun/models/attention_utils.py of aigc-apps/VideoX-Fun"
 _COGVIDEOX = "cogvideox/models/wan_transformer3d.py of aigc-apps/VideoX-Fun, whose package had that name before"

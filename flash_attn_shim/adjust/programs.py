@@ -80,7 +80,7 @@ def _why_not(flag, module):
     if flag.value is not None and type(current) is not type(flag.value):
         return f"is {type(current).__name__}, not {type(flag.value).__name__}"
     if flag.applies is not None and not flag.applies(module):
-        return "stays: the code does not insist on CUDA"
+        return "stays: it leads to no path that must have CUDA, or there is no other one"
     return None
 
 

@@ -26,14 +26,15 @@ PATTERNS = {
         except ModuleNotFoundError:
             raise SystemExit("--use-flash-attention needs flash-attn")
 
-        @torch.library.custom_op("flash_attention::flash_attn", mutates_args=())
-        def wrapper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0,
-                    causal: bool = False) -> torch.Tensor:
-            return flash_attn_func(q, k, v, dropout_p=dropout_p, causal=causal)
+        @torch.library.custom_op("comfy::flash_attn", mutates_args=())
+        def wrapper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0, causal: bool = False,
+                    softmax_scale: float = -1.0) -> torch.Tensor:
+            scale = None if softmax_scale == -1.0 else softmax_scale
+            return flash_attn_func(q, k, v, dropout_p=dropout_p, causal=causal, softmax_scale=scale)
 
         @wrapper.register_fake
-        def fake(q, k, v, dropout_p=0.0, causal=False):
-            return q.new_empty(q.shape)
+        def fake(q, k, v, dropout_p=0.0, causal=False, softmax_scale=-1.0):
+            return torch.empty_strided(q.shape, q.stride(), dtype=q.dtype, device=q.device)
 
         def attention(q, k, v):  # (batch, heads, seqlen, head_dim)
             return wrapper(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, False).transpose(1, 2)
