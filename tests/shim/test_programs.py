@@ -1,5 +1,7 @@
 """Flags of programs: set where the shim would lead the program astray, and nowhere else."""
 
+import json
+
 import pytest
 
 from flash_attn_shim.adjust.flags import TABLE
@@ -263,3 +265,21 @@ def test_with_the_real_functions(with_torch, tmp_path):
         ).returncode
         == 1
     )
+
+
+def test_doctor_lists_them(installed):
+    """The table, what the user adds, and why nothing is set where nothing is."""
+
+    def programs(**variables):
+        done = installed.start("-m", "flash_attn_shim", "doctor", "--json", **variables)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["programs"]
+
+    found = programs(MTLFLASHATTN_FLAGS="mine:HAS_FLASH=False", **ON)
+    assert found["mine"] == ["HAS_FLASH = False: MTLFLASHATTN_FLAGS asks for it"]
+    assert found["wan.modules.attention"][0].startswith(
+        "FLASH_ATTN_2_AVAILABLE = False: its flash_attention asserts CUDA"
+    )
+    assert set(FLAGGED) < set(found)
+    assert programs(MTLFLASHATTN_SHIM="off") == {"left alone": "MTLFLASHATTN_SHIM=off switches it off"}
+    assert programs(MTLFLASHATTN_FLAGS="off", **ON) == {"left alone": "MTLFLASHATTN_FLAGS=off leaves programs alone"}
