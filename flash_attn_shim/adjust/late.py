@@ -4,7 +4,6 @@ What can be mended is; for the rest there is one warning, which names the module
 """
 
 import sys
-from importlib import import_module
 
 from flash_attn_shim import finder
 from flash_attn_shim.adjust import Misfit, diffusers
@@ -62,7 +61,7 @@ def warn(modules):
 
 def _mend_model(module, undo):
     for name, home in _BEHIND_PROBES.items():
-        if name not in vars(module) and hasattr(sys.modules.get(home) or import_module(home), name):
+        if name not in vars(module) and hasattr(sys.modules.get(home), name):
             undo.set(module, name, getattr(sys.modules[home], name))
 
 
