@@ -2,8 +2,9 @@
 
 Queries are taken in blocks small enough that a block's scores against all the keys it can see stay within `_SCORES`.
 All arithmetic is in float32. The backward pass recomputes the scores, as in FlashAttention (Dao et al., 2022,
-https://arxiv.org/abs/2205.14135, algorithm 4), but normalises them anew: a log-sum-exp of -3e38, of a row whose every
-key has the least finite number added, holds no trace of the sum.
+https://arxiv.org/abs/2205.14135, algorithm 4), from the log-sum-exp, which may be that of more keys than there are
+here. Under a mask it normalises them anew: a log-sum-exp of -3e38, of a row whose every key has the least finite number
+added, holds no trace of the sum.
 
 Symbols as in the papers: s scores, p probabilities, o output, ds and dp their gradients. In a block, `g` sequences, `r`
 query heads per kv head, `c` queries, `n` keys.
@@ -104,7 +105,12 @@ def backward(
                 delta -= rows(dlse[..., None])
             s, capped = block.scores(q_rows, k_rows, keep_capped=True)
             hidden = s == -torch.inf if _may_spread(p, q_rows, k_seen, v_seen) else None
-            prob, _ = block.softmax(s)
+            if p.mask is None:
+                block_lse = rows(lse[..., None])
+                # Against +inf the probabilities of a row that sees nothing are 0, not NaN.
+                prob = s.sub_(block.split(block_lse.masked_fill(block_lse == -torch.inf, torch.inf))).exp_()
+            else:
+                prob, _ = block.softmax(s)
             if hidden is not None:
                 prob.masked_fill_(hidden, 0.0)
                 k_seen, v_seen = _finite(k_seen), _finite(v_seen)

@@ -10,6 +10,8 @@ Tried with 4.57.6 and 5.23.0. transformers finds the presented package and its m
   the devices from a table; 4.x checks in `PreTrainedModel._flash_attn_2_can_dispatch`, which besides takes "found
   but unavailable" for "available" in a torch that has neither CUDA nor ROCm, and so would break ModernBERT's
   default attention where there is no MPS.
+* Attention sinks (`s_aux`: gpt-oss) that FlashAttention 2's functions have no argument for are dropped without a word,
+  which gives other numbers. Refused, in `_process_flash_attention_kwargs`.
 """
 
 import functools
@@ -20,6 +22,7 @@ from flash_attn_shim.adjust import Misfit
 
 _PROBE = "is_flash_attn_2_available"
 _TABLE = "FLASH_ATTENTION_COMPATIBILITY_MATRIX"
+_PROCESS = "_process_flash_attention_kwargs"
 
 # What transformers has cached about flash_attn if it was asked before the shim was there.
 _CACHES = (
@@ -89,14 +92,32 @@ def adjust_probe(import_utils, undo):
                 undo.set_item(mapping, name, ["flash-attn"])
 
 
-def adjust_devices(modeling_flash_attention_utils, undo):
+def adjust_flash_utils(modeling_flash_attention_utils, undo):
     table = vars(modeling_flash_attention_utils).get(_TABLE)
-    if table is None:
-        raise Misfit(f"no {_TABLE} before 5.x; the device check is in transformers.modeling_utils")
-    if not isinstance(table.get(2, {}).get("supported_devices"), tuple):
-        raise Misfit(f"{_TABLE}[2] has no tuple of supported_devices")
-    devices = (*table[2]["supported_devices"], (is_usable_on_mps, "mps"), (is_usable_on_cpu, "cpu"))
-    undo.set_item(table[2], "supported_devices", devices)
+    process = vars(modeling_flash_attention_utils).get(_PROCESS)
+    if table is None and process is None:
+        raise Misfit(f"no {_TABLE} before 5.x and no {_PROCESS}")
+    if table is not None:
+        if not isinstance(table.get(2, {}).get("supported_devices"), tuple):
+            raise Misfit(f"{_TABLE}[2] has no tuple of supported_devices")
+        devices = (*table[2]["supported_devices"], (is_usable_on_mps, "mps"), (is_usable_on_cpu, "cpu"))
+        undo.set_item(table[2], "supported_devices", devices)
+    if process is not None:
+        undo.set(modeling_flash_attention_utils, _PROCESS, _without_dropping_sinks(process))
+
+
+def _without_dropping_sinks(original):
+    @functools.wraps(original)
+    def process(*args, **kwargs):
+        passed_on = original(*args, **kwargs)
+        if kwargs.get("s_aux") is not None and not passed_on.keys() & {"s_aux", "learnable_sink"}:
+            raise NotImplementedError(
+                "s_aux: the attention sinks of this model are no argument of FlashAttention 2, and transformers would "
+                "leave them out; attn_implementation='mps_fa' (flash_attn_mps.integrations.transformers) computes them"
+            )
+        return passed_on
+
+    return process
 
 
 def adjust_cpu_check(modeling_utils, undo):
@@ -121,7 +142,7 @@ def adjust_cpu_check(modeling_utils, undo):
 
 MODULES = {
     "transformers.utils.import_utils": adjust_probe,
-    "transformers.modeling_flash_attention_utils": adjust_devices,
+    "transformers.modeling_flash_attention_utils": adjust_flash_utils,
     "transformers.modeling_utils": adjust_cpu_check,
 }
 

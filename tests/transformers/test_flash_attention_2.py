@@ -241,3 +241,49 @@ from transformers.utils import is_flash_attn_2_available
 print(is_flash_attn_2_available(), make().config._attn_implementation)
 """
     assert run(program, **ON) == "False sdpa"
+
+
+def test_sinks_are_refused_and_not_left_out(run):
+    """FlashAttention 2 has no argument for them. 4.57 would compute attention without; 5.x asks for another kernel."""
+    program = """
+    import flash_attn_shim
+    flash_attn_shim.install()
+    import torch
+    from transformers import GptOssConfig, GptOssForCausalLM
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16,
+                 num_key_value_heads=1, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    try:
+        model = GptOssForCausalLM._from_config(GptOssConfig(**sizes), attn_implementation="flash_attention_2")
+        model(torch.arange(6).reshape(1, 6))
+    except NotImplementedError as error:
+        assert "s_aux" in str(error) and "mps_fa" in str(error)
+        print("refused")
+    except ImportError as error:
+        assert "kernels" in str(error)
+        print("refused")
+    """
+    assert run(program, **ON) == "refused"
+
+
+def test_sinks_that_reach_the_function_pass(run):
+    program = """
+    import flash_attn_shim
+    flash_attn_shim.install()
+    import inspect, torch
+    from transformers import modeling_flash_attention_utils as utils
+    process = utils._process_flash_attention_kwargs
+    assert "s_aux" in inspect.signature(process).parameters
+    def taking(*names):
+        def flash_attn_varlen_func(): pass
+        parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+        flash_attn_varlen_func.__signature__ = inspect.Signature(parameters)
+        return utils._lazy_define_process_function(flash_attn_varlen_func)
+    call = dict(query_length=4, key_length=4, is_causal=True)
+    assert "s_aux" in taking("s_aux")(**call, s_aux=torch.zeros(2))
+    assert "s_aux" not in taking("causal")(**call, s_aux=None)
+    try:
+        taking("causal")(**call, s_aux=torch.zeros(2))
+    except NotImplementedError:
+        print("refused")
+    """
+    assert run(program, **ON) == "refused"
