@@ -38,7 +38,7 @@ def forward(p: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     """Output, log-sum-exp and probabilities, as in `Result`."""
     q, k, v = p.q, p.k, p.v
     probs = None
-    if p.want_lse and p.dropout_p:
+    if p.want_probs:
         probs = torch.zeros((p.batch, p.heads, p.max_seqlen_q, p.max_seqlen_k), dtype=q.dtype, device=q.device)
     if q.is_meta:
         return q.new_empty(p.out_shape), q.new_empty(p.lse_shape, dtype=torch.float32), probs
