@@ -155,7 +155,7 @@ def _may_spread(p: AttentionProblem, *rows: torch.Tensor) -> bool:
     What keeps them back is one product more. Where looking would wait for the device it is spent on masks alone:
     they hide what was never written, windows only hide what others see.
     """
-    if p.mask is None and p.window_left < 0 and p.window_right < 0 and not p.attention_chunk:
+    if p.mask is None and p.window == (-1, -1) and not p.attention_chunk:
         return False
     if not all(map(readable, rows)):
         return p.mask is not None
