@@ -17,13 +17,14 @@ _SWITCHES = (
     policy.SWITCH,
     policy.MODULES,
     policy.TRANSFORMERS,
+    policy.FLAGS,
     *(f"MTLFLASHATTN_{name}" for name in ("TRACE", "KERNEL", "VARIANT", "TUNE", "CACHE")),
     *(f"MTLFLASHATTN_SDPA{name}" for name in ("", "_MIN_GB", "_MIN_SEQ", "_FAST_MIN_SEQ")),
 )
 
 
 def everything():
-    """All findings: names, switches, hook, system, attention, libraries, advice."""
+    """All findings: names, switches, hook, system, attention, libraries, programs, advice."""
     status = flash_attn_shim.status()  # before anything below imports a library and so changes the answer
     hook = _hook(status)
     attention = _attention()
@@ -34,6 +35,7 @@ def everything():
         "system": _system(),
         "attention": attention,
         "libraries": _libraries(status),
+        "programs": _programs(status),
     }
     findings["sdpa"] = _sdpa()  # after the libraries are imported: some take torch's function when they are
     findings["advice"] = list(_advice(status, findings))
@@ -185,6 +187,16 @@ def _diffusers():
     except Exception as error:
         return f"{version}: cannot be asked: {type(error).__name__}: {error}"
     return [version, f"is_flash_attn_available() is {answer}"]
+
+
+def _programs(status):
+    """The flags that are set in programs once they are imported, by module."""
+    if status.programs is not None:
+        return {"left alone": status.programs}
+    found = {}
+    for flag in status.flags:
+        found.setdefault(flag.module, []).append(f"{flag.name} = {flag.value}: {flag.reason}")
+    return found
 
 
 def _version(distribution):
