@@ -27,13 +27,16 @@ _torchs: Callable | None = None  # what was replaced; None: nothing is
 _function: Callable | None = None
 
 
-def install(devices: Collection[str] = ("mps",)) -> None:
-    """Normalize the strides of query, key and value on `devices`. Again is harmless, and may change `devices`."""
+def install(devices: Collection[str] | None = None) -> None:
+    """Normalize the strides of query, key and value on `devices`, like `["mps"]`; None: on any, which alters no number.
+
+    Again is harmless, and may change `devices`.
+    """
     global _torchs, _function
     with _lock:
         _remove()
         _torchs = F.multi_head_attention_forward
-        _function = F.multi_head_attention_forward = _normalizing(_torchs, frozenset(devices))
+        _function = F.multi_head_attention_forward = _normalizing(_torchs, None if devices is None else frozenset(devices))
 
 
 def uninstall() -> None:
@@ -63,11 +66,12 @@ def _remove() -> None:
     _torchs = _function = None
 
 
-def _normalizing(torchs: Callable, devices: frozenset[str]) -> Callable:
+def _normalizing(torchs: Callable, devices: frozenset[str] | None) -> Callable:
     @functools.wraps(torchs)
     def multi_head_attention_forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any):
         # Compilers choose layouts themselves, and tensors of other types may not be what they seem.
-        if not torch.compiler.is_compiling() and type(query) is torch.Tensor and query.device.type in devices:
+        wanted = type(query) is torch.Tensor and (devices is None or query.device.type in devices)
+        if wanted and not torch.compiler.is_compiling():
             # Which of them are one object decides how the projections are made.
             normal = {id(tensor): tensor for tensor in (query, key, value)}
             normal = {key: with_usual_strides(tensor) for key, tensor in normal.items()}

@@ -92,7 +92,7 @@ def test_strides_are_usual_and_numbers_the_same(linears, batch, kind, mask, need
     before = run(module, tensors, how)
     assert bool(odd(linears)) is (batch == 1), "this torch hands F.linear usual strides: is the change still needed?"
     linears.clear()
-    mha.install(devices=["cpu"])
+    mha.install()
     after = run(module, tensors, how)
     assert linears
     assert not odd(linears)
@@ -103,7 +103,7 @@ def test_strides_are_usual_and_numbers_the_same(linears, batch, kind, mask, need
 def test_nothing_is_copied(monkeypatch):
     received, linear = [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, *args: received.append(x.data_ptr()) or linear(x, *args))
-    mha.install(devices=["cpu"])
+    mha.install()
     query, key = torch.randn(1, LENGTH, DIM), torch.randn(1, KEYS, DIM)
     module = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
     module(query, key, key)
@@ -125,13 +125,13 @@ def test_nothing_is_copied(monkeypatch):
 def test_other_inputs(linears, module, shape):
     x = torch.randn(shape)
     expected = module(x, x, x)[0]
-    mha.install(devices=["cpu"])
+    mha.install()
     assert torch.equal(module(x, x, x)[0], expected)
     assert not odd(linears[3:])
 
 
 def test_devices_that_are_not_named_are_left_alone(linears):
-    mha.install()
+    mha.install(devices=["mps"])
     x = torch.randn(1, LENGTH, DIM)
     nn.MultiheadAttention(DIM, HEADS, batch_first=True)(x, x, x)
     assert odd(linears)
@@ -139,7 +139,7 @@ def test_devices_that_are_not_named_are_left_alone(linears):
 
 def test_uninstall_leaves_the_very_same_object():
     mha.install()
-    mha.install(devices=["cpu"])
+    mha.install(devices=["mps"])
     assert mha.is_installed()
     mha.uninstall()
     assert F.multi_head_attention_forward is ORIGINAL
@@ -157,7 +157,7 @@ def test_pickles_subclasses_and_hooks(linears):
     module = Sub(DIM, HEADS, batch_first=True)
     expected = module(x, x, x)[0]
     before = pickle.dumps(module)
-    mha.install(devices=["cpu"])
+    mha.install()
     after = pickle.dumps(module)
     linears.clear()
     calls = []
@@ -174,7 +174,7 @@ def test_compile_checkpoint_autocast_and_threads(linears):
     x = torch.randn(1, LENGTH, DIM)
     module = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
     expected = module(x, x, x)[0]
-    mha.install(devices=["cpu"])
+    mha.install()
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: module(x, x, x)[0], backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
@@ -197,7 +197,7 @@ def test_scripts_are_torchs():
     x = torch.randn(1, LENGTH, DIM)
     module = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
     expected = module(x, x, x)[0]
-    mha.install(devices=["cpu"])
+    mha.install()
     torch.testing.assert_close(torch.jit.script(module)(x, x, x)[0], expected)
 
 
@@ -206,7 +206,7 @@ def test_a_transformer(linears, training):
     model = nn.Transformer(DIM, HEADS, 1, 1, 32, dropout=0.0, batch_first=True).train(training)
     source, target = torch.randn(1, KEYS, DIM), torch.randn(1, LENGTH, DIM)
     expected = model(source, target)
-    mha.install(devices=["cpu"])
+    mha.install()
     linears.clear()
     assert torch.equal(model(source, target), expected)
     assert not odd(linears)
