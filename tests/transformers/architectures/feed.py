@@ -1,0 +1,159 @@
+"""Inputs for a tiny model, from the signature of its `forward` and from its configuration."""
+
+import inspect
+
+import torch
+
+from . import shrink
+
+BATCH, LENGTH, PADDED = 2, 10, 3
+
+
+class Unfed(Exception):
+    """The generic way does not know an input."""
+
+
+class Feeder:
+    """Makes the inputs of one model. The same seed gives the same inputs."""
+
+    def __init__(self, model):
+        self.model, self.config = model, model.config
+        self.text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        self.parameters = inspect.signature(model.forward).parameters
+        self.generator = torch.Generator().manual_seed(1)
+
+    def takes(self, name):
+        return name in self.parameters
+
+    @property
+    def is_text(self):
+        return self.takes("input_ids") and self.model.main_input_name in ("input_ids", "inputs_embeds")
+
+    @property
+    def is_seq2seq(self):
+        return self.takes("decoder_input_ids")
+
+    def random(self, *shape):
+        return torch.randn(*shape, generator=self.generator)
+
+    def ids(self, length=LENGTH, batch=BATCH):
+        """Token numbers that mean nothing special."""
+        vocabulary = _first(self.text, self.config, names=("vocab_size", "vocabulary_size"), default=shrink.VOCABULARY)
+        vocabulary = vocabulary if isinstance(vocabulary, int) else shrink.VOCABULARY
+        low, high = min(10, vocabulary // 4), max(min(shrink.VOCABULARY - 48, vocabulary), 2)
+        return torch.randint(low, high, (batch, length), generator=self.generator)
+
+    def inputs(self):
+        """Keyword arguments of a plain forward pass, without a mask."""
+        if self.is_text:
+            feed = {"input_ids": self.ids()}
+            if self.is_seq2seq:
+                feed["decoder_input_ids"] = self.ids()
+        else:
+            main = self.model.main_input_name
+            feed = {main if self.takes(main) else next(iter(self.parameters)): None}
+        for name, parameter in self.parameters.items():
+            required = parameter.default is inspect.Parameter.empty and parameter.kind not in (
+                inspect.Parameter.VAR_POSITIONAL,
+                inspect.Parameter.VAR_KEYWORD,
+            )
+            if (required and name not in feed) or feed.get(name, 0) is None:
+                feed[name] = self.value(name, required)
+        if "input_features" in feed and self.is_seq2seq and "decoder_input_ids" not in feed:
+            feed["decoder_input_ids"] = self.ids()
+        if "input_values" in feed and self.is_seq2seq:
+            feed["decoder_input_ids"] = self.ids()
+        if self.is_seq2seq and "decoder_input_ids" not in feed:
+            feed["decoder_input_ids"] = self.ids()
+        return feed
+
+    def value(self, name, required=True):
+        maker = getattr(self, f"make_{name}", None)
+        if maker is None:
+            raise Unfed(f"no rule for the input {name}")
+        return maker()
+
+    # One method an input.
+
+    def make_input_ids(self):
+        return self.ids()
+
+    make_decoder_input_ids = make_input_ids
+
+    def make_attention_mask(self):
+        return torch.ones(BATCH, LENGTH, dtype=torch.long)
+
+    def make_inputs_embeds(self):
+        return self.random(BATCH, LENGTH, self.hidden())
+
+    make_encoder_hidden_states = make_query_embeds = make_inputs_embeds
+
+    def make_hidden_states(self):
+        if self.takes("grid_thw") or self.takes("image_grid_thw"):
+            return self.patches()
+        return self.make_inputs_embeds()
+
+    def make_pixel_values(self):
+        channels = _first(self.vision(), names=("num_channels", "in_channels", "in_chans"), default=3)
+        size = _first(self.vision(), names=("image_size", "img_size"), default=shrink.IMAGE)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        if self.takes("image_grid_thw") or self.takes("grid_thw"):
+            return self.patches()
+        frames = _first(self.vision(), names=("num_frames", "frames_per_clip"), default=None)
+        shape = (BATCH, channels, height, width) if frames is None else (BATCH, frames, channels, height, width)
+        return self.random(*shape)
+
+    def make_input_features(self):
+        audio = self.audio()
+        mels = _first(audio, names=("num_mel_bins", "input_feat_size", "feature_size", "input_size"), default=80)
+        positions = _first(audio, names=("max_source_positions",), default=None)
+        frames = 2 * positions if positions else shrink.FRAMES
+        if self.model.config.model_type.startswith(("whisper", "qwen2_audio", "moonshine", "voxtral", "audioflamingo")):
+            return self.random(BATCH, mels, frames)
+        return self.random(BATCH, frames, mels)
+
+    def make_input_values(self):
+        return self.random(BATCH, 4000)
+
+    def grid(self):
+        return torch.tensor([[1, 4, 4]] * BATCH)
+
+    make_grid_thw = make_image_grid_thw = grid
+
+    def patches(self):
+        vision = self.vision()
+        channels = _first(vision, names=("in_channels", "in_chans", "num_channels"), default=3)
+        patch = _first(vision, names=("patch_size", "spatial_patch_size"), default=shrink.PATCH)
+        frames = _first(vision, names=("temporal_patch_size",), default=1)
+        return self.random(int(self.grid().prod(1).sum()), channels * frames * patch * patch)
+
+    def make_bbox(self):
+        corners = torch.randint(0, 20, (BATCH, LENGTH, 4), generator=self.generator)
+        corners[..., 2:] += corners[..., :2]
+        return corners
+
+    def hidden(self):
+        return _first(self.text, self.config, names=("hidden_size", "d_model", "n_embd"), default=shrink.HIDDEN)
+
+    def vision(self):
+        return getattr(self.config, "vision_config", None) or self.config
+
+    def audio(self):
+        return getattr(self.config, "audio_config", None) or getattr(self.config, "encoder_config", None) or self.config
+
+
+def _first(*configs, names, default):
+    for config in configs:
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None:
+                return value
+    return default
+
+
+def masks():
+    """case -> attention mask of the padded cases: the first sequence is shorter."""
+    left, right = (torch.ones(BATCH, LENGTH, dtype=torch.long) for _ in range(2))
+    left[0, :PADDED] = 0
+    right[0, -PADDED:] = 0
+    return {"padded left": left, "padded right": right}

@@ -1,0 +1,63 @@
+"""The model classes of the installed transformers, from its own code."""
+
+import contextlib
+import importlib
+import io
+import pkgutil
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+_OTHER_FRAMEWORKS = ("modeling_tf_", "modeling_flax_")
+
+
+def modeling_modules():
+    """Names of all modules transformers.models.*.modeling_*, sorted."""
+    root = Path(transformers.models.__path__[0])
+    for package in sorted(entry.name for entry in pkgutil.iter_modules([str(root)]) if entry.ispkg):
+        for file in sorted(Path(root, package).glob("modeling_*.py")):
+            if not file.name.startswith(_OTHER_FRAMEWORKS):
+                yield f"transformers.models.{package}.{file.stem}"
+
+
+def load(module):
+    """Import a modeling module; some print while they are imported."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return importlib.import_module(module)
+
+
+def concrete_classes(module):
+    """The classes of an imported module that are models with a `forward` of their own."""
+    for cls in vars(module).values():
+        if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.__module__ == module.__name__):
+            continue
+        if cls.forward is not torch.nn.Module.forward and cls.config_class is not None:
+            yield cls
+
+
+def supports_flash_attention_2(cls):
+    """Does the library's own code say so? The attribute was renamed in 4.54."""
+    return bool(getattr(cls, "_supports_flash_attn", False) or getattr(cls, "_supports_flash_attn_2", False))
+
+
+def survey():
+    """(names "module:Class" that support FlashAttention 2, how many do not, {module: why it is not imported})."""
+    supporting, others, missing = [], 0, {}
+    for name in modeling_modules():
+        try:
+            classes = list(concrete_classes(load(name)))
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {error}"
+            continue
+        chosen = [f"{name}:{cls.__name__}" for cls in classes if supports_flash_attention_2(cls)]
+        supporting += chosen
+        others += len(classes) - len(chosen)
+    return supporting, others, missing
+
+
+def model_class(name):
+    """The class named "module:Class"."""
+    module, _, attribute = name.partition(":")
+    return getattr(load(module), attribute)
