@@ -5,17 +5,18 @@ import math
 import time
 import traceback
 
+import numpy
 import torch
 from torch import nn
 
 from flash_attn_mps import dispatch, trace
 
 from . import find, shrink, special
-from .feed import BATCH, LENGTH, PADDED, Feeder, Unfed, masks
+from .feed import LENGTH, PADDED, Feeder, Unfed, masks
 
 TOLERANCE = 1e-4  # of the largest value, in float32
 NEW_TOKENS, DECODED = 8, 3
-_LARGEST = 30_000_000  # parameters; above, the configuration was not made tiny
+_LARGEST = 120_000_000  # parameters; above, the configuration was not made tiny
 
 FLASH, EAGER, SDPA = "flash_attention_2", "eager", "sdpa"
 
@@ -26,7 +27,9 @@ class NotTiny(Exception):
 
 def configuration(cls):
     """A tiny configuration for a model class."""
-    config = shrink.tiny(cls.config_class, special.CONFIGURATIONS.get(cls.config_class.model_type, {}))
+    config_class = find.configuration_class(cls)
+    special_values = special.CONFIGURATIONS.get(config_class.model_type, {})
+    config = shrink.tiny(config_class, special_values, "mrope_section" in find.source(cls))
     for part in _parts(config):
         part.use_cache = True
         for name in ("reference_compile", "output_attentions"):
@@ -119,8 +122,9 @@ def difference(expected, got, mask=None):
         if name not in got or got[name].shape != value.shape:
             return math.inf, f"{name}: shape {tuple(value.shape)} and {tuple(got[name].shape) if name in got else None}"
         other = got[name]
-        if mask is not None and value.shape[:2] == mask.shape:
-            value, other = value[mask.bool()], other[mask.bool()]
+        if mask is not None and _is_tokenwise(value, mask):
+            keep = _for_rows(mask, value).bool()
+            value, other = value[keep], other[keep]
         if value.numel() == 0:
             continue
         both = torch.isfinite(value) & torch.isfinite(other)
@@ -139,11 +143,13 @@ class Comparison:
         self.models, self.feeder, self.feed = models, feeder, feed
         self.generates = bool(getattr(feeder.model, "can_generate", lambda: False)()) and feeder.is_text
         self.causal = self.generates and not feeder.is_seq2seq
+        self.pads = "input_ids" in feed and feeder.takes("attention_mask")
+        self._reads_padding = {}
 
     def cases(self):
         """name -> function of an attention that gives (tensors by name, mask of the tokens that count)."""
         yield "forward", lambda attention: (self.run(attention, self.feed), None)
-        if self.feeder.is_text and self.feeder.takes("attention_mask"):
+        if self.pads:
             for name, mask in masks().items():
                 yield name, lambda attention, mask=mask: (self.padded(attention, mask), mask)
         if self.causal:
@@ -162,15 +168,39 @@ class Comparison:
             return outputs(self.models[attention](**_copied(feed)))
 
     def padded(self, attention, mask):
-        feed = {**self.feed, "attention_mask": mask}
-        if self.feeder.is_seq2seq and self.feeder.takes("decoder_attention_mask"):
-            feed["decoder_attention_mask"] = mask
-        return self.run(attention, feed)
+        found = self.run(attention, self.feeder.padded(self.feed, mask))
+        return {name: value.masked_fill(self.reads_padding(mask)[name], 0.0) if name in self.reads_padding(mask) else value
+                for name, value in found.items()}  # fmt: skip
+
+    def reads_padding(self, mask):
+        """name -> which elements of an output that has no entry for each token depend on what is at padding.
+
+        Those are not defined: a pooler takes the first token, which left padding hides. FlashAttention gives zeros there,
+        eager attention something else.
+        """
+        side = int(mask[0, 0])
+        if side not in self._reads_padding:
+            model, feed = self.models[EAGER], self.feeder.padded(self.feed, mask)
+            embedding = model.get_input_embeddings()
+            hook = embedding.register_forward_hook(lambda _, inputs, out: _blurred(out, mask))
+            try:
+                before, after = self.run(EAGER, self.feeder.padded(self.feed, mask)), None
+                hook.remove()
+                after = self.run(EAGER, feed)
+            finally:
+                hook.remove()
+            self._reads_padding[side] = {
+                name: ~torch.isclose(value, after[name], rtol=1e-5, atol=1e-6)
+                for name, value in before.items()
+                if not _is_tokenwise(value, mask)
+            }
+        return self._reads_padding[side]
 
     @torch.no_grad()
     def decode(self, attention):
         """Logits of a prefill and of tokens that follow one by one, the first sequence padded on the left."""
-        model, ids, mask = self.models[attention], self.feed["input_ids"], masks()["padded left"]
+        model, mask = self.models[attention], masks()["padded left"]
+        ids = self.feeder.padded(self.feed, mask)["input_ids"]
         prefill = LENGTH - DECODED
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         place = {"position_ids": positions} if self.feeder.takes("position_ids") else {}
@@ -188,8 +218,8 @@ class Comparison:
     @torch.no_grad()
     def generate(self, attention, cache):
         feed = {k: v for k, v in self.feed.items() if k != "decoder_input_ids"}
-        if not self.feeder.is_seq2seq:
-            feed["attention_mask"] = masks()["padded left"]
+        if self.causal and self.pads:
+            feed = self.feeder.padded(feed, masks()["padded left"])
         kept = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
         if cache != "dynamic":
             kept["cache_implementation"] = cache
@@ -205,19 +235,25 @@ class Comparison:
     def packed(self, attention):
         """Two sequences in one row, told apart by position_ids; with eager attention each by itself."""
         ids, model = self.feed["input_ids"], self.models[attention]
+        if ids.dim() != 2 or ids.shape[1] != LENGTH:
+            raise ValueError("input_ids are not (batch, length)")
         lengths = (LENGTH - PADDED, LENGTH)
         parts = [ids[i : i + 1, :length] for i, length in enumerate(lengths)]
         if attention != FLASH:
-            logits = [model(part, use_cache=False).logits for part in parts]
+            places = [torch.arange(part.shape[1])[None] for part in parts]
+            logits = [model(p, position_ids=i, use_cache=False).logits for p, i in zip(parts, places, strict=True)]
             return {"logits": torch.cat(logits, 1)}
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        if "mrope_section" in find.source(type(model)) and self.feeder.is_image_text:
+            positions = positions.expand(4, 1, -1)  # of the text, then along time, height and width
         return {"logits": model(torch.cat(parts, 1), position_ids=positions, use_cache=False).logits}
 
     def gradients(self, attention):
         """Gradients of all parameters, from a fixed random function of the outputs; padded on the right if it can be."""
         model = self.models[attention]
-        mask = masks()["padded right"] if self.feeder.is_text and self.feeder.takes("attention_mask") else None
-        feed = dict(self.feed) if mask is None else {**self.feed, "attention_mask": mask}
+        mask = masks()["padded right"] if self.pads else None
+        feed = self.feed if mask is None else self.feeder.padded(self.feed, mask)
+        ignored = {} if mask is None else self.reads_padding(mask)
         model.zero_grad()
         model.train()
         for module in model.modules():
@@ -225,20 +261,42 @@ class Comparison:
                 module.eval()
         try:
             torch.manual_seed(0)
+            numpy.random.seed(0)
             found = outputs(model(**_copied(feed)))
             generator, loss = torch.Generator().manual_seed(2), 0.0
-            for value in found.values():
+            for name, value in found.items():
                 if not value.requires_grad:
                     continue
                 weight = torch.randn(value.shape, generator=generator)
-                if mask is not None and value.shape[:2] == mask.shape:
-                    weight = weight * mask.view(*mask.shape, *[1] * (value.dim() - 2))
+                if name in ignored and ignored[name].shape == weight.shape:
+                    weight = weight.masked_fill(ignored[name], 0.0)
+                if mask is not None and _is_tokenwise(value, mask):
+                    rows = _for_rows(mask, value)
+                    weight = weight * rows.view(*rows.shape, *[1] * (value.dim() - 2))
                 loss = loss + torch.where(torch.isfinite(value), value * weight, 0.0).sum()
             loss.backward()
             return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         finally:
             model.eval()
             model.zero_grad()
+
+
+def _blurred(embedded, mask):
+    """Embeddings with something else at padding."""
+    if embedded.shape[-2:-1] != mask.shape[-1:]:
+        return embedded
+    noise = torch.randn(embedded.shape[-1], generator=torch.Generator().manual_seed(3))
+    return embedded + (_for_rows(mask, embedded) == 0)[..., None] * noise
+
+
+def _is_tokenwise(value, mask):
+    """Has a tensor an entry for each token? Its rows may be the batch times choices, or codebooks."""
+    return value.dim() > 1 and value.shape[1] == mask.shape[1] and value.shape[0] % mask.shape[0] == 0
+
+
+def _for_rows(mask, value):
+    """The mask for each of its rows."""
+    return mask.repeat_interleave(value.shape[0] // mask.shape[0], 0)
 
 
 def _copied(feed):
@@ -297,10 +355,8 @@ def _examine(cls, report, reference):
     first = models[reference]
     report["stage"] = "feed"
     feeder = Feeder(first)
-    feed = feeder.inputs()
+    feed = _working(feeder, first, report)
     comparison = Comparison(models, feeder, feed)
-    report["stage"] = "eager"
-    comparison.run(reference, feed)
     report["stage"] = "load"
     models[FLASH]
     report.pop("stage")
@@ -314,6 +370,21 @@ def _examine(cls, report, reference):
         noticed, _ = difference(comparison.run(reference, feed), comparison.run(FLASH, feed))
     report["noticed"] = noticed
     report["status"] = _status(report)
+
+
+def _working(feeder, model, report):
+    """The first of the feeds with which the model runs; the error of the first if there is none."""
+    failure = None
+    for feed in feeder.variants():
+        report["stage"] = "eager"
+        try:
+            with torch.no_grad():
+                model(**_copied(feed))
+        except Exception as error:
+            failure = failure or error
+        else:
+            return feed
+    raise failure
 
 
 def _compare(case, run, reference):

@@ -18,7 +18,10 @@ class Feeder:
 
     def __init__(self, model):
         self.model, self.config = model, model.config
-        self.text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        try:
+            self.text = self.config.get_text_config(decoder=True)
+        except (ValueError, AttributeError):  # no part of it is the text's
+            self.text = self.config
         self.parameters = inspect.signature(model.forward).parameters
         self.generator = torch.Generator().manual_seed(1)
 
@@ -28,6 +31,14 @@ class Feeder:
     @property
     def is_text(self):
         return self.takes("input_ids") and self.model.main_input_name in ("input_ids", "inputs_embeds")
+
+    @property
+    def is_image_text(self):
+        return hasattr(self.config, "vision_config") and hasattr(self.config, "text_config")
+
+    @property
+    def is_choice(self):
+        return type(self.model).__name__.endswith("MultipleChoice")
 
     @property
     def is_seq2seq(self):
@@ -43,42 +54,101 @@ class Feeder:
         low, high = min(10, vocabulary // 4), max(min(shrink.VOCABULARY - 48, vocabulary), 2)
         return torch.randint(low, high, (batch, length), generator=self.generator)
 
+    def variants(self):
+        """Keyword arguments of a plain forward pass without a mask, the simplest first."""
+        plain = self.inputs()
+        yield plain
+        for name in ("pixel_values", "input_features", "encoder_hidden_states", "decoder_input_ids", "bbox"):
+            if self.takes(name) and name not in plain:
+                yield {**plain, name: self.value(name)}
+        if "input_features" in plain:
+            yield {**plain, "input_features": plain["input_features"].transpose(1, 2)}
+        if "input_values" in plain:
+            yield {**plain, "input_values": plain["input_values"][:, None]}
+        for name in ("input_ids", "decoder_input_ids"):
+            books = _first(self.text, self.config, names=("num_codebooks", "num_channels", "num_code_groups"), default=0)
+            if name in plain and isinstance(books, int) and books:
+                # Tokens of several codebooks: by rows, by columns.
+                ids = plain[name][:, None].expand(BATCH, books, LENGTH).clone()
+                yield {**plain, name: ids.flatten(0, 1)}
+                yield {**plain, name: ids}
+                yield {**plain, name: ids.transpose(1, 2).contiguous()}
+        if "input_ids" in plain and self.takes("inputs_embeds"):
+            rest = {k: v for k, v in plain.items() if k != "input_ids"}
+            yield {**rest, "inputs_embeds": self.make_inputs_embeds()}
+        if self.takes("hidden_states"):
+            yield {"hidden_states": self.make_inputs_embeds()}
+
     def inputs(self):
-        """Keyword arguments of a plain forward pass, without a mask."""
-        if self.is_text:
-            feed = {"input_ids": self.ids()}
-            if self.is_seq2seq:
-                feed["decoder_input_ids"] = self.ids()
+        named = [p for p in self.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        main = self.model.main_input_name
+        if self.is_text or not named:
+            feed = {"input_ids": self.make_input_ids()}
         else:
-            main = self.model.main_input_name
-            feed = {main if self.takes(main) else next(iter(self.parameters)): None}
-        for name, parameter in self.parameters.items():
-            required = parameter.default is inspect.Parameter.empty and parameter.kind not in (
-                inspect.Parameter.VAR_POSITIONAL,
-                inspect.Parameter.VAR_KEYWORD,
-            )
-            if (required and name not in feed) or feed.get(name, 0) is None:
-                feed[name] = self.value(name, required)
-        if "input_features" in feed and self.is_seq2seq and "decoder_input_ids" not in feed:
-            feed["decoder_input_ids"] = self.ids()
-        if "input_values" in feed and self.is_seq2seq:
-            feed["decoder_input_ids"] = self.ids()
+            feed = {main if self.takes(main) else named[0].name: None}
+        for parameter in named:
+            if feed.get(parameter.name, 0) is None or (
+                parameter.default is inspect.Parameter.empty and parameter.name not in feed
+            ):
+                feed[parameter.name] = self.value(parameter.name)
         if self.is_seq2seq and "decoder_input_ids" not in feed:
             feed["decoder_input_ids"] = self.ids()
         return feed
 
-    def value(self, name, required=True):
+    def value(self, name):
         maker = getattr(self, f"make_{name}", None)
         if maker is None:
             raise Unfed(f"no rule for the input {name}")
         return maker()
 
+    def padded(self, feed, mask):
+        """The feed with padding where the mask is 0."""
+        pad = getattr(self.text, "pad_token_id", None)
+        names = ["input_ids"]
+        masks = {"attention_mask": mask}
+        if self.takes("decoder_attention_mask") and "decoder_input_ids" in feed:
+            names.append("decoder_input_ids")
+            masks["decoder_attention_mask"] = mask
+        padded = {}
+        for name, value in feed.items():
+            if name in names and value.shape == mask.shape:
+                padded[name] = value.masked_fill(mask == 0, 0 if not isinstance(pad, int) or pad < 0 else pad)
+            elif name in names and self.is_choice:
+                masks["attention_mask"] = mask[:, None].expand_as(value)
+        return {**feed, **padded, **masks}
+
     # One method an input.
 
     def make_input_ids(self):
+        ids = self.ids()
+        if self.is_choice:
+            return ids[:, None].expand(BATCH, 2, LENGTH).clone()
+        eos = getattr(self.config, "eos_token_id", None)
+        if self.is_seq2seq and isinstance(eos, int) and type(self.model).__name__.endswith("SequenceClassification"):
+            ids[:, LENGTH // 2] = eos  # it reads the token at the end of the sequence
+        return ids
+
+    def make_decoder_input_ids(self):
         return self.ids()
 
-    make_decoder_input_ids = make_input_ids
+    def make_token_type_ids(self):
+        return torch.zeros(BATCH, LENGTH, dtype=torch.long)
+
+    def make_past_values(self):
+        length = _first(self.config, names=("context_length",), default=32)
+        channels = _first(self.config, names=("num_input_channels",), default=None)
+        return self.random(BATCH, length, *([] if channels is None else [channels]))
+
+    def make_pixel_values_videos(self):
+        frames = _first(self.vision(), names=("num_frames", "frames_per_clip"), default=4)
+        size = _first(self.vision(), names=("image_size", "crop_size"), default=shrink.IMAGE)
+        return self.random(BATCH, frames, 3, size, size)
+
+    def make_qformer_input_ids(self):
+        return self.ids()
+
+    def make_bool_masked_pos(self):
+        return torch.zeros(BATCH, 1, dtype=torch.bool)
 
     def make_attention_mask(self):
         return torch.ones(BATCH, LENGTH, dtype=torch.long)

@@ -2,13 +2,15 @@
 
 import contextlib
 import importlib
+import inspect
 import io
 import pkgutil
+import typing
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 _OTHER_FRAMEWORKS = ("modeling_tf_", "modeling_flax_")
 
@@ -40,6 +42,20 @@ def concrete_classes(module):
 def supports_flash_attention_2(cls):
     """Does the library's own code say so? The attribute was renamed in 4.54."""
     return bool(getattr(cls, "_supports_flash_attn", False) or getattr(cls, "_supports_flash_attn_2", False))
+
+
+def configuration_class(cls):
+    """The class of a model's configuration: what its constructor asks for, else what the class names."""
+    with contextlib.suppress(Exception):
+        asked = typing.get_type_hints(cls.__init__).get("config")
+        if isinstance(asked, type) and issubclass(asked, PretrainedConfig) and asked is not PretrainedConfig:
+            return asked
+    return cls.config_class
+
+
+def source(cls):
+    """The text of the file that has the class."""
+    return inspect.getsource(importlib.import_module(cls.__module__))
 
 
 def survey():

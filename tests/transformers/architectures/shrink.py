@@ -27,6 +27,9 @@ def _unless_zero(size):
 
 #: (names, size or function of the default); the first that matches counts.
 _INTEGERS = [
+    (r"feat_extract_layers|^num_residual_layers|^num_feature_levels", lambda v: v),
+    (r"^upsample_groups$", HIDDEN),
+    (r"^(n_groups|mamba_n_groups|mamba_ngroups)$", _at_most(2)),
     (r"(^|_)(vocab_size(_per_layer_input)?|vocabulary_size|num_embeds)$", lambda v: VOCABULARY if v > VOCABULARY else v),
     (r"(per_tok|per_token|top_k|topk|moe_k)$", _at_most(2)),
     (r"^(n_group|topk_group|num_expert_group|expert_group.*)$", 1),
@@ -66,7 +69,20 @@ _INTEGERS = [
     (r"^(num_frames|frames_per_clip|tubelet_size)$", _at_most(4)),
 ]  # fmt: skip
 
-_OFF = re.compile(r"dropout|layerdrop|drop_path|drop_rate|pdrop|jitter|drop_prob")
+#: What some models need and their configuration's default does not give.
+_NOT_GIVEN = {
+    "vocab_size": VOCABULARY,
+    "head_dim": HEAD_DIM,
+    "num_key_value_heads": HEADS,
+    "pad_token_id": 0,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+}
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
+
+_OFF = re.compile(r"dropout|layerdrop|drop_path|drop_rate|pdrop|jitter|drop_prob|mask_time_prob|mask_feature_prob")
+_STAGES = re.compile(r"^(stage_|stem_|depths$|hidden_sizes$|num_heads$|embed_dims?$|conv_|tdnn_|upsampl|.*channels$)")
 _TOKEN = re.compile(r"(_token_id|_token_ids|_token_index|_token_idx|_id|_index|_ids)$")
 _LAYER_INDEX = re.compile(r"index(es)?$|indices$|feature_layers?$|layer_ids?$|idxs?$|_layers$|^return_idx$")
 
@@ -79,6 +95,7 @@ class Shrinker:
 
     def values(self, values):
         """The values of a configuration, a dict as of `to_dict`, made small."""
+        values = {str(name): value for name, value in values.items()}
         layers = _number_of_layers(values)
         chosen = _chosen_layers(values, layers)
         small = {}
@@ -86,9 +103,12 @@ class Shrinker:
             if name in _DROPPED:
                 continue
             small[name] = self._value(name, value, values, layers, chosen)
-        if layers is not None:
-            for name in _names_of_layer_counts(values, layers):
+        for name in _LAYER_COUNTS:
+            if layers and values.get(name) == layers:
                 small[name] = len(chosen)
+        if values.get("qk_rope_head_dim") and "head_dim" in values:
+            rotated = values["head_dim"] in (values["qk_rope_head_dim"], None)
+            small["head_dim"] = HEAD_DIM // 2 if rotated else HEAD_DIM
         if small.get("use_sliding_window") is False:
             small["use_sliding_window"] = True
         if "sliding_window" in small and small["sliding_window"] is None and "layer_types" not in small:
@@ -97,15 +117,26 @@ class Shrinker:
 
     def _value(self, name, value, siblings, layers, chosen):
         if isinstance(value, dict):
+            if layers and value and all(str(key).isdigit() for key in value):
+                return {
+                    to: self._value(name, value[of], siblings, None, None)
+                    for to, layer in enumerate(chosen)
+                    for of in value
+                    if str(of) == str(layer)
+                }
             if name in ("rope_parameters", "rope_scaling") or "rope_type" in value:
                 return _rope(value)
             return self.values(value)
-        if isinstance(value, bool) or value is None or isinstance(value, str):
+        if value is None:
+            return _NOT_GIVEN.get(name)
+        if isinstance(value, (bool, str)):
             return value
         if _OFF.search(name) and isinstance(value, (int, float)):
             return 0.0 if isinstance(value, float) else 0
         if name.endswith("logit_softcapping") and isinstance(value, (int, float)):
             return SOFTCAP if "attn" in name else value
+        if name == "conv_dim":
+            return [32] * len(value)
         if isinstance(value, int):
             return self._integer(name, value, siblings)
         if isinstance(value, (list, tuple)):
@@ -114,8 +145,8 @@ class Shrinker:
 
     def _integer(self, name, value, siblings):
         if re.search(r"(key_value|kv).*heads|heads_kv", name) and value > 1:
-            queries = siblings.get(name.replace("key_value_", "").replace("kv_", "attention_"))
-            return HEADS if value == queries else KV_HEADS
+            queries = [siblings.get(re.sub(r"key_value|kv", of, name)) for of in ("attention", "")]
+            return HEADS if value in (*queries, siblings.get("num_heads"), siblings.get("n_head")) else KV_HEADS
         if _TOKEN.search(name) and value >= VOCABULARY - 32:
             return self.tokens.setdefault(value, VOCABULARY - 1 - len(self.tokens))
         for pattern, size in _INTEGERS:
@@ -124,7 +155,7 @@ class Shrinker:
         return value
 
     def _list(self, name, values, siblings, layers, chosen):
-        if layers and len(values) == layers and not _LAYER_INDEX.search(name):
+        if layers and len(values) == layers and not _LAYER_INDEX.search(name) and not _STAGES.search(name):
             return [self._value(name[:-1], values[i], siblings, None, None) for i in chosen]
         if values and all(isinstance(v, int) and not isinstance(v, bool) for v in values):
             if _LAYER_INDEX.search(name) and not _TOKEN.search(name.removesuffix("es")) or name.endswith("indexes"):
@@ -137,22 +168,20 @@ class Shrinker:
         return values
 
 
-def _names_of_layer_counts(values, layers):
-    return [n for n in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth") if values.get(n) == layers]
-
-
 def _number_of_layers(values):
-    for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth"):
-        if isinstance(values.get(name), int):
-            return values[name]
-    return None
+    return next((values[name] for name in _LAYER_COUNTS if isinstance(values.get(name), int)), None)
 
 
 def _chosen_layers(values, layers):
     """Numbers of the layers to keep: two, or more if it takes more to have every kind of layer."""
     if not layers:
         return list(range(layers or 0))
-    kinds = [v for v in values.values() if isinstance(v, (list, tuple)) and len(v) == layers]
+    kinds = [v for k, v in values.items() if isinstance(v, (list, tuple)) and len(v) == layers and not _STAGES.search(k)]
+    kinds += [
+        [str(i) in map(str, v) for i in range(layers)]
+        for v in values.values()
+        if isinstance(v, dict) and v and all(str(key).isdigit() for key in v)
+    ]
     chosen, seen = [], set()
     for i in range(layers):
         kind = {(n, str(v[i])) for n, v in enumerate(kinds) if isinstance(v[i], (str, bool, int, type(None)))}
@@ -193,10 +222,27 @@ def _sections(sections, total):
     return small
 
 
-def tiny(config_class, special=None):
-    """A tiny configuration of the class; `special` goes over the values found by name."""
+def tiny(config_class, special=None, sections=False):
+    """A tiny configuration of the class; `special` goes over the values found by name.
+
+    `sections`: the modeling file takes RoPE in sections (M-RoPE), whether or not the default configuration names them.
+    """
     values = Shrinker().values(config_class().to_dict())
+    if sections:
+        _give_sections(values)
     return config_class.from_dict(_merged(values, special or {}))
+
+
+def _give_sections(values):
+    for value in list(values.values()):
+        if isinstance(value, dict):
+            _give_sections(value)
+    if "num_hidden_layers" in values and "vocab_size" in values:
+        name = "rope_parameters" if "rope_parameters" in values else "rope_scaling"
+        rope = values.get(name) or {"rope_type": "default"}
+        partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor") or 1.0)
+        rope.setdefault("mrope_section", _sections([0] * 3, int(HEAD_DIM * partial) // 2))
+        values[name] = rope
 
 
 def _merged(values, over):
