@@ -1,6 +1,7 @@
 """The command: examines every class in worker processes that stay alive, and writes JSON lines and a Markdown table."""
 
 import argparse
+import importlib.metadata
 import json
 import os
 import queue
@@ -10,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from . import find
+from . import find, table
 
 LIMIT = 90  # seconds for one class
 
@@ -67,6 +68,7 @@ def main():
     parser.add_argument("patterns", nargs="*", help="only classes whose name contains one of these")
     parser.add_argument("--results", type=Path, help="JSON lines; classes that are in it are not run again")
     parser.add_argument("--again", default="", help="run classes again whose status is one of these, by commas")
+    parser.add_argument("--markdown", type=Path, help="write this version's section of the table into a file")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--list", action="store_true", help="list the classes and end")
     arguments = parser.parse_args()
@@ -98,7 +100,8 @@ def main():
                 if arguments.results:
                     with arguments.results.open("a") as file:
                         file.write(json.dumps(report) + "\n")
-                print(f"{report['status']:12} {report.get('seconds', 0):6.2f} {name}  {describe(report)}", flush=True)
+                words = "" if report["status"] == "equal" else table.reason(report)
+                print(f"{report['status']:12} {report.get('seconds', 0):6.2f} {name}  {words}", flush=True)
         worker.stop()
 
     threads = [threading.Thread(target=work) for _ in range(arguments.workers)]
@@ -107,19 +110,8 @@ def main():
     for thread in threads:
         thread.join()
     print(f"{time.time() - began:.0f} s")
-
-
-def describe(report):
-    if report["status"] == "equal":
-        return ""
-    if "error" in report:
-        return f"{report['error'][:200]} {report.get('place', '')}"
-    parts = []
-    for case, result in report["cases"].items():
-        if "error" in result:
-            parts.append(f"{case}: {result['error'][:200]}")
-        elif "not run" in result:
-            parts.append(f"{case}: {result['not run'][:100]}")
-        elif result["difference"] > 1e-4:
-            parts.append(f"{case}: {result['difference']:.1e} {result['where']} sdpa {result.get('sdpa to eager', -1):.0e}")
-    return "; ".join(parts)
+    reports = [done[name] for name in names if name in done]
+    if arguments.markdown:
+        seconds = sum(report.get("seconds", LIMIT) for report in reports)
+        version = importlib.metadata.version("transformers")
+        table.write(arguments.markdown, version, table.markdown(reports, others, missing, version, seconds))

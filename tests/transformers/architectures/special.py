@@ -20,3 +20,6 @@ CONFIGURATIONS = {
     "shieldgemma2": {"yes_token_index": 3, "no_token_index": 4},
     "phimoe": {"sliding_window": None},  # the file does not hand a window to the attention
 }
+
+#: Pattern of "module:Class" -> why a class that differs or fails does so, read in the library's own code.
+EXPLAINED = {}
