@@ -30,11 +30,11 @@ _TENSORS = [field.name for field in dataclasses.fields(AttentionProblem) if "Ten
 def differentiable(p: AttentionProblem, forward: Callable, backward: Callable) -> Result:
     """`forward(p) -> (out, lse, probs)` as a `Result`, with `backward` behind it where a gradient is needed.
 
-    `backward(p, out, lse, dout, dlse)` gives the gradients of q, k and v. The gradient of the log-sum-exp is
+    `backward(p, out, lse, dout, dlse)` gives the gradients of q, k, v and sinks. The gradient of the log-sum-exp is
     honoured; second derivatives raise.
     """
     if p.requires_grad:
-        out, lse, probs = _Attention.apply(p.q, p.k, p.v, p, forward, backward)
+        out, lse, probs = _Attention.apply(p.q, p.k, p.v, p.sinks, p, forward, backward)
     else:
         out, lse, probs = forward(p)
     return Result(out, lse, probs)
@@ -42,7 +42,7 @@ def differentiable(p: AttentionProblem, forward: Callable, backward: Callable) -
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, p: AttentionProblem, forward: Any, backward: Any):
+    def forward(ctx: Any, q: Any, k: Any, v: Any, sinks: Any, p: AttentionProblem, forward: Any, backward: Any):
         out, lse, probs = forward(p)
         # Every tensor goes through save_for_backward, so that checkpointing and offloading hooks see it.
         ctx.names = [name for name in _TENSORS if isinstance(getattr(p, name), torch.Tensor)]
@@ -63,7 +63,7 @@ class _Attention(torch.autograd.Function):
         with torch.no_grad(), without_autocast(dout):
             grads = ctx.backward_of(p, out, lse, dout, dlse)
         if torch.is_grad_enabled():  # create_graph=True
-            grads = _NoSecondDerivative.apply(*grads, p.q, p.k, p.v, dout, dlse)
+            grads = _NoSecondDerivative.apply(*grads, p.q, p.k, p.v, p.sinks, dout, dlse)
         wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
         return *wanted, None, None, None
 
@@ -76,8 +76,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, *_inputs: torch.Tensor | None):
-        return dq.view_as(dq), dk.view_as(dk), dv.view_as(dv)
+    def forward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dsinks: torch.Tensor | None, *_: Any):
+        return tuple(grad if grad is None else grad.view_as(grad) for grad in (dq, dk, dv, dsinks))
 
     @staticmethod
     def backward(ctx: Any, *_: Any):

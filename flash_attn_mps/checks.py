@@ -204,6 +204,31 @@ def alibi_slopes(value: Any, batch: int, heads: int, like: torch.Tensor) -> torc
     return value
 
 
+def mask(value: Any, name: str, shape: tuple[int, int, int, int], like: torch.Tensor) -> torch.Tensor:
+    """A bool mask (False hides) or one that is added to the scores, expanded to `shape` without a copy."""
+    dtypes = "torch.bool, " + " or ".join(map(str, dict.fromkeys((like.dtype, torch.float32))))
+    accepted = f"a tensor of {dtypes} that broadcasts to {shape} (batch, heads, seqlen_q, seqlen_k), on {like.device}"
+    if not isinstance(value, torch.Tensor) or value.device != like.device or value.dim() > 4:
+        raise malformed(name, value, accepted)
+    tensor_of_rank(value, name, (value.dim(),), accepted)
+    if value.dtype not in (torch.bool, like.dtype, torch.float32):
+        raise malformed(name, value, accepted)
+    if any(n not in (1, whole) for n, whole in zip(value.shape[::-1], shape[::-1], strict=False)):
+        raise malformed(name, value, accepted)
+    if value.requires_grad and torch.is_grad_enabled():
+        raise unsupported(name, "a tensor that requires grad", "a mask without gradient: pass .detach()")
+    return value.expand(shape)
+
+
+def sinks(value: Any, name: str, heads: int, like: torch.Tensor) -> torch.Tensor:
+    """A score for each query head, in float32."""
+    accepted = f"a tensor ({heads},) of a floating dtype, one score for each query head, on {like.device}"
+    tensor(value, name, "heads,", like)
+    if value.shape != (heads,) or not value.is_floating_point():
+        raise malformed(name, value, accepted)
+    return value.to(torch.float32)
+
+
 def cu_seqlens(value: Any, name: str, total: int | None, total_of: str, like: torch.Tensor) -> list[int] | None:
     """Cumulative lengths (batch + 1,), from 0 to `total`. Returns the lengths where the values can be read for free."""
     int32(value, name, "batch + 1,", None, like)

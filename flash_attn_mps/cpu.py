@@ -19,12 +19,13 @@ def refuse(p: AttentionProblem) -> list[str]:
     q, k = p.q, p.k
     if q.device.type != "cpu":
         return [f"tensors are on {q.device}, not on the CPU"]
-    causal = (p.window_left, p.window_right) == (-1, 0)
+    window = p.window
+    causal = window == (-1, 0)
     limits = {
         "sequences are ragged or paged": p.ragged_q or p.ragged_k or p.kv_batch_idx is not None,
         "there are no scores": p.empty,
         "the log-sum-exp is wanted": p.want_lse,
-        "window_size": (p.window_left, p.window_right) != (-1, -1) and not causal,
+        "window_size": window != (-1, -1) and not causal,
         "causal with seqlen_q != seqlen_k (PyTorch aligns it to the top left)": causal and q.shape[1] != k.shape[1],
         "attention_chunk": p.attention_chunk > 0,
         "softcap": p.softcap > 0,
@@ -51,7 +52,7 @@ def run(p: AttentionProblem) -> Result:
         p.q.transpose(1, 2),
         p.k.transpose(1, 2),
         p.v.transpose(1, 2),
-        is_causal=p.window_right == 0,
+        is_causal=p.window[1] == 0,
         scale=p.softmax_scale,
         enable_gqa=p.heads != p.heads_k,
     )

@@ -236,7 +236,7 @@ class _Cache:
             self.batch,
             max_seqlen_q,
             longest,
-            **scoring.checked(q, self.batch, max_seqlen_q, longest),
+            **scoring.checked(q, self.batch),
             cu_seqlens_q=self.cu_seqlens_q,
             seqused_k=seqused,
             longest_q=self.longest_q,

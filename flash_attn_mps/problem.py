@@ -73,6 +73,12 @@ class AttentionProblem:
         return self.k.shape[-2]
 
     @property
+    def window(self) -> tuple[int, int]:
+        """`(window_left, window_right)`, where a side that hides nothing at these lengths is open too."""
+        left, right = self.window_left, self.window_right
+        return -1 if left >= self.max_seqlen_k - 1 else left, -1 if right >= self.max_seqlen_q - 1 else right
+
+    @property
     def ragged_q(self) -> bool:
         """Do the sequences differ in their number of queries?"""
         return self.cu_seqlens_q is not None or self.seqused_q is not None
@@ -108,7 +114,15 @@ class AttentionProblem:
 
     @property
     def requires_grad(self) -> bool:
-        return torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or self.v.requires_grad)
+        if not torch.is_grad_enabled():
+            return False
+        sinks = self.sinks
+        return (
+            self.q.requires_grad
+            or self.k.requires_grad
+            or self.v.requires_grad
+            or (sinks is not None and sinks.requires_grad)
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -138,14 +152,13 @@ class Scoring:
     attention_chunk: Any = 0
     seed: int | None = None  # None: from torch's default generator, if there is dropout
 
-    def checked(self, q: torch.Tensor, batch: int, seqlen_q: int, seqlen_k: int) -> dict[str, Any]:
+    def checked(self, q: torch.Tensor, batch: int) -> dict[str, Any]:
         left, right = checks.window(self.window_size, self.causal)
         dropout_p = checks.dropout_p(self.dropout_p)
         return {
             "softmax_scale": checks.softmax_scale(self.softmax_scale, q.shape[-1], q),
-            # A side that hides nothing is open: it spares masks, and lets more tiers serve the call.
-            "window_left": -1 if left >= seqlen_k - 1 else left,
-            "window_right": -1 if right >= seqlen_q - 1 else right,
+            "window_left": left,
+            "window_right": right,
             "softcap": checks.softcap(self.softcap),
             "alibi_slopes": checks.alibi_slopes(self.alibi_slopes, batch, q.shape[-2], q),
             "dropout_p": dropout_p,
@@ -167,7 +180,7 @@ def dense(q: Any, k: Any, v: Any, scoring: Scoring, names: Mapping[str, str] = c
     if k.shape[0] != batch:
         raise checks.malformed(names.get("k", "k"), k, f"a batch of {batch}, that of {names.get('q', 'q')}")
     seqlen_k = k.shape[1]
-    return AttentionProblem(q, k, v, batch, seqlen_q, seqlen_k, **scoring.checked(q, batch, seqlen_q, seqlen_k))
+    return AttentionProblem(q, k, v, batch, seqlen_q, seqlen_k, **scoring.checked(q, batch))
 
 
 def varlen(
@@ -222,7 +235,7 @@ def varlen(
         batch,
         max_seqlen_q,
         max_seqlen_k,
-        **scoring.checked(q, batch, max_seqlen_q, max_seqlen_k),
+        **scoring.checked(q, batch),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q,
@@ -246,6 +259,34 @@ def with_qv(p: AttentionProblem, qv: Any, softmax_scale: Any) -> AttentionProble
     q, k = torch.cat([p.q, qv], -1), torch.cat([p.k, p.v], -1)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else p.softmax_scale
     return dataclasses.replace(p, q=q, k=k, softmax_scale=scale)
+
+
+def with_mask(p: AttentionProblem, mask: Any, name: str = "attn_mask") -> AttentionProblem:
+    """`p` with a mask on its scores: bool, where False hides, or of q's dtype or float32, where it is added.
+
+    mask broadcasts to `(batch, heads, seqlen_q, seqlen_k)`; fewer dimensions are the last ones, and nothing is copied.
+    It comes on top of the window, after scale, softcap and ALiBi; what is added to a score of base e. An added -inf
+    hides a key; the least finite number does not: queries that see nothing else see such keys alike.
+
+    Rows and columns are positions in a sequence: with `seqused_k` those past its end do not matter, with `leftpad_k`
+    column 0 is its first key. A packed batch is refused, because nothing bounds its lengths by the shape of a mask.
+
+    Raises ValueError for another dtype, device or shape, NotImplementedError for a packed batch or a mask that
+    requires grad.
+    """
+    if p.cu_seqlens_q is not None or p.cu_seqlens_k is not None:
+        raise checks.unsupported(name, "a mask for a packed batch", "a mask for queries (batch, seqlen_q, heads, ...)")
+    shape = (p.batch, p.heads, p.max_seqlen_q, p.max_seqlen_k)
+    return dataclasses.replace(p, mask=checks.mask(mask, name, shape, p.q))
+
+
+def with_sinks(p: AttentionProblem, sinks: Any, name: str = "sinks") -> AttentionProblem:
+    """`p` with attention sinks `(heads,)`: a score, not scaled, that every query of a head has besides its keys.
+
+    Its value is zero, so it only takes part in the softmax's denominator and in the log-sum-exp. Any floating dtype;
+    computed in float32. Gradients reach it. A query that sees no key gives zeros, and the sink as log-sum-exp.
+    """
+    return dataclasses.replace(p, sinks=checks.sinks(sinks, name, p.heads, p.q))
 
 
 def pages(

@@ -1,8 +1,9 @@
 """The `torch` tier: exact attention in plain PyTorch, on any device, in memory proportional to the length.
 
 Queries are taken in blocks small enough that a block's scores against all the keys it can see stay within `_SCORES`.
-All arithmetic is in float32. The backward pass recomputes the scores from the log-sum-exp of each row, as in
-FlashAttention (Dao et al., 2022, https://arxiv.org/abs/2205.14135, algorithm 4).
+All arithmetic is in float32. The backward pass recomputes the scores, as in FlashAttention (Dao et al., 2022,
+https://arxiv.org/abs/2205.14135, algorithm 4), but normalises them anew: a log-sum-exp of -3e38, of a row whose every
+key has the least finite number added, holds no trace of the sum.
 
 Symbols as in the papers: s scores, p probabilities, o output, ds and dp their gradients. In a block, `g` sequences, `r`
 query heads per kv head, `c` queries, `n` keys.
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from .autograd import differentiable
+from .checks import readable
 from .problem import AttentionProblem, Result
 from .rows import Group, KeyRows, QueryRows, groups
 
@@ -42,15 +44,16 @@ def forward(p: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     queries, keys = QueryRows(p), KeyRows(p)
     out = queries.new(q, (p.heads, v.shape[-1]), 0.0, q.dtype)
     lse = queries.new(q, (p.heads,), -torch.inf, torch.float32)
+    if p.sinks is not None:  # what a query has that sees no key
+        lse.copy_(p.sinks)
     dropout = _Dropout(p)
     for group in () if p.empty else groups(p):
         k_rows, v_rows = keys.take(k, group), keys.take(v, group)
         for block in _blocks(p, group, queries, keys):
             s, _ = block.scores(block.heads_first(queries.take(q, group, block.first, block.last)), k_rows)
-            block_lse = torch.logsumexp(s, -1, keepdim=True)
-            if p.sinks is not None:
-                block_lse = torch.logaddexp(block_lse, p.sinks.view(p.heads_k, -1, 1, 1))
-            prob = s.sub_(block_lse.masked_fill(block_lse == -torch.inf, 0.0)).exp_()
+            v_seen = v_rows[:, :, block.lo : block.hi]
+            seen = s != -torch.inf if _may_spread(p, v_seen) else None
+            prob, block_lse = block.softmax(s)
             if probs is not None:
                 probs[group.seqs, :, block.first : block.last, block.lo : block.hi] = prob.flatten(1, 2).to(q.dtype)
             if p.dropout_p:
@@ -59,10 +62,13 @@ def forward(p: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
                     signs = keep.flatten(1, 2) * 2.0 - 1.0
                     probs[group.seqs, :, block.first : block.last, block.lo : block.hi] *= signs.to(q.dtype)
                 prob *= keep / (1.0 - p.dropout_p)
-            o = prob.flatten(2, 3) @ v_rows[:, :, block.lo : block.hi]
+            o = _weighted(prob.flatten(2, 3), v_seen, seen)
             queries.put(out, group, block.first, block.last, block.rows_first(o))
             queries.put(lse, group, block.first, block.last, block.rows_first(block_lse)[..., 0])
-    return queries.finished(out), queries.finished(lse).transpose(-1, -2).contiguous(), probs
+    lse = queries.finished(lse)
+    if p.sinks is not None and (exists := queries.exist()) is not None:
+        lse.masked_fill_(~exists[..., None], -torch.inf)
+    return queries.finished(out), lse.transpose(-1, -2).contiguous(), probs
 
 
 def backward(
@@ -71,16 +77,17 @@ def backward(
     lse: torch.Tensor,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, in their dtypes. `dlse` is the gradient of the log-sum-exp, if it has one."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of q, k, v and sinks, in their dtypes. `dlse` is the gradient of the log-sum-exp, if it has one."""
     q, k, v = p.q, p.k, p.v
     if q.is_meta:
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        return *(torch.empty_like(t) for t in (q, k, v)), None if p.sinks is None else torch.empty_like(p.sinks)
     queries, keys = QueryRows(p), KeyRows(p)
     dq = queries.new(q, q.shape[-2:], 0.0, q.dtype)
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
     dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
     lse, dlse = lse.transpose(-1, -2), None if dlse is None else dlse.transpose(-1, -2)
+    dsinks = None if p.sinks is None else _gradient_of_sinks(p.sinks, out, lse, dout, dlse)
     dropout = _Dropout(p)
     for group in () if p.empty else groups(p):
         k_rows, v_rows = keys.take(k, group), keys.take(v, group)
@@ -95,11 +102,12 @@ def backward(
             delta = (do * rows(out)).sum(-1, keepdim=True)
             if dlse is not None:
                 delta -= rows(dlse[..., None])
-            block_lse = rows(lse[..., None])
-            # A row that sees nothing has lse -inf and scores of -inf: against +inf its probabilities are 0, not NaN.
-            block_lse = block_lse.masked_fill(block_lse == -torch.inf, torch.inf)
             s, capped = block.scores(q_rows, k_rows, keep_capped=True)
-            prob = s.sub_(block.split(block_lse)).exp_()
+            hidden = s == -torch.inf if _may_spread(p, q_rows, k_seen, v_seen) else None
+            prob, _ = block.softmax(s)
+            if hidden is not None:
+                prob.masked_fill_(hidden, 0.0)
+                k_seen, v_seen = _finite(k_seen), _finite(v_seen)
             dp = block.split(do @ v_seen.transpose(-1, -2))
             kept = prob
             if p.dropout_p:
@@ -107,6 +115,8 @@ def backward(
                 kept, dp = prob * keep, dp.mul_(keep)
             dv_rows[:, :, block.lo : block.hi] += kept.flatten(2, 3).transpose(-1, -2) @ do
             ds = dp.sub_(block.split(delta)).mul_(prob)
+            if hidden is not None:
+                ds.masked_fill_(hidden, 0.0)
             if capped is not None:
                 ds.mul_(1.0 - capped.div_(p.softcap).square_())
             ds = ds.flatten(2, 3)
@@ -116,7 +126,46 @@ def backward(
             dk_rows[:, :, block.lo : block.hi] += ds.transpose(-1, -2) @ (q_rows * p.softmax_scale)
         keys.add(dk, group, dk_rows)
         keys.add(dv, group, dv_rows)
-    return queries.finished(dq), dk.to(k.dtype), dv.to(v.dtype)
+    return queries.finished(dq), dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
+def _gradient_of_sinks(
+    sinks: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
+) -> torch.Tensor:
+    """`(heads,)`. A sink's probability takes from the output, whose own value it weighs with zero:
+    ds = p (0 - do o) + p dlse, of every query. lse and dlse are rows first.
+    """
+    delta = (dout.float() * out.float()).sum(-1)
+    if dlse is not None:
+        delta -= dlse
+    # A row that does not exist, or whose sink is -inf and that sees nothing, has lse -inf: p is 0 then, not NaN.
+    prob = (sinks - lse.masked_fill(lse == -torch.inf, torch.inf)).exp_()
+    return -(prob * delta).masked_fill_(prob == 0.0, 0.0).flatten(0, -2).sum(0)
+
+
+def _may_spread(p: AttentionProblem, *rows: torch.Tensor) -> bool:
+    """May what is hidden from some queries be NaN or infinite, so that 0 times it would spread?
+
+    What keeps them back is one product more. Where looking would wait for the device it is spent on masks alone:
+    they hide what was never written, windows only hide what others see.
+    """
+    if p.mask is None and p.window_left < 0 and p.window_right < 0 and not p.attention_chunk:
+        return False
+    if not all(map(readable, rows)):
+        return p.mask is not None
+    return not all(bool(t.isfinite().all()) for t in rows)
+
+
+def _finite(rows: torch.Tensor) -> torch.Tensor:
+    return rows.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _weighted(prob: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """p v. With `seen`, a value that is not finite counts for the queries that see its key, and makes them NaN."""
+    if seen is None:
+        return prob @ v
+    spoilt = seen.flatten(2, 3).to(torch.float32) @ (~v.isfinite()).to(torch.float32)
+    return (prob @ _finite(v)).masked_fill_(spoilt > 0.0, torch.nan)
 
 
 class _Dropout:
@@ -137,12 +186,13 @@ class _Block:
         self.p, self.group, self.queries, self.keys = p, group, queries, keys
         self.first, self.last = first, last
         self.lo, self.hi = 0, group.seqlen_k
+        self.left, self.right = p.window
         if group.offsets is not None:
             least, greatest = group.offsets
-            if p.window_left >= 0:
-                self.lo = max(self.lo, first + least - p.window_left)
-            if p.window_right >= 0:
-                self.hi = min(self.hi, last + greatest + p.window_right)
+            if self.left >= 0:
+                self.lo = max(self.lo, first + least - self.left)
+            if self.right >= 0:
+                self.hi = min(self.hi, last + greatest + self.right)
 
     def heads_first(self, rows: torch.Tensor) -> torch.Tensor:
         """`(g, c, heads, d)` to `(g, heads_k, r * c, d)`, float32."""
@@ -174,7 +224,7 @@ class _Block:
         if p.softcap:
             s = s.div_(p.softcap).tanh_().mul_(p.softcap)
             capped = s.clone() if keep_capped else None
-        positioned = p.alibi_slopes is not None or p.window_left >= 0 or p.window_right >= 0
+        positioned = p.alibi_slopes is not None or self.left >= 0 or self.right >= 0
         distance = self._distance() if positioned else None
         if p.alibi_slopes is not None:
             slopes = p.alibi_slopes.unflatten(-1, (p.heads_k, -1))[..., None, None]
@@ -185,9 +235,21 @@ class _Block:
             if mask.dtype == torch.bool:
                 s.masked_fill_(~mask, -torch.inf)
             else:
-                s.add_(mask)
+                s.add_(mask).masked_fill_(mask == -torch.inf, -torch.inf)  # hidden, even if the score is NaN
         hidden = self._hidden(distance)
         return s if hidden is None else s.masked_fill_(hidden[:, None, None], -torch.inf), capped
+
+    def softmax(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities, in the place of s, and the log-sum-exp `(g, heads_k, r, c, 1)`. Rows of -inf give zeros."""
+        m = s.amax(-1, keepdim=True)
+        sinks = None if self.p.sinks is None else self.p.sinks.view(self.p.heads_k, -1, 1, 1)
+        if sinks is not None:
+            m = torch.maximum(m, sinks)
+        base = m.masked_fill(m == -torch.inf, 0.0)
+        total = s.sub_(base).exp_().sum(-1, keepdim=True)
+        if sinks is not None:
+            total += (sinks - base).exp_()
+        return s.div_(total.masked_fill(total == 0.0, 1.0)), m + total.log()
 
     def _distance(self) -> torch.Tensor:
         """`(g or 1, c, n)`: j - (i + offset), the distance of a key from the query's diagonal."""
@@ -211,10 +273,10 @@ class _Block:
     def _hidden(self, distance: torch.Tensor | None) -> torch.Tensor | None:
         """`(g or 1, c, n)`: which scores do not count; None if all do."""
         hidden = []
-        if self.p.window_right >= 0:
-            hidden.append(distance > self.p.window_right)
-        if self.p.window_left >= 0:
-            hidden.append(distance < -self.p.window_left)
+        if self.right >= 0:
+            hidden.append(distance > self.right)
+        if self.left >= 0:
+            hidden.append(distance < -self.left)
         if self.p.attention_chunk:
             chunks = self._diagonal().div(self.p.attention_chunk, rounding_mode="floor")
             hidden.append(self._keys() // self.p.attention_chunk != chunks)

@@ -83,8 +83,9 @@ class QueryRows:
 
     def __init__(self, p: AttentionProblem) -> None:
         self.starts = p.cu_seqlens_q
+        self.used = p.seqused_q
         self.lengths = _lengths(p.cu_seqlens_q, p.seqused_q)
-        self.total = p.q.shape[0]
+        self.total, self.rows = p.q.shape[:2]  # packed: all rows; dense: those of a sequence
 
     def new(self, like: torch.Tensor, tail: tuple[int, ...], fill: float, dtype: torch.dtype) -> torch.Tensor:
         """A buffer with the rows of q. A packed one has a row more, at its end, that takes what must go nowhere."""
@@ -115,6 +116,17 @@ class QueryRows:
             return None
         rows = torch.arange(first, last, device=self.lengths.device)
         return rows < self.lengths[group.seqs][:, None]
+
+    def exist(self) -> torch.Tensor | None:
+        """Which rows of q are queries of some sequence, `q.shape[:-2]`; None if all are."""
+        if self.used is None:
+            return None
+        device = self.used.device
+        if self.starts is None:
+            return torch.arange(self.rows, device=device) < self.used[:, None]
+        rows = torch.arange(self.total, device=device, dtype=self.starts.dtype)
+        seqs = (torch.searchsorted(self.starts, rows, right=True) - 1).clamp_(max=self.used.shape[0] - 1)
+        return rows < (self.starts[:-1] + self.used)[seqs]
 
     def _index(self, group: Group, first: int, last: int) -> torch.Tensor:
         rows = torch.arange(first, last, device=self.starts.device)

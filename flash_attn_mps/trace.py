@@ -40,7 +40,7 @@ def record(p: AttentionProblem, tier: str) -> None:
 
 
 def _mask(p: AttentionProblem) -> str:
-    left, right = p.window_left, p.window_right
+    left, right = p.window
     parts = {
         "full": (left, right) == (-1, -1),
         "causal": (left, right) == (-1, 0),

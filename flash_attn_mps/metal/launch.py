@@ -150,8 +150,9 @@ def parameters(p: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.T
         *_strides(out),
         lse_batch,
         lse_head,
-        p.window_left,
-        p.window_right,
+        # A side that a model's window leaves open at this length keeps its kernel: only the bound fits the length.
+        min(p.window_left, p.max_seqlen_k),
+        min(p.window_right, seqlen_q),
         _bits(scale),
         _bits(p.softcap),
         alibi_batch,

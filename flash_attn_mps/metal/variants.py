@@ -46,9 +46,12 @@ def threadgroup_bytes(variant: Variant, element_bytes: int, head_dim: int, head_
 
 @functools.lru_cache(maxsize=512)
 def default(element_bytes: int, head_dim: int, head_dim_v: int) -> Variant:
-    """What should do well on this machine's GPU generation (Apple M1 and M2: staged; later ones: direct)."""
+    """What should do well on this machine's GPU generation: M1 and M2 staged, later ones direct.
+
+    An unknown GPU gets the staged one, which does no more of anything than PyTorch's kernel (tests/metal/counters.py).
+    """
     wide = max(head_dim, head_dim_v)
-    staged = gpu.generation() in (1, 2)
+    staged = gpu.generation() <= 2
     rows = 16 if wide <= 64 and element_bytes == 2 else 8
     keys = 32 if wide <= 128 else 16
     preferred = Variant(rows, 4, keys, staged)
