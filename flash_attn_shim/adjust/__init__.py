@@ -67,7 +67,7 @@ _undo = Undo()
 def find_spec(name, path, target):
     """The other finders' spec of a module; its loader will execute the module and then call the adjustment."""
     spec = finder.find_elsewhere(name, path, target)
-    if spec is None or spec.loader is None or _library(name).refusal():
+    if spec is None or spec.loader is None or not _adjusts(name):
         return spec
     loader, execute = spec.loader, spec.loader.exec_module
 
@@ -118,10 +118,13 @@ def _library(name):
     return import_module(f"flash_attn_shim.adjust.{ADJUSTED[name]}")
 
 
+def _adjusts(name):
+    library = _library(name)
+    return not library.refusal() or library.hides()
+
+
 def _adjust(name, module):
     try:
-        _library(name).MODULES[name](module, _undo)
+        journal[name] = _library(name).MODULES[name](module, _undo) or APPLIED
     except Misfit as reason:
         journal[name] = f"left alone: {reason}"
-    else:
-        journal[name] = APPLIED

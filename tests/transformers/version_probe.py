@@ -52,7 +52,9 @@ def differences():
     found["generate"] = (tokens[0] != tokens[1]).sum().item()
     gradients = []
     for model in pair:
-        model.train()(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        # The first token of a sequence is no label: what is at padding would be asked for it.
+        labels = ids.masked_fill(mask.cumsum(1) <= 1, -100)
+        model.train()(ids, attention_mask=mask, labels=labels).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     found["gradients"] = ((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()).item()
     return found
