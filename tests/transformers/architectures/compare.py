@@ -26,11 +26,11 @@ class NotTiny(Exception):
     pass
 
 
-def configuration(cls):
+def configuration(cls, level):
     """A tiny configuration for a model class."""
     config_class = find.configuration_class(cls)
     special_values = special.CONFIGURATIONS.get(config_class.model_type, {})
-    config = shrink.tiny(config_class, special_values, "mrope_section" in find.source(cls))
+    config = shrink.tiny(config_class, special_values, "mrope_section" in find.source(cls), level)
     for part in _parts(config):
         part.use_cache = True
         for name in ("reference_compile", "output_attentions"):
@@ -86,8 +86,8 @@ def fill(model):
 class Models:
     """The same weights with several attentions, built when asked for."""
 
-    def __init__(self, cls):
-        self.cls, self.config = cls, configuration(cls)
+    def __init__(self, cls, level):
+        self.cls, self.config = cls, configuration(cls, level)
         measure(cls, self.config)
         self.by_attention = {}
 
@@ -144,7 +144,9 @@ class Comparison:
 
     def __init__(self, models, feeder, feed):
         self.models, self.feeder, self.feed = models, feeder, feed
-        self.generates = bool(getattr(feeder.model, "can_generate", lambda: False)()) and feeder.is_text
+        self.generates = bool(getattr(feeder.model, "can_generate", lambda: False)()) and (
+            feeder.is_text or feeder.is_seq2seq
+        )
         self.causal = self.generates and not feeder.is_seq2seq
         self.pads = "input_ids" in feed and feeder.takes("attention_mask")
         self._reads_padding = {}
@@ -361,13 +363,7 @@ def examine(name, reference=EAGER):
 
 
 def _examine(cls, report, reference):
-    report["stage"] = "configure"
-    models = Models(cls)
-    report["stage"] = "build"
-    first = models[reference]
-    report["stage"] = "feed"
-    feeder = Feeder(first)
-    feed = _working(feeder, first, report)
+    models, feeder, feed = _running(cls, report, reference)
     comparison = Comparison(models, feeder, feed)
     report["stage"] = "load"
     models[FLASH]
@@ -382,6 +378,29 @@ def _examine(cls, report, reference):
         noticed, _ = difference(comparison.run(reference, feed), comparison.run(FLASH, feed))
     report["noticed"] = noticed
     report["status"] = _status(report)
+
+
+def _running(cls, report, reference):
+    """Models and inputs with which they run: as small as can be; the error of the smallest if none is."""
+    failure = None
+    for level in (shrink.EVERYTHING, shrink.COUNTS, shrink.NOTHING):
+        report["stage"] = "configure"
+        try:
+            models = Models(cls, level)
+            report["stage"] = "build"
+            first = models[reference]
+            report["stage"] = "feed"
+            feeder = Feeder(first)
+            feed = _working(feeder, first, report)
+        except Exception as error:
+            failure = failure or (error, report["stage"])
+            if isinstance(error, Unfed):
+                break
+        else:
+            report["shrunk"] = level
+            return models, feeder, feed
+    error, report["stage"] = failure
+    raise error
 
 
 def _working(feeder, model, report):

@@ -29,10 +29,12 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            cwd=Path(__file__).parents[1 + __package__.count(".")],
             env={**os.environ, "MTLFLASHATTN_SHIM": "on", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         )
         self.answers = queue.Queue()
-        threading.Thread(target=self._read, args=(self.process, self.answers), daemon=True).start()
+        self.reader = threading.Thread(target=self._read, args=(self.process, self.answers), daemon=True)
+        self.reader.start()
 
     @staticmethod
     def _read(process, answers):
@@ -57,9 +59,13 @@ class Worker:
         return {"name": name, "status": "died", "error": line, "cases": {}}
 
     def stop(self):
+        """End the process, if there is one."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+            self.process.stdin.close()
+            self.reader.join()  # it has read all there was
+            self.process.stdout.close()
             self.process = None
 
 

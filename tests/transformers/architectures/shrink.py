@@ -25,17 +25,25 @@ def _unless_zero(size):
     return lambda value: size if value else value
 
 
-#: (names, size or function of the default); the first that matches counts.
-_INTEGERS = [
+#: Numbers of things: (names, size or function of the default); the first that matches counts.
+_COUNTS = [
     (r"feat_extract_layers|^num_residual_layers|^num_feature_levels", lambda v: v),
-    (r"^upsample_groups$", HIDDEN),
-    (r"^(n_groups|mamba_n_groups|mamba_ngroups)$", _at_most(2)),
     (r"(^|_)(vocab_size(_per_layer_input)?|vocabulary_size|num_embeds)$", lambda v: VOCABULARY if v > VOCABULARY else v),
     (r"(per_tok|per_token|top_k|topk|moe_k)$", _at_most(2)),
-    (r"^(n_group|topk_group|num_expert_group|expert_group.*)$", 1),
     (r"(num|n)_?(local_|routed_|moe_)?experts$|^zero_expert_num$|^moe_num_experts$", _at_most(EXPERTS)),
     (r"^(first_k_dense_replace|num_dense_layers|moe_layer_start_index)$", _at_most(1)),
     (r"^(num_kv_shared_layers|num_nextn_predict_layers|num_mem_blocks|max_window_layers)$", _at_most(1)),
+    (r"layers?$|^n_layer$|(^|_)depth$|num_blocks$|_num_layers$|num_transition_layers", _at_most(LAYERS)),
+    (r"^(max_position_embeddings|n_positions|max_sequence_length|max_seq_len|model_max_length|max_2d_position_embeddings|"
+     r"num_position_embeddings|max_seqlen|max_length|max_source_positions|max_target_positions|seq_length|context_length|"
+     r"original_max_position_embeddings|position_embedding_size|max_patches)$", _at_most(POSITIONS)),
+]  # fmt: skip
+
+#: Sizes of things, likewise.
+_SIZES = [
+    (r"^upsample_groups$", HIDDEN),
+    (r"^(n_groups|mamba_n_groups|mamba_ngroups)$", _at_most(2)),
+    (r"^(n_group|topk_group|num_expert_group|expert_group.*)$", 1),
     (r"^linear_num_(key|value)_heads$", HEADS),
     (r"^linear_(key|value)_head_dim$", HEAD_DIM),
     (r"^(mamba_n_heads|mamba_num_heads|linear_num_heads)$", HEADS),
@@ -48,16 +56,12 @@ _INTEGERS = [
     (r"^(query_pre_attn_scalar)$", HEAD_DIM),
     (r"lora_rank$|^(laurel_rank|adapter_rank|embedding_rank)$", HIDDEN // 2),
     (r"(^|_)(heads|n_heads?|head|num_query_groups)$|num_.*_heads(_ipa)?$", lambda v: min(v, HEADS)),
-    (r"layers?$|^n_layer$|(^|_)depth$|num_blocks$|_num_layers$|num_transition_layers", _at_most(LAYERS)),
     (r"intermediate_size$|ffn_dim$|mlp_dim$|ffn_hidden_size$|^d_ff$|^dff$|^n_inner$|intermediate_dim$|feed_forward_.*size$",
      _unless_zero(INTERMEDIATE)),
     (r"hidden_size$|hidden_dim$|^d_model$|^n_embd$|embed_dim$|^dim$|embedding_size$|embedding_dim$|projection_dim$|"
      r"projection_size$|proj_dim$|output_dim$|pooler_output_size$|hid_dim$|_dim_model$|embd_dim$|decoder_dim$|"
      r"hidden_size_per_layer_input$|^(emb_dim|lru_width|output_hidden_size|project_dim|condition_dim|output_size)$",
      _unless_zero(HIDDEN)),
-    (r"^(max_position_embeddings|n_positions|max_sequence_length|max_seq_len|model_max_length|max_2d_position_embeddings|"
-     r"num_position_embeddings|max_seqlen|max_length|max_source_positions|max_target_positions|seq_length|context_length|"
-     r"original_max_position_embeddings|position_embedding_size|max_patches)$", _at_most(POSITIONS)),
     (r"^(sliding_window|attention_window_size|attention_chunk_size|local_window)$", WINDOW),
     (r"^(local_attention)$", 2 * WINDOW),
     (r"(^|_)image_size$|^crop_size$|^pretrain_image_size$", lambda v: IMAGE if v > IMAGE else v),
@@ -87,17 +91,23 @@ _TOKEN = re.compile(r"(_token_id|_token_ids|_token_index|_token_idx|_id|_index|_
 _LAYER_INDEX = re.compile(r"index(es)?$|indices$|feature_layers?$|layer_ids?$|idxs?$|_layers$|^return_idx$")
 
 
+#: How much is shrunk; the next is for what cannot be built, or run, so small.
+EVERYTHING, COUNTS, NOTHING = "everything", "counts", "nothing"
+
+
 class Shrinker:
     """Shrinks the values of one configuration. Token numbers that do not fit get new ones, the same in all its parts."""
 
-    def __init__(self):
+    def __init__(self, level=EVERYTHING):
+        self.level = level
+        self.rules = {EVERYTHING: [*_COUNTS, *_SIZES], COUNTS: _COUNTS, NOTHING: []}[level]
         self.tokens = {}
 
     def values(self, values):
         """The values of a configuration, a dict as of `to_dict`, made small."""
         values = {str(name): value for name, value in values.items()}
         layers = _number_of_layers(values)
-        chosen = _chosen_layers(values, layers)
+        chosen = list(range(layers or 0)) if self.level == NOTHING else _chosen_layers(values, layers)
         small = {}
         for name, value in values.items():
             if name in _DROPPED:
@@ -106,7 +116,9 @@ class Shrinker:
         for name in _LAYER_COUNTS:
             if layers and values.get(name) == layers:
                 small[name] = len(chosen)
-        if values.get("qk_rope_head_dim") and "head_dim" in values:
+        if self.level == NOTHING:
+            return small
+        if self.level == EVERYTHING and values.get("qk_rope_head_dim") and "head_dim" in values:
             rotated = values["head_dim"] in (values["qk_rope_head_dim"], None)
             small["head_dim"] = HEAD_DIM // 2 if rotated else HEAD_DIM
         if small.get("use_sliding_window") is False:
@@ -125,17 +137,17 @@ class Shrinker:
                     if str(of) == str(layer)
                 }
             if name in ("rope_parameters", "rope_scaling") or "rope_type" in value:
-                return _rope(value)
+                return _rope(value) if self.level == EVERYTHING else value
             return self.values(value)
         if value is None:
-            return _NOT_GIVEN.get(name)
+            return _NOT_GIVEN.get(name) if self.level == EVERYTHING else None
         if isinstance(value, (bool, str)):
             return value
         if _OFF.search(name) and isinstance(value, (int, float)):
             return 0.0 if isinstance(value, float) else 0
         if name.endswith("logit_softcapping") and isinstance(value, (int, float)):
             return SOFTCAP if "attn" in name else value
-        if name == "conv_dim":
+        if name == "conv_dim" and self.level == EVERYTHING:
             return [32] * len(value)
         if isinstance(value, int):
             return self._integer(name, value, siblings)
@@ -144,18 +156,22 @@ class Shrinker:
         return value
 
     def _integer(self, name, value, siblings):
-        if re.search(r"(key_value|kv).*heads|heads_kv", name) and value > 1:
+        if self.level == NOTHING:
+            return value
+        if self.level == EVERYTHING and re.search(r"(key_value|kv).*heads|heads_kv", name) and value > 1:
             queries = [siblings.get(re.sub(r"key_value|kv", of, name)) for of in ("attention", "")]
             return HEADS if value in (*queries, siblings.get("num_heads"), siblings.get("n_head")) else KV_HEADS
         if _TOKEN.search(name) and value >= VOCABULARY - 32:
             return self.tokens.setdefault(value, VOCABULARY - 1 - len(self.tokens))
-        for pattern, size in _INTEGERS:
+        for pattern, size in self.rules:
             if re.search(pattern, name):
                 return size(value) if callable(size) else size
         return value
 
     def _list(self, name, values, siblings, layers, chosen):
-        if layers and len(values) == layers and not _LAYER_INDEX.search(name) and not _STAGES.search(name):
+        if self.level == NOTHING or (_STAGES.search(name) and name != "conv_dim"):
+            return values
+        if layers and len(values) == layers and not _LAYER_INDEX.search(name):
             return [self._value(name[:-1], values[i], siblings, None, None) for i in chosen]
         if values and all(isinstance(v, int) and not isinstance(v, bool) for v in values):
             if _LAYER_INDEX.search(name) and not _TOKEN.search(name.removesuffix("es")) or name.endswith("indexes"):
@@ -222,13 +238,13 @@ def _sections(sections, total):
     return small
 
 
-def tiny(config_class, special=None, sections=False):
-    """A tiny configuration of the class; `special` goes over the values found by name.
+def tiny(config_class, special=None, sections=False, level=EVERYTHING):
+    """A small configuration of the class; `special` goes over the values found by name.
 
     `sections`: the modeling file takes RoPE in sections (M-RoPE), whether or not the default configuration names them.
     """
-    values = Shrinker().values(config_class().to_dict())
-    if sections:
+    values = Shrinker(level).values(config_class().to_dict())
+    if sections and level == EVERYTHING:
         _give_sections(values)
     return config_class.from_dict(_merged(values, special or {}))
 
