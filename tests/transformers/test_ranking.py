@@ -52,4 +52,3 @@ def test_the_order_is_the_same_but_for_what_rounding_decides(ranked, dtype):
         assert gap[swapped].max(initial=0.0) <= 2 * noise
         # Far from all pairs are that close: the rule says something.
         assert (gap > 2 * noise).sum() > 0.8 * len(of_eager) * (len(of_eager) - 1) / 2
-    numpy.testing.assert_array_equal(order(flash)[:, 0], order(eager)[:, 0])

@@ -8,14 +8,15 @@ import traceback
 
 import numpy
 import torch
+import transformers
 from torch import nn
 
 from flash_attn_mps import dispatch, trace
 
 from . import find, shrink, special
 from .feed import LENGTH, PADDED, Feeder, Unfed, masks
+from .table import TOLERANCE
 
-TOLERANCE = 1e-4  # of the largest value, in float32
 NEW_TOKENS, DECODED = 8, 3
 _LARGEST = 120_000_000  # parameters; above, the configuration was not made tiny
 
@@ -30,9 +31,10 @@ def configuration(cls, level):
     """A tiny configuration for a model class."""
     config_class = find.configuration_class(cls)
     special_values = special.CONFIGURATIONS.get(config_class.model_type, {})
-    config = shrink.tiny(config_class, special_values, "mrope_section" in find.source(cls), level)
+    config = shrink.tiny(config_class, find.sources(cls, config_class), special_values, level)
     for part in _parts(config):
-        part.use_cache = True
+        if "use_cache" in vars(part):
+            part.use_cache = True
         for name in ("reference_compile", "output_attentions"):
             if hasattr(part, name):
                 setattr(part, name, False)
@@ -211,6 +213,8 @@ class Comparison:
         place = {"position_ids": positions} if self.feeder.takes("position_ids") else {}
         cut = lambda first, last: {name: value[:, first:last] for name, value in place.items()}
         result = model(ids[:, :prefill], attention_mask=mask[:, :prefill], use_cache=True, **cut(0, prefill))
+        if result.past_key_values is None:
+            raise ValueError("it gives no cache by itself")
         logits = {"prefill": result.logits[:, -1]}
         for i in range(prefill, LENGTH):
             result = model(
@@ -346,7 +350,7 @@ class wrong_scale:
 def examine(name, reference=EAGER):
     """What the class named "module:Class" does: {"status", "cases": {case: {"difference", "where", ...}}, ...}."""
     began = time.perf_counter()
-    report = {"name": name, "cases": {}}
+    report = {"name": name, "version": transformers.__version__, "cases": {}}
     try:
         _examine(find.model_class(name), report, reference)
     except Exception as error:
@@ -424,6 +428,7 @@ def _compare(case, run, reference):
         expected, mask = run(reference)
     except Exception as error:
         return {"not run": f"{reference} itself fails: {_short(error)}"}
+    before = trace.calls.copy()
     try:
         got, _ = run(FLASH)
     except Exception as error:
@@ -432,6 +437,7 @@ def _compare(case, run, reference):
     found, where = measure_difference(expected, got, *keep)
     result = {"difference": found, "where": where}
     if found > TOLERANCE:
+        result["masks"] = sorted({call.mask for call in trace.calls - before})
         try:
             other, _ = run(SDPA)
             result["sdpa to eager"] = measure_difference(expected, other, *keep)[0]

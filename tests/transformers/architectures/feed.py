@@ -61,6 +61,11 @@ class Feeder:
         for name in ("pixel_values", "input_features", "encoder_hidden_states", "decoder_input_ids", "bbox"):
             if self.takes(name) and name not in plain:
                 yield {**plain, name: self.value(name)}
+        for name in ("pixel_values", "pixel_values_videos"):
+            if name in plain and plain[name].dim() == 5:
+                yield {**plain, name: plain[name].flatten(0, 1)}
+            elif name in plain and plain[name].dim() == 4:
+                yield {**plain, name: plain[name][:, None].expand(-1, 2, -1, -1, -1).clone()}
         if "input_features" in plain:
             yield {**plain, "input_features": plain["input_features"].transpose(1, 2)}
         if "input_values" in plain:
@@ -148,7 +153,9 @@ class Feeder:
         return self.ids()
 
     def make_bool_masked_pos(self):
-        return torch.zeros(BATCH, 1, dtype=torch.bool)
+        vision = self.vision()
+        patches = (vision.image_size // vision.patch_size) ** 2 * (vision.num_frames // vision.tubelet_size)
+        return (torch.arange(patches) % 2 == 0).expand(BATCH, -1)
 
     def make_attention_mask(self):
         return torch.ones(BATCH, LENGTH, dtype=torch.long)
@@ -169,6 +176,9 @@ class Feeder:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         if self.takes("image_grid_thw") or self.takes("grid_thw"):
             return self.patches()
+        if self.takes("spatial_shapes"):
+            patch = _first(self.vision(), names=("patch_size",), default=shrink.PATCH)
+            return self.random(BATCH, 16, channels * patch * patch)
         frames = _first(self.vision(), names=("num_frames", "frames_per_clip"), default=None)
         shape = (BATCH, channels, height, width) if frames is None else (BATCH, frames, channels, height, width)
         return self.random(*shape)
@@ -182,8 +192,23 @@ class Feeder:
             return self.random(BATCH, mels, frames)
         return self.random(BATCH, frames, mels)
 
+    def make_pixel_attention_mask(self):
+        return torch.ones(BATCH, 16, dtype=torch.long)
+
+    def make_spatial_shapes(self):
+        return torch.tensor([[4, 4]] * BATCH)
+
+    def make_merge_sizes(self):
+        return torch.ones(BATCH, dtype=torch.long)
+
+    def make_input_features_mask(self):
+        return torch.ones(BATCH, shrink.FRAMES, dtype=torch.long)
+
     def make_input_values(self):
-        return self.random(BATCH, 4000)
+        mels, frames = (getattr(self.config, name, None) for name in ("num_mel_bins", "max_length"))
+        if mels and frames:
+            return self.random(BATCH, frames, mels)
+        return self.random(BATCH, 8000)
 
     def grid(self):
         return torch.tensor([[1, 4, 4]] * BATCH)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 _OTHER_FRAMEWORKS = ("modeling_tf_", "modeling_flax_")
 
@@ -58,6 +59,25 @@ def source(cls):
     return inspect.getsource(importlib.import_module(cls.__module__))
 
 
+def sources(cls, config_class):
+    """The text of the file that has the class, and of those that its configuration's parts name."""
+
+    def types(values):
+        for value in values.values():
+            if isinstance(value, dict):
+                yield from types(value)
+        if isinstance(values.get("model_type"), str):
+            yield values["model_type"]
+
+    texts = [source(cls)]
+    for name in set(types(config_class().to_dict())):
+        package = model_type_to_module_name(name)
+        file = Path(transformers.models.__path__[0], package, f"modeling_{package}.py")
+        if file.exists():
+            texts.append(file.read_text(encoding="utf-8"))
+    return "".join(texts)
+
+
 def survey():
     """(names "module:Class" that support FlashAttention 2, how many do not, {module: why it is not imported})."""
     supporting, others, missing = [], 0, {}
@@ -71,6 +91,11 @@ def survey():
         supporting += chosen
         others += len(classes) - len(chosen)
     return supporting, others, missing
+
+
+def is_exported(name):
+    """Can the class named "module:Class" be imported from `transformers` itself?"""
+    return name.partition(":")[2] in dir(transformers)
 
 
 def model_class(name):

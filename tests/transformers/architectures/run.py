@@ -106,6 +106,7 @@ def main():
                 if arguments.results:
                     with arguments.results.open("a") as file:
                         file.write(json.dumps(report) + "\n")
+                report.setdefault("version", importlib.metadata.version("transformers"))
                 words = "" if report["status"] == "equal" else table.reason(report)
                 print(f"{report['status']:12} {report.get('seconds', 0):6.2f} {name}  {words}", flush=True)
         worker.stop()
@@ -116,8 +117,10 @@ def main():
     for thread in threads:
         thread.join()
     print(f"{time.time() - began:.0f} s")
+    version = importlib.metadata.version("transformers")
     reports = [done[name] for name in names if name in done]
+    for report in reports:
+        report.update(version=version, exported=find.is_exported(report["name"]))
     if arguments.markdown:
         seconds = sum(report.get("seconds", LIMIT) for report in reports)
-        version = importlib.metadata.version("transformers")
         table.write(arguments.markdown, version, table.markdown(reports, others, missing, version, seconds))

@@ -80,6 +80,7 @@ _NOT_GIVEN = {
     "num_key_value_heads": HEADS,
     "pad_token_id": 0,
     "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
     "num_experts_per_tok": 2,
 }
 
@@ -98,8 +99,8 @@ EVERYTHING, COUNTS, NOTHING = "everything", "counts", "nothing"
 class Shrinker:
     """Shrinks the values of one configuration. Token numbers that do not fit get new ones, the same in all its parts."""
 
-    def __init__(self, level=EVERYTHING):
-        self.level = level
+    def __init__(self, level=EVERYTHING, windows=True):
+        self.level, self.windows = level, windows
         self.rules = {EVERYTHING: [*_COUNTS, *_SIZES], COUNTS: _COUNTS, NOTHING: []}[level]
         self.tokens = {}
 
@@ -123,7 +124,9 @@ class Shrinker:
             small["head_dim"] = HEAD_DIM // 2 if rotated else HEAD_DIM
         if small.get("use_sliding_window") is False:
             small["use_sliding_window"] = True
-        if "sliding_window" in small and small["sliding_window"] is None and "layer_types" not in small:
+        if not self.windows and "sliding_window" in values:
+            small["sliding_window"] = values["sliding_window"]
+        elif "sliding_window" in small and small["sliding_window"] is None and "layer_types" not in small:
             small["sliding_window"] = WINDOW
         return small
 
@@ -231,20 +234,22 @@ def _rope(values):
 
 
 def _sections(sections, total):
-    """As many parts as before, with the given sum."""
-    small = [total // len(sections)] * len(sections)
-    for i in range(total - sum(small)):
-        small[-1 - i] += 1
+    """As many parts as before in about the same proportions, with the given sum."""
+    exact = [total * part / sum(sections) for part in sections]
+    small = [int(part) for part in exact]
+    for i in sorted(range(len(small)), key=lambda i: small[i] - exact[i])[: total - sum(small)]:
+        small[i] += 1
     return small
 
 
-def tiny(config_class, special=None, sections=False, level=EVERYTHING):
+def tiny(config_class, source="", special=None, level=EVERYTHING):
     """A small configuration of the class; `special` goes over the values found by name.
 
-    `sections`: the modeling file takes RoPE in sections (M-RoPE), whether or not the default configuration names them.
+    `source`, the text of the modeling file, says whether its attention is given a window, and whether RoPE is in sections
+    (M-RoPE), which default configurations do not always name.
     """
-    values = Shrinker(level).values(config_class().to_dict())
-    if sections and level == EVERYTHING:
+    values = Shrinker(level, "sliding_window=" in source).values(config_class().to_dict())
+    if "mrope_section" in source and level == EVERYTHING:
         _give_sections(values)
     return config_class.from_dict(_merged(values, special or {}))
 
@@ -257,7 +262,7 @@ def _give_sections(values):
         name = "rope_parameters" if "rope_parameters" in values else "rope_scaling"
         rope = values.get(name) or {"rope_type": "default"}
         partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor") or 1.0)
-        rope.setdefault("mrope_section", _sections([0] * 3, int(HEAD_DIM * partial) // 2))
+        rope.setdefault("mrope_section", _sections([16, 24, 24], int(HEAD_DIM * partial) // 2))
         values[name] = rope
 
 
