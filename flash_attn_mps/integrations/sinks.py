@@ -1,8 +1,8 @@
 """The FlashAttention-2 functions with attention sinks: a score that each query of a head has besides its keys.
 
-Upstream's have none, so the public functions do not take them. transformers hands `s_aux` `(heads,)` to a function that has
-a parameter of that name (GPT-OSS), and drops it in silence otherwise. Parameters and shapes else are those of
-`flash_attn_mps.interface`.
+Upstream's have none, so the public functions do not take them. transformers hands `s_aux` `(heads,)` to a function
+that has a parameter of that name (GPT-OSS), and drops it in silence otherwise. Parameters and shapes else are those
+of `flash_attn_mps.interface`.
 """
 
 from ..interface import finish

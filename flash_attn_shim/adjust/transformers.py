@@ -17,8 +17,8 @@ What its path to FlashAttention 2 gets wrong, or leaves out because upstream's k
 * Attention sinks (GPT-OSS) are dropped without a word, since upstream's functions take none; ours do.
 * 4.54 takes the positions of one row for those of the batch.
 
-Under `MTLFLASHATTN_TRANSFORMERS=off` `flash_attn` can be imported and has no metadata. transformers would trip over that
-(KeyError from 5.4 to 5.9, PackageNotFoundError in 4.x); it is told that there is no `flash_attn`.
+Under `MTLFLASHATTN_TRANSFORMERS=off` `flash_attn` can be imported and has no metadata. transformers would trip over
+that (KeyError from 5.4 to 5.9, PackageNotFoundError in 4.x); it is told that there is no `flash_attn`.
 """
 
 import functools
@@ -240,7 +240,8 @@ def _refuse(modeling_utils, undo):
         def check(model, *args, function=function, **kwargs):
             if hides():
                 raise ImportError(
-                    "FlashAttention2 has been toggled on, but it cannot be used due to the following error: " + refusal()
+                    "FlashAttention2 has been toggled on, but it cannot be used due to the following error: "
+                    + refusal()
                 )
             return function(model, *args, **kwargs)
 

@@ -29,8 +29,8 @@ QUERIES = [
     "split a path into its parts",
 ]
 MODULES = (
-    "shutil", "threading", "argparse", "json", "statistics", "ssl", "heapq", "bisect", "os.path", "pathlib", "random", "textwrap",
-    "subprocess", "socket", "tempfile", "zipfile", "csv", "difflib", "calendar", "fractions", "inspect", "logging",
+    "shutil", "threading", "argparse", "json", "statistics", "ssl", "heapq", "bisect", "os.path", "pathlib", "random",
+    "textwrap", "subprocess", "socket", "tempfile", "zipfile", "csv", "difflib", "calendar", "fractions", "inspect", "logging",
 )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ from architectures.run import Worker
 
 MAJOR = int(transformers.__version__.partition(".")[0])
 
-#: "package:Class", all cases of `architectures.compare`: grouped heads, windows, soft-capping, latent attention, experts,
-#: sinks, sections of RoPE, an encoder and a decoder, images, audio, a classifier that reads the last token.
+#: "package:Class", all cases of `architectures.compare`: grouped heads, windows, soft-capping, latent attention,
+#: experts, sinks, sections of RoPE, an encoder and a decoder, images, audio, a classifier that reads the last token.
 SAMPLE = [
     "llama:LlamaForCausalLM",
     "mistral:MistralForCausalLM",

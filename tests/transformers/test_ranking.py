@@ -41,7 +41,7 @@ def test_the_order_is_the_same_in_float32(ranked):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_order_is_the_same_but_for_what_rounding_decides(ranked, dtype):
     """Rounding alone moves each score of eager attention by up to `noise` from what it is in float32. Two sentences may
-    change places only if eager attention has them closer than both can move; and flash attention moves nothing further."""
+    change places only if eager attention has them closer than both can move; flash attention moves nothing further."""
     exact = scores(ranked, "float32", "eager")
     eager, flash = (scores(ranked, dtype, attention) for attention in ("eager", "flash_attention_2"))
     noise = numpy.abs(eager - exact).max()

@@ -1,5 +1,6 @@
 """What one version of transformers concludes about flash attention, printed as JSON. Run by `versions.py`."""
 
+import copy
 import json
 import sys
 
@@ -36,7 +37,9 @@ def differences():
     pair = []
     for attention in ATTENTIONS:
         torch.manual_seed(0)
-        pair.append(LlamaForCausalLM._from_config(config, attn_implementation=attention).eval())
+        # A copy each: the attention is written into the configuration that a model is made from.
+        pair.append(LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation=attention).eval())
+    assert [model.config._attn_implementation for model in pair] == list(ATTENTIONS)
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0

@@ -112,7 +112,9 @@ def outputs(result, prefix=""):
     """name -> floating-point tensor, of whatever a model returns."""
     if isinstance(result, torch.Tensor):
         return {prefix or "output": result} if result.is_floating_point() else {}
-    items = result.items() if hasattr(result, "items") else enumerate(result) if isinstance(result, (tuple, list)) else ()
+    items = (
+        result.items() if hasattr(result, "items") else enumerate(result) if isinstance(result, (tuple, list)) else ()
+    )
     found = {}
     for name, value in items:
         if str(name) not in ("past_key_values", "attentions", "cross_attentions", "router_logits"):
@@ -135,7 +137,9 @@ def difference(expected, got, mask=None):
         both = torch.isfinite(value) & torch.isfinite(other)
         if not torch.equal(torch.isfinite(value), torch.isfinite(other)):
             return math.inf, f"{name}: not finite at other places"
-        error = ((value - other)[both].abs().max() / value[both].abs().max().clamp_min(1e-6)).item() if both.any() else 0.0
+        error = (
+            ((value - other)[both].abs().max() / value[both].abs().max().clamp_min(1e-6)).item() if both.any() else 0.0
+        )
         if error > worst:
             worst, where = error, name
     return worst, where
@@ -176,14 +180,14 @@ class Comparison:
 
     def padded(self, attention, mask):
         found = self.run(attention, self.feeder.padded(self.feed, mask))
-        return {name: value.masked_fill(self.reads_padding(mask)[name], 0.0) if name in self.reads_padding(mask) else value
-                for name, value in found.items()}  # fmt: skip
+        reads = self.reads_padding(mask)
+        return {n: value.masked_fill(reads[n], 0.0) if n in reads else value for n, value in found.items()}
 
     def reads_padding(self, mask):
         """name -> which elements of an output that has no entry for each token depend on what is at padding.
 
-        Those are not defined: a pooler takes the first token, which left padding hides. FlashAttention gives zeros there,
-        eager attention something else.
+        Those are not defined: a pooler takes the first token, which left padding hides. FlashAttention gives zeros
+        there, eager attention something else.
         """
         side = int(mask[0, 0])
         if side not in self._reads_padding:
@@ -211,7 +215,10 @@ class Comparison:
         prefill = LENGTH - DECODED
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         place = {"position_ids": positions} if self.feeder.takes("position_ids") else {}
-        cut = lambda first, last: {name: value[:, first:last] for name, value in place.items()}
+
+        def cut(first, last):
+            return {name: value[:, first:last] for name, value in place.items()}
+
         result = model(ids[:, :prefill], attention_mask=mask[:, :prefill], use_cache=True, **cut(0, prefill))
         if result.past_key_values is None:
             raise ValueError("it gives no cache by itself")
@@ -267,7 +274,7 @@ class Comparison:
         return parts, [torch.arange(part.shape[1])[None] for part in parts]
 
     def gradients(self, attention):
-        """Gradients of all parameters, from a fixed random function of the outputs; padded on the right if it can be."""
+        """Gradients of all parameters, from a fixed random function of the outputs; padded on the right if possible."""
         model = self.models[attention]
         mask = masks()["padded right"] if self.pads else None
         feed = self.feed if mask is None else self.feeder.padded(self.feed, mask)
@@ -355,7 +362,9 @@ def examine(name, reference=EAGER):
         _examine(find.model_class(name), report, reference)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        place = next((f for f in reversed(frames) if "/transformers/" in f.filename and "/tests/" not in f.filename), frames[-1])
+        place = next(
+            (f for f in reversed(frames) if "/transformers/" in f.filename and "/tests/" not in f.filename), frames[-1]
+        )
         report.update(
             status=report.pop("stage", "load"),
             error=f"{type(error).__name__}: {str(error)[:400]}",
@@ -375,7 +384,9 @@ def _examine(cls, report, reference):
     trace.enable()
     trace.calls.clear()
     for case, run in comparison.cases():
-        report["cases"][case] = _compare_packed(comparison, reference) if case == "packed" else _compare(case, run, reference)
+        report["cases"][case] = (
+            _compare_packed(comparison, reference) if case == "packed" else _compare(case, run, reference)
+        )
     report["calls"] = sum(trace.calls.values())
     report["windows"] = sorted({call.mask for call in trace.calls})
     with wrong_scale():
@@ -459,7 +470,9 @@ def _compare_packed(comparison, reference):
         return {"not run": f"{reference} itself fails: {_short(error)}"}
     if together > TOLERANCE:
         return {"not run": f"{reference} mixes packed sequences too ({together:.0e})"}
-    return _compare("packed", lambda attention: (apart if attention == reference else comparison.packed(attention), None), reference)
+    return _compare(
+        "packed", lambda attention: (apart if attention == reference else comparison.packed(attention), None), reference
+    )
 
 
 def _status(report):
@@ -475,5 +488,9 @@ def _status(report):
 
 def _short(error):
     frames = traceback.extract_tb(error.__traceback__)
-    place = next((f for f in reversed(frames) if "/transformers/" in f.filename and "/tests/" not in f.filename), frames[-1])
-    return f"{type(error).__name__}: {str(error)[:300]} ({place.filename.rpartition('site-packages/')[2]}:{place.lineno})"
+    place = next(
+        (f for f in reversed(frames) if "/transformers/" in f.filename and "/tests/" not in f.filename), frames[-1]
+    )
+    return (
+        f"{type(error).__name__}: {str(error)[:300]} ({place.filename.rpartition('site-packages/')[2]}:{place.lineno})"
+    )

@@ -71,7 +71,9 @@ class Feeder:
         if "input_values" in plain:
             yield {**plain, "input_values": plain["input_values"][:, None]}
         for name in ("input_ids", "decoder_input_ids"):
-            books = _first(self.text, self.config, names=("num_codebooks", "num_channels", "num_code_groups"), default=0)
+            books = _first(
+                self.text, self.config, names=("num_codebooks", "num_channels", "num_code_groups"), default=0
+            )
             if name in plain and isinstance(books, int) and books:
                 # Tokens of several codebooks: by rows, by columns.
                 ids = plain[name][:, None].expand(BATCH, books, LENGTH).clone()

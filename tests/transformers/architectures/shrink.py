@@ -28,14 +28,16 @@ def _unless_zero(size):
 #: Numbers of things: (names, size or function of the default); the first that matches counts.
 _COUNTS = [
     (r"feat_extract_layers|^num_residual_layers|^num_feature_levels", lambda v: v),
-    (r"(^|_)(vocab_size(_per_layer_input)?|vocabulary_size|num_embeds)$", lambda v: VOCABULARY if v > VOCABULARY else v),
+    (r"(^|_)(vocab_size(_per_layer_input)?|vocabulary_size|num_embeds)$", _at_most(VOCABULARY)),
     (r"(per_tok|per_token|top_k|topk|moe_k)$", _at_most(2)),
     (r"(num|n)_?(local_|routed_|moe_)?experts$|^zero_expert_num$|^moe_num_experts$", _at_most(EXPERTS)),
     (r"^(first_k_dense_replace|num_dense_layers|moe_layer_start_index)$", _at_most(1)),
     (r"^(num_kv_shared_layers|num_nextn_predict_layers|num_mem_blocks|max_window_layers)$", _at_most(1)),
     (r"layers?$|^n_layer$|(^|_)depth$|num_blocks$|_num_layers$|num_transition_layers", _at_most(LAYERS)),
-    (r"^(max_position_embeddings|n_positions|max_sequence_length|max_seq_len|model_max_length|max_2d_position_embeddings|"
-     r"num_position_embeddings|max_seqlen|max_length|max_source_positions|max_target_positions|seq_length|context_length|"
+    (r"^(max_position_embeddings|n_positions|max_sequence_length|max_seq_len|model_max_length|"
+     r"max_2d_position_embeddings|"
+     r"num_position_embeddings|max_seqlen|max_length|max_source_positions|max_target_positions|seq_length|"
+     r"context_length|"
      r"original_max_position_embeddings|position_embedding_size|max_patches)$", _at_most(POSITIONS)),
 ]  # fmt: skip
 
@@ -56,7 +58,8 @@ _SIZES = [
     (r"^(query_pre_attn_scalar)$", HEAD_DIM),
     (r"lora_rank$|^(laurel_rank|adapter_rank|embedding_rank)$", HIDDEN // 2),
     (r"(^|_)(heads|n_heads?|head|num_query_groups)$|num_.*_heads(_ipa)?$", lambda v: min(v, HEADS)),
-    (r"intermediate_size$|ffn_dim$|mlp_dim$|ffn_hidden_size$|^d_ff$|^dff$|^n_inner$|intermediate_dim$|feed_forward_.*size$",
+    (r"intermediate_size$|ffn_dim$|mlp_dim$|ffn_hidden_size$|^d_ff$|^dff$|^n_inner$|"
+     r"intermediate_dim$|feed_forward_.*size$",
      _unless_zero(INTERMEDIATE)),
     (r"hidden_size$|hidden_dim$|^d_model$|^n_embd$|embed_dim$|^dim$|embedding_size$|embedding_dim$|projection_dim$|"
      r"projection_size$|proj_dim$|output_dim$|pooler_output_size$|hid_dim$|_dim_model$|embd_dim$|decoder_dim$|"
@@ -65,7 +68,8 @@ _SIZES = [
     (r"^(sliding_window|attention_window_size|attention_chunk_size|local_window)$", WINDOW),
     (r"^(local_attention)$", 2 * WINDOW),
     (r"(^|_)image_size$|^crop_size$|^pretrain_image_size$", lambda v: IMAGE if v > IMAGE else v),
-    (r"^(num_query_tokens|num_queries|resampler_n_latents|num_detection_tokens|num_latents|.*_num_latents(_2d)?)$", _at_most(8)),
+    (r"^(num_query_tokens|num_queries|resampler_n_latents|num_detection_tokens|num_latents|.*_num_latents(_2d)?)$",
+     _at_most(8)),
     (r"^(max_num_patches|max_value_projector_patch_to_query_dict)$", 16),
     (r"^(image_seq_length|video_seq_length|num_image_tokens|mm_tokens_per_image|vision_soft_tokens_per_image)$",
      (IMAGE // PATCH) ** 2),
@@ -97,7 +101,7 @@ EVERYTHING, COUNTS, NOTHING = "everything", "counts", "nothing"
 
 
 class Shrinker:
-    """Shrinks the values of one configuration. Token numbers that do not fit get new ones, the same in all its parts."""
+    """Shrinks the values of one configuration. Token numbers that do not fit get new ones, the same everywhere in it."""
 
     def __init__(self, level=EVERYTHING, windows=True):
         self.level, self.windows = level, windows
@@ -177,7 +181,7 @@ class Shrinker:
         if layers and len(values) == layers and not _LAYER_INDEX.search(name):
             return [self._value(name[:-1], values[i], siblings, None, None) for i in chosen]
         if values and all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-            if _LAYER_INDEX.search(name) and not _TOKEN.search(name.removesuffix("es")) or name.endswith("indexes"):
+            if (_LAYER_INDEX.search(name) and not _TOKEN.search(name.removesuffix("es"))) or name.endswith("indexes"):
                 count = len(chosen) if chosen else LAYERS
                 return sorted({min(v, count - 1) for v in values})
             if _TOKEN.search(name):
@@ -195,7 +199,9 @@ def _chosen_layers(values, layers):
     """Numbers of the layers to keep: two, or more if it takes more to have every kind of layer."""
     if not layers:
         return list(range(layers or 0))
-    kinds = [v for k, v in values.items() if isinstance(v, (list, tuple)) and len(v) == layers and not _STAGES.search(k)]
+    kinds = [
+        v for k, v in values.items() if isinstance(v, (list, tuple)) and len(v) == layers and not _STAGES.search(k)
+    ]
     kinds += [
         [str(i) in map(str, v) for i in range(layers)]
         for v in values.values()
@@ -223,7 +229,7 @@ def _rope(values):
     for name, value in values.items():
         if isinstance(value, dict):
             small[name] = _rope(value)
-        elif name == "mrope_section" or name.endswith("_factor") and isinstance(value, (list, tuple)):
+        elif name == "mrope_section" or (name.endswith("_factor") and isinstance(value, (list, tuple))):
             half = int(HEAD_DIM * values.get("partial_rotary_factor", 1.0)) // 2
             small[name] = _sections(value, half) if name == "mrope_section" else list(value[:1]) * half
         elif name == "original_max_position_embeddings" and value:
@@ -245,8 +251,8 @@ def _sections(sections, total):
 def tiny(config_class, source="", special=None, level=EVERYTHING):
     """A small configuration of the class; `special` goes over the values found by name.
 
-    `source`, the text of the modeling file, says whether its attention is given a window, and whether RoPE is in sections
-    (M-RoPE), which default configurations do not always name.
+    `source`, the text of the modeling file, says whether its attention is given a window, and whether RoPE is in
+    sections (M-RoPE), which default configurations do not always name.
     """
     values = Shrinker(level, "sliding_window=" in source).values(config_class().to_dict())
     if "mrope_section" in source and level == EVERYTHING:

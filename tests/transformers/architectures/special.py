@@ -35,7 +35,13 @@ CONFIGURATIONS = {
     "xmod": {"default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": _ATTENTION_SECOND},
-    "jamba": {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "jamba": {
+        "use_mamba_kernels": False,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
     "chameleon": _IMAGE_TOKEN,
     "mobilebert": {"embedding_size": HIDDEN, "true_hidden_size": HIDDEN, "intra_bottleneck_size": HIDDEN},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
@@ -52,8 +58,8 @@ CONFIGURATIONS = {
     "shieldgemma2": {"yes_token_index": 3, "no_token_index": 4},
 }
 
-#: (major version, pattern of "package:Class") -> why FlashAttention 2 gives something else than eager attention, or fails, by
-#: the library's own code: what it hands to `flash_attn`, on any device.
+#: (major version, pattern of "package:Class") -> why FlashAttention 2 gives something else than eager attention, or
+#: fails, by the library's own code: what it hands to `flash_attn`, on any device.
 EXPLAINED = {
     ("5", "aimv2:.*Text|aimv2:Aimv2Model"): "hands is_causal=False with a causal mask (modeling_aimv2.py:314)",
     ("4", "aimv2:.*Text|aimv2:Aimv2Model"): "hands is_causal=False with a causal mask (modeling_aimv2.py:283)",
@@ -63,17 +69,35 @@ EXPLAINED = {
     ("4", "gpt2:"): "is causal only without a mask (modeling_gpt2.py:333)",
     ("5", "pegasus_x:"): "is_causal is False in the decoder too (modeling_pegasus_x.py:164)",
     ("4", "pegasus_x:"): "is_causal is False in the decoder too (modeling_pegasus_x.py:177)",
-    ("5", "phi4_multimodal:.*Vision"): "is_causal is True in the image encoder, which sdpa follows too (modeling_phi4_multimodal.py:97)",
-    ("4", "phi4_multimodal:.*Vision"): "is_causal is True in the image encoder, which sdpa follows too (modeling_phi4_multimodal.py:100)",
+    (
+        "5",
+        "phi4_multimodal:.*Vision",
+    ): "is_causal is True in the image encoder, which sdpa follows too (modeling_phi4_multimodal.py:97)",
+    (
+        "4",
+        "phi4_multimodal:.*Vision",
+    ): "is_causal is True in the image encoder, which sdpa follows too (modeling_phi4_multimodal.py:100)",
     ("", "paligemma:|colpali:"): "the prompt's attention is bidirectional in the mask alone, while is_causal is True",
-    ("", "t5gemma:"): "the window of the bidirectional encoder is one token smaller (modeling_flash_attention_utils.py, sliding_window - 1)",
-    ("4", "siglip2?:Siglip2?Text"): "drops the mask of padding for FlashAttention (modeling_siglip.py:599, modeling_siglip2.py:679)",
+    (
+        "",
+        "t5gemma:",
+    ): "the bidirectional encoder's window is one token smaller (sliding_window - 1, modeling_flash_attention_utils.py)",
+    (
+        "4",
+        "siglip2?:Siglip2?Text",
+    ): "drops the mask of padding for FlashAttention (modeling_siglip.py:599, modeling_siglip2.py:679)",
     ("4", "modernbert:"): "converts to bfloat16 for FlashAttention (modeling_modernbert.py:361): rounding of bfloat16",
-    ("4", "qwen2_moe:Qwen2Moe|phimoe:"): "refuses padding on the right, and gives a window that its mask has not (modeling_qwen2_moe.py:460)",
+    (
+        "4",
+        "qwen2_moe:Qwen2Moe|phimoe:",
+    ): "refuses padding on the right, and gives a window that its mask has not (modeling_qwen2_moe.py:460)",
     ("4", "gpt_neo:"): "takes the mask of FlashAttention for one of four dimensions (modeling_gpt_neo.py:314)",
     ("4", "bark:"): "its cache joins heads in place of tokens under FlashAttention (modeling_bark.py:235)",
     ("", "(csm):CsmForConditionalGeneration"): "its generation is not the same twice: sdpa differs by as much",
     ("", "mimi:MimiModel"): "gradients pass through a choice of codes; sdpa differs as well",
     ("", "esm:|mobilebert:"): "the pooler reads the first token, which left padding hides",
-    ("5", "glm4v_moe:Glm4vMoeForConditionalGeneration"): "packed: hands the positions of three axes to FlashAttention as if of one sequence",
+    (
+        "5",
+        "glm4v_moe:Glm4vMoeForConditionalGeneration",
+    ): "packed: hands the positions of three axes to FlashAttention as if of one sequence",
 }
