@@ -30,7 +30,8 @@ QUERIES = [
 ]
 MODULES = (
     "shutil", "threading", "argparse", "json", "statistics", "ssl", "heapq", "bisect", "os.path", "pathlib", "random",
-    "textwrap", "subprocess", "socket", "tempfile", "zipfile", "csv", "difflib", "calendar", "fractions", "inspect", "logging",
+    "textwrap", "subprocess", "socket", "tempfile", "zipfile", "csv", "difflib", "calendar", "fractions", "inspect",
+    "logging",
 )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ EVERYTHING, COUNTS, NOTHING = "everything", "counts", "nothing"
 
 
 class Shrinker:
-    """Shrinks the values of one configuration. Token numbers that do not fit get new ones, the same everywhere in it."""
+    """Shrinks the values of one configuration. Token numbers that do not fit get new ones, the same in every part."""
 
     def __init__(self, level=EVERYTHING, windows=True):
         self.level, self.windows = level, windows

@@ -81,7 +81,7 @@ EXPLAINED = {
     (
         "",
         "t5gemma:",
-    ): "the bidirectional encoder's window is one token smaller (sliding_window - 1, modeling_flash_attention_utils.py)",
+    ): "the bidirectional encoder's window is one token smaller (modeling_flash_attention_utils.py)",
     (
         "4",
         "siglip2?:Siglip2?Text",

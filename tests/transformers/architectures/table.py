@@ -144,9 +144,8 @@ def markdown(reports, others, missing, version, seconds):
     lines += [
         "",
         f"Of the {allowed} classes whose own code (and packages) allow it here, {ran} could be run by themselves. Of "
-        f"those, {equal} ({equal / max(ran, 1):.1%}) are equal in every case; without those that the library's own code "
-        "makes unequal, "
-        f"{equal / max(ran - len(by_status['library']), 1):.1%}.",
+        f"those, {equal} ({equal / max(ran, 1):.1%}) are equal in every case; without those that the library's own "
+        f"code makes unequal, {equal / max(ran - len(by_status['library']), 1):.1%}.",
         "",
         "| architecture | equal | of | cases | largest difference |",
         "| --- | --- | --- | --- | --- |",
