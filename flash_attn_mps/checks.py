@@ -6,7 +6,6 @@ It is read only when something is wrong.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import operator
@@ -55,14 +54,12 @@ def tensor_of_rank(value: Any, name: str, ranks: tuple[int, ...], dims: str) -> 
     return value
 
 
-@functools.cache
-def _ranks(dims: str) -> tuple[int]:
-    return (len(dims.rstrip(",").split(",")),)
-
-
 def tensor(value: Any, name: str, dims: str, like: torch.Tensor | None = None) -> torch.Tensor:
     """A strided tensor of as many dimensions as `dims` names, on the device of `like`."""
-    tensor_of_rank(value, name, _ranks(dims), dims)
+    rank = dims.count(", ") + 1
+    strided = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
+    if not strided or value.dim() != rank:
+        tensor_of_rank(value, name, (rank,), dims)  # which says what is wrong
     if like is not None and value.device != like.device:
         raise malformed(name, value, f"a tensor on {like.device}, where the queries are")
     return value
@@ -131,7 +128,7 @@ def softmax_scale(value: Any, head_dim: int, like: torch.Tensor) -> float | torc
                 raise malformed("softmax_scale", value, f"a 0-d tensor on {like.device} or on the CPU")
             return value
     scale = number(value, "softmax_scale", accepted)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # Dynamo does not trace math.isfinite of a number that varies
         raise malformed("softmax_scale", value, accepted)
     return scale
 
@@ -194,10 +191,10 @@ def window(window_size: Any, causal: Any) -> tuple[int, int]:
 def alibi_slopes(value: Any, batch: int, heads: int, like: torch.Tensor) -> torch.Tensor | None:
     if value is None:
         return None
-    accepted = f"a float32 tensor ({heads},) or ({batch}, {heads}) on {like.device}"
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or value.device != like.device:
-        raise malformed("alibi_slopes", value, accepted)
-    if value.shape not in ((heads,), (batch, heads)):
+    fits = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.device == like.device
+    if not fits or value.shape != ((heads,) if value.dim() == 1 else (batch, heads)):
+        # Only now: a graph in which a length is printed holds for that length alone.
+        accepted = f"a float32 tensor ({heads},) or ({batch}, {heads}) on {like.device}"
         raise malformed("alibi_slopes", value, accepted)
     if value.requires_grad and torch.is_grad_enabled():
         raise unsupported("alibi_slopes", "a tensor that requires grad", "slopes without gradient: pass .detach()")
@@ -206,15 +203,15 @@ def alibi_slopes(value: Any, batch: int, heads: int, like: torch.Tensor) -> torc
 
 def mask(value: Any, name: str, shape: tuple[int, int, int, int], like: torch.Tensor) -> torch.Tensor:
     """A bool mask (False hides) or one that is added to the scores, expanded to `shape` without a copy."""
-    dtypes = "torch.bool, " + " or ".join(map(str, dict.fromkeys((like.dtype, torch.float32))))
-    accepted = f"a tensor of {dtypes} that broadcasts to {shape} (batch, heads, seqlen_q, seqlen_k), on {like.device}"
-    if not isinstance(value, torch.Tensor) or value.device != like.device or value.dim() > 4:
-        raise malformed(name, value, accepted)
-    tensor_of_rank(value, name, (value.dim(),), accepted)
-    if value.dtype not in (torch.bool, like.dtype, torch.float32):
-        raise malformed(name, value, accepted)
-    if any(n not in (1, whole) for n, whole in zip(value.shape[::-1], shape[::-1], strict=False)):
-        raise malformed(name, value, accepted)
+    tensor_of_rank(value, name, (0, 1, 2, 3, 4), "batch, heads, seqlen_q, seqlen_k; or the last of these")
+    if (
+        value.device != like.device
+        or value.dtype not in (torch.bool, like.dtype, torch.float32)
+        or any(n not in (1, whole) for n, whole in zip(value.shape[::-1], shape[::-1], strict=False))
+    ):
+        dtypes = " or ".join(map(str, dict.fromkeys((torch.bool, like.dtype, torch.float32))))
+        accepted = f"a tensor of {dtypes} that broadcasts to {shape} (batch, heads, seqlen_q, seqlen_k)"
+        raise malformed(name, value, f"{accepted}, on {like.device}")
     if value.requires_grad and torch.is_grad_enabled():
         raise unsupported(name, "a tensor that requires grad", "a mask without gradient: pass .detach()")
     return value.expand(shape)
@@ -222,10 +219,9 @@ def mask(value: Any, name: str, shape: tuple[int, int, int, int], like: torch.Te
 
 def sinks(value: Any, name: str, heads: int, like: torch.Tensor) -> torch.Tensor:
     """A score for each query head, in float32."""
-    accepted = f"a tensor ({heads},) of a floating dtype, one score for each query head, on {like.device}"
     tensor(value, name, "heads,", like)
     if value.shape != (heads,) or not value.is_floating_point():
-        raise malformed(name, value, accepted)
+        raise malformed(name, value, f"a tensor ({heads},) of a floating dtype, one score for each query head")
     return value.to(torch.float32)
 
 
@@ -260,7 +256,8 @@ def lengths(value: Any, name: str, batch: int, most: int | list[int], like: torc
 def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> tuple[int, torch.Tensor | None]:
     """The longest sequence: at least as long as every length known.
 
-    A 0-d tensor on a device is not waited for: `total` bounds it, and it is handed back for a tier that needs it.
+    A 0-d tensor on a device is not waited for: `total` bounds it, and it is handed back for a tier that needs it. While
+    a graph is captured nothing is known, and the number is looked at when it runs.
     """
     accepted = "an integer or a 0-d integer tensor, not negative"
     if isinstance(value, torch.Tensor) and not readable(value):
@@ -268,6 +265,8 @@ def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> tu
             raise malformed(name, value, accepted)
         return total, None if value.is_meta else value
     longest = integer(value, name, accepted)
+    if torch.compiler.is_compiling():  # bert_padding gives a number that only a run of the graph has
+        return longest, None
     if longest < 0 or (known and longest < max(known)):
         least = max(known) if known else 0
         raise malformed(name, value, f"at least {least}, the length of the longest sequence")

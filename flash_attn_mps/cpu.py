@@ -6,9 +6,10 @@ Not used on MPS: stock attention there has been wrong in many releases (pytorch#
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
+from . import reference
+from .autograd import differentiable
 from .problem import AttentionProblem, Result
 
 name = "cpu"
@@ -24,7 +25,6 @@ def refuse(p: AttentionProblem) -> list[str]:
     limits = {
         "sequences are ragged or paged": p.ragged_q or p.ragged_k or p.kv_batch_idx is not None,
         "there are no scores": p.empty,
-        "the log-sum-exp is wanted": p.want_lse,
         "window_size": window != (-1, -1) and not causal,
         "causal with seqlen_q != seqlen_k (PyTorch aligns it to the top left)": causal and q.shape[1] != k.shape[1],
         "attention_chunk": p.attention_chunk > 0,
@@ -48,12 +48,29 @@ def _is_flash(p: AttentionProblem, causal: bool) -> bool:
 
 
 def run(p: AttentionProblem) -> Result:
-    out = F.scaled_dot_product_attention(
-        p.q.transpose(1, 2),
-        p.k.transpose(1, 2),
-        p.v.transpose(1, 2),
-        is_causal=p.window[1] == 0,
-        scale=p.softmax_scale,
-        enable_gqa=p.heads != p.heads_k,
-    )
-    return Result(out.transpose(1, 2).contiguous())
+    return differentiable(p, forward, backward)
+
+
+def forward(p: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Output and log-sum-exp. What `F.scaled_dot_product_attention` calls too, which keeps the latter to itself."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(p.q, p.k, p.v), **_options(p))
+    return out.transpose(1, 2).contiguous(), lse.contiguous(), None
+
+
+def backward(
+    p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of q, k, v, and none of sinks."""
+    if dlse is not None:  # PyTorch's function does not take it
+        return reference.backward(p, out, lse, dout, dlse)
+    tensors = _heads_first(dout.contiguous(), p.q, p.k, p.v, out)
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, **_options(p))
+    return *(grad.transpose(1, 2) for grad in grads), None
+
+
+def _heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.transpose(1, 2) for t in tensors]
+
+
+def _options(p: AttentionProblem) -> dict[str, object]:
+    return {"dropout_p": 0.0, "is_causal": p.window[1] == 0, "scale": p.softmax_scale}

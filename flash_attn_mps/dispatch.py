@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import warnings
 
-from . import cpu, reference, trace
+import torch
+
+from . import cpu, ops, reference, trace
 from .autograd import without_autocast
 from .metal import scalar, simdgroup
 from .problem import AttentionProblem, Result
@@ -21,7 +23,9 @@ _unknown: set[str] = set()
 
 
 def attention(p: AttentionProblem) -> Result:
-    """Compute `p` on the first tier that serves it."""
+    """Compute `p` on the first tier that serves it; while a graph is captured, have the graph do so when it runs."""
+    if torch.compiler.is_compiling():
+        return _captured_attention(p)
     refusals = []
     for tier in _tiers():
         reasons = tier.refuse(p)
@@ -34,6 +38,24 @@ def attention(p: AttentionProblem) -> Result:
             reasons = ["its kernel does not compile on this machine"]
         refusals.append(f"{tier.name}: {'; '.join(reasons)}")
     raise NotImplementedError("no tier serves this attention call: " + " | ".join(refusals))
+
+
+def gradients(
+    p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of q, k, v and sinks, whichever tier gave `out` and `lse`.
+
+    `dlse` is the gradient of the log-sum-exp, if it has one.
+    """
+    if torch.compiler.is_compiling():
+        return _captured_gradients(p, out, lse, dout, dlse)
+    p = p.resolved()
+    tier = cpu if cpu in _tiers() and not cpu.refuse(p) else reference
+    with without_autocast(p.q):
+        return tier.backward(p, out, lse, dout, dlse)
+
+
+_captured_attention, _captured_gradients = ops.register(attention, gradients)
 
 
 def _tiers() -> tuple:

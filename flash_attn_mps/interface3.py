@@ -1,10 +1,9 @@
 """The FlashAttention-3 functions, presented as `flash_attn_interface`: names, parameters and defaults are upstream's.
 
 Shapes and semantics are those of `flash_attn_mps.interface`. A function returns the output alone, or `(out,
-softmax_lse)` with `return_attn_probs` or `return_softmax_lse`. `qv`, of the shape of the output, adds `qv v^T` to the
-scores; `attention_chunk` limits a query to the keys of its own chunk. `num_splits`, `pack_gqa`, `sm_margin` and
-`scheduler_metadata` are hints for Hopper GPUs: they are accepted and ignored. `deterministic` is accepted; results
-always are.
+softmax_lse)` with `return_attn_probs`. `qv`, of the shape of the output, adds `qv v^T` to the scores; `attention_chunk`
+limits a query to the keys of its own chunk. `num_splits`, `pack_gqa`, `sm_margin` and `scheduler_metadata` are hints
+for Hopper GPUs: they are accepted and ignored. `deterministic` is accepted; results always are.
 """
 
 from __future__ import annotations
@@ -158,7 +157,8 @@ def flash_attn_with_kvcache(
 
     q may be packed, `(total_q, heads, head_dim)` with `cu_seqlens_q` and `max_seqlen_q`; new k and v likewise with
     `cu_seqlens_k_new`. `rotary_seqlens` `(batch,)` int32 replaces `cache_seqlens` as the position where rotation
-    starts.
+    starts. With `return_softmax_lse` the result is `(out, softmax_lse, out_accum, softmax_lse_accum)`; the last two
+    belong to upstream's splits of the keys and are empty here.
     """
     checks.integer(num_splits, "num_splits", "an integer")
     refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
@@ -185,7 +185,7 @@ def flash_attn_with_kvcache(
         cu_seqlens_k_new=cu_seqlens_k_new,
         max_seqlen_q=max_seqlen_q,
     )
-    return (result.out, result.lse) if return_softmax_lse else result.out
+    return (result.out, result.lse, *accumulators(result.out)) if return_softmax_lse else result.out
 
 
 def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
@@ -243,6 +243,11 @@ def get_scheduler_metadata(
 def _finish(p: AttentionProblem, qv=None, softmax_scale=None):
     result = dispatch.attention(p if qv is None else with_qv(p, qv, softmax_scale))
     return (result.out, result.lse) if p.want_lse else result.out
+
+
+def accumulators(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Upstream's `out_accum` and `softmax_lse_accum`, of keys that are not split: empty."""
+    return out.new_empty(0, dtype=torch.float32), out.new_empty(0, dtype=torch.float32)
 
 
 def refuse(**descales) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import checks, dispatch
+from . import cache_ops, checks, dispatch, ops
 from .problem import AttentionProblem, Result, Scoring, pages, with_qv
 from .rotary import apply_rotary
 
@@ -47,10 +47,31 @@ def attention(
 
     Not differentiable: the result's backward raises `NotImplementedError`.
     """
+    given = (q, k_cache, v_cache, k, v, qv)  # before rotation under no_grad makes k another tensor
+    if torch.compiler.is_compiling():
+        named = {
+            "k": k,
+            "v": v,
+            "qv": qv,
+            "rotary_cos": rotary_cos,
+            "rotary_sin": rotary_sin,
+            "rotary_interleaved": rotary_interleaved,
+            "rotary_seqlens": rotary_seqlens,
+            "cache_seqlens": cache_seqlens,
+            "cache_batch_idx": cache_batch_idx,
+            "cache_leftpad": cache_leftpad,
+            "block_table": block_table,
+            "block_table_name": block_table_name,
+            "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_k_new": cu_seqlens_k_new,
+            "max_seqlen_q": max_seqlen_q,
+        }
+        with torch.no_grad():
+            result = _captured(q, k_cache, v_cache, scoring, **named)
+        return _anchored(result, given)
     cache = _Cache(
         q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, block_table_name, cu_seqlens_q
     )
-    given = (q, k_cache, v_cache, k, v, qv)  # before rotation under no_grad makes k another tensor
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         if k is not None or v is not None:
             cache.check_new(k, v, cu_seqlens_k_new)
@@ -73,21 +94,33 @@ def attention(
         if qv is not None:
             p = with_qv(p, qv, scoring.softmax_scale)
         result = dispatch.attention(p)
+    return _anchored(result, given)
+
+
+_captured = cache_ops.register(attention)
+
+
+def _anchored(result: Result, given: tuple[torch.Tensor | None, ...]) -> Result:
+    """`result`, whose backward raises, if any of the tensors `given` requires a gradient."""
     if torch.is_grad_enabled():
-        anchor = next((t for t in given if t is not None and t.requires_grad), None)
-        if anchor is not None:
-            result.out = _NoBackward.apply(result.out, anchor)
+        for tensor in given:
+            if tensor is not None and tensor.requires_grad:
+                result.out = _NoBackward.apply(result.out, tensor)
+                break
     return result
 
 
 class _NoBackward(torch.autograd.Function):
     @staticmethod
-    def forward(_ctx: Any, out: torch.Tensor, _anchor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, out: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(anchor)
         return out.view_as(out)
 
     @staticmethod
-    def backward(_ctx: Any, _dout: torch.Tensor) -> Any:
-        raise NotImplementedError("flash_attn_with_kvcache has no backward pass: use flash_attn_func to train")
+    def backward(ctx: Any, dout: torch.Tensor) -> Any:
+        # An operator, because a graph is made of the backward pass too, whether anybody runs it or not.
+        reason = "flash_attn_with_kvcache has no backward pass: use flash_attn_func to train"
+        return None, ops.no_gradient(dout, *ctx.saved_tensors, reason)
 
 
 class _Cache:

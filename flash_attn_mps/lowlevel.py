@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from . import checks, dispatch, reference
-from .autograd import without_autocast
+from . import checks, dispatch
 from .problem import AttentionProblem, Scoring, dense, varlen
 
 
@@ -32,8 +31,10 @@ def _flash_attn_forward(
     return_softmax,
 ):
     window_size = (window_size_left, window_size_right)
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True)
-    return _forward(dense, (q, k, v), {}, scoring, return_softmax)
+    scoring = Scoring(
+        softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True, want_probs=return_softmax
+    )
+    return _forward(dense, (q, k, v), {}, scoring)
 
 
 def _flash_attn_varlen_forward(
@@ -60,10 +61,12 @@ def _flash_attn_varlen_forward(
     if leftpad_k is not None:
         raise checks.unsupported("leftpad_k", leftpad_k, "None; flash_attn_with_kvcache takes cache_leftpad")
     window_size = (window_size_left, window_size_right)
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True)
+    scoring = Scoring(
+        softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True, want_probs=return_softmax
+    )
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     layout = {"seqused_k": seqused_k, "block_table": block_table}
-    return _forward(varlen, (q, k, v, *lengths), layout, scoring, return_softmax)
+    return _forward(varlen, (q, k, v, *lengths), layout, scoring)
 
 
 def _flash_attn_backward(
@@ -125,17 +128,18 @@ def _flash_attn_varlen_backward(
 
 
 @torch.no_grad()
-def _forward(describe, tensors, layout, scoring: Scoring, return_softmax):
+def _forward(describe, tensors, layout, scoring: Scoring):
     p = describe(*tensors, scoring, **layout)
     result = dispatch.attention(p)
-    probs = result.probs if return_softmax and result.probs is not None else p.q.new_empty(0)
-    return result.out, result.lse, probs, torch.tensor([p.seed, 0], dtype=torch.int64, device="cpu")
+    probs = p.q.new_empty(0) if result.probs is None else result.probs
+    seed = torch.as_tensor(p.seed, dtype=torch.int64, device="cpu")
+    return result.out, result.lse, probs, torch.stack((seed, torch.zeros_like(seed)))
 
 
 @torch.no_grad()
 def backward(describe, tensors, scoring: Scoring, dout, out, lse, grads):
     """Gradients of the problem that `describe(*tensors, scoring)` gives, into `grads` where they are buffers."""
-    p: AttentionProblem = describe(*tensors, scoring).resolved()
+    p: AttentionProblem = describe(*tensors, scoring)
     for name, value, shape in (
         ("dout", dout, p.out_shape),
         ("out", out, p.out_shape),
@@ -146,12 +150,10 @@ def backward(describe, tensors, scoring: Scoring, dout, out, lse, grads):
     for name, value, like in zip(("dq", "dk", "dv"), grads, (p.q, p.k, p.v), strict=True):
         if value is not None and (not isinstance(value, torch.Tensor) or value.shape != like.shape):
             raise checks.malformed(name, value, f"None or a tensor {tuple(like.shape)}")
-    with without_autocast(p.q):
-        computed = reference.backward(p, out, lse, dout, None)
-        for buffer, grad in zip(grads, computed, strict=True):
-            if buffer is not None:
-                buffer.copy_(grad)
-        return (dout.float() * out.float()).sum(-1).transpose(-1, -2).contiguous()
+    for buffer, grad in zip(grads, dispatch.gradients(p, out, lse, dout), strict=False):
+        if buffer is not None:
+            buffer.copy_(grad)
+    return (dout.float() * out.float()).sum(-1).transpose(-1, -2).contiguous()
 
 
 def _seed(dropout_p, rng_state) -> int | None:
@@ -159,4 +161,4 @@ def _seed(dropout_p, rng_state) -> int | None:
         return None
     if not isinstance(rng_state, torch.Tensor) or rng_state.shape != (2,) or rng_state.dtype != torch.int64:
         raise checks.malformed("rng_state", rng_state, "the int64 tensor (2,) that the forward function returned")
-    return int(rng_state[0])
+    return rng_state[0] if torch.compiler.is_compiling() else int(rng_state[0])

@@ -10,12 +10,11 @@ from __future__ import annotations
 import torch
 
 from . import checks, dispatch, kvcache
-from .interface3 import refuse
+from .interface3 import accumulators, refuse
 from .lowlevel import backward
 from .problem import Scoring, dense, varlen, with_qv
 
 
-@torch.no_grad()
 def _flash_attn_forward(
     q,
     k,
@@ -55,47 +54,48 @@ def _flash_attn_forward(
     refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     window_size = (window_size_left, window_size_right)
     scoring = Scoring(softmax_scale, causal, window_size, softcap, want_lse=True, attention_chunk=attention_chunk)
-    if cu_seqlens_k is None and (seqused_k is not None or k_new is not None or page_table is not None):
-        _refuse("with a key-value cache", seqused_q=seqused_q)
-        result = kvcache.attention(
-            q,
-            k,
-            v,
-            scoring,
-            k=k_new,
-            v=v_new,
-            qv=qv,
-            rotary_cos=rotary_cos,
-            rotary_sin=rotary_sin,
-            rotary_interleaved=rotary_interleaved,
-            rotary_seqlens=seqlens_rotary,
-            cache_seqlens=seqused_k,
-            cache_batch_idx=kv_batch_idx,
-            cache_leftpad=leftpad_k,
-            block_table=page_table,
-            block_table_name="page_table",
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k_new=cu_seqlens_k_new,
-            max_seqlen_q=max_seqlen_q,
-        )
-    else:
-        _refuse(
-            "without a key-value cache (seqused_k, and no cu_seqlens_k)",
-            k_new=k_new,
-            v_new=v_new,
-            cu_seqlens_k_new=cu_seqlens_k_new,
-            kv_batch_idx=kv_batch_idx,
-            leftpad_k=leftpad_k,
-            rotary_cos=rotary_cos,
-            rotary_sin=rotary_sin,
-            seqlens_rotary=seqlens_rotary,
-        )
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
-        p = _describe(*lengths, page_table)(q, k, v, scoring)
-        result = dispatch.attention(p if qv is None else with_qv(p, qv, softmax_scale))
-    nothing = result.out.new_empty(0, dtype=torch.float32)
-    out = result.out if out_ is None else out_.copy_(result.out)
-    return out, result.lse, nothing, nothing.clone()
+    # Not a decorator: who builds on this function reads its arguments with inspect.getfullargspec.
+    with torch.no_grad():
+        if cu_seqlens_k is None and (seqused_k is not None or k_new is not None or page_table is not None):
+            _refuse("with a key-value cache", seqused_q=seqused_q)
+            result = kvcache.attention(
+                q,
+                k,
+                v,
+                scoring,
+                k=k_new,
+                v=v_new,
+                qv=qv,
+                rotary_cos=rotary_cos,
+                rotary_sin=rotary_sin,
+                rotary_interleaved=rotary_interleaved,
+                rotary_seqlens=seqlens_rotary,
+                cache_seqlens=seqused_k,
+                cache_batch_idx=kv_batch_idx,
+                cache_leftpad=leftpad_k,
+                block_table=page_table,
+                block_table_name="page_table",
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k_new=cu_seqlens_k_new,
+                max_seqlen_q=max_seqlen_q,
+            )
+        else:
+            _refuse(
+                "without a key-value cache (seqused_k, and no cu_seqlens_k)",
+                k_new=k_new,
+                v_new=v_new,
+                cu_seqlens_k_new=cu_seqlens_k_new,
+                kv_batch_idx=kv_batch_idx,
+                leftpad_k=leftpad_k,
+                rotary_cos=rotary_cos,
+                rotary_sin=rotary_sin,
+                seqlens_rotary=seqlens_rotary,
+            )
+            lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
+            p = _describe(*lengths, page_table)(q, k, v, scoring)
+            result = dispatch.attention(p if qv is None else with_qv(p, qv, softmax_scale))
+        out = result.out if out_ is None else out_.copy_(result.out)
+        return out, result.lse, *accumulators(out)
 
 
 def _flash_attn_backward(

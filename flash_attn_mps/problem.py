@@ -46,7 +46,7 @@ class AttentionProblem:
     softcap: float = 0.0
     alibi_slopes: torch.Tensor | None = None  # (heads,) or (batch, heads), float32
     dropout_p: float = 0.0
-    seed: int = 0  # what dropout drops
+    seed: int | torch.Tensor = 0  # what dropout drops; a tensor in a graph alone, which draws it anew in each run
     cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,): rows of q of each sequence
     cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): rows of k and v, or lengths alone where they are paged
     seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
@@ -56,7 +56,8 @@ class AttentionProblem:
     block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
     kv_batch_idx: torch.Tensor | None = None  # (batch,): which batch entry of k and v a sequence reads
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
-    want_lse: bool = False  # is the log-sum-exp wanted too (and, under dropout, the probabilities)?
+    want_lse: bool = False  # is the log-sum-exp wanted too?
+    want_probs: bool = False  # and the probabilities? Only under dropout
     mask: torch.Tensor | None = (
         None  # broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added
     )
@@ -150,27 +151,35 @@ class Scoring:
     dropout_p: Any = 0.0
     want_lse: Any = False
     attention_chunk: Any = 0
-    seed: int | None = None  # None: from torch's default generator, if there is dropout
+    want_probs: Any = None  # None: with the log-sum-exp; counts under dropout alone
+    seed: int | torch.Tensor | None = None  # None: from torch's default generator, if there is dropout
 
     def checked(self, q: torch.Tensor, batch: int) -> dict[str, Any]:
         left, right = checks.window(self.window_size, self.causal)
         dropout_p = checks.dropout_p(self.dropout_p)
-        return {
+        fields = {
             "softmax_scale": checks.softmax_scale(self.softmax_scale, q.shape[-1], q),
             "window_left": left,
             "window_right": right,
             "softcap": checks.softcap(self.softcap),
             "alibi_slopes": checks.alibi_slopes(self.alibi_slopes, batch, q.shape[-2], q),
             "dropout_p": dropout_p,
-            "seed": (_draw_seed() if self.seed is None else self.seed) if dropout_p else 0,
             "want_lse": bool(self.want_lse),
             "attention_chunk": checks.attention_chunk(self.attention_chunk),
         }
+        if dropout_p:
+            fields["seed"] = _draw_seed() if self.seed is None else self.seed
+            fields["want_probs"] = bool(self.want_lse if self.want_probs is None else self.want_probs)
+        return fields
 
 
-def _draw_seed() -> int:
-    """From torch's default generator: `torch.manual_seed` makes it reproducible, and no device is waited for."""
-    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+def _draw_seed() -> int | torch.Tensor:
+    """From torch's default generator: `torch.manual_seed` makes it reproducible, and no device is waited for.
+
+    `randint` because compilers know it for random: two of them in a graph are never taken for one.
+    """
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return seed if torch.compiler.is_compiling() else int(seed)
 
 
 def dense(q: Any, k: Any, v: Any, scoring: Scoring, names: Mapping[str, str] = checks.NO_NAMES) -> AttentionProblem:
@@ -202,32 +211,10 @@ def varlen(
     paged = block_table is not None
     kv_dims = "num_blocks, block_size, heads_k, head_dim" if paged else "total_k, heads_k, head_dim"
     checks.qkv(q, k, v, ("total_q, heads, head_dim", kv_dims), names)
-    cu_q_name, cu_k_name = names.get("cu_seqlens_q", "cu_seqlens_q"), names.get("cu_seqlens_k", "cu_seqlens_k")
-    lengths_q = checks.cu_seqlens(cu_seqlens_q, cu_q_name, q.shape[0], names.get("q", "q"), q)
+    max_seqlen_q, longest_q, lengths_q, max_seqlen_k, longest_k, lengths_k = _lengths(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table, names
+    )
     batch = cu_seqlens_q.shape[0] - 1
-    room = k.shape[0]
-    if paged:
-        checks.int32(block_table, "block_table", "batch, blocks per sequence", batch, q)
-        room = block_table.shape[1] * k.shape[1]
-    if cu_seqlens_k is cu_seqlens_q and not paged and k.shape[0] == q.shape[0]:
-        lengths_k = lengths_q
-    else:
-        total_k = None if paged else k.shape[0]
-        lengths_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, total_k, names.get("k", "k"), q)
-        if cu_seqlens_k.shape[0] != batch + 1:
-            raise checks.malformed(cu_k_name, cu_seqlens_k, f"{batch + 1} values, as many as {cu_q_name}")
-    max_seqlen_q, longest_q = checks.max_seqlen(
-        max_seqlen_q, names.get("max_seqlen_q", "max_seqlen_q"), lengths_q, q.shape[0]
-    )
-    max_seqlen_k, longest_k = checks.max_seqlen(
-        max_seqlen_k, names.get("max_seqlen_k", "max_seqlen_k"), lengths_k, room
-    )
-    if paged:
-        pages(block_table, k, lengths_k, cu_k_name)
-    if seqused_q is not None:
-        lengths_q = checks.lengths(seqused_q, "seqused_q", batch, lengths_q or max_seqlen_q, q)
-    if seqused_k is not None:
-        lengths_k = checks.lengths(seqused_k, "seqused_k", batch, lengths_k or max_seqlen_k, q)
     return AttentionProblem(
         q,
         k,
@@ -246,6 +233,67 @@ def varlen(
         lengths_q=lengths_q,
         lengths_k=lengths_k,
     )
+
+
+def with_lengths(p: AttentionProblem) -> AttentionProblem:
+    """`p` with the lengths that the host can read for free, checked: what `varlen` leaves out of a graph."""
+    if p.cu_seqlens_q is None:
+        return p
+    max_seqlen_q, _, lengths_q, max_seqlen_k, _, lengths_k = _lengths(
+        p.q,
+        p.k,
+        p.cu_seqlens_q,
+        p.cu_seqlens_k,
+        p.max_seqlen_q,
+        p.max_seqlen_k,
+        p.seqused_q,
+        p.seqused_k,
+        p.block_table,
+        checks.NO_NAMES,
+    )
+    return dataclasses.replace(
+        p, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, lengths_q=lengths_q, lengths_k=lengths_k
+    )
+
+
+def _lengths(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    seqused_q: Any,
+    seqused_k: Any,
+    block_table: Any,
+    names: Mapping[str, str],
+) -> tuple[int, torch.Tensor | None, list[int] | None, int, torch.Tensor | None, list[int] | None]:
+    """`max_seqlen`, `longest` and `lengths` of the queries and of the keys, as in `AttentionProblem`."""
+    paged = block_table is not None
+    name = names.get
+    cu_q_name, cu_k_name = name("cu_seqlens_q", "cu_seqlens_q"), name("cu_seqlens_k", "cu_seqlens_k")
+    total_q, room = q.shape[0], k.shape[0]
+    lengths_q = checks.cu_seqlens(cu_seqlens_q, cu_q_name, total_q, name("q", "q"), q)
+    batch = cu_seqlens_q.shape[0] - 1
+    if paged:
+        checks.int32(block_table, "block_table", "batch, blocks per sequence", batch, q)
+        room = block_table.shape[1] * k.shape[1]
+    if cu_seqlens_k is cu_seqlens_q and not paged and room == total_q:
+        lengths_k = lengths_q
+    else:
+        total_k = None if paged else room
+        lengths_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, total_k, name("k", "k"), q)
+        if cu_seqlens_k.shape[0] != batch + 1:
+            raise checks.malformed(cu_k_name, cu_seqlens_k, f"{batch + 1} values, as many as {cu_q_name}")
+    max_seqlen_q, longest_q = checks.max_seqlen(max_seqlen_q, name("max_seqlen_q", "max_seqlen_q"), lengths_q, total_q)
+    max_seqlen_k, longest_k = checks.max_seqlen(max_seqlen_k, name("max_seqlen_k", "max_seqlen_k"), lengths_k, room)
+    if paged:
+        pages(block_table, k, lengths_k, cu_k_name)
+    if seqused_q is not None:
+        lengths_q = checks.lengths(seqused_q, "seqused_q", batch, lengths_q or max_seqlen_q, q)
+    if seqused_k is not None:
+        lengths_k = checks.lengths(seqused_k, "seqused_k", batch, lengths_k or max_seqlen_k, q)
+    return max_seqlen_q, longest_q, lengths_q, max_seqlen_k, longest_k, lengths_k
 
 
 def with_qv(p: AttentionProblem, qv: Any, softmax_scale: Any) -> AttentionProblem:

@@ -2,8 +2,9 @@
 
 Queries are taken in blocks small enough that a block's scores against all the keys it can see stay within `_SCORES`.
 All arithmetic is in float32. The backward pass recomputes the scores, as in FlashAttention (Dao et al., 2022,
-https://arxiv.org/abs/2205.14135, algorithm 4), but normalises them anew: a log-sum-exp of -3e38, of a row whose every
-key has the least finite number added, holds no trace of the sum.
+https://arxiv.org/abs/2205.14135, algorithm 4), from the log-sum-exp, which may be that of more keys than there are
+here. Under a mask it normalises them anew: a log-sum-exp of -3e38, of a row whose every key has the least finite number
+added, holds no trace of the sum.
 
 Symbols as in the papers: s scores, p probabilities, o output, ds and dp their gradients. In a block, `g` sequences, `r`
 query heads per kv head, `c` queries, `n` keys.
@@ -37,7 +38,7 @@ def forward(p: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     """Output, log-sum-exp and probabilities, as in `Result`."""
     q, k, v = p.q, p.k, p.v
     probs = None
-    if p.want_lse and p.dropout_p:
+    if p.want_probs:
         probs = torch.zeros((p.batch, p.heads, p.max_seqlen_q, p.max_seqlen_k), dtype=q.dtype, device=q.device)
     if q.is_meta:
         return q.new_empty(p.out_shape), q.new_empty(p.lse_shape, dtype=torch.float32), probs
@@ -104,7 +105,12 @@ def backward(
                 delta -= rows(dlse[..., None])
             s, capped = block.scores(q_rows, k_rows, keep_capped=True)
             hidden = s == -torch.inf if _may_spread(p, q_rows, k_seen, v_seen) else None
-            prob, _ = block.softmax(s)
+            if p.mask is None:
+                block_lse = rows(lse[..., None])
+                # Against +inf the probabilities of a row that sees nothing are 0, not NaN.
+                prob = s.sub_(block.split(block_lse.masked_fill(block_lse == -torch.inf, torch.inf))).exp_()
+            else:
+                prob, _ = block.softmax(s)
             if hidden is not None:
                 prob.masked_fill_(hidden, 0.0)
                 k_seen, v_seen = _finite(k_seen), _finite(v_seen)
@@ -149,7 +155,7 @@ def _may_spread(p: AttentionProblem, *rows: torch.Tensor) -> bool:
     What keeps them back is one product more. Where looking would wait for the device it is spent on masks alone:
     they hide what was never written, windows only hide what others see.
     """
-    if p.mask is None and p.window_left < 0 and p.window_right < 0 and not p.attention_chunk:
+    if p.mask is None and p.window == (-1, -1) and not p.attention_chunk:
         return False
     if not all(map(readable, rows)):
         return p.mask is not None

@@ -13,7 +13,8 @@ import inspect
 
 import torch
 
-from ..interface import flash_attn_func, flash_attn_varlen_func
+from .. import dispatch
+from ..problem import Scoring, dense, varlen, with_sinks
 
 NAME = "mps_fa"
 
@@ -76,6 +77,7 @@ def attention(
     sliding_window=None,
     softcap=None,
     is_causal=None,
+    s_aux=None,
     cu_seq_lens_q=None,
     cu_seq_lens_k=None,
     max_length_q=None,
@@ -87,32 +89,37 @@ def attention(
     query `(batch, heads, seqlen_q, head_dim)`, key and value `(batch, heads_k, seqlen_k, head_dim)`;
     `attention_mask` as `mask` returns it, or `(batch, 1, seqlen_q, seqlen_k)` as long as it says no more than
     padding and causality. `sliding_window` is the number of tokens that a causal query sees, itself included; else
-    it reaches `sliding_window - 1` to both sides. Returns `((batch, seqlen_q, heads, head_dim), None)`; padded
-    queries give zeros.
+    it reaches `sliding_window - 1` to both sides. `s_aux` `(heads,)` are attention sinks: a score, not scaled, that
+    every query of a head has besides its keys; gradients reach them. Returns `((batch, seqlen_q, heads, head_dim),
+    None)`; padded queries give zeros.
 
-    Raises NotImplementedError naming what else the model asks for (attention sinks, biases, attention weights, ...).
+    Raises NotImplementedError naming what else the model asks for (biases, attention weights, ...).
     """
-    for name in ("s_aux", "head_mask", "position_bias", "cache", "output_attentions"):
+    for name in ("head_mask", "position_bias", "cache", "output_attentions"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise NotImplementedError(f"{name}: attention {NAME!r} cannot honour it; use attn_implementation='eager'")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    options = {
-        "dropout_p": dropout,
-        "softmax_scale": scaling,
-        "causal": causal,
-        "window_size": _window(module, causal, sliding_window),
-        "softcap": 0.0 if softcap is None else softcap,
-    }
+    scoring = Scoring(
+        softmax_scale=scaling,
+        causal=causal,
+        window_size=_window(module, causal, sliding_window),
+        softcap=0.0 if softcap is None else softcap,
+        dropout_p=dropout,
+    )
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     if attention_mask is not None and attention_mask.ndim == 4:
         attention_mask = _padding_of(attention_mask, causal)
     if attention_mask is not None:
-        return _padded(q, k, v, attention_mask, options), None
+        return _padded(q, k, v, attention_mask, scoring, s_aux), None
     if cu_seq_lens_q is not None:
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        out = flash_attn_varlen_func(*(tensor.flatten(0, 1) for tensor in (q, k, v)), *lengths, **options)
-        return out.unflatten(0, q.shape[:2]), None
-    return flash_attn_func(q, k, v, **options), None
+        packed = varlen(*(tensor.flatten(0, 1) for tensor in (q, k, v)), *lengths, scoring)
+        return _computed(packed, s_aux).unflatten(0, q.shape[:2]), None
+    return _computed(dense(q, k, v, scoring), s_aux), None
+
+
+def _computed(problem, s_aux):
+    return dispatch.attention(problem if s_aux is None else with_sinks(problem, s_aux, "s_aux")).out
 
 
 def _window(module, causal, sliding_window):
@@ -125,11 +132,11 @@ def _window(module, causal, sliding_window):
     return (reach, reach) if reach is not None else (sliding_window - 1, sliding_window - 1)
 
 
-def _padded(q, k, v, keep, options):
+def _padded(q, k, v, keep, scoring, s_aux):
     """Attention of the tokens that a mask `(batch, keys)` keeps, as one packed call; the others give zeros."""
     batch, seqlen_q = q.shape[:2]
     k, v = k[:, : keep.shape[1]], v[:, : keep.shape[1]]
-    if options["causal"] or options["window_size"] != (-1, -1) or keep.dtype != torch.bool:
+    if scoring.causal or scoring.window_size != (-1, -1) or keep.dtype != torch.bool:
         if keep.shape[1] < seqlen_q:
             raise ValueError(f"attention_mask covers {keep.shape[1]} keys, fewer than the {seqlen_q} queries")
         keep_q = keep[:, keep.shape[1] - seqlen_q :]
@@ -139,7 +146,7 @@ def _padded(q, k, v, keep, options):
     rows_k, cu_seqlens_k = _pack(keep)
     if len(cu_seqlens_q) != len(cu_seqlens_k):
         raise NotImplementedError("attention_mask: packed sequences whose queries are not all there")
-    packed = flash_attn_varlen_func(
+    problem = varlen(
         q.flatten(0, 1)[rows_q],
         k.flatten(0, 1)[rows_k],
         v.flatten(0, 1)[rows_k],
@@ -147,8 +154,9 @@ def _padded(q, k, v, keep, options):
         cu_seqlens_k,
         cu_seqlens_q.diff().max(),
         cu_seqlens_k.diff().max(),
-        **options,
+        scoring,
     )
+    packed = _computed(problem, s_aux)
     out = packed.new_zeros(batch * seqlen_q, *packed.shape[1:])
     return out.index_put((rows_q,), packed).unflatten(0, (batch, seqlen_q))
 

@@ -1,8 +1,6 @@
 // FlashAttention-2 forward (Dao, 2023, arXiv:2307.08691): a simdgroup takes ROWS queries of one head through all the keys
 // that they see, KEYS at a time. s, p and o never leave its registers.
 
-constant constexpr int ROW_FRAGMENTS = ROWS / 8;
-constant constexpr int KEY_FRAGMENTS = KEYS / 8;
 constant constexpr int D_FRAGMENTS = (HEAD_DIM + 7) / 8;
 constant constexpr int DV_FRAGMENTS = (HEAD_DIM_V + 7) / 8;
 
@@ -13,7 +11,7 @@ typedef Slab<HEAD_DIM_V, VECTOR_V> SlabV;
 struct State {
   Operand q[ROW_FRAGMENTS][D_FRAGMENTS];
   Accumulator o[ROW_FRAGMENTS][DV_FRAGMENTS];
-  float m[ROW_FRAGMENTS];  // of each row: the largest score, in base 2,
+  float m[ROW_FRAGMENTS];  // of each row: the largest score,
   float l[ROW_FRAGMENTS];  // and this lane's share of the sum of exponentials
   int first_row;
 };
@@ -22,8 +20,8 @@ struct State {
 template <bool EDGE, typename AnyKeys>
 METAL_FUNC void score(thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread State& state, AnyKeys keys, int first, Lane lane) {
   UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-    int key0 = first + 8 * n + lane.column;
-    int key1 = key0 + 1;
+    int key0 = key_of(first, n, lane.column, 0);
+    int key1 = key_of(first, n, lane.column, 1);
     if (EDGE) {
       key0 = min(key0, keys.seqlen - 1);
       key1 = min(key1, keys.seqlen - 1);
@@ -44,6 +42,7 @@ METAL_FUNC void soften(
     thread Operand (&probabilities)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread State& state,
     Scoring scoring,
+    Masking masking,
     int first,
     int seqlen,
     Lane lane) {
@@ -53,28 +52,44 @@ METAL_FUNC void soften(
     float m = -INFINITY;
     UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
       UNROLL for (int e = 0; e < 2; ++e) {
-        int key = first + 8 * n + lane.column + e;
+        int key = key_of(first, n, lane.column, e);
         float x = s[r][n].thread_elements()[e];
-#if SCORES_ARE_SCALED || MASK_KIND
+#if SCORES_ARE_SCALED
         x = score_of(x, scoring, min(row, scoring.seqlen_q - 1), EDGE ? min(key, seqlen - 1) : key);
 #endif
-        if (EDGE && !is_seen(scoring, row, key, seqlen)) x = -INFINITY;
+        if (EDGE && !MASK_KIND && !is_seen(scoring, row, key, seqlen)) x = -INFINITY;
         s[r][n].thread_elements()[e] = x;
         m = max(m, x);
       }
     }
+#if MASK_KIND
+    if (!masking.all) {
+      m = -INFINITY;
+      UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
+        UNROLL for (int e = 0; e < 2; ++e) {
+          float x = masked(s[r][n].thread_elements()[e], masking.at(r, n, e));
+          s[r][n].thread_elements()[e] = x;
+          m = max(m, x);
+        }
+      }
+    }
+#endif
     m = max(row_max(m) * factor, state.m[r]);
     float base = m == -INFINITY ? 0.0f : m;  // a row that has seen nothing yet: -inf - -inf is NaN
     float sum = 0.0f;
     UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
       UNROLL for (int e = 0; e < 2; ++e) {
+#if IN_BASE_E
+        float x = exp_of(s[r][n].thread_elements()[e], base);
+#else
         float x = fast::exp2(fma(s[r][n].thread_elements()[e], factor, -base));
+#endif
         probabilities[r][n].thread_elements()[e] = T(x);
         sum += x;
       }
     }
     if (simd_any(m > state.m[r])) {
-      float shrink = fast::exp2(state.m[r] - base);
+      float shrink = exp_of(state.m[r], base);
       UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) {
         state.o[r][f].thread_elements()[0] *= shrink;
         state.o[r][f].thread_elements()[1] *= shrink;
@@ -94,14 +109,15 @@ METAL_FUNC void gather(
     thread Operand (&probabilities)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread State& state,
     AnyKeys keys,
+    Masking masking,
     int first,
     Lane lane) {
   UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-    int key = first + 8 * n + lane.row;
+    int key = key_of(first, n, lane.row, 0);
     if (EDGE) key = min(key, keys.seqlen - 1);
     Operand v[DV_FRAGMENTS];
     SlabV::load_right(v, keys.v.at(key), lane);
-    if (EDGE || MASK_KIND) {
+    if (EDGE || !masking.all) {
       float finite = 0.0f;  // NaN if any value is not
       UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
         finite += 0.0f * float(v[f].thread_elements()[0]) + 0.0f * float(v[f].thread_elements()[1]);
@@ -132,12 +148,12 @@ METAL_FUNC void gather(
 
 // One block of keys, `first` to `first + KEYS`. EDGE: some of its scores may not count.
 template <bool EDGE, typename AnyKeys>
-METAL_FUNC void attend(thread State& state, AnyKeys keys, Scoring scoring, int first, Lane lane) {
+METAL_FUNC void attend(thread State& state, AnyKeys keys, Scoring scoring, Masking masking, int first, Lane lane) {
   Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
   Operand probabilities[ROW_FRAGMENTS][KEY_FRAGMENTS];
   score<EDGE>(s, state, keys, first, lane);
-  soften<EDGE>(s, probabilities, state, scoring, first, keys.seqlen, lane);
-  gather<EDGE>(s, probabilities, state, keys, first, lane);
+  soften<EDGE>(s, probabilities, state, scoring, masking, first, keys.seqlen, lane);
+  gather<EDGE>(s, probabilities, state, keys, masking, first, lane);
 }
 
 // The keys that some of a range of queries see, and those that all of them see.
@@ -146,6 +162,9 @@ struct Range {
   int some_end;
   int all_begin;
   int all_end;
+
+  METAL_FUNC bool meets(int first) const thread { return first + KEYS > some_begin && first < some_end; }
+  METAL_FUNC bool holds(int first) const thread { return first >= all_begin && first + KEYS <= all_end; }
 };
 
 METAL_FUNC Range range_of(Scoring scoring, int first_row, int last_row, int seqlen_k) {
@@ -159,6 +178,9 @@ METAL_FUNC Range range_of(Scoring scoring, int first_row, int last_row, int seql
 #if HAS_LEFT
   range.some_begin = max(0, first_row + scoring.offset - scoring.left);
   range.all_begin = max(0, last_row + scoring.offset - scoring.left);
+#endif
+#if MASK_KIND
+  range.some_begin -= range.some_begin % KEYS;  // where vectors of the mask begin
 #endif
   return range;
 }
@@ -198,7 +220,7 @@ kernel void attention_forward(
     SlabD::load_left(state.q[r], q_head + row * p[Q_ROW], scoring.sign, lane);
     UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
 #if HAS_SINKS
-    state.m[r] = in.sinks[head] * LOG2E;
+    state.m[r] = in.sinks[head] * UNIT;
     state.l[r] = lane.column == 0 ? 1.0f : 0.0f;
 #else
     state.m[r] = -INFINITY;
@@ -212,22 +234,31 @@ kernel void attention_forward(
   threadgroup Staging staging;
   Range group_range = range_of(scoring, group_first, min(group_first + ROWS * SIMDGROUPS, sequence.seqlen_q) - 1, sequence.seqlen_k);
   for (int first = group_range.some_begin; first < group_range.some_end; first += KEYS) {
+    Masking masking;
+#if MASK_KIND
+    masking.some = false;
+    if (range.meets(first) && state.first_row < sequence.seqlen_q)
+      masking = masking_of(!range.holds(first), scoring, state.first_row, first, keys.seqlen, lane);
+    if (!is_wanted(staging, masking.some, first / KEYS % 2, simdgroup, index)) continue;
+#endif
     StagedKeys staged = stage(staging, keys, first, ushort(simdgroup * 32 + index));
-    if (first + KEYS > range.some_begin && first < range.some_end && state.first_row < sequence.seqlen_q) {
-      if (first >= range.all_begin && first + KEYS <= range.all_end) {
-        attend<false>(state, staged, scoring, first, lane);
+    if (masking.some && range.meets(first) && state.first_row < sequence.seqlen_q) {
+      if (range.holds(first)) {
+        attend<false>(state, staged, scoring, masking, first, lane);
       } else {
-        attend<true>(state, staged, scoring, first, lane);
+        attend<true>(state, staged, scoring, masking, first, lane);
       }
     }
   }
 #else
   if (state.first_row >= sequence.seqlen_q) return;
   for (int first = range.some_begin; first < range.some_end; first += KEYS) {
-    if (first >= range.all_begin && first + KEYS <= range.all_end) {
-      attend<false>(state, keys, scoring, first, lane);
+    Masking masking = masking_of(!range.holds(first), scoring, state.first_row, first, keys.seqlen, lane);
+    if (!masking.some) continue;
+    if (range.holds(first)) {
+      attend<false>(state, keys, scoring, masking, first, lane);
     } else {
-      attend<true>(state, keys, scoring, first, lane);
+      attend<true>(state, keys, scoring, masking, first, lane);
     }
   }
 #endif
@@ -240,7 +271,7 @@ kernel void attention_forward(
       SlabV::store(out_head + row * p[O_ROW], state.o[r], sum > 0.0f ? 1.0f / sum : 0.0f, lane);
 #if WANT_LSE
       if (lane.column == 0)
-        lse[sequence.batch * p[LSE_BATCH] + sequence.first_q + head * p[LSE_HEAD] + row] = (state.m[r] + log2(sum)) / LOG2E;
+        lse[sequence.batch * p[LSE_BATCH] + sequence.first_q + head * p[LSE_HEAD] + row] = log_sum(state.m[r], sum);
 #endif
     }
   }

@@ -8,6 +8,9 @@
 
 #define UNROLL _Pragma("clang loop unroll(full)")
 
+constant constexpr int ROW_FRAGMENTS = ROWS / 8;
+constant constexpr int KEY_FRAGMENTS = KEYS / 8;
+
 typedef simdgroup_matrix<T, 8, 8> Operand;
 typedef simdgroup_matrix<float, 8, 8> Accumulator;
 

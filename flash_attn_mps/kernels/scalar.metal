@@ -26,7 +26,7 @@ kernel void attention_scalar(
   float o[HEAD_DIM_V];
   for (int d = 0; d < HEAD_DIM_V; ++d) o[d] = 0.0f;
 #if HAS_SINKS
-  float m = in.sinks[head] * LOG2E, l = 1.0f;
+  float m = in.sinks[head] * UNIT, l = 1.0f;
 #else
   float m = -INFINITY, l = 0.0f;
 #endif
@@ -35,10 +35,13 @@ kernel void attention_scalar(
     float s = 0.0f;
     for (int d = 0; d < HEAD_DIM; ++d) s = fma(float(query[d]), float(keys.k.at(key)[d]), s);
     s = score_of(s * scoring.sign, scoring, row, key);
+#if MASK_KIND
+    s = masked(s, *scoring.mask_at(row, key));
+#endif
     if (s == -INFINITY) continue;  // masked
     if (!SCORES_ARE_SCALED) s *= scoring.factor;
     float largest = max(m, s);
-    float shrink = exp2(m - largest), x = exp2(s - largest);
+    float shrink = exp2((m - largest) * (LOG2E / UNIT)), x = exp2((s - largest) * (LOG2E / UNIT));
     l = l * shrink + x;
     m = largest;
     for (int d = 0; d < HEAD_DIM_V; ++d) o[d] = fma(x, float(keys.v.at(key)[d]), o[d] * shrink);
@@ -46,6 +49,6 @@ kernel void attention_scalar(
   device T* to = out + sequence.batch * p[O_BATCH] + (sequence.first_q + row) * p[O_ROW] + head * p[O_HEAD];
   for (int d = 0; d < HEAD_DIM_V; ++d) to[d] = T(l == 0.0f ? 0.0f : o[d] / l);  // l may be NaN
 #if WANT_LSE
-  lse[sequence.batch * p[LSE_BATCH] + sequence.first_q + head * p[LSE_HEAD] + row] = (m + log2(l)) / LOG2E;
+  lse[sequence.batch * p[LSE_BATCH] + sequence.first_q + head * p[LSE_HEAD] + row] = log_sum(m, l);
 #endif
 }

@@ -5,6 +5,10 @@ constant constexpr float LOG2E = 1.44269504088896341f;
 // Soft-capping, ALiBi and additive masks need the scaled score; without them the scale is folded into the exponent.
 #define SCORES_ARE_SCALED (HAS_SOFTCAP || HAS_ALIBI || MASK_KIND == 2)
 
+// Scores are in base 2, but beside an additive mask: LOG2E times the least finite number, a common way to hide, is -inf.
+#define IN_BASE_E (MASK_KIND == 2)
+constant constexpr float UNIT = IN_BASE_E ? 1.0f : LOG2E;
+
 // The buffers that not every call has. The host declares those of a kernel (OPTIONAL_BUFFERS) and takes them in here.
 struct Inputs {
   constant long* p;
@@ -39,15 +43,17 @@ struct Scoring {
   float sign;    // what q is multiplied by: `factor` is positive
 #if HAS_SOFTCAP
   float inner;   // scale / softcap
-  float outer;   // softcap, in base 2
+  float outer;   // softcap, in the scores' base
 #endif
 #if HAS_ALIBI
-  float slope;   // in base 2
+  float slope;   // in the scores' base
 #endif
 #if MASK_KIND
   device const MASK_T* mask;  // of this sequence and head
   long mask_row;
   long mask_column;
+
+  METAL_FUNC device const MASK_T* mask_at(int row, int key) const thread { return mask + row * mask_row + key * mask_column; }
 #endif
 };
 
@@ -65,18 +71,19 @@ METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
   scoring.right = int(p[RIGHT]);
   scoring.sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
   scale = scale == 0.0f ? 1.0f : abs(scale);
-  scoring.factor = scale * LOG2E;
+  scoring.factor = scale * UNIT;
 #if HAS_SOFTCAP
   scoring.inner = scale / as_float(p[SOFTCAP]);
-  scoring.outer = as_float(p[SOFTCAP]) * LOG2E;
+  scoring.outer = as_float(p[SOFTCAP]) * UNIT;
 #endif
 #if HAS_ALIBI
-  scoring.slope = in.alibi_slopes[sequence.batch * p[ALIBI_BATCH] + head] * LOG2E;
+  scoring.slope = in.alibi_slopes[sequence.batch * p[ALIBI_BATCH] + head] * UNIT;
 #endif
 #if MASK_KIND
   scoring.mask = in.mask + sequence.batch * p[MASK_BATCH] + head * p[MASK_HEAD];
-  scoring.mask_row = p[MASK_ROW];
-  scoring.mask_column = p[MASK_COLUMN];
+  // What these strides are is compiled in where it matters: elements that are one are then read once.
+  scoring.mask_row = MASK_ROWS_ARE_ONE ? 0 : p[MASK_ROW];
+  scoring.mask_column = MASK_COLUMNS_ARE_ONE ? 0 : MASK_ALIGNED ? 1 : p[MASK_COLUMN];
 #endif
   return scoring;
 }
@@ -101,7 +108,7 @@ METAL_FUNC float tanh_of(float x) {
   return abs(x) < 0.25f ? small : large;
 }
 
-// The score of a query and a key that the sequence has: in base 2 if SCORES_ARE_SCALED, else `factor` is still to come.
+// The score of a query and a key, but for the mask; unless SCORES_ARE_SCALED, `factor` is still to come.
 METAL_FUNC float score_of(float product, Scoring scoring, int row, int key) {
   float s = product;
 #if HAS_SOFTCAP
@@ -112,13 +119,32 @@ METAL_FUNC float score_of(float product, Scoring scoring, int row, int key) {
 #if HAS_ALIBI
   s -= scoring.slope * float(abs(row + scoring.offset - key));
 #endif
-#if MASK_KIND == 1
-  s = scoring.mask[row * scoring.mask_row + key * scoring.mask_column] ? s : -INFINITY;
-#elif MASK_KIND == 2
-  float bias = float(scoring.mask[row * scoring.mask_row + key * scoring.mask_column]);
-  s = bias == -INFINITY ? bias : s + bias * LOG2E;  // hidden, even if s is NaN
-#endif
   return s;
+}
+
+// A score under its element of the mask. What is hidden is so even if the score is NaN.
+METAL_FUNC float masked(float s, MASK_T x) {
+#if MASK_KIND == 1
+  return x ? s : -INFINITY;
+#else
+  return float(x) == -INFINITY ? -INFINITY : s + float(x);
+#endif
+}
+
+// The exponential of a score less `base`, and the logarithm to base e of one more, times `sum`.
+METAL_FUNC float exp_of(float s, float base) {
+#if IN_BASE_E
+  return fast::exp2((s - base) * LOG2E);
+#else
+  return fast::exp2(s - base);
+#endif
+}
+METAL_FUNC float log_sum(float m, float sum) {
+#if IN_BASE_E
+  return m + log2(sum) / LOG2E;
+#else
+  return (m + log2(sum)) / LOG2E;
+#endif
 }
 
 // Which sequence a tile of `rows` queries belongs to, and which of its tiles it is. A packed batch has at most

@@ -22,7 +22,21 @@ struct StagedKeys {
 struct Staging {
   alignas(16) T k[KEYS * STAGED_K_ROW];
   alignas(16) T v[KEYS * STAGED_V_ROW];
+#if MASK_KIND
+  int wanted[2][SIMDGROUPS];  // of two blocks by turns, so that one barrier is enough
+#endif
 };
+
+#if MASK_KIND
+// Does any simdgroup see something of a block? Called by all, once for each block; afterwards the one before has been read.
+METAL_FUNC bool is_wanted(threadgroup Staging& staging, bool is_wanted_here, int turn, ushort simdgroup, ushort index) {
+  if (index == 0) staging.wanted[turn][simdgroup] = is_wanted_here;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  bool wanted = false;
+  for (int i = 0; i < SIMDGROUPS; ++i) wanted = wanted || staging.wanted[turn][i] != 0;
+  return wanted;
+}
+#endif
 
 inline constexpr int copy_width(int dim, int aligned) {
   return dim % 8 == 0 && aligned >= 8 ? 8 : dim % 4 == 0 && aligned >= 4 ? 4 : dim % 2 == 0 && aligned >= 2 ? 2 : 1;
@@ -42,7 +56,9 @@ METAL_FUNC void copy_rows(threadgroup T* to, Rows from, int first, int seqlen, u
 }
 
 METAL_FUNC StagedKeys stage(threadgroup Staging& staging, Keys keys, int first, ushort thread_index) {
+#if !MASK_KIND  // is_wanted has waited
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the block before has been read
+#endif
   copy_rows<HEAD_DIM, VECTOR, STAGED_K_ROW>(staging.k, keys.k, first, keys.seqlen, thread_index);
   copy_rows<HEAD_DIM_V, VECTOR_V, STAGED_V_ROW>(staging.v, keys.v, first, keys.seqlen, thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -9,13 +9,13 @@ import torch
 
 from ..problem import AttentionProblem, Result
 from . import compiler
-from .specialization import OPTIONAL_BUFFERS, Specialization, Variant
+from .specialization import OPTIONAL_BUFFERS, Mask, Specialization, Variant
 
 _TYPES = {
     torch.float16: "half",
     torch.bfloat16: "bfloat",
     torch.float32: "float",
-    torch.bool: "bool",
+    torch.bool: "uchar",
     torch.int32: "int",
     torch.int64: "long",
 }
@@ -102,10 +102,23 @@ def specialize(
         p.softcap > 0,
         p.want_lse,
         tuple(buffers),
-        _TYPES[p.mask.dtype] if p.mask is not None else "bool",
+        mask_layout(p.mask) if p.mask is not None else None,
         _TYPES[p.softmax_scale.dtype] if "softmax_scale" in buffers else "float",
         variant,
     )
+
+
+def mask_layout(mask: torch.Tensor) -> Mask:
+    """What the kernel is compiled for: three alignments, whatever the lengths."""
+    rows, columns = (0 if n == 1 else stride for n, stride in zip(mask.shape[2:], mask.stride()[2:], strict=True))
+    aligned = 0
+    if columns == 1:
+        together = mask.storage_offset() | 16 // mask.itemsize
+        for n, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True):
+            together |= stride if n > 1 else 0
+        aligned = (together & -together) * mask.itemsize
+        aligned = 16 if aligned == 16 else 4 if aligned >= 4 else 1
+    return Mask(_TYPES[mask.dtype], aligned, rows == 0, columns == 0)
 
 
 def outputs(p: AttentionProblem) -> Result:

@@ -11,7 +11,7 @@ _KERNELS = Path(__file__).parent.parent / "kernels"
 
 # The sources of each entry, in the order in which they build on each other.
 _SOURCES = {
-    "attention_forward": ("params", "fragment", "scoring", "keys", "staging", "forward"),
+    "attention_forward": ("params", "fragment", "scoring", "masking", "keys", "staging", "forward"),
     "attention_scalar": ("params", "scoring", "keys", "scalar"),
 }
 
@@ -45,6 +45,15 @@ class Variant(NamedTuple):
         return f"{self.rows}x{self.simdgroups}x{self.keys}-{'staged' if self.staged else 'direct'}"
 
 
+class Mask(NamedTuple):
+    """How the elements of a mask lie in memory."""
+
+    type: str  # Metal's name: uchar, where 0 hides; others are added
+    aligned: int  # bytes to which rows are aligned: 16, 4 or 1; 0 where the columns are not neighbours
+    rows_are_one: bool  # have all queries the same row?
+    columns_are_one: bool
+
+
 class Specialization(NamedTuple):
     """Everything that the compiled code depends on."""
 
@@ -59,7 +68,7 @@ class Specialization(NamedTuple):
     softcap: bool
     want_lse: bool
     buffers: tuple[str, ...]  # the optional buffers that are given
-    mask_type: str  # Metal's name; bool masks hide, others are added
+    mask: Mask | None
     scale_type: str
     variant: Variant
 
@@ -68,6 +77,7 @@ class Specialization(NamedTuple):
         given = set(self.buffers)
         element_bytes = 4 if self.dtype == "float" else 2
         rows, simdgroups, keys, staged = self.variant
+        mask = self.mask or Mask("uchar", 0, False, False)
         defines = {
             "T": self.dtype,
             "ELEMENT_BYTES": element_bytes,
@@ -86,8 +96,12 @@ class Specialization(NamedTuple):
             "HAS_SINKS": int("sinks" in given),
             "HAS_KV_BATCH_IDX": int("kv_batch_idx" in given),
             "HAS_LEFTPAD_K": int("leftpad_k" in given),
-            "MASK_KIND": 0 if "mask" not in given else 1 if self.mask_type == "bool" else 2,
-            "MASK_T": self.mask_type,
+            "MASK_KIND": 0 if self.mask is None else 1 if mask.type == "uchar" else 2,
+            "MASK_T": mask.type,
+            "MASK_T_BYTES": {"uchar": 1, "float": 4}.get(mask.type, 2),
+            "MASK_ALIGNED": mask.aligned,
+            "MASK_ROWS_ARE_ONE": int(mask.rows_are_one),
+            "MASK_COLUMNS_ARE_ONE": int(mask.columns_are_one),
             "SCALE_IS_TENSOR": int("softmax_scale" in given),
             "SCALE_T": self.scale_type,
             "PACKED_Q": int("cu_seqlens_q" in given),

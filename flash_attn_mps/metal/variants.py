@@ -41,7 +41,8 @@ def threadgroup_bytes(variant: Variant, element_bytes: int, head_dim: int, head_
         return 0
     padding = 16 // element_bytes
     rows = sum(-(-dim // 8) * 8 + padding for dim in (head_dim, head_dim_v))
-    return variant.keys * rows * element_bytes
+    votes = 2 * 4 * variant.simdgroups  # under a mask: staging.metal, `wanted`
+    return variant.keys * rows * element_bytes + votes
 
 
 @functools.lru_cache(maxsize=512)

@@ -103,7 +103,7 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
         window_left=left,
         window_right=right,
         softcap=feature.softcap,
-        want_lse=feature.want_lse and case.tier != "cpu",  # which has none to give
+        want_lse=feature.want_lse,
     )
     return Built(
         p,

@@ -14,7 +14,8 @@ metadata, but then insists on CUDA (or MLU, MUSA):
 What its path to FlashAttention 2 gets wrong, or leaves out because upstream's kernel has it not:
 
 * In float32 it asks for a `torch.nn.Linear` in the attention, and GPT-2 has none: StopIteration.
-* Attention sinks (GPT-OSS) are dropped without a word, since upstream's functions take none; ours do.
+* Attention sinks (`s_aux`: GPT-OSS) are dropped without a word, since upstream's functions take none, which gives other
+  numbers. Ours take them; where a function does not, they are refused, in `_process_flash_attention_kwargs`.
 * 4.54 takes the positions of one row for those of the batch.
 
 Under `MTLFLASHATTN_TRANSFORMERS=off` `flash_attn` can be imported and has no metadata. transformers would trip over
@@ -31,6 +32,7 @@ from flash_attn_shim.autoload import PRESENTED
 
 _PROBE = "is_flash_attn_2_available"
 _TABLE = "FLASH_ATTENTION_COMPATIBILITY_MATRIX"
+_PROCESS = "_process_flash_attention_kwargs"
 
 # What transformers has cached about flash_attn if it was asked before the shim was there.
 _CACHES = (
@@ -134,7 +136,7 @@ def adjust_attention(modeling_flash_attention_utils, undo):
     table = utils.get(_TABLE)
     if table is not None and not isinstance(table.get(2, {}).get("supported_devices"), tuple):
         raise Misfit(f"{_TABLE}[2] has no tuple of supported_devices")
-    process, positions = utils.get("_process_flash_attention_kwargs"), utils.get("_prepare_from_posids")
+    process, positions = utils.get(_PROCESS), utils.get("_prepare_from_posids")
     takes_sinks = callable(process) and "s_aux" in inspect.signature(process).parameters
     # 4.54 packs every call that has position_ids, of which its models pass one row for all sequences.
     packs_always = callable(positions) and "_is_packed_sequence" not in utils
@@ -142,6 +144,7 @@ def adjust_attention(modeling_flash_attention_utils, undo):
         raise Misfit(f"no {_TABLE} before 5.x; the device check is in transformers.modeling_utils")
     if takes_sinks:
         undo.set(modeling_flash_attention_utils, "_lazy_imports", _with_sinks(utils["_lazy_imports"]))
+        undo.set(modeling_flash_attention_utils, _PROCESS, _without_dropping_sinks(process))
     if packs_always:
         undo.set(modeling_flash_attention_utils, "_prepare_from_posids", _with_all_positions(positions))
     if table is not None:
@@ -206,6 +209,20 @@ class _WithLinear:
         yield torch.nn.Linear(1, 1, device="meta", dtype=torch.float32)
 
 
+def _without_dropping_sinks(original):
+    @functools.wraps(original)
+    def process(*args, **kwargs):
+        passed_on = original(*args, **kwargs)
+        if kwargs.get("s_aux") is not None and not passed_on.keys() & {"s_aux", "learnable_sink"}:
+            raise NotImplementedError(
+                "s_aux: the attention sinks of this model are no argument of FlashAttention 2, and transformers would "
+                "leave them out; attn_implementation='mps_fa' (flash_attn_mps.integrations.transformers) computes them"
+            )
+        return passed_on
+
+    return process
+
+
 def adjust_cpu_check(modeling_utils, undo):
     if refusal():
         return _refuse(modeling_utils, undo)
@@ -252,8 +269,12 @@ def _refuse(modeling_utils, undo):
 
 MODULES = {
     "transformers.utils.import_utils": adjust_probe,
+<<<<<<< HEAD
     "transformers.integrations.flash_attention": adjust_float32,
     "transformers.modeling_flash_attention_utils": adjust_attention,
+=======
+    "transformers.modeling_flash_attention_utils": adjust_attention,
+>>>>>>> main
     "transformers.modeling_utils": adjust_cpu_check,
 }
 

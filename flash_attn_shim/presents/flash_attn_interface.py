@@ -13,6 +13,7 @@ from flash_attn_mps.interface3 import (
     get_scheduler_metadata,
 )
 from flash_attn_mps.lowlevel3 import _flash_attn_backward, _flash_attn_forward  # noqa: F401
+from flash_attn_shim.own import own as _own
 
 __all__ = [
     "flash_attn_combine",
@@ -23,10 +24,17 @@ __all__ = [
     "get_scheduler_metadata",
 ]
 
+_own(globals())
+
 
 def maybe_contiguous(x):
     """`x`, copied if its last dimension is not contiguous; None stays None."""
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+
+
+def round_multiple(x, m):
+    """The least multiple of `m` that is not below `x`."""
+    return (x + m - 1) // m * m
 
 
 class FlashAttnFunc:

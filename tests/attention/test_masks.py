@@ -69,7 +69,7 @@ def test_masks_refused_by_name(mask):
 
 
 def test_a_float16_mask_is_no_mask_for_float32():
-    with pytest.raises(ValueError, match=r"attn_mask: .*torch.bool, torch.float32 that broadcasts"):
+    with pytest.raises(ValueError, match=r"attn_mask: .*torch.bool or torch.float32 that broadcasts"):
         with_mask(problem(torch.float32), torch.zeros(SHAPE, dtype=torch.float16))
 
 

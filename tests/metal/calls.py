@@ -35,8 +35,9 @@ class Spec:
     softcap: float = 0.0
     alibi: str | None = None  # "H", "BH"
     sinks: bool = False
-    mask: str | None = None  # "bool", "same" (the dtype of q), "float32"
+    mask: str | torch.Tensor | None = None  # "bool", "same" (the dtype of q), "float32"; or the mask itself
     broadcast: str = ""  # the axes of the mask, of "bhqk", that have stride 0
+    mask_layout: str = "columns"  # or "rows", of 16 elements times some, or "offset", rows of any length at any place
     scale: float | torch.Tensor | None = None
     lse: bool = True
     layout: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous")
@@ -222,8 +223,8 @@ def _seen(spec: Spec, seqlen_q: int, seqlen_k: int, mask: torch.Tensor | None) -
 
 def _mask(spec: Spec, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> torch.Tensor | None:
     """(batch, heads, seqlen_q, seqlen_k), with rows and columns that see or show nothing."""
-    if spec.mask is None:
-        return None
+    if spec.mask is None or isinstance(spec.mask, torch.Tensor):
+        return spec.mask if spec.mask is None else spec.mask.expand(batch, heads, seqlen_q, seqlen_k)
     full = dict(zip("bhqk", (batch, heads, seqlen_q, seqlen_k), strict=True))
     shape = [1 if axis in spec.broadcast else n for axis, n in full.items()]
     shown = torch.rand(shape) > 0.3
@@ -236,4 +237,14 @@ def _mask(spec: Spec, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> t
     else:
         dtype = spec.dtype if spec.mask == "same" else torch.float32
         mask = torch.randn(shape).to(dtype).masked_fill_(~shown, -math.inf)
-    return mask.transpose(-1, -2).contiguous().transpose(-1, -2).expand(*full.values())
+    return arranged(mask, spec.mask_layout).expand(*full.values())
+
+
+def arranged(mask: torch.Tensor, layout: str) -> torch.Tensor:
+    """`mask` (b, h, q, k) in the memory that `layout` names."""
+    if layout == "columns":
+        return mask.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "rows":
+        wide = torch.ones(*mask.shape[:3], -(-mask.shape[3] // 16) * 16, dtype=mask.dtype)
+        return wide[..., : mask.shape[3]].copy_(mask)
+    return torch.ones(mask.numel() + 1, dtype=mask.dtype)[1:].view(mask.shape).copy_(mask)

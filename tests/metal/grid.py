@@ -1,7 +1,8 @@
 """The grid of calls that the kernels are tested on.
 
 A case is what a kernel is compiled for; its shapes differ in what is an argument: lengths, heads, strides, the width of
-the window, scale, the mask's broadcast. Both are chosen pairwise, and every case takes the next few shapes by turns.
+the window, scale, the mask's broadcast over batch and heads. Both are chosen pairwise, and every case takes the next
+few shapes by turns.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ LONG = [[(257, 257)], [(100, 257)], [(257, 64)]]
 
 LAYOUTS = ("contiguous", "transposed", "packed", "expanded", "strided_last")
 WINDOWS = {"none": (0, 0), "causal": (0, 1), "right": (0, 1), "left": (1, 0), "both": (1, 1)}  # which sides are closed
-BROADCASTS = ("", "b", "h", "q", "k", "bh", "bq", "bk", "hq", "hk", "qk", "bhq", "bhk", "bqk", "hqk", "bhqk")
+BROADCASTS = ("", "b", "h", "bh")
 
 CASES = {
     "dims": DIMS,
@@ -59,6 +60,8 @@ CASES = {
     "storage": STORAGES,
     "window": tuple(WINDOWS),
     "mask": (None, "bool", "same", "float32"),
+    "mask_layout": ("rows", "offset", "columns"),
+    "one": ("", "q", "k", "qk"),  # axes of queries or keys along which the mask is broadcast too
     "softcap": (0.0, 3.0),
     "alibi": (None, "H", "BH"),
     "sinks": (False, True),
@@ -123,6 +126,8 @@ def specs(case: dict, number: int, shapes: int) -> Iterator[Spec]:
             lengths = SAME_QUERIES[turn % len(SAME_QUERIES)]
         else:
             lengths = RAGGED[turn % len(RAGGED)]
+        if case["dims"] == (1, 1):  # the rule compares the largest of errors: among a few values that is luck
+            lengths = lengths * 8
         left, right = WINDOWS[case["window"]]
         scale = shape["scale"]
         if case["scale"] != "number":
@@ -138,7 +143,8 @@ def specs(case: dict, number: int, shapes: int) -> Iterator[Spec]:
             case["alibi"],
             case["sinks"],
             case["mask"],
-            shape["broadcast"],
+            shape["broadcast"] + case["one"],
+            case["mask_layout"],
             scale,
             case["lse"],
             (shape["q"], shape["k"], shape["v"]) if case["aligned"] else ("offset",) * 3,

@@ -220,7 +220,7 @@ def test_kernels_that_are_kept_are_limited(compilations):
         False,
         False,
         (),
-        "bool",
+        None,
         "float",
         Variant(8, 2, 8, False),
     )

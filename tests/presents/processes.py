@@ -41,12 +41,11 @@ class Pool:
         """`[function(rank, group, *args) for each rank]` of `world_size`; arguments and results are pickled."""
         for tasks in self._tasks[:world_size]:
             tasks.put((world_size, function, args))
-        results = {}
-        for _ in range(world_size):
-            rank, result, error = self._results.get(timeout=2 * TIMEOUT.total_seconds())
+        # All of them, so that an error in one leaves nothing behind for the next run.
+        results = [self._results.get(timeout=2 * TIMEOUT.total_seconds()) for _ in range(world_size)]
+        for rank, _, error in results:
             assert error is None, f"rank {rank}:\n{error}"
-            results[rank] = result
-        return [results[rank] for rank in range(world_size)]
+        return [result for _, result, _ in sorted(results, key=lambda rank_and_result: rank_and_result[0])]
 
 
 def _work(rank, size, folder, tasks, results):

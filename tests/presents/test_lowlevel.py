@@ -9,6 +9,8 @@ import flash_attn_interface as fa3
 from flash_attn import flash_attn_func, flash_attn_varlen_func
 from flash_attn import flash_attn_interface as interface
 
+from ..attention import oracle
+
 SIZES = [(2, 33, 33, 4, 2), (1, 7, 40, 2, 2)]
 
 
@@ -128,8 +130,17 @@ def test_malformed(name, value, message):
         interface._flash_attn_backward(**{**call, name: value})
 
 
-def test_plain_functions_with_upstreams_parameters():
+@pytest.mark.parametrize(
+    "function", [*(f for n, f in vars(interface).items() if n.startswith("_flash_attn")), fa3._flash_attn_forward]
+)
+def test_plain_functions_with_upstreams_parameters(function):
     """ring-flash-attention reads the argument names of plain functions, and passes what it finds."""
+    assert inspect.isfunction(function)
+    assert inspect.getfullargspec(function).args == list(inspect.signature(function).parameters)
+    assert inspect.getfullargspec(function).varargs is None
+
+
+def test_window_is_two_arguments():
     names = inspect.getfullargspec(interface._flash_attn_forward).args
     assert names[3:] == [
         "dropout_p",
@@ -144,13 +155,106 @@ def test_plain_functions_with_upstreams_parameters():
     assert interface._wrapped_flash_attn_varlen_backward is interface._flash_attn_varlen_backward
 
 
-def test_autograd_classes_by_name():
-    q, k, v = tensors(*SIZES[0])
-    arguments = (q, k, v, 0.0, None, True, (-1, -1), 0.0, None, False, False)
-    out = interface.FlashAttnFunc.apply(*arguments, True)
-    torch.testing.assert_close(out, flash_attn_func(q, k, v, causal=True))
-    assert out.requires_grad
-    assert not interface.FlashAttnFunc.apply(*arguments, False).requires_grad
+LENGTHS = torch.tensor([0, 4, 11], dtype=torch.int32)
+OPTIONS_2 = (0.0, 0.4, True, (5, -1), 2.0, None, False, True)
+HOW = {"softmax_scale": 0.4, "causal": True, "window_size": (5, -1), "softcap": 2.0}
+# Upstream's order of arguments after the tensors, which is that of its forward functions.
+CLASSES = {
+    "FlashAttnFunc": ("q, k, v", OPTIONS_2),
+    "FlashAttnKVPackedFunc": ("q, kv", OPTIONS_2),
+    "FlashAttnQKVPackedFunc": ("qkv", OPTIONS_2),
+    "FlashAttnVarlenFunc": ("q, k, v", (LENGTHS, LENGTHS, 7, 7, *OPTIONS_2, None)),
+    "FlashAttnVarlenKVPackedFunc": ("q, kv", (LENGTHS, LENGTHS, 7, 7, *OPTIONS_2)),
+    "FlashAttnVarlenQKVPackedFunc": ("qkv", (LENGTHS, 7, *OPTIONS_2)),
+}
+CLASSES_3 = {
+    "FlashAttnFunc": ("q, k, v", (0.4, True, None, None, None, None, (5, -1), 0, 2.0, 1, None, False, 0, True)),
+    "FlashAttnQKVPackedFunc": ("qkv", (0.4, True, None, None, None, (5, -1), 0, 2.0, False, None, 0, True)),
+    "FlashAttnVarlenFunc": (
+        "q, k, v",
+        (
+            LENGTHS,
+            LENGTHS,
+            None,
+            None,
+            7,
+            7,
+            0.4,
+            True,
+            None,
+            None,
+            None,
+            None,
+            (5, -1),
+            0,
+            2.0,
+            1,
+            None,
+            False,
+            0,
+            True,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "form", "arguments"),
+    [(interface, name, *case) for name, case in CLASSES.items()]
+    + [(fa3, name, *case) for name, case in CLASSES_3.items()],
+)
+def test_autograd_classes_by_name(module, name, form, arguments):
+    """What `apply` returns and its gradients, with upstream's arguments in order, against the fp64 reference."""
+    torch.manual_seed(0)
+    shape = (11, 4, 8) if "Varlen" in name else (2, 11, 4, 8)
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    packed = {"kv": lambda: torch.stack((k, v), -3), "qkv": lambda: torch.stack((q, k, v), -3)}
+    tensors = [packed[n]() if n in packed else {"q": q, "k": k, "v": v}[n] for n in form.split(", ")]
+    enabled = [[]] if module is fa3 else [[True], [False]]
+    exact_leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    if "Varlen" in name:
+        exact, exact_lse, _ = oracle.varlen(*exact_leaves, LENGTHS, LENGTHS, **HOW)
+    else:
+        exact, exact_lse, _ = oracle.dense(*exact_leaves, **HOW)
+    dout = torch.randn(shape)
+    exact_grads = torch.autograd.grad(exact, exact_leaves, dout.double())
+    for flag in enabled:
+        out, lse, *_ = getattr(module, name).apply(*tensors, *arguments, *flag)
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+        assert out.requires_grad == (flag != [False])
+        if out.requires_grad:
+            for got, want in zip(torch.autograd.grad(out, (q, k, v), dout), exact_grads, strict=True):
+                torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [interface, fa3])
+def test_small_helpers(module):
+    x = torch.arange(6.0).reshape(2, 3)
+    assert module.maybe_contiguous(None) is None
+    assert module.maybe_contiguous(x) is x
+    assert module.maybe_contiguous(x[:, ::3]).stride(-1) == 1
+    assert torch.equal(module.maybe_contiguous(x[:, ::2]), x[:, [0, 2]])
+    assert [module.round_multiple(n, 32) for n in (0, 1, 32, 33)] == [0, 32, 32, 64]
+
+
+@pytest.mark.parametrize("is_dropout", [False, True])
+def test_block_size_takes_s_dmask_apart(is_dropout):
+    """Upstream's tests restore the probabilities of S_dmask tile by tile; they are there whatever the tile."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 300, 2, 16) for _ in range(3))
+    out, lse, probs = flash_attn_func(q, k, v, 0.3, return_attn_probs=True)
+    block = interface._get_block_size_n(q.device, 16, is_dropout, False)
+    assert block % 32 == 0
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).double() / 4
+    tiles = zip(
+        probs.split(block, -1), scores.split(block, -1), v.transpose(1, 2).double().split(block, 2), strict=True
+    )
+    restored = torch.zeros(1, 2, 300, 16, dtype=torch.float64)
+    for signed, score, value in tiles:
+        torch.testing.assert_close(signed.abs().double(), torch.exp(score - lse[..., None]), rtol=1e-4, atol=1e-6)
+        restored += signed.double().clamp(min=0.0) / 0.7 @ value
+    torch.testing.assert_close(out.double(), restored.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -182,17 +286,18 @@ def test_flash_attention_3_appends_to_a_cache():
     seqlens = torch.tensor([4, 9], dtype=torch.int32)
     again = caches.clone()
     expected = fa3.flash_attn_with_kvcache(q, *again, k_new, v_new, cache_seqlens=seqlens, causal=True)
-    out, *_ = fa3._flash_attn_forward(q, *caches, k_new, v_new, seqused_k=seqlens, causal=True)
+    out, lse, *_ = fa3._flash_attn_forward(q, *caches, k_new, v_new, seqused_k=seqlens, causal=True)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(caches, again)
-
-
-def test_flash_attention_3_class_takes_upstreams_order():
-    torch.manual_seed(0)
-    q = torch.randn(30, 2, 8)
-    cu = torch.tensor([0, 12, 30], dtype=torch.int32)
-    out = fa3.FlashAttnVarlenFunc.apply(q, q, q, cu, cu, None, None, 18, 18, None, True)
-    torch.testing.assert_close(out, fa3.flash_attn_varlen_func(q, q, q, cu, cu, 18, 18, causal=True))
+    whole = {"cache_seqlens": seqlens + 3, "causal": True, "return_softmax_lse": True}
+    out, again_lse, *accumulators = fa3.flash_attn_with_kvcache(q, *caches, **whole)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(again_lse, lse)
+    assert [t.numel() for t in accumulators] == [0, 0], "as many values as upstream's"
+    plan = fa3.get_scheduler_metadata(2, 3, 16, 2, 2, 8, seqlens + 3, qkv_dtype=torch.float32, causal=True)
+    assert (plan.dtype, plan.device) == (torch.int32, seqlens.device)
+    out, *_ = fa3.flash_attn_with_kvcache(q, *caches, scheduler_metadata=plan, num_splits=4, **whole)
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("name", ["sequed_q", "sequed_k", "cu_seqlens_k"])

@@ -75,13 +75,18 @@ def test_functions_are_those_of_flash_attn_mps(with_torch):
     assert len(flash_attn.__all__) == 7 and set(flash_attn.__all__) <= set(dir(flash_attn))
     for name in flash_attn.__all__:
         function = getattr(flash_attn, name)
-        assert function is getattr(two, name) is getattr(flash_attn.flash_attn_interface, name)
-        assert pickle.loads(pickle.dumps(function)) is function
+        assert function is getattr(flash_attn.flash_attn_interface, name)
+        assert function.__code__ is getattr(two, name).__code__
+        assert function.__module__ == "flash_attn.flash_attn_interface"
+        assert getattr(two, name).__module__ == two.__name__
+        assert b"_mps" not in pickle.dumps(function) and pickle.loads(pickle.dumps(function)) is function
         kinds = {p.kind for p in inspect.signature(function).parameters.values()}
         assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
     for name in flash_attn_interface.__all__:
-        assert getattr(flash_attn_interface, name) is getattr(three, name)
-        assert pickle.loads(pickle.dumps(getattr(three, name))) is getattr(three, name)
+        function = getattr(flash_attn_interface, name)
+        assert function.__code__ is getattr(three, name).__code__
+        assert function.__module__ == "flash_attn_interface"
+        assert b"_mps" not in pickle.dumps(function) and pickle.loads(pickle.dumps(function)) is function
     namespace = {}
     exec("from flash_attn import *", namespace)
     assert set(flash_attn.__all__) <= set(namespace)

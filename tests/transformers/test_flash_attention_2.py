@@ -1,6 +1,7 @@
 """`attn_implementation="flash_attention_2"`: when it is there, and how a model gets to it."""
 
 import pytest
+import transformers
 
 ON = {"MTLFLASHATTN_SHIM": "on"}
 
@@ -241,3 +242,55 @@ from transformers.utils import is_flash_attn_2_available
 print(is_flash_attn_2_available(), make().config._attn_implementation)
 """
     assert run(program, **ON) == "False sdpa"
+
+
+def test_sinks_are_served_and_not_left_out(run):
+    """Upstream's FlashAttention 2 has no argument for them, and 4.57 would leave them out; 5.x asks for another kernel."""
+    program = """
+    import flash_attn_shim
+    flash_attn_shim.install()
+    import copy, torch
+    from transformers import GptOssConfig, GptOssForCausalLM
+    config = GptOssConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16,
+                          num_key_value_heads=1, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    logits = []
+    try:
+        for attention in ("eager", "flash_attention_2"):
+            torch.manual_seed(0)
+            model = GptOssForCausalLM._from_config(copy.deepcopy(config), attn_implementation=attention)
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.5)
+            logits.append(model(torch.arange(6).reshape(1, 6)).logits)
+    except ImportError as error:
+        assert "kernels" in str(error)
+        print("refused by transformers")
+    else:
+        difference = (logits[0] - logits[1]).abs().max() / logits[0].abs().max()
+        print("served" if 0 < difference < 1e-5 else difference)
+    """
+    expected = "served" if int(transformers.__version__.partition(".")[0]) < 5 else "refused by transformers"
+    assert run(program, **ON) == expected
+
+
+def test_sinks_that_reach_the_function_pass(run):
+    program = """
+    import flash_attn_shim
+    flash_attn_shim.install()
+    import inspect, torch
+    from transformers import modeling_flash_attention_utils as utils
+    process = utils._process_flash_attention_kwargs
+    assert "s_aux" in inspect.signature(process).parameters
+    def taking(*names):
+        def flash_attn_varlen_func(): pass
+        parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+        flash_attn_varlen_func.__signature__ = inspect.Signature(parameters)
+        return utils._lazy_define_process_function(flash_attn_varlen_func)
+    call = dict(query_length=4, key_length=4, is_causal=True)
+    assert "s_aux" in taking("s_aux")(**call, s_aux=torch.zeros(2))
+    assert "s_aux" not in taking("causal")(**call, s_aux=None)
+    try:
+        taking("causal")(**call, s_aux=torch.zeros(2))
+    except NotImplementedError:
+        print("refused")
+    """
+    assert run(program, **ON) == "refused"

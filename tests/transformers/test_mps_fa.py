@@ -22,10 +22,13 @@ def heads(queries=5, keys=7):
     return [torch.randn(2, 4, length, 8, generator=generator) for length in (queries, keys, keys)]
 
 
-def reference(q, k, v, seen):
+def reference(q, k, v, seen, sinks=None):
     """softmax(q k / sqrt(d)) v in float64, as `attention` returns it; seen: (batch, heads, queries, keys) or less."""
     q, k, v = (x.double() for x in (q, k, v))
     scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+    if sinks is not None:  # one more key, whose value is zero
+        scores = torch.cat((scores, sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)), -1)
+        v = torch.cat((v, torch.zeros_like(v[..., :1, :])), -2)
     return (torch.nan_to_num(scores.softmax(-1)) @ v).transpose(1, 2)
 
 
@@ -83,7 +86,32 @@ def test_lengths_given_by_the_collator():
     torch.testing.assert_close(out.double(), reference(q, k, v, seen), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["s_aux", "head_mask", "position_bias"])
+@pytest.mark.parametrize("form", ["dense", "padded", "packed"])
+def test_sinks_and_their_gradient(form):
+    q, k, v = heads(7, 7)
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    seen, mask, given = causal(7, 7), None, {}
+    if form == "padded":
+        mask = padding()
+        seen = seen & mask[:, None, None] & mask[:, None, :, None]
+    elif form == "packed":
+        q, k, v = (x[:1] for x in (q, k, v))
+        lengths, numbers = torch.tensor([0, 3, 5, 7], dtype=torch.int32), torch.tensor([0, 0, 0, 1, 1, 2, 2])
+        given = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 3, "max_length_k": 3}
+        seen = seen & (numbers[:, None] == numbers)
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v, sinks)]
+    exact_leaves = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    out, _ = attention(Layer(), q, k, v, mask, s_aux=sinks, **given)
+    *exact_qkv, exact_sinks = exact_leaves
+    exact = reference(*exact_qkv, seen, exact_sinks)
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad(out, leaves, dout)
+    for got, want in zip(grads, torch.autograd.grad(exact, exact_leaves, dout.double()), strict=True):
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["head_mask", "position_bias"])
 def test_what_it_cannot_honour_is_named(name):
     with pytest.raises(NotImplementedError, match=name):
         attention(Layer(), *heads(), None, **{name: torch.zeros(4)})
@@ -97,16 +125,34 @@ def test_a_mask_that_says_more_is_refused(mask):
         attention(Layer(), *heads(), mask)
 
 
-SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 16}
 
 
-def pair():
-    config = transformers.LlamaConfig(**SIZES, initializer_range=0.3)
+def pair(model=transformers.LlamaForCausalLM, **options):
+    config = model.config_class(**{**SIZES, "num_hidden_layers": 1, "initializer_range": 0.3, **options})
     models = []
     for implementation in ("eager", "mps_fa"):
         torch.manual_seed(0)
-        models.append(transformers.LlamaForCausalLM._from_config(config, attn_implementation=implementation))
+        models.append(model._from_config(config, attn_implementation=implementation))
     return models
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_gpt_oss_trains_as_with_eager(padded):
+    """Attention sinks in layers with and without a window, and what training does to them."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
+    options = {"num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, **layers}
+    ids = torch.arange(12).reshape(2, 6)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :2] = 0
+    gradients = []
+    for model in pair(transformers.GptOssForCausalLM, **options):
+        labels = ids.masked_fill(mask == 0, -100)
+        model.train()(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(gradients[0][f"model.layers.{n}.self_attn.sinks"].abs().min() > 1e-7 for n in range(2))
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
 
 
 def test_packed_batches_train_as_with_eager():

@@ -25,6 +25,7 @@ from flash_attn_mps.lowlevel import (
     _flash_attn_varlen_backward,
     _flash_attn_varlen_forward,
 )
+from flash_attn_shim.own import own as _own
 
 __all__ = [
     "flash_attn_func",
@@ -36,11 +37,16 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
+_own(globals())
+
 # diffusers calls these.
 _wrapped_flash_attn_forward = _flash_attn_forward
 _wrapped_flash_attn_backward = _flash_attn_backward
 _wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward
 _wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
+
+
+USE_TRITON_ROCM = False  # upstream's switch for AMD GPUs
 
 
 class flash_attn_gpu:
@@ -55,6 +61,14 @@ def maybe_contiguous(x):
 def round_multiple(x, m):
     """The least multiple of `m` that is not below `x`."""
     return (x + m - 1) // m * m
+
+
+def _get_block_size_n(device, head_dim, is_dropout, is_causal):
+    """How many keys a kernel takes at once: upstream's tests, and who borrowed from them, walk through S_dmask by it.
+
+    Here S_dmask has no tiles, and any number that is right for them is right.
+    """
+    return 128 if head_dim <= 64 and not is_dropout else 64
 
 
 def _applied(name, function):

@@ -312,12 +312,19 @@ class RotaryEmbedding(nn.Module):
         """
         if max_seqlen is None and not isinstance(seqlen_offset, Tensor):
             max_seqlen = qkv.shape[1] + seqlen_offset
-        if max_seqlen is not None:
-            self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
-        elif self._cos_cached is None:
+        if max_seqlen is None and self._cos_cached is None:
             raise ValueError("max_seqlen must be given with a tensor seqlen_offset, to size the tables; got None")
-        cos, sin = self._cos_cached, self._sin_cached
-        cos_k, sin_k = self._cos_k_cached, self._sin_k_cached
+        cos_k = sin_k = None
+        if max_seqlen is not None and torch.compiler.is_compiling():
+            # Part of the graph: one that took them from here would hold only until they grow.
+            cos, sin, *scaled = (table.to(qkv.dtype) for table in self._compute_tables(max_seqlen, qkv.device))
+            if scaled:
+                cos_k, sin_k = scaled
+        else:
+            if max_seqlen is not None:
+                self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
+            cos, sin = self._cos_cached, self._sin_cached
+            cos_k, sin_k = self._cos_k_cached, self._sin_k_cached
         if kv is None:
             return apply_rotary_emb_qkv_(
                 qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q=num_heads_q

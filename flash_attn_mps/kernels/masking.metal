@@ -1,0 +1,143 @@
+// What a mask says of a block of scores, read before anything else of the block: where nothing is seen nothing is done, and
+// where all is seen, or zero is added, the scores are left alone.
+//
+// A lane has two columns in each of KEY_FRAGMENTS fragments. The product p v sums over keys in any order as long as p and v
+// agree on it, so under a mask fragment n takes every KEY_FRAGMENTS-th key: a lane's elements of the mask are neighbours in
+// memory, 2 KEY_FRAGMENTS of them in each of its rows.
+
+// The key that column `column + e` of fragment n stands for.
+METAL_FUNC int key_of(int first, int n, int column, int e) {
+#if MASK_KIND
+  return first + KEY_FRAGMENTS * (column + e) + n;
+#else
+  return first + 8 * n + column + e;
+#endif
+}
+
+#if MASK_KIND
+constant constexpr int MASK_BYTES = int(sizeof(MASK_T));
+constant constexpr int MASK_ELEMENTS = 2 * KEY_FRAGMENTS;  // of a lane in a row
+constant constexpr int MASK_WORDS = (MASK_ELEMENTS * MASK_BYTES + 3) / 4;
+constant constexpr bool MASK_IN_VECTORS = MASK_ALIGNED >= 4 && MASK_ELEMENTS * MASK_BYTES >= 4;
+
+#if MASK_KIND == 1
+METAL_FUNC uint bits_of(MASK_T x) { return x ? 1 : 0; }
+METAL_FUNC MASK_T from_bits(uint bits) { return MASK_T(bits & 255); }
+#elif MASK_T_BYTES == 2
+METAL_FUNC uint bits_of(MASK_T x) { return as_type<ushort>(x); }
+METAL_FUNC MASK_T from_bits(uint bits) { return as_type<MASK_T>(ushort(bits & 65535)); }
+#else
+METAL_FUNC uint bits_of(MASK_T x) { return as_type<uint>(x); }
+METAL_FUNC MASK_T from_bits(uint bits) { return as_type<MASK_T>(bits); }
+#endif
+
+// N neighbouring words, in as few accesses as their alignment allows.
+template <int N>
+struct Words {
+  METAL_FUNC static void load(thread uint* to, device const uint* from) {
+    Words<N / 2>::load(to, from);
+    Words<N / 2>::load(to + N / 2, from + N / 2);
+  }
+};
+template <>
+struct Words<1> {
+  METAL_FUNC static void load(thread uint* to, device const uint* from) { to[0] = from[0]; }
+};
+#if MASK_ALIGNED >= 16
+template <>
+struct Words<2> {
+  METAL_FUNC static void load(thread uint* to, device const uint* from) {
+    uint2 x = *(device const uint2*)from;
+    to[0] = x.x, to[1] = x.y;
+  }
+};
+template <>
+struct Words<4> {
+  METAL_FUNC static void load(thread uint* to, device const uint* from) {
+    uint4 x = *(device const uint4*)from;
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+  }
+};
+#endif
+
+// A lane's elements for a block of scores, packed, and what the simdgroup's say together.
+struct Masking {
+  uint words[ROW_FRAGMENTS][MASK_WORDS];
+  bool some;  // is any score seen?
+  bool all;   // is every score as it was without the mask?
+
+  // The element of fragment n, column e of the lane's two.
+  METAL_FUNC MASK_T at(int r, int n, int e) const thread {
+    int i = KEY_FRAGMENTS * e + n;
+    return from_bits(words[r][i * MASK_BYTES / 4] >> (8 * (i * MASK_BYTES % 4)));
+  }
+
+  METAL_FUNC void load_vectors(Scoring scoring, int first_row, int first, Lane lane) thread {
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+      int row = min(first_row + 8 * r + lane.row, scoring.seqlen_q - 1);
+      Words<MASK_WORDS>::load(words[r], (device const uint*)(scoring.mask_at(row, key_of(first, 0, lane.column, 0))));
+    }
+  }
+
+  // Element by element, for masks in other layouts and for blocks that cross an edge: what lies beyond it is hidden.
+  template <bool EDGE>
+  METAL_FUNC void load_elements(Scoring scoring, int first_row, int first, int seqlen, Lane lane) thread {
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+      int row = first_row + 8 * r + lane.row;
+      UNROLL for (int w = 0; w < MASK_WORDS; ++w) words[r][w] = 0;
+      UNROLL for (int i = 0; i < MASK_ELEMENTS; ++i) {
+        int key = key_of(first, i, lane.column, 0);
+        MASK_T x = *scoring.mask_at(min(row, scoring.seqlen_q - 1), EDGE ? min(key, seqlen - 1) : key);
+        if (EDGE && !is_seen(scoring, row, key, seqlen)) x = MASK_KIND == 1 ? MASK_T(0) : MASK_T(-INFINITY);
+        words[r][i * MASK_BYTES / 4] |= bits_of(x) << (8 * (i * MASK_BYTES % 4));
+      }
+    }
+  }
+
+  METAL_FUNC void judge() thread {
+    bool any_seen = false, any_changed = false;
+#if MASK_KIND == 1
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+      UNROLL for (int w = 0; w < MASK_WORDS; ++w) {
+        any_seen = any_seen || words[r][w] != 0;
+        // True is 1. If some program has it otherwise, its elements are looked at one by one.
+        any_changed = any_changed || words[r][w] != (MASK_ELEMENTS >= 4 ? 0x01010101u : 0x0101u);
+      }
+    }
+#else
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+      UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
+        UNROLL for (int e = 0; e < 2; ++e) {
+          float x = float(at(r, n, e));
+          any_seen = any_seen || x != -INFINITY;
+          any_changed = any_changed || x != 0.0f;
+        }
+      }
+    }
+#endif
+    some = simd_any(any_seen);
+    all = !simd_any(any_changed);
+  }
+};
+
+// The mask of a simdgroup's rows from `first_row` on, and of a block of keys. `edge`: some of its scores may not count.
+METAL_FUNC Masking masking_of(bool edge, Scoring scoring, int first_row, int first, int seqlen, Lane lane) {
+  Masking masking;
+  if (edge) {
+    masking.load_elements<true>(scoring, first_row, first, seqlen, lane);
+  } else if (MASK_IN_VECTORS) {
+    masking.load_vectors(scoring, first_row, first, lane);
+  } else {
+    masking.load_elements<false>(scoring, first_row, first, seqlen, lane);
+  }
+  masking.judge();
+  return masking;
+}
+#else
+struct Masking {
+  enum { some = true, all = true };
+};
+METAL_FUNC Masking masking_of(bool, Scoring, int, int, int, Lane) {
+  return Masking();
+}
+#endif

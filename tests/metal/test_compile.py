@@ -1,0 +1,41 @@
+"""torch.compile with kernels: the graph's operators reach them, and training runs the forward kernel too."""
+
+import torch
+
+from flash_attn_mps import interface, trace
+from tests.attention.test_varlen import cumulative
+from tests.compiled import assert_one_graph, compiled
+from tests.metal_host import observe
+
+
+def block(q, k, v, cu, longest):
+    dense = interface.flash_attn_func(*(x.unsqueeze(0) for x in (q, k, v)), causal=True, softcap=3.0)
+    packed = interface.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+    return dense[0] + packed
+
+
+def arguments(n, requires_grad=False):
+    tensors = [torch.randn(2 * n, heads, 16, requires_grad=requires_grad) for heads in (4, 2, 2)]
+    return *tensors, cumulative([n + 1, n - 1]), n + 1
+
+
+def test_a_graph_runs_kernels(monkeypatch):
+    monkeypatch.setattr(trace, "enabled", True)
+    monkeypatch.setattr(trace, "calls", trace.Counter())
+    fast, _ = compiled(block)
+    with observe(instrumented=False) as launches:
+        got = fast(*arguments(6))
+    assert [launch.kernel for launch in launches] == ["attention_forward"] * 2
+    assert [call.tier for call in trace.calls] == ["simdgroup"] * 2
+    assert got.shape == (12, 4, 16)
+
+
+def test_one_graph_for_all_lengths():
+    assert_one_graph(block, arguments, tolerance=1e-4)
+
+
+def test_gradients_behind_a_kernel():
+    """In a graph the backward pass is an operator of its own, so a kernel may serve the forward one."""
+    with observe(instrumented=False) as launches:
+        assert_one_graph(block, lambda n: arguments(n, requires_grad=True), lengths=(5, 9), tolerance=1e-4)
+    assert len(launches) == 4  # of the compiled runs: eager ones that need gradients do without kernels
