@@ -158,7 +158,8 @@ def _with_sinks(lazy_imports):
     @functools.wraps(lazy_imports)
     def imports(*args, **kwargs):
         found = lazy_imports(*args, **kwargs)
-        if getattr(found[0], "__module__", None) != "flash_attn_mps.interface":
+        flash_attn = sys.modules.get("flash_attn")
+        if flash_attn is None or not finder.is_ours(flash_attn) or found[0] is not flash_attn.flash_attn_func:
             return found
         from flash_attn_mps.integrations import sinks
 
@@ -269,12 +270,8 @@ def _refuse(modeling_utils, undo):
 
 MODULES = {
     "transformers.utils.import_utils": adjust_probe,
-<<<<<<< HEAD
     "transformers.integrations.flash_attention": adjust_float32,
     "transformers.modeling_flash_attention_utils": adjust_attention,
-=======
-    "transformers.modeling_flash_attention_utils": adjust_attention,
->>>>>>> main
     "transformers.modeling_utils": adjust_cpu_check,
 }
 

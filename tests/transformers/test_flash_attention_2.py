@@ -245,14 +245,14 @@ print(is_flash_attn_2_available(), make().config._attn_implementation)
 
 
 def test_sinks_are_served_and_not_left_out(run):
-    """Upstream's FlashAttention 2 has no argument for them, and 4.57 would leave them out; 5.x asks for another kernel."""
+    """Upstream's FlashAttention 2 has no argument for them, and 4.57 would leave them out; 5.x wants another kernel."""
     program = """
     import flash_attn_shim
     flash_attn_shim.install()
     import copy, torch
     from transformers import GptOssConfig, GptOssForCausalLM
-    config = GptOssConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16,
-                          num_key_value_heads=1, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    config = GptOssConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                          vocab_size=16, num_key_value_heads=1, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
     logits = []
     try:
         for attention in ("eager", "flash_attention_2"):
