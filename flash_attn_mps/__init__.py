@@ -1,5 +1,7 @@
 """FlashAttention for PyTorch on Apple silicon: the FlashAttention-2 functions, on MPS, CPU and CUDA tensors."""
 
+from . import mha, sdpa
+from .heads_first import flash_attention
 from .interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -12,6 +14,7 @@ from .interface import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "flash_attention",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -19,4 +22,9 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "mha",
+    "sdpa",
 ]
+
+if sdpa.wanted():
+    sdpa.install()

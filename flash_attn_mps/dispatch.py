@@ -22,12 +22,15 @@ _FORCED = {"simdgroup": (simdgroup,), "scalar": (scalar,), "torch": (reference,)
 _unknown: set[str] = set()
 
 
-def attention(p: AttentionProblem) -> Result:
-    """Compute `p` on the first tier that serves it; while a graph is captured, have the graph do so when it runs."""
+def attention(p: AttentionProblem, without: tuple = ()) -> Result:
+    """Compute `p` on the first tier that serves it; while a graph is captured, have the graph do so when it runs.
+
+    `without` some tiers, unless these are forced.
+    """
     if torch.compiler.is_compiling():
         return _captured_attention(p)
     refusals = []
-    for tier in _tiers():
+    for tier in [tier for tier in _tiers() if tier not in without] or _tiers():
         reasons = tier.refuse(p)
         if not reasons:
             with without_autocast(p.q):

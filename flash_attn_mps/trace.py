@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .problem import AttentionProblem
@@ -22,6 +23,7 @@ class Call(NamedTuple):
 
 
 calls: Counter[Call] = Counter()
+at_exit: list[Callable[[], str]] = []  # what else is printed: text of others, empty for nothing
 enabled = False
 
 
@@ -66,6 +68,8 @@ def table() -> str:
 
 def _print_at_exit() -> None:
     print(f"mtlflashattn: {sum(calls.values())} attention calls" + (f"\n{table()}" if calls else ""), file=sys.stderr)
+    for text in filter(None, (text() for text in at_exit)):
+        print(text, file=sys.stderr)
 
 
 if os.environ.get("MTLFLASHATTN_TRACE", "").lower() not in ("", "0", "off", "false", "no"):

@@ -9,7 +9,7 @@ from _frozen_importlib_external import PathFinder
 from _thread import _local
 
 from flash_attn_shim import policy
-from flash_attn_shim.autoload import ADJUSTED, gate
+from flash_attn_shim.autoload import PRESENTED, gate
 
 PRESENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "presents")
 
@@ -29,9 +29,9 @@ def environment():
 
 def find_spec(fullname, path, target):
     """The gate's `find_spec` for one of its names."""
-    if fullname in _names_being_asked():
+    if fullname in _names_being_asked() or fullname.startswith("flash_attn_shim."):  # a user's flag can be named so
         return None
-    if fullname in ADJUSTED:
+    if fullname not in PRESENTED:
         from flash_attn_shim import adjust
 
         return adjust.find_spec(fullname, path, target)
@@ -139,11 +139,14 @@ def _warn_once_about_switch(env):
     if value is None or value in _warned:
         return
     _warned.add(value)
+    warn(f"{policy.SWITCH}={value} is not known; it is taken for auto. Known: off, auto, on.")
+
+
+def warn(text):
+    """A UserWarning that can be filtered but never raises: an import must not fail for it."""
     import warnings
 
     try:
-        warnings.warn(
-            f"{policy.SWITCH}={value} is not known; it is taken for auto. Known: off, auto, on.", stacklevel=2
-        )
-    except UserWarning as error:  # -W error: an import must not fail for this
+        warnings.warn(text, stacklevel=3)
+    except UserWarning as error:  # -W error
         print(f"warning: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 
 from flash_attn_shim import adjust, finder, metadata, policy
-from flash_attn_shim.adjust import transformers
+from flash_attn_shim.adjust import programs, transformers
 from flash_attn_shim.autoload import ADJUSTED, PRESENTED, gate
 
 
@@ -20,6 +20,21 @@ class Name:
 
 
 @dataclass(frozen=True)
+class ProgramFlag:
+    """A flag that is set in modules whose name ends in `module`, after they are executed.
+
+    `reason` in words; `source`: the repository and file that show it; `listed`: `MTLFLASHATTN_FLAGS` asks for it.
+    """
+
+    module: str
+    name: str
+    value: object
+    reason: str
+    source: str
+    listed: bool
+
+
+@dataclass(frozen=True)
 class Status:
     """The shim in this process, right now.
 
@@ -27,7 +42,8 @@ class Status:
     `unknown_mode`: its value if it is none of the known ones. `names`: one `Name` for each presented name.
     `metadata`: why `importlib.metadata` does not see "flash-attn", None if it does. `transformers`: why
     transformers is left alone, None if it is adjusted (or will be, when it is imported). `adjustments`: (module,
-    "adjusted" or why it was left alone) of each adjusted library that is imported.
+    "adjusted", what was set in it, or why it was left alone) of each imported module that is adjusted. `programs`: why
+    the flags of programs are left alone, None if they are set; `flags`: one `ProgramFlag` for each.
     """
 
     installed: bool
@@ -37,6 +53,8 @@ class Status:
     metadata: str | None
     transformers: str | None
     adjustments: tuple[tuple[str, str], ...]
+    programs: str | None
+    flags: tuple[ProgramFlag, ...]
 
 
 def status():
@@ -48,5 +66,16 @@ def status():
         names=tuple(Name(name, *finder.locate(name)) for name in PRESENTED),
         metadata=metadata.refusal(),
         transformers=transformers.refusal() or adjust.transformers_left_alone(),
-        adjustments=tuple((name, adjust.journal.get(name, "not adjusted")) for name in ADJUSTED if name in sys.modules),
+        adjustments=tuple(_adjustments()),
+        programs=programs.refusal(),
+        flags=tuple(
+            ProgramFlag(flag.module, flag.name, flag.value, flag.reason, flag.source, flag.listed)
+            for flag in programs.flags()
+        ),
     )
+
+
+def _adjustments():
+    for name in (*ADJUSTED, *(name for name in adjust.journal if name not in ADJUSTED)):
+        if name in sys.modules:
+            yield name, adjust.journal.get(name, "not adjusted")

@@ -36,7 +36,7 @@ METAL_FUNC void score(thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], thr
 }
 
 // Masks and scales s, and turns it into probabilities relative to the largest score so far; o and l follow when that grows.
-template <bool EDGE>
+template <bool EDGE, bool MASKED>
 METAL_FUNC void soften(
     thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread Operand (&probabilities)[ROW_FRAGMENTS][KEY_FRAGMENTS],
@@ -57,13 +57,13 @@ METAL_FUNC void soften(
 #if SCORES_ARE_SCALED
         x = score_of(x, scoring, min(row, scoring.seqlen_q - 1), EDGE ? min(key, seqlen - 1) : key);
 #endif
-        if (EDGE && !MASK_KIND && !is_seen(scoring, row, key, seqlen)) x = -INFINITY;
+        if (EDGE && !MASKED && !is_seen(scoring, row, key, seqlen)) x = -INFINITY;
         s[r][n].thread_elements()[e] = x;
         m = max(m, x);
       }
     }
 #if MASK_KIND
-    if (!masking.all) {
+    if (MASKED) {
       m = -INFINITY;
       UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
         UNROLL for (int e = 0; e < 2; ++e) {
@@ -103,13 +103,12 @@ METAL_FUNC void soften(
 
 // o += p v. Where scores may be hidden, at an edge or by a mask, a value that is not finite counts only for the queries that
 // see its key: 0 * NaN is NaN, and memory that nobody sees may hold one.
-template <bool EDGE, typename AnyKeys>
+template <bool EDGE, bool MASKED, typename AnyKeys>
 METAL_FUNC void gather(
     thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread Operand (&probabilities)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread State& state,
     AnyKeys keys,
-    Masking masking,
     int first,
     Lane lane) {
   UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
@@ -117,7 +116,7 @@ METAL_FUNC void gather(
     if (EDGE) key = min(key, keys.seqlen - 1);
     Operand v[DV_FRAGMENTS];
     SlabV::load_right(v, keys.v.at(key), lane);
-    if (EDGE || !masking.all) {
+    if (EDGE || MASKED) {
       float finite = 0.0f;  // NaN if any value is not
       UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
         finite += 0.0f * float(v[f].thread_elements()[0]) + 0.0f * float(v[f].thread_elements()[1]);
@@ -146,43 +145,32 @@ METAL_FUNC void gather(
   }
 }
 
-// One block of keys, `first` to `first + KEYS`. EDGE: some of its scores may not count.
-template <bool EDGE, typename AnyKeys>
+// One block of keys, `first` to `first + KEYS`. EDGE: some of its scores may not count. MASKED: `masking` may change some, and
+// knows about edges too. Each has code of its own, since loads are not moved over a branch.
+template <bool EDGE, bool MASKED, typename AnyKeys>
 METAL_FUNC void attend(thread State& state, AnyKeys keys, Scoring scoring, Masking masking, int first, Lane lane) {
   Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
   Operand probabilities[ROW_FRAGMENTS][KEY_FRAGMENTS];
   score<EDGE>(s, state, keys, first, lane);
-  soften<EDGE>(s, probabilities, state, scoring, masking, first, keys.seqlen, lane);
-  gather<EDGE>(s, probabilities, state, keys, masking, first, lane);
+  soften<EDGE, MASKED>(s, probabilities, state, scoring, masking, first, keys.seqlen, lane);
+  gather<EDGE, MASKED>(s, probabilities, state, keys, first, lane);
 }
 
-// The keys that some of a range of queries see, and those that all of them see.
-struct Range {
-  int some_begin;
-  int some_end;
-  int all_begin;
-  int all_end;
-
-  METAL_FUNC bool meets(int first) const thread { return first + KEYS > some_begin && first < some_end; }
-  METAL_FUNC bool holds(int first) const thread { return first >= all_begin && first + KEYS <= all_end; }
-};
-
-METAL_FUNC Range range_of(Scoring scoring, int first_row, int last_row, int seqlen_k) {
-  Range range;
-  range.some_begin = range.all_begin = 0;
-  range.some_end = range.all_end = seqlen_k;
-#if HAS_RIGHT
-  range.some_end = min(seqlen_k, last_row + scoring.offset + scoring.right + 1);
-  range.all_end = min(seqlen_k, first_row + scoring.offset + scoring.right + 1);
-#endif
-#if HAS_LEFT
-  range.some_begin = max(0, first_row + scoring.offset - scoring.left);
-  range.all_begin = max(0, last_row + scoring.offset - scoring.left);
-#endif
+// One block of keys. `changed`: what the mask says of it must be read.
+template <typename AnyKeys>
+METAL_FUNC void visit(bool changed, thread State& state, AnyKeys keys, Scoring scoring, Range range, int first, Lane lane) {
+  Masking masking;
+  bool inner = range.holds(first);
 #if MASK_KIND
-  range.some_begin -= range.some_begin % KEYS;  // where vectors of the mask begin
+  if (changed) masking.load(!inner, scoring, state.first_row, first, keys.seqlen, lane);
 #endif
-  return range;
+  if (inner && !(MASK_KIND && changed)) {
+    attend<false, false>(state, keys, scoring, masking, first, lane);
+  } else if (MASK_KIND && inner) {
+    attend<false, MASK_KIND != 0>(state, keys, scoring, masking, first, lane);
+  } else {
+    attend<true, MASK_KIND != 0>(state, keys, scoring, masking, first, lane);
+  }
 }
 
 [[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
@@ -231,36 +219,44 @@ kernel void attention_forward(
   Keys keys = keys_of(sequence, head, k, v, in);
   Range range = range_of(scoring, state.first_row, last_row, sequence.seqlen_k);
 #if STAGED
+  bool has_rows = state.first_row < sequence.seqlen_q;
   threadgroup Staging staging;
   Range group_range = range_of(scoring, group_first, min(group_first + ROWS * SIMDGROUPS, sequence.seqlen_q) - 1, sequence.seqlen_k);
-  for (int first = group_range.some_begin; first < group_range.some_end; first += KEYS) {
-    Masking masking;
 #if MASK_KIND
-    masking.some = false;
-    if (range.meets(first) && state.first_row < sequence.seqlen_q)
-      masking = masking_of(!range.holds(first), scoring, state.first_row, first, keys.seqlen, lane);
-    if (!is_wanted(staging, masking.some, first / KEYS % 2, simdgroup, index)) continue;
-#endif
-    StagedKeys staged = stage(staging, keys, first, ushort(simdgroup * 32 + index));
-    if (masking.some && range.meets(first) && state.first_row < sequence.seqlen_q) {
-      if (range.holds(first)) {
-        attend<false>(state, staged, scoring, masking, first, lane);
-      } else {
-        attend<true>(state, staged, scoring, masking, first, lane);
-      }
+  for (int run = group_range.some_begin; run < group_range.some_end; run += OUTLOOK * KEYS) {
+    Outlook outlook;
+    outlook.some = outlook.changed = 0;
+    if (has_rows) outlook = outlook_of(range, scoring, state.first_row, run, keys.seqlen, lane);
+    uint wanted = wanted_by_any(staging, outlook.some, run / (OUTLOOK * KEYS) % 2, simdgroup, index);
+    for (; wanted; wanted &= wanted - 1) {
+      uint block = ctz(wanted);
+      int first = run + int(block) * KEYS;
+      StagedKeys staged = stage(staging, keys, first, ushort(simdgroup * 32 + index));
+      if (!(outlook.some >> block & 1)) continue;
+      visit(outlook.changed >> block & 1, state, staged, scoring, range, first, lane);
     }
   }
 #else
+  for (int first = group_range.some_begin; first < group_range.some_end; first += KEYS) {
+    StagedKeys staged = stage(staging, keys, first, ushort(simdgroup * 32 + index));
+    if (range.meets(first) && has_rows) visit(false, state, staged, scoring, range, first, lane);
+  }
+#endif
+#else
   if (state.first_row >= sequence.seqlen_q) return;
-  for (int first = range.some_begin; first < range.some_end; first += KEYS) {
-    Masking masking = masking_of(!range.holds(first), scoring, state.first_row, first, keys.seqlen, lane);
-    if (!masking.some) continue;
-    if (range.holds(first)) {
-      attend<false>(state, keys, scoring, masking, first, lane);
-    } else {
-      attend<true>(state, keys, scoring, masking, first, lane);
+#if MASK_KIND
+  for (int run = range.some_begin; run < range.some_end; run += OUTLOOK * KEYS) {
+    Outlook outlook = outlook_of(range, scoring, state.first_row, run, keys.seqlen, lane);
+    for (; outlook.some; outlook.some &= outlook.some - 1) {
+      uint block = ctz(outlook.some);
+      int first = run + int(block) * KEYS;
+      visit(outlook.changed >> block & 1, state, keys, scoring, range, first, lane);
     }
   }
+#else
+  for (int first = range.some_begin; first < range.some_end; first += KEYS)
+    visit(false, state, keys, scoring, range, first, lane);
+#endif
 #endif
 
   device T* out_head = out + sequence.batch * p[O_BATCH] + sequence.first_q * p[O_ROW] + head * p[O_HEAD];

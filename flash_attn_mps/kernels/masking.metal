@@ -1,5 +1,6 @@
-// What a mask says of a block of scores, read before anything else of the block: where nothing is seen nothing is done, and
-// where all is seen, or zero is added, the scores are left alone.
+// What a mask says of blocks of scores: where nothing is seen nothing is done, and where all is seen, or zero is added, the
+// scores are left alone. A simdgroup looks at the mask of many blocks before it computes any, so that their loads are under
+// way together; only what hides or changes some scores of a block is read again, with the block.
 //
 // A lane has two columns in each of KEY_FRAGMENTS fragments. The product p v sums over keys in any order as long as p and v
 // agree on it, so under a mask fragment n takes every KEY_FRAGMENTS-th key: a lane's elements of the mask are neighbours in
@@ -60,17 +61,16 @@ struct Words<4> {
 };
 #endif
 
-// A lane's elements for a block of scores, packed, and what the simdgroup's say together.
+// A lane's elements for a block of scores, packed.
 struct Masking {
   uint words[ROW_FRAGMENTS][MASK_WORDS];
-  bool some;  // is any score seen?
-  bool all;   // is every score as it was without the mask?
 
-  // The element of fragment n, column e of the lane's two.
-  METAL_FUNC MASK_T at(int r, int n, int e) const thread {
-    int i = KEY_FRAGMENTS * e + n;
+  METAL_FUNC MASK_T element(int r, int i) const thread {
     return from_bits(words[r][i * MASK_BYTES / 4] >> (8 * (i * MASK_BYTES % 4)));
   }
+
+  // That of fragment n, column e of the lane's two.
+  METAL_FUNC MASK_T at(int r, int n, int e) const thread { return element(r, KEY_FRAGMENTS * e + n); }
 
   METAL_FUNC void load_vectors(Scoring scoring, int first_row, int first, Lane lane) thread {
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
@@ -94,50 +94,82 @@ struct Masking {
     }
   }
 
-  METAL_FUNC void judge() thread {
-    bool any_seen = false, any_changed = false;
+  // `edge`: some of the block's scores may not count.
+  METAL_FUNC void load(bool edge, Scoring scoring, int first_row, int first, int seqlen, Lane lane) thread {
+    if (edge) {
+      load_elements<true>(scoring, first_row, first, seqlen, lane);
+    } else if (MASK_IN_VECTORS) {
+      load_vectors(scoring, first_row, first, lane);
+    } else {
+      load_elements<false>(scoring, first_row, first, seqlen, lane);
+    }
+  }
+
+  // Is any score of the block seen, for all the simdgroup knows?
+  METAL_FUNC bool some() const thread {
+    bool any = false;
 #if MASK_KIND == 1
-    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-      UNROLL for (int w = 0; w < MASK_WORDS; ++w) {
-        any_seen = any_seen || words[r][w] != 0;
-        // True is 1. If some program has it otherwise, its elements are looked at one by one.
-        any_changed = any_changed || words[r][w] != (MASK_ELEMENTS >= 4 ? 0x01010101u : 0x0101u);
-      }
-    }
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) UNROLL for (int w = 0; w < MASK_WORDS; ++w) any = any || words[r][w] != 0;
 #else
-    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-      UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-        UNROLL for (int e = 0; e < 2; ++e) {
-          float x = float(at(r, n, e));
-          any_seen = any_seen || x != -INFINITY;
-          any_changed = any_changed || x != 0.0f;
-        }
-      }
-    }
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
+      UNROLL for (int i = 0; i < MASK_ELEMENTS; ++i) any = any || float(element(r, i)) != -INFINITY;
 #endif
-    some = simd_any(any_seen);
-    all = !simd_any(any_changed);
+    return simd_any(any);
+  }
+
+  // Is any score other than without the mask?
+  METAL_FUNC bool changed() const thread {
+    bool any = false;
+#if MASK_KIND == 1
+    // True is 1. If some program has it otherwise, its elements are looked at one by one.
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
+      UNROLL for (int w = 0; w < MASK_WORDS; ++w) any = any || words[r][w] != (MASK_ELEMENTS >= 4 ? 0x01010101u : 0x0101u);
+#else
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
+      UNROLL for (int i = 0; i < MASK_ELEMENTS; ++i) any = any || float(element(r, i)) != 0.0f;
+#endif
+    return simd_any(any);
   }
 };
 
-// The mask of a simdgroup's rows from `first_row` on, and of a block of keys. `edge`: some of its scores may not count.
-METAL_FUNC Masking masking_of(bool edge, Scoring scoring, int first_row, int first, int seqlen, Lane lane) {
-  Masking masking;
-  if (edge) {
-    masking.load_elements<true>(scoring, first_row, first, seqlen, lane);
-  } else if (MASK_IN_VECTORS) {
-    masking.load_vectors(scoring, first_row, first, lane);
-  } else {
-    masking.load_elements<false>(scoring, first_row, first, seqlen, lane);
+// Of a run of blocks a bit each, the first one's lowest: may any of its scores be seen, or be other than without the mask?
+struct Outlook {
+  uint some;
+  uint changed;
+};
+constant constexpr int OUTLOOK = 32;  // blocks of a run
+constant constexpr int AT_ONCE = 4;   // blocks whose loads are under way together
+
+// The mask of a simdgroup's rows from `first_row` on, and of the run of blocks from `first` on. What hides all scores of a
+// block with an edge is not found out.
+METAL_FUNC Outlook outlook_of(Range range, Scoring scoring, int first_row, int first, int seqlen, Lane lane) {
+  Outlook outlook;
+  outlook.some = outlook.changed = 0;
+  int inner_begin = (range.all_begin + KEYS - 1) / KEYS * KEYS;
+  int inner_last = range.all_end / KEYS * KEYS - KEYS;
+  for (int block = 0; block < OUTLOOK && first + block * KEYS < range.some_end; block += AT_ONCE) {
+    Masking masking[AT_ONCE];
+    int from = first + block * KEYS;
+    if (inner_begin <= inner_last && from <= inner_last && from + (AT_ONCE - 1) * KEYS >= inner_begin) {
+      UNROLL for (int i = 0; i < AT_ONCE; ++i)
+        masking[i].load(false, scoring, first_row, clamp(from + i * KEYS, inner_begin, inner_last), seqlen, lane);
+      UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+        outlook.some |= uint(masking[i].some()) << (block + i);
+        outlook.changed |= uint(masking[i].changed()) << (block + i);
+      }
+    }
+    UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+      uint bit = 1u << (block + i);
+      if (!range.meets(from + i * KEYS)) {
+        outlook.some &= ~bit;
+      } else if (!range.holds(from + i * KEYS)) {
+        outlook.some |= bit;
+        outlook.changed |= bit;
+      }
+    }
   }
-  masking.judge();
-  return masking;
+  return outlook;
 }
 #else
-struct Masking {
-  enum { some = true, all = true };
-};
-METAL_FUNC Masking masking_of(bool, Scoring, int, int, int, Lane) {
-  return Masking();
-}
+struct Masking {};
 #endif

@@ -5,12 +5,21 @@
 constant constexpr int STAGED_K_ROW = (HEAD_DIM + 7) / 8 * 8 + 16 / ELEMENT_BYTES;
 constant constexpr int STAGED_V_ROW = (HEAD_DIM_V + 7) / 8 * 8 + 16 / ELEMENT_BYTES;
 
+// The row in which a block keeps its key: those of a fragment are neighbours, lest they meet on the same banks.
+METAL_FUNC int slot_of(uint key) {
+#if MASK_KIND
+  return key % KEY_FRAGMENTS * 8 + key / KEY_FRAGMENTS;
+#else
+  return key;
+#endif
+}
+
 template <int STAGED_ROW>
 struct StagedRows {
   threadgroup const T* rows;
   int first;  // the key that they begin with
 
-  METAL_FUNC threadgroup const T* at(int key) const thread { return rows + (key - first) * STAGED_ROW; }
+  METAL_FUNC threadgroup const T* at(int key) const thread { return rows + slot_of(key - first) * STAGED_ROW; }
 };
 
 struct StagedKeys {
@@ -23,17 +32,17 @@ struct Staging {
   alignas(16) T k[KEYS * STAGED_K_ROW];
   alignas(16) T v[KEYS * STAGED_V_ROW];
 #if MASK_KIND
-  int wanted[2][SIMDGROUPS];  // of two blocks by turns, so that one barrier is enough
+  uint wanted[2][SIMDGROUPS];  // of two runs of blocks by turns, so that one barrier is enough
 #endif
 };
 
 #if MASK_KIND
-// Does any simdgroup see something of a block? Called by all, once for each block; afterwards the one before has been read.
-METAL_FUNC bool is_wanted(threadgroup Staging& staging, bool is_wanted_here, int turn, ushort simdgroup, ushort index) {
-  if (index == 0) staging.wanted[turn][simdgroup] = is_wanted_here;
+// Of a run of blocks those, a bit each, that any simdgroup sees something of. Called by all, once for each run.
+METAL_FUNC uint wanted_by_any(threadgroup Staging& staging, uint wanted_here, int turn, ushort simdgroup, ushort index) {
+  if (index == 0) staging.wanted[turn][simdgroup] = wanted_here;
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  bool wanted = false;
-  for (int i = 0; i < SIMDGROUPS; ++i) wanted = wanted || staging.wanted[turn][i] != 0;
+  uint wanted = 0;
+  for (int i = 0; i < SIMDGROUPS; ++i) wanted |= staging.wanted[turn][i];
   return wanted;
 }
 #endif
@@ -51,14 +60,12 @@ METAL_FUNC void copy_rows(threadgroup T* to, Rows from, int first, int seqlen, u
     int row = i / PIECES, piece = i % PIECES;
     T x[W];
     Elements<W>::load(x, from.at(min(first + row, seqlen - 1)) + piece * W);
-    Elements<W>::store(to + row * STAGED_ROW + piece * W, x);
+    Elements<W>::store(to + slot_of(row) * STAGED_ROW + piece * W, x);
   }
 }
 
 METAL_FUNC StagedKeys stage(threadgroup Staging& staging, Keys keys, int first, ushort thread_index) {
-#if !MASK_KIND  // is_wanted has waited
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the block before has been read
-#endif
   copy_rows<HEAD_DIM, VECTOR, STAGED_K_ROW>(staging.k, keys.k, first, keys.seqlen, thread_index);
   copy_rows<HEAD_DIM_V, VECTOR_V, STAGED_V_ROW>(staging.v, keys.v, first, keys.seqlen, thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);

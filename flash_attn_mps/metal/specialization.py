@@ -11,7 +11,7 @@ _KERNELS = Path(__file__).parent.parent / "kernels"
 
 # The sources of each entry, in the order in which they build on each other.
 _SOURCES = {
-    "attention_forward": ("params", "fragment", "scoring", "masking", "keys", "staging", "forward"),
+    "attention_forward": ("params", "fragment", "scoring", "range", "masking", "keys", "staging", "forward"),
     "attention_scalar": ("params", "scoring", "keys", "scalar"),
 }
 

@@ -1,8 +1,8 @@
 """What `mtlflashattn tune` found, in a file of the user's cache directory.
 
-One small JSON file: the machine it holds for (GPU, torch, a digest of the kernel sources) and the fastest variant of
-each `Key`. A file that cannot be read, or that holds for another machine, another torch or other kernels, counts as
-none, with one warning.
+One small JSON file: the machine it holds for (GPU, torch, a digest of the kernel sources), the fastest variant of each
+`Key`, and, in a section of its own, what `flash_attn_mps.sdpa` measured. A file that cannot be read, or that holds for
+another machine, another torch or other kernels, counts as none, with one warning.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ from .specialization import Variant
 
 CACHE = "MTLFLASHATTN_CACHE"
 _FORMAT = 1
+_WINNERS = "winners"  # the section of the variants
 LENGTHS = {"short": 512, "medium": 2048, "long": 8192}  # class -> its longest (long: its typical) number of queries
 MASKS = ("full", "causal", "window")
 
@@ -72,8 +73,8 @@ def machine() -> dict[str, str]:
     return {"gpu": gpu.name(), "torch": torch.__version__, "kernels": _digest()}
 
 
-def load() -> dict[Key, Winner]:
-    """The stored winners of this machine; none, with a warning, from a file that does not hold for it."""
+def read() -> dict[str, Any]:
+    """The sections of the file that hold for this machine; none, with a warning, from one that does not."""
     file = path()
     try:
         text = file.read_text(encoding="utf-8")
@@ -89,14 +90,39 @@ def load() -> dict[Key, Winner]:
             if data["machine"][what] != here:
                 there = data["machine"][what]
                 return _ignored(file, f"it holds for {what} {there!r}, this is {here!r}; run `mtlflashattn tune` again")
-        return {_key(entry): _winner(entry) for entry in data["winners"]}
+        return data
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        return _ignored(file, f"it is broken ({type(error).__name__}: {error})")
+        return broken(error)
+
+
+def write(section: str, entries: list[dict]) -> Path:
+    """Put `entries` in the place of that section, replacing the file in one step. Raises OSError."""
+    file = path()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what cannot be used is replaced
+        data = {**read(), "format": _FORMAT, "machine": machine(), section: entries}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, scratch = tempfile.mkstemp(dir=file.parent, prefix=".variants-")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as out:
+            json.dump(data, out, indent=1)
+        os.replace(scratch, file)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+    return file
+
+
+def load() -> dict[Key, Winner]:
+    """The stored winners of this machine; none, with a warning, from a file that does not hold for it."""
+    try:
+        return {_key(entry): _winner(entry) for entry in read().get(_WINNERS, ())}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return broken(error)
 
 
 def save(winners: dict[Key, Winner]) -> Path:
-    """Add `winners` to those stored for this machine, replacing the file in one step. Raises OSError."""
-    file = path()
+    """Add `winners` to those stored for this machine. Raises OSError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what cannot be used is replaced
         merged = {**load(), **winners}
@@ -104,16 +130,7 @@ def save(winners: dict[Key, Winner]) -> Path:
         {**key._asdict(), "variant": w.variant._asdict(), "seconds": w.seconds, "default_seconds": w.default_seconds}
         for key, w in sorted(merged.items())
     ]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, scratch = tempfile.mkstemp(dir=file.parent, prefix=".variants-")
-    try:
-        with open(descriptor, "w", encoding="utf-8") as out:
-            json.dump({"format": _FORMAT, "machine": machine(), "winners": entries}, out, indent=1)
-        os.replace(scratch, file)
-    except BaseException:
-        os.unlink(scratch)
-        raise
-    return file
+    return write(_WINNERS, entries)
 
 
 def _key(entry: dict) -> Key:
@@ -132,8 +149,13 @@ def _winner(entry: dict) -> Winner:
     return Winner(Variant(**shape), float(entry["seconds"]), float(entry["default_seconds"]))
 
 
-def _ignored(file: Path, reason: str) -> dict[Key, Winner]:
-    warnings.warn(f"mtlflashattn: {file} is ignored: {reason}.", RuntimeWarning, stacklevel=3)
+def broken(error: Exception) -> dict:
+    """Nothing, with a warning: what a section counts as whose entries raised `error`."""
+    return _ignored(path(), f"it is broken ({type(error).__name__}: {error})")
+
+
+def _ignored(file: Path, reason: str) -> dict:
+    warnings.warn(f"mtlflashattn: {file} is ignored: {reason}.", RuntimeWarning, stacklevel=4)
     return {}
 
 

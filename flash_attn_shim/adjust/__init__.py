@@ -4,7 +4,7 @@ was tried with.
 An adjustment that does not fit the library's version leaves it untouched and says why in `journal`. Each file has
 `MODULES`: module name -> function that takes the executed module, changes it through an `Undo` and raises `Misfit`
 before it changed anything; `refusal()`, why the library is left alone; and `catch_up(undo)`, for what a late
-install must mend besides.
+install must mend besides. `programs.py` does the same by a table, for modules of programs, which have many names.
 """
 
 import sys
@@ -16,7 +16,7 @@ from flash_attn_shim.autoload import ADJUSTED
 PENDING = "is being imported"
 APPLIED = "adjusted"
 
-#: Module name -> PENDING, APPLIED, or why it was left alone.
+#: Module name -> PENDING, APPLIED, what was set (programs), or why it was left alone.
 journal = {}
 
 
@@ -90,13 +90,16 @@ def find_spec(name, path, target):
 
 def catch_up():
     """Adjust libraries that were imported while the hook was not set, or was switched off."""
-    late = [name for name in ADJUSTED if sys.modules.get(name) is not None and journal.get(name) != APPLIED]
-    for name in late:
+    missed = [name for name in ADJUSTED if sys.modules.get(name) is not None and journal.get(name) != APPLIED]
+    for name in missed:
         if not _library(name).refusal():
             _adjust(name, sys.modules[name])
-    for library in {_library(name) for name in late}:
+    for library in {_library(name) for name in missed}:
         if not library.refusal():
             library.catch_up(_undo)
+    _programs().catch_up(_undo, journal)
+    late = import_module("flash_attn_shim.adjust.late")
+    late.warn(late.mend(_undo))
 
 
 def undo():
@@ -118,13 +121,19 @@ def _library(name):
     return import_module(f"flash_attn_shim.adjust.{ADJUSTED[name]}")
 
 
+def _programs():
+    return import_module("flash_attn_shim.adjust.programs")
+
+
 def _adjusts(name):
-    library = _library(name)
-    return not library.refusal() or library.hides()
+    if name in ADJUSTED:
+        return not _library(name).refusal() or _library(name).hides()
+    return not _programs().refusal() and _programs().knows(name)
 
 
 def _adjust(name, module):
+    adjustment = _library(name).MODULES[name] if name in ADJUSTED else _programs().adjust
     try:
-        journal[name] = _library(name).MODULES[name](module, _undo) or APPLIED
+        journal[name] = adjustment(module, _undo) or APPLIED
     except Misfit as reason:
         journal[name] = f"left alone: {reason}"

@@ -26,6 +26,8 @@ def render(findings):
     for title, key in (("Switches", "switches"), ("Hook", "hook"), ("System", "system"), ("Attention", "attention")):
         lines += ["", title, *_table(findings[key])]
     lines += ["", "Libraries", *_table(findings["libraries"])]
+    lines += ["", "PyTorch's own attention", *_table(findings["sdpa"])]
+    lines += ["", "Programs", *_table(findings["programs"])]
     if findings["advice"]:
         lines += ["", "Advice", *(f"  * {advice}" for advice in findings["advice"])]
     return "\n".join(lines)

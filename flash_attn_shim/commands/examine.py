@@ -17,12 +17,14 @@ _SWITCHES = (
     policy.SWITCH,
     policy.MODULES,
     policy.TRANSFORMERS,
+    policy.FLAGS,
     *(f"MTLFLASHATTN_{name}" for name in ("TRACE", "KERNEL", "VARIANT", "TUNE", "CACHE")),
+    *(f"MTLFLASHATTN_SDPA{name}" for name in ("", "_MIN_GB", "_MIN_SEQ", "_FAST_MIN_SEQ")),
 )
 
 
 def everything():
-    """All findings: names, switches, hook, system, attention, libraries, advice."""
+    """All findings: names, switches, hook, system, attention, libraries, programs, advice."""
     status = flash_attn_shim.status()  # before anything below imports a library and so changes the answer
     hook = _hook(status)
     attention = _attention()
@@ -33,7 +35,9 @@ def everything():
         "system": _system(),
         "attention": attention,
         "libraries": _libraries(status),
+        "programs": _programs(status),
     }
+    findings["sdpa"] = _sdpa()  # after the libraries are imported: some take torch's function when they are
     findings["advice"] = list(_advice(status, findings))
     return findings
 
@@ -120,6 +124,33 @@ def _tuned():
     )
 
 
+def _sdpa():
+    """torch's own attention: is it replaced, what is known to be wrong with it, and who took it before."""
+    try:
+        from flash_attn_mps import mha, sdpa
+        from flash_attn_mps.sdpa import hazards, patch
+    except Exception as error:  # torch can be missing, or broken in any way
+        return {"scaled_dot_product_attention": f"cannot be asked: {type(error).__name__}: {error}"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said above
+        given = patch.current()
+    known = [
+        f"{hazard.issue} ({', '.join(hazard.routes)} path): {hazard.what}"
+        for hazard in hazards.TABLE
+        if hazard.holds(given.torch)
+    ]
+    return {
+        "scaled_dot_product_attention": "replaced"
+        if sdpa.is_installed()
+        else f"torch's own ({sdpa.SWITCH}=on replaces it)",
+        "nn.MultiheadAttention": "usual strides" if mha.is_installed() else "torch's own",
+        f"torch {'.'.join(map(str, given.torch))} on MPS is wrong": known or "in no way that is known",
+        "budget of its score matrix": f"{given.budget / (1 << 30):.3g} GB",
+        "lengths measured": f"for {len(given.measured)} kinds of calls" if given.measured else "none",
+        "modules that took torch's function": sdpa.holders() or "none of those imported here",
+    }
+
+
 def _libraries(status):
     """What libraries that ask for flash_attn conclude here."""
     return {
@@ -158,6 +189,16 @@ def _diffusers():
     return [version, f"is_flash_attn_available() is {answer}"]
 
 
+def _programs(status):
+    """The flags that are set in programs once they are imported, by module."""
+    if status.programs is not None:
+        return {"left alone": status.programs}
+    found = {}
+    for flag in status.flags:
+        found.setdefault(flag.module, []).append(f"{flag.name} = {flag.value}: {flag.reason}")
+    return found
+
+
 def _version(distribution):
     try:
         return metadata.version(distribution)
@@ -189,6 +230,13 @@ def _advice(status, findings):
         yield "Install PyTorch: pip install torch"
     elif sys.platform == "darwin" and torch["MPS"] != "available":
         yield "This torch cannot use Metal here: MPS needs macOS 14 or later and an arm64 build of torch."
+    held = findings["sdpa"].get("modules that took torch's function")
+    if isinstance(held, list) and findings["sdpa"]["scaled_dot_product_attention"] == "replaced":
+        yield (
+            f"{', '.join(held)} is torch's function, taken when the module was imported: install() cannot reach it. "
+            "Install before such modules are imported (sdpa.holders() names those of your program), or give models of "
+            'transformers attn_implementation="mps_fa".'
+        )
     shown = {name["name"]: name for name in findings["names"]}["flash_attn"]
     if not shown["visible"] and status.mode == "auto" and "not macOS" in shown["why"]:
         yield f"To develop or test Mac-bound code here, on the CPU: set {policy.SWITCH}=on."

@@ -1,5 +1,9 @@
-"""`mtlflashattn tune`: which variant of the Metal kernel is fastest on this GPU, measured and kept."""
+"""`mtlflashattn tune`: what is fastest on this GPU, measured and kept.
 
+Which variant of the Metal kernel, and from which length on `flash_attn_mps.sdpa` beats torch's own attention.
+"""
+
+import itertools
 import sys
 
 
@@ -16,20 +20,26 @@ def add_arguments(parser):
         help="up to 512 queries, up to 2048, more",
     )
     parser.add_argument("--mask", nargs="+", default=["full", "causal"], choices=("full", "causal", "window"))
+    parser.add_argument(
+        "--what",
+        nargs="+",
+        default=["variants", "sdpa"],
+        choices=("variants", "sdpa"),
+        help="the kernel's variants; the length from which on torch's attention is replaced (default: both)",
+    )
     parser.add_argument("--device", default="mps", help="default: mps")
     parser.add_argument("--forget", action="store_true", help="remove what was stored, and time nothing")
 
 
 def run(arguments):
-    from flash_attn_mps import timing
-    from flash_attn_mps.metal import compiler, launch, store, tune, variants
-    from flash_attn_mps.progress import Progress
-    from flash_attn_mps.tables import aligned
+    from flash_attn_mps import sdpa, timing
+    from flash_attn_mps.metal import compiler, launch, store, variants
 
     if arguments.forget:
         store.path().unlink(missing_ok=True)
         variants.forget()
-        print(f"{store.path()} is gone: every call gets this GPU's default variant.")
+        sdpa.reset()
+        print(f"{store.path()} is gone: every call gets this GPU's default variant, and sdpa its default lengths.")
         return 0
     refused = compiler.unavailable(arguments.device)
     too_wide = [d for d in arguments.head_dim if not 0 < d <= launch.MAX_HEAD_DIM]
@@ -37,9 +47,21 @@ def run(arguments):
         reason = refused or f"--head-dim {too_wide[0]}: the Metal kernel serves 1 to {launch.MAX_HEAD_DIM}"
         print(f"Nothing to tune here: {reason}.", file=sys.stderr)
         return 2
+    watch = timing.stopwatch(arguments.device)
+    results = [
+        {"variants": _variants, "sdpa": _lengths}[what](arguments, watch) for what in dict.fromkeys(arguments.what)
+    ]
+    return max(results)
+
+
+def _variants(arguments, watch):
+    """0 if every class of calls has a variant now."""
+    from flash_attn_mps.metal import store, tune, variants
+    from flash_attn_mps.progress import Progress
+    from flash_attn_mps.tables import aligned
+
     keys = tune.keys(arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
     candidates = {key: tune.candidates(key) for key in keys}
-    watch = timing.stopwatch(arguments.device)
     outcomes, unkept = [], None
     with Progress(sum(map(len, candidates.values())), "tune") as progress:
         try:
@@ -57,11 +79,56 @@ def run(arguments):
     print(aligned([head, *map(_row, outcomes)]))
     for reason, count in _reasons(outcomes).items():
         print(f"{count} variants were refused: {reason}. Please report it with the output of `mtlflashattn selftest`.")
+    _tell_where(unkept, any(outcome.winner for outcome in outcomes))
+    return 0 if unkept is None and len(outcomes) == len(keys) and all(outcome.winner for outcome in outcomes) else 1
+
+
+def _lengths(arguments, watch):
+    """0 if every kind of call has a length now."""
+    from flash_attn_mps import sdpa
+    from flash_attn_mps.progress import Progress
+    from flash_attn_mps.sdpa import lengths
+    from flash_attn_mps.tables import aligned
+
+    causal = [mask == "causal" for mask in arguments.mask if mask != "window"]  # torch has no windows
+    kinds = lengths.kinds(arguments.dtype, arguments.head_dim, causal)
+    outcomes, unkept = [], None
+    with Progress(len(kinds) * len(lengths.LENGTHS), "sdpa") as progress:
+        try:
+            for kind in kinds:
+                progress.step(str(kind), 0)
+                outcomes.append(lengths.measure(kind, arguments.device, watch, tick=progress.step))
+                lengths.save({outcomes[-1].of: outcomes[-1].shortest})
+        except KeyboardInterrupt:
+            pass  # what is measured is stored
+        except OSError as error:
+            unkept = error
+    sdpa.reset()
+    print("From which length on sdpa replaces torch's attention for the sake of speed:")
+    head = ("kind", "torch's path", "from", *(f"{length}: ms, torch's" for length in sorted(lengths.LENGTHS)))
+    print(aligned([head, *itertools.starmap(_length_row, zip(kinds, outcomes, strict=False))]))
+    _tell_where(unkept, outcomes)
+    return 0 if unkept is None and len(outcomes) == len(kinds) else 1
+
+
+def _length_row(kind, outcome):
+    from flash_attn_mps.sdpa import lengths
+
+    never = outcome.shortest == float("inf")
+    times = (
+        "{:.2f}, {:.2f}".format(*(1e3 * s for s in outcome.seconds[length])) if length in outcome.seconds else "-"
+        for length in sorted(lengths.LENGTHS)
+    )
+    return (kind, outcome.of.route, "never" if never else f"{outcome.shortest:g}", *times)
+
+
+def _tell_where(unkept, found):
+    from flash_attn_mps.metal import store
+
     if unkept is not None:
         print(f"Nothing is kept: {unkept}. MTLFLASHATTN_CACHE names another directory.", file=sys.stderr)
-    elif any(outcome.winner for outcome in outcomes):
+    elif found:
         print(f"Stored in {store.path()}")
-    return 0 if unkept is None and len(outcomes) == len(keys) and all(outcome.winner for outcome in outcomes) else 1
 
 
 def _row(outcome):

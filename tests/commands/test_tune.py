@@ -100,6 +100,7 @@ def a_mac(metal, cache, monkeypatch):
 
 
 COMMAND = ["tune", "--device", "cpu", "--dtype", "float16", "--head-dim", "64", "--length", "short", "--mask", "full"]
+COMMAND += ["--what", "variants"]
 
 
 def test_the_command_stores_what_later_calls_use(a_mac, capsys):

@@ -6,7 +6,6 @@ import sys
 import textwrap
 import venv
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,8 +52,8 @@ def make_venv(prefix, wheel=None, outer=False):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(interpreter.site_packages)
     if outer:
-        packages = {Path(find_spec(name).origin).parents[1] for name in ("torch", "numpy", "einops", "hatchling")}
-        (interpreter.site_packages / "outer.pth").write_text("".join(f"{path}\n" for path in sorted(packages)))
+        packages = [path for path in sys.path if Path(path).name == "site-packages"]
+        (interpreter.site_packages / "outer.pth").write_text("".join(f"{path}\n" for path in packages))
     return interpreter
 
 

@@ -1,0 +1,58 @@
+"""PyTorch's own attention on MPS, served by this package where torch is wrong, has no room for it, or is slower.
+
+    from flash_attn_mps import sdpa
+
+    sdpa.install()                      # torch.nn.functional.scaled_dot_product_attention comes here from now on
+    with sdpa.installed(): ...          # or for a while
+    print(sdpa.explain(q, k, v, is_causal=True))
+    print(sdpa.stats())
+
+`MTLFLASHATTN_SDPA=on` installs it when `flash_attn_mps` is imported. Never on by default. docs/sdpa.md has the rules,
+`hazards.TABLE` the calls that torch releases are known to get wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from .. import trace
+from . import counters, patch
+from .call import bind
+from .counters import stats
+from .decision import Decision, Reason
+from .holders import holders
+from .patch import install, installed, is_installed, reset, scaled_dot_product_attention, uninstall
+from .settings import SWITCH, wanted
+from .stock import version
+
+__all__ = [
+    "SWITCH",
+    "Decision",
+    "Reason",
+    "explain",
+    "holders",
+    "install",
+    "installed",
+    "is_installed",
+    "reset",
+    "scaled_dot_product_attention",
+    "stats",
+    "uninstall",
+    "wanted",
+]
+
+
+def explain(*args: Any, torch_version: str | None = None, **kwargs: Any) -> Decision:
+    """The decision about this call of `scaled_dot_product_attention`, and its reasons; nothing is computed.
+
+    Tensors on the "meta" device count as on MPS. `torch_version`, like "2.10.0": as it would be with that release.
+    Raises TypeError where arguments are missing.
+    """
+    given = patch.current()
+    if torch_version is not None:
+        given = replace(given, torch=version(torch_version))
+    return patch.examine(bind(*args, **kwargs), given, as_if=True)[0]
+
+
+trace.at_exit.append(counters.table)

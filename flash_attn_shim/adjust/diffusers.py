@@ -1,0 +1,46 @@
+"""diffusers: needs no adjustment when it is imported after the shim; this file mends one that was imported before.
+
+Tried with 0.38.0 and 0.42.1. At its import, diffusers asks once for the module and its metadata, keeps the answer in
+`diffusers.utils.import_utils`, and takes the functions of the backends "flash" and "flash_varlen" in
+`diffusers.models.attention_dispatch`. FlashAttention 3 stays unavailable: it asks for another distribution.
+"""
+
+import sys
+from importlib import import_module
+
+from flash_attn_shim.adjust import Misfit
+
+UTILS = "diffusers.utils.import_utils"
+DISPATCH = "diffusers.models.attention_dispatch"
+
+_FUNCTIONS = {
+    "flash_attn_func": "flash_attn",
+    "flash_attn_varlen_func": "flash_attn",
+    "_wrapped_flash_attn_forward": "flash_attn.flash_attn_interface",
+    "_wrapped_flash_attn_backward": "flash_attn.flash_attn_interface",
+}
+
+
+def catch_up(undo):
+    """Give an imported diffusers the answers that it would get now. `Misfit` if it keeps them elsewhere."""
+    utils, dispatch = sys.modules.get(UTILS), sys.modules.get(DISPATCH)
+    if utils is None or vars(utils).get("_flash_attn_available") is True:
+        return
+    for module, names in (
+        (utils, ("_flash_attn_available", "_flash_attn_version")),
+        (dispatch, ("_CAN_USE_FLASH_ATTN", *_FUNCTIONS)),
+    ):
+        missing = [name for name in names if module is not None and name not in vars(module)]
+        if missing:
+            raise Misfit(f"{module.__name__} has no {', '.join(missing)}")
+    from flash_attn_shim.metadata import VERSION
+
+    undo.set(utils, "_flash_attn_available", True)
+    undo.set(utils, "_flash_attn_version", VERSION)
+    if dispatch is not None:
+        undo.set(dispatch, "_CAN_USE_FLASH_ATTN", True)
+        for name, module in _FUNCTIONS.items():
+            undo.set(dispatch, name, getattr(import_module(module), name))
+    clear = getattr(vars(utils).get("is_flash_attn_version"), "cache_clear", None)  # cached in some versions
+    if clear is not None:
+        clear()

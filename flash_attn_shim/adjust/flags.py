@@ -1,0 +1,100 @@
+"""Flags of programs that the shim would otherwise lead astray, as data. `programs.py` applies them.
+
+* Wan's attention file, and the many copies of it, ends in `scaled_dot_product_attention` where neither flash_attn nor
+  flash_attn_interface can be imported; where one can, it takes a path that asserts CUDA tensors. With the flag off it
+  keeps the path that works.
+* Programs written for early builds of FlashAttention 3 index what its functions return with [0], or unpack it. Today's
+  FlashAttention 3 returns a tensor, and so does ours. With the flag off they take their FlashAttention 2 path.
+
+A module is named by the end of its dotted name: copies lie under other packages, and custom nodes of ComfyUI under the
+path they were loaded from.
+"""
+
+FA2 = "flash_attn"
+FA3 = "flash_attn_interface"
+
+
+def asserts_cuda_before_falling_back(module):
+    """Does `flash_attention` ask for CUDA, while `attention` has another way? By the names in their bytecode: copies
+    that allow MPS say `in ("cuda", "mps")`, or have the line commented out, and are served by FlashAttention 2."""
+    flash = getattr(vars(module).get("flash_attention"), "__code__", None)
+    choice = getattr(vars(module).get("attention"), "__code__", None)
+    if flash is None or choice is None:
+        return False
+    asks = "cuda" in flash.co_consts or "is_cuda" in flash.co_names
+    return asks and "scaled_dot_product_attention" in choice.co_names
+
+
+class Flag:
+    """`name` in the modules whose dotted name ends in `module` becomes `value` while the shim presents `served`.
+
+    `served`: the top-level name that makes the flag wrong; None: either of them. `applies`: takes the executed module
+    and says whether it has the trait that makes the flag wrong; None: always. `reason` in words; `source`: the file and
+    repository that show it. `listed`: the user asked for it.
+    """
+
+    def __init__(self, module, name, value, served, reason, source, applies=None, listed=False):
+        self.module = module
+        self.name = name
+        self.value = value
+        self.served = served
+        self.reason = reason
+        self.source = source
+        self.applies = applies
+        self.listed = listed
+
+    def matches(self, fullname):
+        return fullname == self.module or fullname.endswith("." + self.module)
+
+    def __str__(self):
+        return f"{self.module}:{self.name}={self.value}"
+
+
+def _cuda_only(module, source):
+    return Flag(
+        module,
+        "FLASH_ATTN_2_AVAILABLE",
+        False,
+        FA2,
+        "its flash_attention asserts CUDA tensors; without the flag, attention uses scaled_dot_product_attention",
+        source,
+        asserts_cuda_before_falling_back,
+    )
+
+
+def _old_fa3(module, name, source, use="indexes what FlashAttention 3 returns with [0]"):
+    return Flag(module, name, False, FA3, f"{use}; without the flag it does not use it", source)
+
+
+_WAN = "wan/modules/attention.py of Wan-Video/Wan2.1, Wan-Video/Wan2.2 and guandeh17/Self-Forcing"
+_SKYREELS = "skyreels_v2_infer/modules/attention.py of SkyworkAI/SkyReels-V2"
+_VIDEOX = "videox_fun/models/attention_utils.py of aigc-apps/VideoX-Fun"
+_COGVIDEOX = "cogvideox/models/wan_transformer3d.py of aigc-apps/VideoX-Fun, whose package had that name before"
+_WRAPPER = "wanvideo/modules/attention.py, later attention_flash.py, of kijai/ComfyUI-WanVideoWrapper"
+
+TABLE = (
+    _cuda_only("wan.modules.attention", _WAN),
+    _old_fa3("wan.modules.attention", "FLASH_ATTN_3_AVAILABLE", _WAN),
+    _cuda_only("skyreels_v2_infer.modules.attention", _SKYREELS),
+    _old_fa3("skyreels_v2_infer.modules.attention", "FLASH_ATTN_3_AVAILABLE", _SKYREELS),
+    _cuda_only("videox_fun.models.attention_utils", _VIDEOX),
+    _old_fa3("videox_fun.models.attention_utils", "FLASH_ATTN_3_AVAILABLE", _VIDEOX),
+    _cuda_only("cogvideox.models.wan_transformer3d", _COGVIDEOX),
+    _old_fa3("cogvideox.models.wan_transformer3d", "FLASH_ATTN_3_AVAILABLE", _COGVIDEOX),
+    # Here the assertion is commented out, and FlashAttention 2 works.
+    _old_fa3("wanvideo.modules.attention", "FLASH_ATTN_3_AVAILABLE", _WRAPPER),
+    _old_fa3("wanvideo.modules.attention_flash", "FLASH_ATTN_3_AVAILABLE", _WRAPPER),
+    _old_fa3("opensora.models.mmdit.math", "SUPPORT_FA3", "opensora/models/mmdit/math.py of hpcaitech/Open-Sora"),
+    _old_fa3(
+        "opensora.models.mmdit.distributed",
+        "SUPPORT_FA3",
+        "opensora/models/mmdit/distributed.py of hpcaitech/Open-Sora",
+        "calls FlashAttention 3's private functions by the positions of an early build",
+    ),
+    _old_fa3(
+        "bert_layers.attention",
+        "IMPL_USE_FLASH3",
+        "src/bert_layers/attention.py of AnswerDotAI/ModernBERT",
+        "unpacks what FlashAttention 3 returns into two",
+    ),
+)

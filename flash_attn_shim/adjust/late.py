@@ -1,0 +1,74 @@
+"""What a late `install()` finds: modules that have concluded already that flash_attn is not there.
+
+What can be mended is; for the rest there is one warning, which names the modules and the remedy.
+"""
+
+import sys
+
+from flash_attn_shim import finder
+from flash_attn_shim.adjust import Misfit, diffusers
+
+_PROBES = ("is_flash_attn_available", "is_flash_attn_2_available")
+
+#: What models of transformers import behind a probe at their top, and from where.
+_BEHIND_PROBES = {
+    "_flash_attention_forward": "transformers.modeling_flash_attention_utils",
+    "get_target_dtype": "transformers.integrations.flash_attention",
+}
+
+_FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
+
+_MODERNBERT = "transformers.models.modernbert.modeling_modernbert"
+
+_warned = set()
+
+
+def mend(undo):
+    """Give modules what they did not import; return the names of those that cannot be mended."""
+    from flash_attn_shim import metadata
+
+    if metadata.refusal():  # then transformers and diffusers would not have found it either
+        return []
+    beyond = []
+    try:
+        diffusers.catch_up(undo)
+    except Misfit:
+        beyond.append("diffusers")
+    for name, module in list(sys.modules.items()):
+        namespace = getattr(module, "__dict__", {})
+        if name.startswith("transformers.models."):
+            if any(probe in namespace for probe in _PROBES):
+                _mend_model(module, undo)
+        elif not name.startswith(("transformers.", "diffusers.", "flash_attn")) and _gave_up(namespace):
+            beyond.append(name)
+    # 4.57's chose rotary embeddings without flash_attn's.
+    if getattr(sys.modules.get(_MODERNBERT), "RotaryEmbedding", None) is object:
+        beyond.append(_MODERNBERT)
+    return sorted(beyond)
+
+
+def warn(modules):
+    """Say once what could not be mended, and what to do."""
+    unsaid = [name for name in modules if name not in _warned]
+    _warned.update(unsaid)
+    if unsaid:
+        finder.warn(
+            f"{', '.join(unsaid)} was imported before flash_attn_shim.install() and will not use flash_attn: call "
+            "install() before importing it. Where mtlflashattn is installed, that happens when Python starts; "
+            "`mtlflashattn doctor` says why it did not here."
+        )
+
+
+def _mend_model(module, undo):
+    for name, home in _BEHIND_PROBES.items():
+        if name not in vars(module) and hasattr(sys.modules.get(home), name):
+            undo.set(module, name, getattr(sys.modules[home], name))
+
+
+def _gave_up(namespace):
+    """Has a module noted None for a function of flash_attn, or, of a model's remote code, asked and imported none?"""
+    if any(name in namespace and namespace[name] is None for name in _FUNCTIONS):
+        return True
+    remote = str(namespace.get("__name__")).startswith("transformers_modules.")
+    asked = any(probe in namespace for probe in _PROBES)
+    return remote and asked and not any(name in namespace for name in (*_FUNCTIONS, *_BEHIND_PROBES))

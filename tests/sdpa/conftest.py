@@ -1,0 +1,71 @@
+import os
+
+import pytest
+import torch
+
+from flash_attn_mps import mha, sdpa
+from flash_attn_mps.metal import compiler, store, variants
+from flash_attn_mps.sdpa import obstacles, settings
+from flash_attn_mps.sdpa.settings import GIB, Settings
+from tests.metal_host import compile_shader
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _anew(monkeypatch, tmp_path):
+    """Random numbers, counters and settings from the beginning; afterwards nothing is installed."""
+    for name in [name for name in os.environ if name.startswith("MTLFLASHATTN_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(store.CACHE, str(tmp_path))
+    variants.forget()
+    torch.manual_seed(0)
+    sdpa.reset()
+    yield
+    sdpa.uninstall()
+    mha.uninstall()
+    sdpa.reset()
+    variants.forget()
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """given(torch=(2, 12), ...): the settings that hold from now on."""
+
+    def given(torch=(2, 13), budget=4 * GIB, **others):
+        monkeypatch.setattr(settings, "read", lambda: Settings(torch, budget, **others))
+        sdpa.reset()
+
+    return given
+
+
+@pytest.fixture
+def as_mps(monkeypatch, given):
+    """CPU tensors count as tensors on MPS, and every call is taken for the sake of speed or its hazards."""
+    monkeypatch.setattr(obstacles, "is_served", lambda tensor: tensor.is_cpu)
+    monkeypatch.setenv("MTLFLASHATTN_KERNEL", "torch")
+    given(torch=(2, 7), min_seq=0, fast_min_seq=0)
+
+
+@pytest.fixture
+def metal(monkeypatch, as_mps):
+    """`as_mps`, and the Metal kernels serve CPU tensors, on the runner."""
+    monkeypatch.setattr(compiler, "compile_shader", compile_shader)
+    monkeypatch.setattr(compiler, "device_types", frozenset({"cpu"}))
+    monkeypatch.delenv("MTLFLASHATTN_KERNEL")
+    compiler.clear()
+    yield
+    compiler.clear()
+
+
+@pytest.fixture(params=["torch", "metal"])
+def tier(request):
+    """Both tiers that serve calls on a Mac, in turn."""
+    request.getfixturevalue("as_mps" if request.param == "torch" else "metal")
+    return request.param
