@@ -55,7 +55,7 @@ def flash_attn_func(
     Returns `(batch, seqlen_q, heads, head_dim of v)`. See the module for the parameters.
     """
     scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
-    return _finish(dense(q, k, v, scoring))
+    return finish(dense(q, k, v, scoring))
 
 
 def flash_attn_kvpacked_func(
@@ -73,7 +73,7 @@ def flash_attn_kvpacked_func(
     """`flash_attn_func` with keys and values in one tensor, `kv` `(batch, seqlen_k, 2, heads_k, head_dim)`."""
     scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     k, v = unpack(kv, "kv", "batch, seqlen_k, 2, heads_k, head_dim", 2)
-    return _finish(dense(q, k, v, scoring, _KV))
+    return finish(dense(q, k, v, scoring, _KV))
 
 
 def flash_attn_qkvpacked_func(
@@ -90,7 +90,7 @@ def flash_attn_qkvpacked_func(
     """`flash_attn_func` with queries, keys and values in one tensor, `qkv` `(batch, seqlen, 3, heads, head_dim)`."""
     scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     q, k, v = unpack(qkv, "qkv", "batch, seqlen, 3, heads, head_dim", 3)
-    return _finish(dense(q, k, v, scoring, _QKV))
+    return finish(dense(q, k, v, scoring, _QKV))
 
 
 def flash_attn_varlen_func(
@@ -119,7 +119,7 @@ def flash_attn_varlen_func(
     """
     scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _finish(varlen(q, k, v, *lengths, scoring, block_table=block_table))
+    return finish(varlen(q, k, v, *lengths, scoring, block_table=block_table))
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -142,7 +142,7 @@ def flash_attn_varlen_kvpacked_func(
     scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     k, v = unpack(kv, "kv", "total_k, 2, heads_k, head_dim", 2)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _finish(varlen(q, k, v, *lengths, scoring, names=_KV))
+    return finish(varlen(q, k, v, *lengths, scoring, names=_KV))
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -162,7 +162,7 @@ def flash_attn_varlen_qkvpacked_func(
     scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     q, k, v = unpack(qkv, "qkv", "total, 3, heads, head_dim", 3)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return _finish(varlen(q, k, v, *lengths, scoring, names={**_QKV, **_ONE_LENGTH}))
+    return finish(varlen(q, k, v, *lengths, scoring, names={**_QKV, **_ONE_LENGTH}))
 
 
 def flash_attn_with_kvcache(
@@ -219,7 +219,8 @@ def flash_attn_with_kvcache(
     return (result.out, result.lse) if return_softmax_lse else result.out
 
 
-def _finish(p: AttentionProblem):
+def finish(p: AttentionProblem):
+    """Compute `p`; the output, or with `want_lse` what `return_attn_probs` promises."""
     result = dispatch.attention(p)
     if not p.want_lse:
         return result.out

@@ -14,6 +14,7 @@ PRESENTED = ("flash_attn", "flash_attn_interface")
 #: Modules of other libraries that are changed once they are executed -> the file in `flash_attn_shim/adjust`.
 ADJUSTED = {
     "transformers.utils.import_utils": "transformers",
+    "transformers.integrations.flash_attention": "transformers",
     "transformers.modeling_flash_attention_utils": "transformers",
     "transformers.modeling_utils": "transformers",
 }

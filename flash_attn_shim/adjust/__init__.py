@@ -127,7 +127,7 @@ def _programs():
 
 def _adjusts(name):
     if name in ADJUSTED:
-        return not _library(name).refusal()
+        return not _library(name).refusal() or _library(name).hides()
     return not _programs().refusal() and _programs().knows(name)
 
 

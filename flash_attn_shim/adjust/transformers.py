@@ -1,7 +1,7 @@
 """transformers: `attn_implementation="flash_attention_2"` loads and runs where the shim serves `flash_attn`.
 
-Tried with 4.57.6 and 5.23.0. transformers finds the presented package and its metadata, but then insists on CUDA
-(or MLU, MUSA):
+Tried with the newest release of each minor version from 4.48 to 5.23. transformers finds the presented package and its
+metadata, but then insists on CUDA (or MLU, MUSA):
 
 * `is_flash_attn_2_available()` also says yes where the shim serves the call: with MPS, or anywhere under
   `MTLFLASHATTN_SHIM=on`. Replaced at the end of `transformers.utils.import_utils`, before anything takes the
@@ -10,15 +10,25 @@ Tried with 4.57.6 and 5.23.0. transformers finds the presented package and its m
   the devices from a table; 4.x checks in `PreTrainedModel._flash_attn_2_can_dispatch`, which besides takes "found
   but unavailable" for "available" in a torch that has neither CUDA nor ROCm, and so would break ModernBERT's
   default attention where there is no MPS.
-* Attention sinks (`s_aux`: gpt-oss) that FlashAttention 2's functions have no argument for are dropped without a word,
-  which gives other numbers. Refused, in `_process_flash_attention_kwargs`.
+
+What its path to FlashAttention 2 gets wrong, or leaves out because upstream's kernel has it not:
+
+* In float32 it asks for a `torch.nn.Linear` in the attention, and GPT-2 has none: StopIteration.
+* Attention sinks (`s_aux`: GPT-OSS) are dropped without a word, since upstream's functions take none, which gives other
+  numbers. Ours take them; where a function does not, they are refused, in `_process_flash_attention_kwargs`.
+* 4.54 takes the positions of one row for those of the batch.
+
+Under `MTLFLASHATTN_TRANSFORMERS=off` `flash_attn` can be imported and has no metadata. transformers would trip over
+that (KeyError from 5.4 to 5.9, PackageNotFoundError in 4.x); it is told that there is no `flash_attn`.
 """
 
 import functools
+import inspect
 import sys
 
 from flash_attn_shim import finder, policy
 from flash_attn_shim.adjust import Misfit
+from flash_attn_shim.autoload import PRESENTED
 
 _PROBE = "is_flash_attn_2_available"
 _TABLE = "FLASH_ATTENTION_COMPATIBILITY_MATRIX"
@@ -42,6 +52,12 @@ def refusal():
         return refused
     seen, _, why = finder.locate("flash_attn")
     return None if seen else why
+
+
+def hides():
+    """Is transformers alone to see no flash_attn, while others may?"""
+    env = finder.environment()
+    return bool(policy.refusal_to_adjust_transformers(env)) and not policy.refusal("flash_attn", env)
 
 
 def is_usable():
@@ -71,6 +87,8 @@ def _has_mps():
 
 
 def adjust_probe(import_utils, undo):
+    if refusal():
+        return _hide(import_utils, undo)
     original = vars(import_utils).get(_PROBE)
     if not callable(original):
         raise Misfit(f"{import_utils.__name__} has no {_PROBE}")
@@ -83,27 +101,113 @@ def adjust_probe(import_utils, undo):
     probe._dynamo_marked_constant = True  # torch.compile calls it at trace time, as it does with the original in 5.x
     _replace_everywhere(import_utils, original, probe)
     undo.then(lambda: _replace_everywhere(import_utils, probe, original))
+    _name_distributions(import_utils, undo, ["flash-attn"])
 
-    # Up to 5.10 a dict that is filled at import, and indexed without a look by 5.4 to 5.8.
+
+def _hide(import_utils, undo):
+    original = vars(import_utils).get("_is_package_available")
+    if not callable(original):
+        raise Misfit(f"{import_utils.__name__} has no _is_package_available")
+
+    @functools.wraps(original)
+    def is_available(pkg_name, *args, **kwargs):
+        hidden = pkg_name in PRESENTED and hides() and finder.locate(pkg_name)[0]
+        return original("flash_attn_that_is_hidden" if hidden else pkg_name, *args, **kwargs)
+
+    is_available.cache_clear = getattr(original, "cache_clear", lambda: None)
+    undo.set(import_utils, "_is_package_available", is_available)
+    _name_distributions(import_utils, undo, [])
+    return f"left alone, and told that there is no flash_attn: {refusal()}"
+
+
+def _name_distributions(import_utils, undo, distributions):
+    """Up to 5.10 a dict that is filled at import, and indexed without a look by 5.4 to 5.9."""
     mapping = vars(import_utils).get("PACKAGE_DISTRIBUTION_MAPPING")
     if mapping is not None:
-        for name in ("flash_attn", "flash_attn_interface"):
+        for name in PRESENTED:
             if finder.locate(name)[0]:
-                undo.set_item(mapping, name, ["flash-attn"])
+                undo.set_item(mapping, name, distributions)
 
 
-def adjust_flash_utils(modeling_flash_attention_utils, undo):
-    table = vars(modeling_flash_attention_utils).get(_TABLE)
-    process = vars(modeling_flash_attention_utils).get(_PROCESS)
-    if table is None and process is None:
-        raise Misfit(f"no {_TABLE} before 5.x and no {_PROCESS}")
+def adjust_attention(modeling_flash_attention_utils, undo):
+    if refusal():
+        raise Misfit(refusal())
+    utils = vars(modeling_flash_attention_utils)
+    table = utils.get(_TABLE)
+    if table is not None and not isinstance(table.get(2, {}).get("supported_devices"), tuple):
+        raise Misfit(f"{_TABLE}[2] has no tuple of supported_devices")
+    process, positions = utils.get(_PROCESS), utils.get("_prepare_from_posids")
+    takes_sinks = callable(process) and "s_aux" in inspect.signature(process).parameters
+    # 4.54 packs every call that has position_ids, of which its models pass one row for all sequences.
+    packs_always = callable(positions) and "_is_packed_sequence" not in utils
+    if table is None and not takes_sinks and not packs_always:
+        raise Misfit(f"no {_TABLE} before 5.x; the device check is in transformers.modeling_utils")
+    if takes_sinks:
+        undo.set(modeling_flash_attention_utils, "_lazy_imports", _with_sinks(utils["_lazy_imports"]))
+        undo.set(modeling_flash_attention_utils, _PROCESS, _without_dropping_sinks(process))
+    if packs_always:
+        undo.set(modeling_flash_attention_utils, "_prepare_from_posids", _with_all_positions(positions))
     if table is not None:
-        if not isinstance(table.get(2, {}).get("supported_devices"), tuple):
-            raise Misfit(f"{_TABLE}[2] has no tuple of supported_devices")
         devices = (*table[2]["supported_devices"], (is_usable_on_mps, "mps"), (is_usable_on_cpu, "cpu"))
         undo.set_item(table[2], "supported_devices", devices)
-    if process is not None:
-        undo.set(modeling_flash_attention_utils, _PROCESS, _without_dropping_sinks(process))
+
+
+def _with_sinks(lazy_imports):
+    """transformers hands over `s_aux` if the function has a parameter of that name."""
+
+    @functools.wraps(lazy_imports)
+    def imports(*args, **kwargs):
+        found = lazy_imports(*args, **kwargs)
+        flash_attn = sys.modules.get("flash_attn")
+        if flash_attn is None or not finder.is_ours(flash_attn) or found[0] is not flash_attn.flash_attn_func:
+            return found
+        from flash_attn_mps.integrations import sinks
+
+        return (sinks.flash_attn_func, sinks.flash_attn_varlen_func, *found[2:])
+
+    return imports
+
+
+def _with_all_positions(prepare):
+    @functools.wraps(prepare)
+    def prepare_from_posids(query, key, value, position_ids):
+        return prepare(query, key, value, position_ids.expand(query.shape[0], -1))
+
+    return prepare_from_posids
+
+
+def adjust_float32(flash_attention, undo):
+    if refusal():
+        raise Misfit(refusal())
+    original = vars(flash_attention).get("flash_attention_forward")
+    if not callable(original):
+        raise Misfit(f"{flash_attention.__name__} has no flash_attention_forward")
+
+    @functools.wraps(original)
+    def forward(module, query, *args, **kwargs):
+        import torch
+
+        if query.dtype == torch.float32 and not any(isinstance(part, torch.nn.Linear) for part in module.modules()):
+            module = _WithLinear(module)
+        return original(module, query, *args, **kwargs)
+
+    undo.set(flash_attention, "flash_attention_forward", forward)
+
+
+class _WithLinear:
+    """A module that has a `torch.nn.Linear` in float32 too."""
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+    def modules(self):
+        import torch
+
+        yield from self._module.modules()
+        yield torch.nn.Linear(1, 1, device="meta", dtype=torch.float32)
 
 
 def _without_dropping_sinks(original):
@@ -121,6 +225,8 @@ def _without_dropping_sinks(original):
 
 
 def adjust_cpu_check(modeling_utils, undo):
+    if refusal():
+        return _refuse(modeling_utils, undo)
     model_class = vars(modeling_utils).get("PreTrainedModel")
     original = vars(model_class).get("_flash_attn_2_can_dispatch") if model_class else None
     if original is None:
@@ -140,9 +246,32 @@ def adjust_cpu_check(modeling_utils, undo):
     undo.set(model_class, "_flash_attn_2_can_dispatch", can_dispatch)
 
 
+def _refuse(modeling_utils, undo):
+    """4.x looks for the package by itself, and then reads metadata that are not there."""
+    model_class = vars(modeling_utils).get("PreTrainedModel")
+    for name in ("_flash_attn_2_can_dispatch", "_check_and_enable_flash_attn_2"):
+        original = vars(model_class).get(name) if model_class else None
+        if original is None:
+            continue
+        function = getattr(original, "__func__", original)
+
+        def check(model, *args, function=function, **kwargs):
+            if hides():
+                raise ImportError(
+                    "FlashAttention2 has been toggled on, but it cannot be used due to the following error: "
+                    + refusal()
+                )
+            return function(model, *args, **kwargs)
+
+        undo.set(model_class, name, classmethod(check) if isinstance(original, classmethod) else check)
+        return f"left alone, and refuses flash_attention_2: {refusal()}"
+    raise Misfit(refusal())
+
+
 MODULES = {
     "transformers.utils.import_utils": adjust_probe,
-    "transformers.modeling_flash_attention_utils": adjust_flash_utils,
+    "transformers.integrations.flash_attention": adjust_float32,
+    "transformers.modeling_flash_attention_utils": adjust_attention,
     "transformers.modeling_utils": adjust_cpu_check,
 }
 

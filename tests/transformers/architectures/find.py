@@ -1,0 +1,104 @@
+"""The model classes of the installed transformers, from its own code."""
+
+import contextlib
+import importlib
+import inspect
+import io
+import pkgutil
+import typing
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+_OTHER_FRAMEWORKS = ("modeling_tf_", "modeling_flax_")
+
+
+def modeling_modules():
+    """Names of all modules transformers.models.*.modeling_*, sorted."""
+    root = Path(transformers.models.__path__[0])
+    for package in sorted(entry.name for entry in pkgutil.iter_modules([str(root)]) if entry.ispkg):
+        for file in sorted(Path(root, package).glob("modeling_*.py")):
+            if not file.name.startswith(_OTHER_FRAMEWORKS):
+                yield f"transformers.models.{package}.{file.stem}"
+
+
+def load(module):
+    """Import a modeling module; some print while they are imported."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return importlib.import_module(module)
+
+
+def concrete_classes(module):
+    """The classes of an imported module that are models with a `forward` of their own."""
+    for cls in vars(module).values():
+        if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.__module__ == module.__name__):
+            continue
+        if cls.forward is not torch.nn.Module.forward and cls.config_class is not None:
+            yield cls
+
+
+def supports_flash_attention_2(cls):
+    """Does the library's own code say so? The attribute was renamed in 4.54."""
+    return bool(getattr(cls, "_supports_flash_attn", False) or getattr(cls, "_supports_flash_attn_2", False))
+
+
+def configuration_class(cls):
+    """The class of a model's configuration: what its constructor asks for, else what the class names."""
+    with contextlib.suppress(Exception):
+        asked = typing.get_type_hints(cls.__init__).get("config")
+        if isinstance(asked, type) and issubclass(asked, PretrainedConfig) and asked is not PretrainedConfig:
+            return asked
+    return cls.config_class
+
+
+def source(cls):
+    """The text of the file that has the class."""
+    return inspect.getsource(importlib.import_module(cls.__module__))
+
+
+def sources(cls, config_class):
+    """The text of the file that has the class, and of those that its configuration's parts name."""
+
+    def types(values):
+        for value in values.values():
+            if isinstance(value, dict):
+                yield from types(value)
+        if isinstance(values.get("model_type"), str):
+            yield values["model_type"]
+
+    texts = [source(cls)]
+    for name in set(types(config_class().to_dict())):
+        package = model_type_to_module_name(name)
+        file = Path(transformers.models.__path__[0], package, f"modeling_{package}.py")
+        if file.exists():
+            texts.append(file.read_text(encoding="utf-8"))
+    return "".join(texts)
+
+
+def survey():
+    """(names "module:Class" that support FlashAttention 2, how many do not, {module: why it is not imported})."""
+    supporting, others, missing = [], 0, {}
+    for name in modeling_modules():
+        try:
+            classes = list(concrete_classes(load(name)))
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {error}"
+            continue
+        chosen = [f"{name}:{cls.__name__}" for cls in classes if supports_flash_attention_2(cls)]
+        supporting += chosen
+        others += len(classes) - len(chosen)
+    return supporting, others, missing
+
+
+def is_exported(name):
+    """Can the class named "module:Class" be imported from `transformers` itself?"""
+    return name.partition(":")[2] in dir(transformers)
+
+
+def model_class(name):
+    """The class named "module:Class"."""
+    module, _, attribute = name.partition(":")
+    return getattr(load(module), attribute)

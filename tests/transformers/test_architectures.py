@@ -1,0 +1,63 @@
+"""A sample of what `python -m tests.transformers.architectures` does with every model class of transformers."""
+
+import pytest
+import transformers
+from architectures.compare import TOLERANCE
+from architectures.run import Worker
+
+MAJOR = int(transformers.__version__.partition(".")[0])
+
+#: "package:Class", all cases of `architectures.compare`: grouped heads, windows, soft-capping, latent attention,
+#: experts, sinks, sections of RoPE, an encoder and a decoder, images, audio, a classifier that reads the last token.
+SAMPLE = [
+    "llama:LlamaForCausalLM",
+    "mistral:MistralForCausalLM",
+    "gemma2:Gemma2ForCausalLM",
+    "gemma3:Gemma3ForConditionalGeneration",
+    "mixtral:MixtralForCausalLM",
+    "deepseek_v3:DeepseekV3ForCausalLM",
+    "qwen2_vl:Qwen2VLForConditionalGeneration",
+    "bart:BartForConditionalGeneration",
+    "whisper:WhisperForConditionalGeneration",
+    "siglip:SiglipVisionModel",
+    "wav2vec2:Wav2Vec2Model",
+    "gemma:GemmaForSequenceClassification",
+    "gpt_oss:GptOssForCausalLM" if MAJOR < 5 else "gpt2:GPT2LMHeadModel",
+]
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = Worker()
+    yield worker
+    worker.stop()
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_equals_eager(worker, name):
+    package, _, cls = name.partition(":")
+    report = worker.examine(f"transformers.models.{package}.modeling_{package}:{cls}")
+    assert "error" not in report, report
+    assert {"forward", "gradients"} <= set(report["cases"])
+    differences = {case: result.get("difference", result) for case, result in report["cases"].items()}
+    for case, difference in differences.items():
+        assert isinstance(difference, float) or "not run" in difference, (case, difference)
+        assert not isinstance(difference, float) or difference <= TOLERANCE, (case, differences)
+    assert report["calls"] > 0
+    assert report["noticed"] > 100 * TOLERANCE  # with scores that are wrong on purpose
+    if cls.endswith("ForCausalLM"):
+        assert {"decode", "generate dynamic", "generate static", "packed", "padded left"} <= set(differences)
+
+
+def test_windows_and_softcaps_reach_the_kernels(worker):
+    report = worker.examine("transformers.models.gemma2.modeling_gemma2:Gemma2ForCausalLM")
+    masks = set("+".join(report["windows"]).split("+"))
+    assert {"softcap", "causal", "varlen", "grad"} <= masks
+    assert any(mask.startswith("window(") for mask in masks)
+
+
+def test_a_process_that_dies_is_replaced(worker):
+    worker.start()
+    worker.process.kill()
+    assert worker.examine("transformers.models.llama.modeling_llama:LlamaModel")["status"] == "died"
+    assert worker.examine("transformers.models.llama.modeling_llama:LlamaModel")["status"] == "equal"
