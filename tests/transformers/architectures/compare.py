@@ -72,17 +72,23 @@ def fill(model):
     """Random weights of a size at which attention matters; the library's own are so small that it hardly does."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
+        convolutions = {m.weight for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
         for parameter in model.parameters():
             if not parameter.is_floating_point():
                 continue
             if parameter.dim() >= 2:
-                fan_in = math.prod(parameter.shape[1:]) if parameter.dim() > 3 else parameter.shape[-1]
+                # Experts' matrices have three dimensions, as the weights of a convolution along one axis have.
+                of_patches = parameter.dim() > 3 or parameter in convolutions
+                fan_in = math.prod(parameter.shape[1:]) if of_patches else parameter.shape[-1]
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
             else:
                 parameter.nan_to_num_(0.0, 0.0, 0.0)
                 if parameter.abs().max() > 1e3:
                     parameter.zero_()
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("codebook.embed_sum"):  # zeros until it is trained: nothing would pass through
+                buffer.copy_(torch.randn(buffer.shape, generator=generator))
 
 
 class Models:

@@ -35,7 +35,11 @@ CONFIGURATIONS = {
     "xmod": {"default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": _ATTENTION_SECOND},
+    # Whatever equals the padding token becomes a hidden token in the depth decoder's generation, which infers its mask
+    # from the codes; the real model has a padding token that is no code.
+    "csm": {"depth_decoder_config": {"pad_token_id": None}},
     "jamba": {
+        "sliding_window": None,  # 4.57 gives a window to FlashAttention alone (modeling_jamba.py:452, 1237)
         "use_mamba_kernels": False,
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
