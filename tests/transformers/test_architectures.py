@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from architectures.compare import TOLERANCE
+from architectures.explained import TOLERANCE
 from architectures.run import Worker
 
 MAJOR = int(transformers.__version__.partition(".")[0])

@@ -3,9 +3,7 @@
 import re
 from collections import Counter, defaultdict
 
-from .special import EXPLAINED
-
-TOLERANCE = 1e-4
+from .explained import TOLERANCE, explanation
 
 #: status -> heading of what has it, in the order of the list.
 HEADINGS = {
@@ -42,39 +40,8 @@ difference above 1e-4 of the largest value, and the same tokens. A class counts 
 when attention is made wrong on purpose (scores a fifth too small).
 
 """
+_DIRECTORY = re.compile(r"(?<![\w.:/])/\S*?(?:site-packages/|(?=tests/transformers/)|(?<=/)(?=[^/\s]+\.py\b))")
 _PACKAGE = re.compile(r"requires the (\S+) library|requires? the following packages?|No module named '(\w+)'")
-
-
-#: What a case's error says -> what the library did.
-_CAUSES = {
-    r"out of bounds for dimension 0 with size 34 \(transformers/modeling_flash": (
-        "generate hands a mask of four dimensions over the static cache to FlashAttention"
-    ),
-    r"`static` cache implementation is not compatible": "transformers refuses a static cache with FlashAttention 2",
-}
-
-
-def explanation(report):
-    """Why the library's own code makes the difference, in words; None if nothing is known of it."""
-    if report["status"] not in ("differs", "error"):
-        return None
-    name = f"{report['name'].split('.')[2]}:{report['name'].rpartition(':')[2]}"
-    major = report["version"].partition(".")[0]
-    for (version, pattern), text in EXPLAINED.items():
-        if version in ("", major) and re.match(pattern, name):
-            return text
-    wrong = {c: r for c, r in report["cases"].items() if "error" in r or r.get("difference", 0) > TOLERANCE}
-    causes = {_cause(case, result) for case, result in wrong.items()}
-    return None if None in causes else "; ".join(sorted(causes))
-
-
-def _cause(case, result):
-    for pattern, text in _CAUSES.items():
-        if re.search(pattern, result.get("error", "")):
-            return f"{case}: {text}"
-    if case == "packed" and "error" not in result and not any("varlen" in mask for mask in result.get("masks", [""])):
-        return "packed: its attention does not hand position_ids to FlashAttention"
-    return None
 
 
 def status(report):
@@ -99,7 +66,7 @@ def reason(report):
     if "reason" in report:
         return report["reason"]
     if "error" in report:
-        return f"{_first_line(report['error'])} ({report.get('place', '')})"
+        return f"{_first_line(report['error'])} ({_first_line(report.get('place', ''))})"
     parts = []
     for case, result in report["cases"].items():
         if "error" in result:
@@ -116,7 +83,7 @@ def _cross_check(result):
 
 
 def _first_line(text):
-    text = " ".join(text.split())
+    text = _DIRECTORY.sub("", " ".join(text.split()))
     return text[:160] + ("..." if len(text) > 160 else "")
 
 

@@ -1,0 +1,196 @@
+"""Why FlashAttention 2 gives something else than eager attention, or fails: the library's own code, on any device."""
+
+import re
+from typing import NamedTuple
+
+TOLERANCE = 1e-4  # of the largest value: above, it is a difference
+
+_PADDING = "padded|gradients"
+_ALL = "forward|padded|gradients"
+
+
+class Reason(NamedTuple):
+    """What it holds for: a major version ("" is any), patterns of "package:Class", of a case and of its error."""
+
+    version: str
+    classes: str
+    cases: str
+    text: str
+    error: str = "^$"
+
+    def holds(self, version, name, case, result):
+        return (
+            self.version in ("", version.partition(".")[0])
+            and re.fullmatch(self.classes, name)
+            and re.match(self.cases, case)
+            and re.search(self.error, result.get("error", ""))
+        )
+
+
+# With 4.57.6 and 5.23.0; the numbers are lines there.
+REASONS = [
+    Reason("5", "aimv2:Aimv2TextModel", _PADDING, "hands is_causal=False with a causal mask (modeling_aimv2.py:314)"),
+    Reason("4", "aimv2:Aimv2TextModel", _PADDING, "hands is_causal=False with a causal mask (modeling_aimv2.py:283)"),
+    Reason(
+        "5",
+        "videoprism:VideoPrism(Text|Clip)Model",
+        _PADDING,
+        "is_causal is False with a causal mask (modeling_videoprism.py:365)",
+    ),
+    Reason("5", "moonshine:MoonshineDecoder", _PADDING, "is causal only without a mask (modeling_moonshine.py:327)"),
+    Reason("4", "moonshine:MoonshineDecoder", _PADDING, "is causal only without a mask (modeling_moonshine.py:271)"),
+    Reason("4", "gpt2:GPT2.*", f"{_PADDING}|decode|generate", "is causal only without a mask (modeling_gpt2.py:333)"),
+    Reason("5", "pegasus_x:PegasusX.*", _ALL, "is_causal is False in the decoder too (modeling_pegasus_x.py:164)"),
+    Reason("4", "pegasus_x:PegasusX.*", _ALL, "is_causal is False in the decoder too (modeling_pegasus_x.py:177)"),
+    Reason(
+        "5",
+        "phi4_multimodal:Phi4MultimodalVisionModel",
+        "forward|gradients",
+        "is_causal is True in the image encoder, which sdpa follows too (modeling_phi4_multimodal.py:97)",
+    ),
+    Reason(
+        "4",
+        "phi4_multimodal:Phi4MultimodalVisionModel",
+        "forward|gradients",
+        "is_causal is True in the image encoder, which sdpa follows too (modeling_phi4_multimodal.py:100)",
+    ),
+    Reason(
+        "5",
+        "(paligemma|colpali):.*",
+        f"{_ALL}|decode|packed",
+        "without token_type_ids the mask is causal (modeling_paligemma.py:256), while is_causal is False "
+        "(configuration_paligemma.py:93, modeling_gemma.py:228); sdpa without padding does the same",
+    ),
+    Reason(
+        "4",
+        "(paligemma|colpali):.*",
+        f"{_ALL}|decode",
+        "the prompt attends to all of itself in eager attention's mask alone (modeling_paligemma.py:171, 207), while "
+        "is_causal is True (modeling_gemma.py:201)",
+    ),
+    Reason(
+        "5",
+        "t5gemma:T5Gemma.*",
+        _ALL,
+        "the encoder's window is one token smaller each way (modeling_flash_attention_utils.py:692) than the mask's "
+        "(masking_utils.py:145)",
+    ),
+    Reason(
+        "4",
+        "siglip2?:Siglip2?TextModel",
+        _PADDING,
+        "drops the mask of padding for FlashAttention (modeling_siglip.py:599, modeling_siglip2.py:679)",
+    ),
+    Reason(
+        "4",
+        "modernbert:ModernBert.*",
+        _ALL,
+        "converts to bfloat16 for FlashAttention (modeling_modernbert.py:361): rounding of bfloat16",
+    ),
+    Reason(
+        "4",
+        "(qwen2_moe:Qwen2Moe|phimoe:Phimoe).*",
+        "padded right|gradients|generate static",
+        "refuses padding on the right, and takes a mask over a static cache for it (modeling_qwen2_moe.py:901, "
+        "modeling_phimoe.py:1051)",
+        error="padding_side='right'",
+    ),
+    Reason(
+        "4",
+        "qwen2_moe:Qwen2Moe.*",
+        "forward|padded left|generate static",
+        "gives FlashAttention a window from layer max_window_layers on (modeling_qwen2_moe.py:460), and the mask of "
+        "eager attention in all layers (1019)",
+    ),
+    Reason(
+        "4",
+        "qwen2_moe:Qwen2MoeForCausalLM",
+        "decode|generate dynamic",
+        "hands FlashAttention the mask of all tokens over a cache of a window (modeling_qwen2_moe.py:908)",
+        error="out of bounds",
+    ),
+    Reason(
+        "4",
+        "gpt_neo:GPTNeo.*",
+        f"{_PADDING}|decode|generate dynamic",
+        "takes the mask of FlashAttention for one of four dimensions (modeling_gpt_neo.py:314)",
+        error="too many indices",
+    ),
+    Reason(
+        "4",
+        "bark:Bark(Causal|Semantic|Coarse)Model",
+        "decode|generate dynamic",
+        "its cache joins heads in place of tokens under FlashAttention (modeling_bark.py:235)",
+        error="Expected size",
+    ),
+    Reason(
+        "4",
+        "mimi:MimiModel",
+        "forward|gradients",
+        "gives a window to FlashAttention alone (modeling_mimi.py:810, 1101)",
+    ),
+    Reason(
+        "4",
+        "qwen3_omni_moe:Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration",
+        "generate static",
+        "without padding FlashAttention gets no mask, and attends to what is not yet filled of a static cache "
+        "(masking_utils.py:558)",
+    ),
+    Reason(
+        "4",
+        ".*",
+        "generate static",
+        "generate hands a mask of four dimensions over the static cache to FlashAttention",
+        error=r"out of bounds for dimension 0 with size \d+ \(transformers/modeling_flash",
+    ),
+    Reason(
+        "4",
+        ".*",
+        "generate static",
+        "transformers refuses a static cache with FlashAttention 2",
+        error="`static` cache implementation is not compatible",
+    ),
+    Reason(
+        "5",
+        "moshi:MoshiForCausalLM",
+        "generate static",
+        "generate makes a mask with a window for eager attention and sdpa (masking_utils.py:1621), which the model "
+        "itself does not have (modeling_moshi.py:482)",
+    ),
+    Reason(
+        "5",
+        "glm4v_moe:Glm4vMoeForConditionalGeneration",
+        "packed",
+        "hands the positions of three axes to FlashAttention as if of one sequence",
+        error="accepted: 17, the number of rows of q",
+    ),
+]
+
+
+def is_wrong(result):
+    return "error" in result or result.get("difference", 0) > TOLERANCE
+
+
+def explanation(report):
+    """Why the library's own code makes every difference of a report, in words; None if one of them is not known."""
+    if report["status"] not in ("differs", "error"):
+        return None
+    name = f"{report['name'].split('.')[2]}:{report['name'].rpartition(':')[2]}"
+    texts = {}
+    for case, result in report["cases"].items():
+        if not is_wrong(result):
+            continue
+        text = _text(report["version"], name, case, result)
+        if text is None:
+            return None
+        texts.setdefault(text, []).append(case)
+    return "; ".join(f"{', '.join(cases)}: {text}" for text, cases in texts.items())
+
+
+def _text(version, name, case, result):
+    for reason in REASONS:
+        if reason.holds(version, name, case, result):
+            return reason.text
+    if case == "packed" and "error" not in result and not any("varlen" in mask for mask in result.get("masks", [""])):
+        return "its attention does not hand position_ids to FlashAttention"
+    return None
