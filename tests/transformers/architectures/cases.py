@@ -5,6 +5,7 @@ import contextlib
 import numpy
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import find
 from .build import EAGER
@@ -60,21 +61,28 @@ class Comparison:
         """
         side = int(mask[0, 0])
         if side not in self._reads_padding:
-            model, feed = self.models[EAGER], self.feeder.padded(self.feed, mask)
-            embedding = model.get_input_embeddings()
-            hook = embedding.register_forward_hook(lambda _, inputs, out: _blurred(out, mask))
-            try:
-                before, after = self.run(EAGER, self.feeder.padded(self.feed, mask)), None
-                hook.remove()
-                after = self.run(EAGER, feed)
-            finally:
-                hook.remove()
+            feed = self.feeder.padded(self.feed, mask)
+            before = self.run(EAGER, feed)
+            after = [self._disturbed(feed, mask, scale) for scale in (1.0, -1.0)]  # one may not move what is saturated
             self._reads_padding[side] = {
-                name: ~torch.isclose(value, after[name], rtol=1e-5, atol=1e-6)
+                name: sum(~torch.isclose(value, other[name], rtol=1e-5, atol=1e-6) for other in after) > 0
                 for name, value in before.items()
                 if not is_tokenwise(value, mask)
             }
         return self._reads_padding[side]
+
+    def _disturbed(self, feed, mask, scale):
+        """Eager attention's outputs when embeddings, and what layers make of them, are something else at padding."""
+        model = self.models[EAGER]
+        hooks = [model.get_input_embeddings().register_forward_hook(lambda _, i, out: _blurred(out, mask, scale))]
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                hooks.append(module.register_forward_hook(lambda _, i, out: _blurred(out, mask, scale)))
+        try:
+            return self.run(EAGER, feed)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def decode(self, attention):
@@ -175,12 +183,15 @@ class Comparison:
             model.zero_grad()
 
 
-def _blurred(embedded, mask):
-    """Embeddings with something else at padding."""
-    if embedded.shape[-2:-1] != mask.shape[-1:]:
-        return embedded
-    noise = torch.randn(embedded.shape[-1], generator=torch.Generator().manual_seed(3))
-    return embedded + (for_rows(mask, embedded) == 0)[..., None] * noise
+def _blurred(hidden, mask, scale):
+    """Embeddings, or a layer's output, with something else at padding."""
+    if isinstance(hidden, tuple):
+        return (_blurred(hidden[0], mask, scale), *hidden[1:])
+    if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or not is_tokenwise(hidden, mask):
+        return hidden
+    scale = scale * hidden.abs().mean().clamp_min(1.0)
+    noise = scale * torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(3))
+    return hidden + (for_rows(mask, hidden) == 0)[..., None] * noise
 
 
 def copied(feed):
