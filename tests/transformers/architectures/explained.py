@@ -104,9 +104,10 @@ REASONS = [
     ),
     Reason(
         "4",
-        "qwen2_moe:Qwen2MoeForCausalLM",
+        "qwen2_moe:Qwen2MoeForCausalLM|phimoe:PhimoeForCausalLM",
         "decode|generate dynamic",
-        "hands FlashAttention the mask of all tokens over a cache of a window (modeling_qwen2_moe.py:908)",
+        "hands FlashAttention the mask of all tokens over a cache of a window (modeling_qwen2_moe.py:909, "
+        "modeling_phimoe.py:1058)",
         error="out of bounds",
     ),
     Reason(
@@ -122,6 +123,12 @@ REASONS = [
         "decode|generate dynamic",
         "its cache joins heads in place of tokens under FlashAttention (modeling_bark.py:235)",
         error="Expected size",
+    ),
+    Reason(
+        "5",
+        "mobilebert:MobileBertModel",
+        "padded left",
+        "the pooler reads the first token (modeling_mobilebert.py:467), which is padding here, and is saturated",
     ),
     Reason(
         "4",
