@@ -13,6 +13,8 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
+from . import special
+
 _OTHER_FRAMEWORKS = ("modeling_tf_", "modeling_flax_")
 
 
@@ -54,12 +56,17 @@ def configuration_class(cls):
     return cls.config_class
 
 
+def default_configuration(config_class):
+    """An instance of the class with its defaults, and with what `special.GIVEN` says it cannot do without."""
+    return config_class(**special.GIVEN.get(config_class.model_type, {}))
+
+
 def source(cls):
     """The text of the file that has the class."""
     return inspect.getsource(importlib.import_module(cls.__module__))
 
 
-def sources(cls, config_class):
+def sources(cls, default):
     """The text of the file that has the class, and of those that its configuration's parts name."""
 
     def types(values):
@@ -70,7 +77,7 @@ def sources(cls, config_class):
             yield values["model_type"]
 
     texts = [source(cls)]
-    for name in set(types(config_class().to_dict())):
+    for name in set(types(default.to_dict())):
         package = model_type_to_module_name(name)
         file = Path(transformers.models.__path__[0], package, f"modeling_{package}.py")
         if file.exists():

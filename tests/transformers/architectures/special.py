@@ -1,6 +1,6 @@
 """What the generic way cannot know: values of configurations, by the model type that their class declares."""
 
-from .shrink import HEADS, HIDDEN, VOCABULARY
+from .shrink import EXPERTS, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, VOCABULARY
 
 _LOCAL_AND_GLOBAL = {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]}
 _ATTENTION_SECOND = ["mamba", "attention"]
@@ -28,8 +28,53 @@ _RESNET = {  # the default is timm's
     },
 }
 
-#: model_type -> values over the shrunk ones (a dict goes into the part of that name).
+_ERNIE_VL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}}
+_DIFFUSION_GEMMA = {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": INTERMEDIATE}
+_DEEPSEEK_OCR2 = {"mlp_layer_types": ["dense", "sparse"]}
+_EMBEDDING_GEMMA2 = {
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "per_layer_config": {1: {"head_dim": 2 * HEAD_DIM, "num_key_value_heads": 1}},
+}
+_BERT = {"model_type": "bert"}
+_DECODER = {**_BERT, "is_decoder": True, "add_cross_attention": True}
+_MUSICGEN = {
+    "text_encoder": {"model_type": "t5"},
+    "audio_encoder": {"model_type": "encodec"},
+}
+
+#: model_type -> arguments without which the class gives no configuration.
+GIVEN = {
+    "encoder-decoder": {"encoder": _BERT, "decoder": _DECODER},
+    "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": _DECODER},
+    "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": _DECODER},
+    "vision-text-dual-encoder": {"vision_config": {"model_type": "vit"}, "text_config": _BERT},
+    "rag": {"question_encoder": {"model_type": "dpr"}, "generator": {"model_type": "bart"}},
+    "musicgen": {**_MUSICGEN, "decoder": {"model_type": "musicgen_decoder"}},
+    "musicgen_melody": {**_MUSICGEN, "decoder": {"model_type": "musicgen_melody_decoder"}},
+    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
+}
+
+#: model_type, or name of a model class -> values over the shrunk ones (a dict goes into the part of that name).
 CONFIGURATIONS = {
+    "T5GemmaEncoderModel": {"is_encoder_decoder": False},
+    "ernie4_5_vl_moe": {"text_config": _ERNIE_VL},
+    "ernie4_5_vl_moe_text": _ERNIE_VL,
+    "diffusion_gemma": {"text_config": _DIFFUSION_GEMMA},
+    "diffusion_gemma_text": _DIFFUSION_GEMMA,
+    "deepseek_ocr2": {"text_config": _DEEPSEEK_OCR2},
+    "deepseek_ocr2_text": _DEEPSEEK_OCR2,
+    "embedding_gemma2": {"text_config": _EMBEDDING_GEMMA2},
+    "embedding_gemma2_text": _EMBEDDING_GEMMA2,
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "moonshine_streaming": {"num_key_value_heads": HEADS},
+    "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM},
+    "zamba": {
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 2 * HEAD_DIM,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
     "gpt_neo": {**_LOCAL_AND_GLOBAL, "num_layers": 2},
     "esmc": {"num_key_value_heads": HEADS},
     "xmod": {"default_language": "en_XX"},
