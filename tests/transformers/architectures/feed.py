@@ -58,6 +58,44 @@ class Feeder:
         """Keyword arguments of a plain forward pass without a mask, the simplest first."""
         plain = self.inputs()
         yield plain
+        yield from self._other_parts(plain)
+        for name in ("pixel_values", "hidden_states"):
+            if name in plain:
+                yield from ({**plain, name: value} for value in self.layouts())
+        if "pixel_values" in plain and self.takes("input_ids"):
+            both = {**plain, "input_ids": self.ids()}
+            both.pop("decoder_input_ids", None)
+            yield both
+            for value in self.layouts():
+                yield {**both, "pixel_values": value}
+        for name, sizes in (("input_values", (8192, 16384)), ("input_features", (100, 128, 200, 400, 3000))):
+            if name in plain and plain[name].dim() > 1:
+                for size in sizes:
+                    yield {**plain, name: self._longer(plain[name], size)}
+
+    @staticmethod
+    def _longer(value, length):
+        """The sequence over and over until it is so long; features have it in the second dimension."""
+        return value.repeat(1, -(-length // value.shape[1]), *[1] * (value.dim() - 2))[:, :length]
+
+    def layouts(self):
+        """Images, or their patches, in the layouts and sizes that models take."""
+        vision = self.vision()
+        channels = _first(vision, names=("num_channels", "in_channels", "in_chans"), default=3)
+        patch = _first(vision, names=("patch_size", "spatial_patch_size"), default=shrink.PATCH)
+        patch = patch if isinstance(patch, int) else patch[-1]
+        if self.takes("image_grid_thw") or self.takes("grid_thw"):
+            count = int(self.grid().prod(1).sum())
+            yield self.random(count, channels, patch, patch)
+            yield self.random(1, count, channels, patch, patch)
+            yield self.random(count, 2 * channels * patch * patch)
+            yield self.random(count // 4, 4 * patch * patch, channels)
+            return
+        yield self.random(BATCH, 16, channels * patch * patch)
+        for height, width in ((64, 64), (48, 320), (128, 128), (224, 224)):
+            yield self.random(BATCH, channels, height, width)
+
+    def _other_parts(self, plain):
         for name in ("pixel_values", "input_features", "encoder_hidden_states", "decoder_input_ids", "bbox"):
             if self.takes(name) and name not in plain:
                 yield {**plain, name: self.value(name)}
@@ -194,6 +232,45 @@ class Feeder:
             return self.random(BATCH, mels, frames)
         return self.random(BATCH, frames, mels)
 
+    def make_codebook_idx(self):
+        return 1
+
+    def make_pixel_position_ids(self):
+        rows, columns = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+        return torch.stack([columns, rows], -1).flatten(0, 1).expand(BATCH, -1, -1).clone()
+
+    def make_audio_mel(self):
+        return self.random(BATCH, shrink.FRAMES, _first(self.audio(), names=("input_feat_size",), default=80))
+
+    def make_audio_mel_mask(self):
+        return torch.zeros(BATCH, shrink.FRAMES, dtype=torch.bool)  # True is padding
+
+    def make_latents(self):
+        return self.random(BATCH, self.hidden(), LENGTH)
+
+    def make_noise_embeds(self):
+        return self.random(BATCH, LENGTH, self.hidden())
+
+    make_context_hidden_states = make_action_embeds = make_noise_embeds
+
+    def make_state(self):
+        return self.random(BATCH, _first(self.config, names=("max_state_dim",), default=32))
+
+    def make_mask(self):
+        return torch.ones(BATCH, shrink.FRAMES, dtype=torch.bool)
+
+    def make_marks(self):
+        return self.ids()
+
+    def make_num_options(self):
+        return torch.full((BATCH,), 2)
+
+    def make_question_type_ids(self):
+        return torch.zeros(BATCH, dtype=torch.long)
+
+    def make_codes(self):
+        return self.ids()[:, None].expand(-1, _first(self.config, names=("num_quantizers",), default=4), -1).clone()
+
     def make_pixel_attention_mask(self):
         return torch.ones(BATCH, 16, dtype=torch.long)
 
@@ -233,7 +310,7 @@ class Feeder:
         return _first(self.text, self.config, names=("hidden_size", "d_model", "n_embd"), default=shrink.HIDDEN)
 
     def vision(self):
-        return getattr(self.config, "vision_config", None) or self.config
+        return getattr(self.config, "vision_config", None) or getattr(self.config, "backbone_config", None) or self.config
 
     def audio(self):
         return getattr(self.config, "audio_config", None) or getattr(self.config, "encoder_config", None) or self.config

@@ -183,6 +183,8 @@ class Shrinker:
         return value
 
     def _list(self, name, values, siblings, layers, chosen):
+        if name == "decoder_in_channels" and self.level == EVERYTHING:
+            return [HIDDEN] * len(values)
         if self.level == NOTHING or (_STAGES.search(name) and name != "conv_dim"):
             return values
         if name in _BACKBONE_INDICES:
@@ -295,12 +297,16 @@ def _give_sections(values, by_kind):
 
 
 def _merged(values, over):
-    """`over` over `values`, part by part; a part of another model type takes the place of the one that was there."""
+    """`over` over `values`, part by part.
+
+    A part of another model type takes the place of the one that was there, as does one that is by numbers of layers.
+    """
     merged = dict(values)
     for name, value in over.items():
         if isinstance(value, dict):
             before = values.get(name) or {}
-            if "model_type" in value and value["model_type"] != before.get("model_type"):
+            other = "model_type" in value and value["model_type"] != before.get("model_type")
+            if other or all(isinstance(key, int) for key in value):
                 before = {}
             value = _merged(before, value)
         merged[name] = value

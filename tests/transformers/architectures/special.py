@@ -1,6 +1,6 @@
 """What the generic way cannot know: values of configurations, by the model type that their class declares."""
 
-from .shrink import EXPERTS, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, VOCABULARY
+from .shrink import EXPERTS, HEAD_DIM, HEADS, HIDDEN, IMAGE, INTERMEDIATE, VOCABULARY
 
 _LOCAL_AND_GLOBAL = {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]}
 _ATTENTION_SECOND = ["mamba", "attention"]
@@ -52,7 +52,13 @@ GIVEN = {
     "rag": {"question_encoder": {"model_type": "dpr"}, "generator": {"model_type": "bart"}},
     "musicgen": {**_MUSICGEN, "decoder": {"model_type": "musicgen_decoder"}},
     "musicgen_melody": {**_MUSICGEN, "decoder": {"model_type": "musicgen_melody_decoder"}},
-    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    },
 }
 
 #: model_type, or name of a model class -> values over the shrunk ones (a dict goes into the part of that name).
@@ -66,7 +72,8 @@ CONFIGURATIONS = {
     "deepseek_ocr2_text": _DEEPSEEK_OCR2,
     "embedding_gemma2": {"text_config": _EMBEDDING_GEMMA2},
     "embedding_gemma2_text": _EMBEDDING_GEMMA2,
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "lw_detr": {"backbone_config": {"image_size": 2 * IMAGE}},
     "moonshine_streaming": {"num_key_value_heads": HEADS},
     "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM},
     "zamba": {
