@@ -1,6 +1,7 @@
 """The model classes of the installed transformers, from its own code."""
 
 import contextlib
+import copy
 import importlib
 import inspect
 import io
@@ -48,17 +49,20 @@ def supports_flash_attention_2(cls):
 
 
 def configuration_class(cls):
-    """The class of a model's configuration: what its constructor asks for, else what the class names."""
+    """The class of a model's configuration: what its constructor asks for, else what is named most like the class."""
     with contextlib.suppress(Exception):
         asked = typing.get_type_hints(cls.__init__).get("config")
         if isinstance(asked, type) and issubclass(asked, PretrainedConfig) and asked is not PretrainedConfig:
             return asked
-    return cls.config_class
+    named = vars(importlib.import_module(cls.__module__)).values()
+    configurations = [c for c in named if isinstance(c, type) and issubclass(c, PretrainedConfig)]
+    closest = [c for c in configurations if cls.__name__.startswith(c.__name__.removesuffix("Config"))]
+    return max([cls.config_class, *closest], key=lambda c: len(c.__name__))
 
 
 def default_configuration(config_class):
     """An instance of the class with its defaults, and with what `special.GIVEN` says it cannot do without."""
-    return config_class(**special.GIVEN.get(config_class.model_type, {}))
+    return config_class(**copy.deepcopy(special.GIVEN.get(config_class.model_type, {})))
 
 
 def source(cls):

@@ -188,7 +188,7 @@ class Shrinker:
         if self.level == NOTHING or (_STAGES.search(name) and name != "conv_dim"):
             return values
         if name in _BACKBONE_INDICES:
-            return _last_stages(values, len(chosen))
+            return _last_stages(values, len(chosen), layers)
         flags = set(map(str, values)) <= {"0", "1"}
         if layers and len(values) == layers and (flags or not _LAYER_INDEX.search(name)):
             return [self._value(name[:-1], values[i], siblings, None, None) for i in chosen]
@@ -236,9 +236,12 @@ def _chosen_layers(values, layers):
     return sorted(chosen)
 
 
-def _last_stages(indices, count):
+def _last_stages(indices, count, layers):
     """As many stages as a backbone gave; those of a backbone whose stages are not layers stay."""
-    return list(range(count + 1 - len(indices), count + 1)) if len(indices) <= count else indices
+    if len(indices) > count:
+        return indices
+    end = count + (max(indices, default=0) >= (layers or 0))  # some count the embedding as the first
+    return list(range(end - len(indices), end))
 
 
 def _is_every_configuration_s(name, value):

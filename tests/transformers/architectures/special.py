@@ -1,6 +1,6 @@
 """What the generic way cannot know: values of configurations, by the model type that their class declares."""
 
-from .shrink import EXPERTS, HEAD_DIM, HEADS, HIDDEN, IMAGE, INTERMEDIATE, VOCABULARY
+from .shrink import EXPERTS, HEAD_DIM, HEADS, HIDDEN, IMAGE, INTERMEDIATE, PATCH, VOCABULARY
 
 _LOCAL_AND_GLOBAL = {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]}
 _ATTENTION_SECOND = ["mamba", "attention"]
@@ -35,6 +35,13 @@ _EMBEDDING_GEMMA2 = {
     "num_hidden_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"],
     "per_layer_config": {1: {"head_dim": 2 * HEAD_DIM, "num_key_value_heads": 1}},
+}
+_SAM2 = {
+    "vision_config": {
+        "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]],
+        "backbone_config": {"hidden_size": 96},
+    },
+    "prompt_encoder_config": {"patch_size": 2 * PATCH},
 }
 _BERT = {"model_type": "bert"}
 _DECODER = {**_BERT, "is_decoder": True, "add_cross_attention": True}
@@ -73,9 +80,39 @@ CONFIGURATIONS = {
     "embedding_gemma2": {"text_config": _EMBEDDING_GEMMA2},
     "embedding_gemma2_text": _EMBEDDING_GEMMA2,
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "lw_detr": {"backbone_config": {"image_size": 2 * IMAGE}},
+    "lw_detr": {
+        "backbone_config": {"image_size": 2 * IMAGE},
+        "projector_scale_factors": [1.0],
+        "projector_out_channels": HIDDEN,
+    },
+    "hrm_text": {"num_hidden_layers": 16, "num_layers_per_stack": 2},
+    "qwen3_omni_moe_talker": {"text_config": {"shared_expert_intermediate_size": INTERMEDIATE}},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": INTERMEDIATE},
+    "sam2": _SAM2,
+    "sam2_vision_model": _SAM2["vision_config"],
+    "sam2_hiera_det_model": _SAM2["vision_config"]["backbone_config"],
+    "sapiens2": {
+        "head_config": {
+            "upsample_out_channels": [16, 16],
+            "upsample_kernel_sizes": [4, 4],
+            "conv_out_channels": [16],
+            "conv_kernel_sizes": [1],
+            "scale_conv_out_channels": [16],
+            "scale_conv_kernel_sizes": [1],
+            "scale_final_input_size": 16,
+            "scale_final_hidden_sizes": [16],
+        }
+    },
+    "lightglue": {"keypoint_detector_config": {"keypoint_decoder_dim": 65}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [0, 0, 1, 1],
+        "downsample_rate": "2/4",
+    },
+    "instructblip": {"image_token_index": VOCABULARY - 1},
+    "instructblipvideo": {"video_token_index": VOCABULARY - 1},
     "moonshine_streaming": {"num_key_value_heads": HEADS},
-    "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM},
+    "zamba2": {"hybrid_layer_ids": [2], "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM},
     "zamba": {
         "attention_hidden_size": 2 * HIDDEN,
         "attention_head_dim": 2 * HEAD_DIM,
