@@ -301,7 +301,7 @@ class Comparison:
                     weight = weight * rows.view(*rows.shape, *[1] * (value.dim() - 2))
                 loss = loss + torch.where(torch.isfinite(value), value * weight, 0.0).sum()
             loss.backward()
-            return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.numel()}
         finally:
             model.eval()
             model.zero_grad()
@@ -333,7 +333,7 @@ def gradient_difference(expected, got):
     """Relative to the largest gradient of all: some parameters' own are nothing but rounding (a key's bias)."""
     if expected.keys() != got.keys():
         return math.inf, f"gradients of other parameters: {sorted(expected.keys() ^ got.keys())[:3]}"
-    scale = max((g.abs().max().item() for g in expected.values()), default=1.0)
+    scale = max((g.abs().max().item() for g in expected.values()), default=1.0) or 1.0
     errors = {name: (expected[name] - got[name]).abs().max().item() / scale for name in expected}
     where = max(errors, key=errors.get, default="")
     return errors.get(where, 0.0), where

@@ -68,6 +68,9 @@ class Feeder:
         if "pixel_values" in plain and self.takes("input_ids"):
             both = {**plain, "input_ids": self._with_image(self.ids())}
             both.pop("decoder_input_ids", None)
+            if self.takes("image_embeds_position_mask"):
+                places = torch.arange(LENGTH) < _first(self.config, names=("latent_query_num",), default=0)
+                both["image_embeds_position_mask"] = places.long().expand(BATCH, -1).clone()
             yield both
             yield {**both, "decoder_input_ids": self.ids()} if self.is_seq2seq else both
             if both["pixel_values"].dim() == 4:

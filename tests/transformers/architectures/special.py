@@ -13,18 +13,19 @@ _GEMMA3N = {
     "activation_sparsity_pattern": [0.5] * 4,
     "intermediate_size": [96] * 4,
 }
-_RESNET = {  # the default is timm's
+_BACKBONE = {  # the default is timm's, and ResNet refuses FlashAttention
     "use_timm_backbone": False,
     "use_pretrained_backbone": False,
     "backbone": None,
     "backbone_kwargs": None,
     "backbone_config": {
-        "model_type": "resnet",
-        "embedding_size": 16,
-        "hidden_sizes": [16, 16, 32, 32],
-        "depths": [1, 1, 1, 1],
-        "layer_type": "basic",
-        "out_features": ["stage2", "stage3", "stage4"],
+        "model_type": "dinov2",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 4,
+        "num_attention_heads": HEADS,
+        "image_size": IMAGE,
+        "patch_size": PATCH,
+        "out_indices": [2, 3, 4],
     },
 }
 
@@ -43,8 +44,9 @@ _SAM2 = {
     },
     "prompt_encoder_config": {"patch_size": 2 * PATCH},
 }
-_BERT = {"model_type": "bert"}
-_DECODER = {**_BERT, "is_decoder": True, "add_cross_attention": True}
+# Parts whose classes support FlashAttention 2 in every version.
+_ENCODER = {"model_type": "distilbert"}
+_DECODER = {"model_type": "bart", "is_decoder": True, "add_cross_attention": True, "is_encoder_decoder": False}
 _MUSICGEN = {
     "text_encoder": {"model_type": "t5"},
     "audio_encoder": {"model_type": "encodec"},
@@ -52,10 +54,13 @@ _MUSICGEN = {
 
 #: model_type -> arguments without which the class gives no configuration.
 GIVEN = {
-    "encoder-decoder": {"encoder": _BERT, "decoder": _DECODER},
+    "encoder-decoder": {"encoder": _ENCODER, "decoder": _DECODER},
     "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": _DECODER},
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": _DECODER},
-    "vision-text-dual-encoder": {"vision_config": {"model_type": "vit"}, "text_config": _BERT},
+    "vision-text-dual-encoder": {
+        "vision_config": {"model_type": "vit"},
+        "text_config": {"model_type": "clip_text_model"},
+    },
     "rag": {"question_encoder": {"model_type": "dpr"}, "generator": {"model_type": "bart"}},
     "musicgen": {**_MUSICGEN, "decoder": {"model_type": "musicgen_decoder"}},
     "musicgen_melody": {**_MUSICGEN, "decoder": {"model_type": "musicgen_melody_decoder"}},
@@ -86,7 +91,8 @@ CONFIGURATIONS = {
         "projector_out_channels": HIDDEN,
     },
     "hrm_text": {"num_hidden_layers": 16, "num_layers_per_stack": 2},
-    "qwen3_omni_moe_talker": {"text_config": {"shared_expert_intermediate_size": INTERMEDIATE}},
+    "kosmos-2": {"latent_query_num": 8},
+    "Qwen3OmniMoeTalkerForConditionalGeneration": {"text_config": {"shared_expert_intermediate_size": INTERMEDIATE}},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": INTERMEDIATE},
     "sam2": _SAM2,
     "sam2_vision_model": _SAM2["vision_config"],
@@ -103,6 +109,7 @@ CONFIGURATIONS = {
             "scale_final_hidden_sizes": [16],
         }
     },
+    "janus_vqgan": {"num_patches": 2},
     "lightglue": {"keypoint_detector_config": {"keypoint_decoder_dim": 65}},
     "granite4_vision": {
         "deepstack_layer_map": [[0, 0]],
@@ -140,10 +147,10 @@ CONFIGURATIONS = {
     "mllama_text_model": _PLAIN_ROPE,
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
-    "detr": _RESNET,
-    "conditional_detr": _RESNET,
-    "deformable_detr": {**_RESNET, "num_feature_levels": 3},
-    "table-transformer": _RESNET,
+    "detr": _BACKBONE,
+    "conditional_detr": _BACKBONE,
+    "deformable_detr": {**_BACKBONE, "num_feature_levels": 3},
+    "table-transformer": _BACKBONE,
     "shieldgemma2": {"yes_token_index": 3, "no_token_index": 4},
 }
 
