@@ -36,7 +36,7 @@ def install(devices: Collection[str] | None = None) -> None:
     with _lock:
         _remove()
         _torchs = F.multi_head_attention_forward
-        _function = F.multi_head_attention_forward = _normalizing(_torchs, None if devices is None else frozenset(devices))
+        _function = F.multi_head_attention_forward = _normalizing(_torchs, devices)
 
 
 def uninstall() -> None:
@@ -66,7 +66,7 @@ def _remove() -> None:
     _torchs = _function = None
 
 
-def _normalizing(torchs: Callable, devices: frozenset[str] | None) -> Callable:
+def _normalizing(torchs: Callable, devices: Collection[str] | None) -> Callable:
     @functools.wraps(torchs)
     def multi_head_attention_forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any):
         # Compilers choose layouts themselves, and tensors of other types may not be what they seem.

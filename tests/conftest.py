@@ -1,3 +1,6 @@
+import pytest
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--metal-device",
@@ -5,3 +8,11 @@ def pytest_addoption(parser):
         choices=("cpu", "cuda"),
         help="where tests/test_metal_host runs its Metal kernels",
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_cache_of_the_user(tmp_path_factory):
+    """What was tuned on this machine changes no test, and no test changes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTLFLASHATTN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
