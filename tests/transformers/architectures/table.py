@@ -14,6 +14,7 @@ HEADINGS = {
     "error": "Run, and an error in one of the cases",
     "refused": "Refused by the library's own code",
     "package": "Need a package that was not installed",
+    "download": "Need a file of a pretrained model for their configuration",
     "no call": "Support it by their attribute, and have no attention that it serves",
     "insensitive": "Equal, but their outputs do not show the attention",
     "part": "Parts of other models, not exported by transformers, which do not run on these inputs by themselves",
@@ -42,7 +43,9 @@ difference above 1e-4 of the largest value, and the same tokens. A class counts 
 when attention is made wrong on purpose (scores a fifth too small).
 
 """
-_PACKAGE = re.compile(r"requires the (\S+) library|requires? the following packages?|No module named '(\w+)'")
+_PACKAGE = re.compile(
+    r"requires the (\S+) library|requires? the following packages?|No module named '(\w+)'|`(kernels)` is either not"
+)
 
 
 #: What a case's error says -> what the library did.
@@ -83,8 +86,11 @@ def status(report):
     if explanation(report):
         return "library"
     if match := _PACKAGE.search(error):
-        report["reason"] = f"needs {match[1] or match[2]}"
+        report["reason"] = f"needs {match[1] or match[2] or match[3]}"
         return "package"
+    if "OSError: We couldn't connect" in error:
+        report["reason"] = "needs a download"
+        return "download"
     if found == "load" and ("Error: " in error and "transformers/" in report.get("place", "")):
         return "refused"
     if found in ("configure", "feed", "eager", "build") and not report.get("exported", True):
@@ -125,7 +131,9 @@ def markdown(reports, others, missing, version, seconds):
     by_status = defaultdict(list)
     for report in sorted(reports, key=lambda r: r["name"]):
         by_status[status(report)].append(report)
-    allowed = sum(len(by_status[s]) for s in by_status if s not in ("refused", "package", "no call", "part"))
+    allowed = sum(
+        len(by_status[s]) for s in by_status if s not in ("refused", "package", "download", "no call", "part")
+    )
     ran = sum(len(by_status[s]) for s in ("equal", "library", "differs", "error", "insensitive"))
     equal = len(by_status["equal"])
     lines = [
