@@ -20,8 +20,9 @@ class NotTiny(Exception):
 def configuration(cls, level):
     """A tiny configuration for a model class."""
     config_class = find.configuration_class(cls)
-    special_values = special.CONFIGURATIONS.get(config_class.model_type, {})
-    config = shrink.tiny(config_class, find.sources(cls, config_class), special_values, level)
+    default = find.default_configuration(config_class)
+    special_values = special.CONFIGURATIONS.get(cls.__name__) or special.CONFIGURATIONS.get(config_class.model_type)
+    config = shrink.tiny(default, find.sources(cls, default), special_values, level)
     for part in _parts(config):
         if "use_cache" in vars(part):
             part.use_cache = True
@@ -64,7 +65,7 @@ def fill(model):
     with torch.no_grad():
         convolutions = {m.weight for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if parameter.dim() >= 2:
                 # Experts' matrices have three dimensions, as the weights of a convolution along one axis have.

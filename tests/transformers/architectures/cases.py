@@ -177,7 +177,7 @@ class Comparison:
                     weight = weight * rows.view(*rows.shape, *[1] * (value.dim() - 2))
                 loss = loss + torch.where(torch.isfinite(value), value * weight, 0.0).sum()
             loss.backward()
-            return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.numel()}
         finally:
             model.eval()
             model.zero_grad()

@@ -56,8 +56,7 @@ def gradient_difference(expected, got):
     """Relative to the largest gradient of all: some parameters' own are nothing but rounding (a key's bias)."""
     if expected.keys() != got.keys():
         return math.inf, f"gradients of other parameters: {sorted(expected.keys() ^ got.keys())[:3]}"
-    expected = {name: gradient for name, gradient in expected.items() if gradient.numel()}
-    scale = max((g.abs().max().item() for g in expected.values()), default=1.0)
+    scale = max((g.abs().max().item() for g in expected.values()), default=1.0) or 1.0
     errors = {name: (expected[name] - got[name]).abs().max().item() / scale for name in expected}
     where = max(errors, key=errors.get, default="")
     return errors.get(where, 0.0), where

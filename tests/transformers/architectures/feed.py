@@ -1,12 +1,15 @@
 """Inputs for a tiny model, from the signature of its `forward` and from its configuration."""
 
 import inspect
+import itertools
 
 import torch
 
 from . import shrink
 
 BATCH, LENGTH, PADDED = 2, 10, 3
+
+_SIGLIP2 = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 
 class Unfed(Exception):
@@ -58,6 +61,98 @@ class Feeder:
         """Keyword arguments of a plain forward pass without a mask, the simplest first."""
         plain = self.inputs()
         yield plain
+        yield from self._other_parts(plain)
+        for name in ("pixel_values", "hidden_states"):
+            if name in plain:
+                yield from ({**plain, name: value} for value in self.layouts())
+        if "pixel_values" in plain and self.takes("input_ids"):
+            both = {**plain, "input_ids": self._with_image(self.ids())}
+            both.pop("decoder_input_ids", None)
+            if self.takes("image_embeds_position_mask"):
+                places = torch.arange(LENGTH) < _first(self.config, names=("latent_query_num",), default=0)
+                both["image_embeds_position_mask"] = places.long().expand(BATCH, -1).clone()
+            yield both
+            yield {**both, "decoder_input_ids": self.ids()} if self.is_seq2seq else both
+            if both["pixel_values"].dim() == 4:
+                yield {**both, "pixel_values": both["pixel_values"][:, None]}
+            for value in self.layouts():
+                yield {**both, "pixel_values": value}
+        if "input_values" in plain:
+            for size in (8192, 16384):
+                yield {**plain, "input_values": self.random(BATCH, size)}
+        if self.takes("input_features"):
+            for mels, frames in itertools.product((None, 128, 160, 560), (64, 80, 200, 128, 400)):
+                yield from self._audio(plain, mels, frames)
+        if self.takes("pixel_values") and self.takes("spatial_shapes"):
+            yield {**plain, **{n: self.value(n) for n in self.parameters if n in _SIGLIP2}}
+        if self.takes("context_input_ids"):
+            yield {**plain, **self._documents()}
+        if self.model.main_input_name == "pixel_values" and "pixel_values" in plain:
+            for name in ("grid_thw", "image_grid_thw"):
+                for value in (plain["pixel_values"], *self.patch_layouts()):
+                    yield {**plain, "pixel_values": value, name: self.grid()}
+        if self.takes("input_ids") and "input_ids" not in plain:
+            yield {"input_ids": self.ids()}
+            books = _first(self.config, names=("n_codes_total",), default=0)
+            if books:
+                yield {**plain, "input_ids": self.ids()[..., None].expand(-1, -1, books).clone()}
+
+    def _with_image(self, ids):
+        """Token numbers of which the first stand for an image, where it is known how many do."""
+        names = ("image_token_id", "image_token_index", "video_token_index")
+        token, count = _first(self.config, names=names, default=None), getattr(self.config, "num_query_tokens", 0)
+        if isinstance(token, int) and count <= LENGTH:
+            ids[:, :count] = token
+        return ids
+
+    def _audio(self, plain, mels, frames):
+        """Features of so many frames, in either order, with a mask where one is taken."""
+        mels = mels or _first(self.audio(), names=("num_mel_bins", "input_feat_size", "feature_size"), default=80)
+        value = self.random(BATCH, mels, frames)
+        masks = [n for n in self.parameters if n in ("input_features_mask", "feature_attention_mask")]
+        given = {name: torch.ones(BATCH, frames, dtype=torch.long) for name in masks}
+        for features in (value, value.transpose(1, 2).contiguous()):
+            yield {**plain, **given, "input_features": features}
+
+    def _documents(self):
+        count = self.config.n_docs
+        ids = self.ids(batch=BATCH * count)
+        return {
+            "context_input_ids": ids,
+            "context_attention_mask": torch.ones_like(ids),
+            "doc_scores": self.random(BATCH, count),
+        }
+
+    def layouts(self):
+        """Images, or their patches, in the layouts and sizes that models take."""
+        vision = self.vision()
+        channels = _first(vision, names=("num_channels", "in_channels", "in_chans"), default=3)
+        patch = _first(vision, names=("patch_size", "spatial_patch_size"), default=shrink.PATCH)
+        patch = patch if isinstance(patch, int) else patch[-1]
+        if self.takes("image_grid_thw") or self.takes("grid_thw"):
+            yield from self.patch_layouts()
+            return
+        for count in (16, 64):
+            yield self.random(BATCH, count, channels * patch * patch)
+        if tiles := getattr(vision, "max_num_tiles", None):
+            yield self.random(BATCH, 1, tiles, channels, shrink.IMAGE, shrink.IMAGE)
+        yield self.random(BATCH, 2, channels, 64, 64)
+        for height, width in ((64, 64), (48, 320), (128, 128), (224, 224)):
+            yield self.random(BATCH, channels, height, width)
+
+    def patch_layouts(self):
+        """Patches of all images one after another."""
+        vision = self.vision()
+        channels = _first(vision, names=("num_channels", "in_channels", "in_chans"), default=3)
+        patch = _first(vision, names=("patch_size", "spatial_patch_size"), default=shrink.PATCH)
+        patch = patch if isinstance(patch, int) else patch[-1]
+        count = int(self.grid().prod(1).sum())
+        yield self.random(count, channels, patch, patch)
+        yield self.random(1, count, channels, patch, patch)
+        yield self.random(count, 2 * channels * patch * patch)
+        yield self.random(count, 4 * patch * patch, channels)
+
+    def _other_parts(self, plain):
         for name in ("pixel_values", "input_features", "encoder_hidden_states", "decoder_input_ids", "bbox"):
             if self.takes(name) and name not in plain:
                 yield {**plain, name: self.value(name)}
@@ -170,6 +265,8 @@ class Feeder:
     def make_hidden_states(self):
         if self.takes("grid_thw") or self.takes("image_grid_thw"):
             return self.patches()
+        if self.takes("mask"):  # of audio
+            return self.random(BATCH, shrink.FRAMES, _first(self.config, names=("input_size",), default=80))
         return self.make_inputs_embeds()
 
     def make_pixel_values(self):
@@ -193,6 +290,61 @@ class Feeder:
         if self.model.config.model_type.startswith(("whisper", "qwen2_audio", "moonshine", "voxtral", "audioflamingo")):
             return self.random(BATCH, mels, frames)
         return self.random(BATCH, frames, mels)
+
+    def make_codebook_idx(self):
+        return 1
+
+    def make_pixel_position_ids(self):
+        rows, columns = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+        return torch.stack([columns, rows], -1).flatten(0, 1).expand(BATCH, -1, -1).clone()
+
+    def make_audio_mel(self):
+        return self.random(BATCH, shrink.FRAMES, _first(self.audio(), names=("input_feat_size",), default=80))
+
+    def make_audio_mel_mask(self):
+        return torch.zeros(BATCH, shrink.FRAMES, dtype=torch.bool)  # True is padding
+
+    def make_latents(self):
+        return self.random(BATCH, self.hidden(), LENGTH)
+
+    def make_noise_embeds(self):
+        return self.random(BATCH, LENGTH, self.hidden())
+
+    make_action_embeds = make_noise_embeds
+
+    def make_context_hidden_states(self):
+        layers = _first(self.config, names=("target_layer_ids",), default=[0])
+        return self.random(BATCH, LENGTH, len(layers) * self.hidden())
+
+    def make_inputs(self):
+        return self.random(BATCH, 8000)
+
+    def make_aspect_ratio_ids(self):
+        return torch.ones(BATCH, 1, dtype=torch.long)
+
+    def make_aspect_ratio_mask(self):
+        return torch.ones(BATCH, 1, self.config.max_num_tiles, dtype=torch.long)
+
+    def make_chunk_sample_lengths(self):
+        return torch.full((BATCH,), shrink.FRAMES)
+
+    def make_state(self):
+        return self.random(BATCH, _first(self.config, names=("max_state_dim",), default=32))
+
+    def make_mask(self):
+        return torch.ones(BATCH, shrink.FRAMES, dtype=torch.bool)
+
+    def make_marks(self):
+        return torch.tensor([[4, 9]] * BATCH)
+
+    def make_num_options(self):
+        return torch.full((BATCH, 2), 2)
+
+    def make_question_type_ids(self):
+        return torch.zeros(BATCH, 2, dtype=torch.long)
+
+    def make_codes(self):
+        return self.ids()[:, None].expand(-1, _first(self.config, names=("num_quantizers",), default=4), -1).clone()
 
     def make_pixel_attention_mask(self):
         return torch.ones(BATCH, 16, dtype=torch.long)
@@ -233,7 +385,9 @@ class Feeder:
         return _first(self.text, self.config, names=("hidden_size", "d_model", "n_embd"), default=shrink.HIDDEN)
 
     def vision(self):
-        return getattr(self.config, "vision_config", None) or self.config
+        return (
+            getattr(self.config, "vision_config", None) or getattr(self.config, "backbone_config", None) or self.config
+        )
 
     def audio(self):
         return getattr(self.config, "audio_config", None) or getattr(self.config, "encoder_config", None) or self.config

@@ -1,6 +1,7 @@
 """The model classes of the installed transformers, from its own code."""
 
 import contextlib
+import copy
 import importlib
 import inspect
 import io
@@ -12,6 +13,8 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+from . import special
 
 _OTHER_FRAMEWORKS = ("modeling_tf_", "modeling_flax_")
 
@@ -46,12 +49,20 @@ def supports_flash_attention_2(cls):
 
 
 def configuration_class(cls):
-    """The class of a model's configuration: what its constructor asks for, else what the class names."""
+    """The class of a model's configuration: what its constructor asks for, else what is named most like the class."""
     with contextlib.suppress(Exception):
         asked = typing.get_type_hints(cls.__init__).get("config")
         if isinstance(asked, type) and issubclass(asked, PretrainedConfig) and asked is not PretrainedConfig:
             return asked
-    return cls.config_class
+    named = vars(importlib.import_module(cls.__module__)).values()
+    configurations = [c for c in named if isinstance(c, type) and issubclass(c, PretrainedConfig)]
+    closest = [c for c in configurations if cls.__name__.startswith(c.__name__.removesuffix("Config"))]
+    return max([cls.config_class, *closest], key=lambda c: len(c.__name__))
+
+
+def default_configuration(config_class):
+    """An instance of the class with its defaults, and with what `special.GIVEN` says it cannot do without."""
+    return config_class(**copy.deepcopy(special.GIVEN.get(config_class.model_type, {})))
 
 
 def source(cls):
@@ -59,7 +70,7 @@ def source(cls):
     return inspect.getsource(importlib.import_module(cls.__module__))
 
 
-def sources(cls, config_class):
+def sources(cls, default):
     """The text of the file that has the class, and of those that its configuration's parts name."""
 
     def types(values):
@@ -70,7 +81,7 @@ def sources(cls, config_class):
             yield values["model_type"]
 
     texts = [source(cls)]
-    for name in set(types(config_class().to_dict())):
+    for name in set(types(default.to_dict())):
         package = model_type_to_module_name(name)
         file = Path(transformers.models.__path__[0], package, f"modeling_{package}.py")
         if file.exists():

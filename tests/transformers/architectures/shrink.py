@@ -6,14 +6,16 @@ agrees. A list with one entry a layer keeps as many entries as it takes to have 
 
 import re
 
+from transformers import PretrainedConfig
+
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY = 64, 4, 2, 16, 96, 128
 LAYERS, EXPERTS, POSITIONS, WINDOW, IMAGE, PATCH, FRAMES = 2, 4, 64, 4, 32, 8, 64
 SOFTCAP = 2.0
 
 # What the constructor computes again, or what is no property of the architecture.
 _DROPPED = {
-    "transformers_version", "architectures", "id2label", "label2id", "stage_names", "out_features", "out_indices",
-    "_out_features", "_out_indices", "_attn_implementation_autoset", "torch_dtype", "dtype", "_name_or_path",
+    "transformers_version", "architectures", "id2label", "label2id", "stage_names", "out_features",
+    "_out_features", "_attn_implementation_autoset", "torch_dtype", "dtype", "_name_or_path",
 }  # fmt: skip
 
 
@@ -63,7 +65,7 @@ _SIZES = [
      _unless_zero(INTERMEDIATE)),
     (r"hidden_size$|hidden_dim$|^d_model$|^n_embd$|embed_dim$|^dim$|embedding_size$|embedding_dim$|projection_dim$|"
      r"projection_size$|proj_dim$|output_dim$|pooler_output_size$|hid_dim$|_dim_model$|embd_dim$|decoder_dim$|"
-     r"hidden_size_per_layer_input$|^(emb_dim|lru_width|output_hidden_size|project_dim|condition_dim|output_size)$",
+     r"hidden_size_per_layer_input$|^adapter_in(put_size|_dim)$|^(emb_dim|lru_width|output_hidden_size|project_dim|condition_dim|output_size)$",
      _unless_zero(HIDDEN)),
     (r"^(sliding_window|attention_window_size|attention_chunk_size|local_window)$", WINDOW),
     (r"^(local_attention)$", 2 * WINDOW),
@@ -88,6 +90,11 @@ _NOT_GIVEN = {
     "num_experts_per_tok": 2,
 }
 
+#: The stages, or the layers, whose outputs a backbone gives to a neck, which has a part for each.
+_BACKBONE_INDICES = ("out_indices", "_out_indices", "backbone_out_indices")
+
+_COMMON = PretrainedConfig().to_dict()
+
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 
 _OFF = re.compile(r"dropout|layerdrop|drop_path|drop_rate|pdrop|jitter|drop_prob|mask_time_prob|mask_feature_prob")
@@ -108,14 +115,14 @@ class Shrinker:
         self.rules = {EVERYTHING: [*_COUNTS, *_SIZES], COUNTS: _COUNTS, NOTHING: []}[level]
         self.tokens = {}
 
-    def values(self, values):
-        """The values of a configuration, a dict as of `to_dict`, made small."""
+    def values(self, values, nested=False):
+        """The values of a configuration, a dict as of `to_dict`, made small; `nested`: it is part of another."""
         values = {str(name): value for name, value in values.items()}
         layers = _number_of_layers(values)
         chosen = list(range(layers or 0)) if self.level == NOTHING else _chosen_layers(values, layers)
         small = {}
         for name, value in values.items():
-            if name in _DROPPED:
+            if name in _DROPPED or (nested and "vocab_size" not in values and _is_every_configuration_s(name, value)):
                 continue
             small[name] = self._value(name, value, values, layers, chosen)
         for name in _LAYER_COUNTS:
@@ -145,7 +152,7 @@ class Shrinker:
                 }
             if name in ("rope_parameters", "rope_scaling") or "rope_type" in value:
                 return _rope(value) if self.level == EVERYTHING else value
-            return self.values(value)
+            return self.values(value, nested=True)
         if value is None:
             return _NOT_GIVEN.get(name) if self.level == EVERYTHING else None
         if isinstance(value, (bool, str)):
@@ -176,9 +183,14 @@ class Shrinker:
         return value
 
     def _list(self, name, values, siblings, layers, chosen):
+        if name == "decoder_in_channels" and self.level == EVERYTHING:
+            return [HIDDEN] * len(values)
         if self.level == NOTHING or (_STAGES.search(name) and name != "conv_dim"):
             return values
-        if layers and len(values) == layers and not _LAYER_INDEX.search(name):
+        if name in _BACKBONE_INDICES:
+            return _last_stages(values, len(chosen), layers)
+        flags = set(map(str, values)) <= {"0", "1"}
+        if layers and len(values) == layers and (flags or not _LAYER_INDEX.search(name)):
             return [self._value(name[:-1], values[i], siblings, None, None) for i in chosen]
         if values and all(isinstance(v, int) and not isinstance(v, bool) for v in values):
             if (_LAYER_INDEX.search(name) and not _TOKEN.search(name.removesuffix("es"))) or name.endswith("indexes"):
@@ -215,12 +227,26 @@ def _chosen_layers(values, layers):
             seen |= kind
         if len(chosen) == 6:
             break
+    needed = max([LAYERS, *(len(values.get(name) or ()) for name in _BACKBONE_INDICES)])
     for i in range(layers):
-        if len(chosen) >= min(LAYERS, layers):
+        if len(chosen) >= min(needed, layers):
             break
         if i not in chosen:
             chosen.append(i)
     return sorted(chosen)
+
+
+def _last_stages(indices, count, layers):
+    """As many stages as a backbone gave; those of a backbone whose stages are not layers stay."""
+    if len(indices) > count:
+        return indices
+    end = count + (max(indices, default=0) >= (layers or 0))  # some count the embedding as the first
+    return list(range(end - len(indices), end))
+
+
+def _is_every_configuration_s(name, value):
+    """Is that a value which every configuration has? Some parts refuse to be given it."""
+    return name in _COMMON and _COMMON[name] == value
 
 
 def _rope(values):
@@ -248,29 +274,43 @@ def _sections(sections, total):
     return small
 
 
-def tiny(config_class, source="", special=None, level=EVERYTHING):
-    """A small configuration of the class; `special` goes over the values found by name.
+def tiny(default, source="", special=None, level=EVERYTHING):
+    """A small configuration like the default one; `special` goes over the values found by name.
 
     `source`, the text of the modeling file, says whether its attention is given a window, and whether RoPE is in
     sections (M-RoPE), which default configurations do not always name.
     """
-    values = Shrinker(level, "sliding_window=" in source).values(config_class().to_dict())
+    values = Shrinker(level, "sliding_window=" in source).values(default.to_dict())
     if "mrope_section" in source and level == EVERYTHING:
-        _give_sections(values)
-    return config_class.from_dict(_merged(values, special or {}))
+        _give_sections(values, "rope_parameters[layer_type]" in source)
+    return type(default).from_dict(_merged(values, special or {}))
 
 
-def _give_sections(values):
+def _give_sections(values, by_kind):
+    """Give RoPE sections where there is text; `by_kind`: each kind of layer has a RoPE of its own."""
     for value in list(values.values()):
         if isinstance(value, dict):
-            _give_sections(value)
+            _give_sections(value, by_kind)
     if "num_hidden_layers" in values and "vocab_size" in values:
         name = "rope_parameters" if "rope_parameters" in values else "rope_scaling"
         rope = values.get(name) or {"rope_type": "default"}
         partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor") or 1.0)
         rope.setdefault("mrope_section", _sections([16, 24, 24], int(HEAD_DIM * partial) // 2))
-        values[name] = rope
+        values[name] = {kind: {"rope_theta": 10000.0, **rope} for kind in values["layer_types"]} if by_kind else rope
 
 
 def _merged(values, over):
-    return {**values, **{k: _merged(values.get(k) or {}, v) if isinstance(v, dict) else v for k, v in over.items()}}
+    """`over` over `values`, part by part.
+
+    A part of another model type takes the place of the one that was there, as does one that is by numbers of layers.
+    """
+    merged = dict(values)
+    for name, value in over.items():
+        if isinstance(value, dict):
+            before = values.get(name) or {}
+            other = "model_type" in value and value["model_type"] != before.get("model_type")
+            if other or all(isinstance(key, int) for key in value):
+                before = {}
+            value = _merged(before, value)
+        merged[name] = value
+    return merged

@@ -1,6 +1,6 @@
 """What the generic way cannot know: values of configurations, by the model type that their class declares."""
 
-from .shrink import HEADS, HIDDEN, VOCABULARY
+from .shrink import EXPERTS, HEAD_DIM, HEADS, HIDDEN, IMAGE, INTERMEDIATE, PATCH, VOCABULARY
 
 _LOCAL_AND_GLOBAL = {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]}
 _ATTENTION_SECOND = ["mamba", "attention"]
@@ -13,23 +13,119 @@ _GEMMA3N = {
     "activation_sparsity_pattern": [0.5] * 4,
     "intermediate_size": [96] * 4,
 }
-_RESNET = {  # the default is timm's
+_BACKBONE = {  # the default is timm's, and ResNet refuses FlashAttention
     "use_timm_backbone": False,
     "use_pretrained_backbone": False,
     "backbone": None,
     "backbone_kwargs": None,
     "backbone_config": {
-        "model_type": "resnet",
-        "embedding_size": 16,
-        "hidden_sizes": [16, 16, 32, 32],
-        "depths": [1, 1, 1, 1],
-        "layer_type": "basic",
-        "out_features": ["stage2", "stage3", "stage4"],
+        "model_type": "dinov2",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 4,
+        "num_attention_heads": HEADS,
+        "image_size": IMAGE,
+        "patch_size": PATCH,
+        "out_indices": [2, 3, 4],
     },
 }
 
-#: model_type -> values over the shrunk ones (a dict goes into the part of that name).
+_ERNIE_VL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}}
+_DIFFUSION_GEMMA = {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": INTERMEDIATE}
+_DEEPSEEK_OCR2 = {"mlp_layer_types": ["dense", "sparse"]}
+_EMBEDDING_GEMMA2 = {
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "per_layer_config": {1: {"head_dim": 2 * HEAD_DIM, "num_key_value_heads": 1}},
+}
+_SAM2 = {
+    "vision_config": {
+        "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]],
+        "backbone_config": {"hidden_size": 96},
+    },
+    "prompt_encoder_config": {"patch_size": 2 * PATCH},
+}
+# Parts whose classes support FlashAttention 2 in every version.
+_ENCODER = {"model_type": "distilbert"}
+_DECODER = {"model_type": "bart", "is_decoder": True, "add_cross_attention": True, "is_encoder_decoder": False}
+_MUSICGEN = {
+    "text_encoder": {"model_type": "t5"},
+    "audio_encoder": {"model_type": "encodec"},
+}
+
+#: model_type -> arguments without which the class gives no configuration.
+GIVEN = {
+    "encoder-decoder": {"encoder": _ENCODER, "decoder": _DECODER},
+    "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": _DECODER},
+    "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": _DECODER},
+    "vision-text-dual-encoder": {
+        "vision_config": {"model_type": "vit"},
+        "text_config": {"model_type": "clip_text_model"},
+    },
+    "rag": {"question_encoder": {"model_type": "dpr"}, "generator": {"model_type": "bart"}},
+    "musicgen": {**_MUSICGEN, "decoder": {"model_type": "musicgen_decoder"}},
+    "musicgen_melody": {**_MUSICGEN, "decoder": {"model_type": "musicgen_melody_decoder"}},
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    },
+}
+
+#: model_type, or name of a model class -> values over the shrunk ones (a dict goes into the part of that name).
 CONFIGURATIONS = {
+    "T5GemmaEncoderModel": {"is_encoder_decoder": False},
+    "ernie4_5_vl_moe": {"text_config": _ERNIE_VL},
+    "ernie4_5_vl_moe_text": _ERNIE_VL,
+    "diffusion_gemma": {"text_config": _DIFFUSION_GEMMA},
+    "diffusion_gemma_text": _DIFFUSION_GEMMA,
+    "deepseek_ocr2": {"text_config": _DEEPSEEK_OCR2},
+    "deepseek_ocr2_text": _DEEPSEEK_OCR2,
+    "embedding_gemma2": {"text_config": _EMBEDDING_GEMMA2},
+    "embedding_gemma2_text": _EMBEDDING_GEMMA2,
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "lw_detr": {
+        "backbone_config": {"image_size": 2 * IMAGE},
+        "projector_scale_factors": [1.0],
+        "projector_out_channels": HIDDEN,
+    },
+    "hrm_text": {"num_hidden_layers": 16, "num_layers_per_stack": 2},
+    "kosmos-2": {"latent_query_num": 8},
+    "Qwen3OmniMoeTalkerForConditionalGeneration": {"text_config": {"shared_expert_intermediate_size": INTERMEDIATE}},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": INTERMEDIATE},
+    "sam2": _SAM2,
+    "sam2_vision_model": _SAM2["vision_config"],
+    "sam2_hiera_det_model": _SAM2["vision_config"]["backbone_config"],
+    "sapiens2": {
+        "head_config": {
+            "upsample_out_channels": [16, 16],
+            "upsample_kernel_sizes": [4, 4],
+            "conv_out_channels": [16],
+            "conv_kernel_sizes": [1],
+            "scale_conv_out_channels": [16],
+            "scale_conv_kernel_sizes": [1],
+            "scale_final_input_size": 16,
+            "scale_final_hidden_sizes": [16],
+        }
+    },
+    "janus_vqgan": {"num_patches": 2},
+    "lightglue": {"keypoint_detector_config": {"keypoint_decoder_dim": 65}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [0, 0, 1, 1],
+        "downsample_rate": "2/4",
+    },
+    "instructblip": {"image_token_index": VOCABULARY - 1},
+    "instructblipvideo": {"video_token_index": VOCABULARY - 1},
+    "moonshine_streaming": {"num_key_value_heads": HEADS},
+    "zamba2": {"hybrid_layer_ids": [2], "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM},
+    "zamba": {
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 2 * HEAD_DIM,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
     "gpt_neo": {**_LOCAL_AND_GLOBAL, "num_layers": 2},
     "esmc": {"num_key_value_heads": HEADS},
     "xmod": {"default_language": "en_XX"},
@@ -55,9 +151,9 @@ CONFIGURATIONS = {
     "mllama_text_model": _PLAIN_ROPE,
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
-    "detr": _RESNET,
-    "conditional_detr": _RESNET,
-    "deformable_detr": {**_RESNET, "num_feature_levels": 3},
-    "table-transformer": _RESNET,
+    "detr": _BACKBONE,
+    "conditional_detr": _BACKBONE,
+    "deformable_detr": {**_BACKBONE, "num_feature_levels": 3},
+    "table-transformer": _BACKBONE,
     "shieldgemma2": {"yes_token_index": 3, "no_token_index": 4},
 }

@@ -12,6 +12,7 @@ HEADINGS = {
     "error": "Run, and an error in one of the cases",
     "refused": "Refused by the library's own code",
     "package": "Need a package that was not installed",
+    "download": "Need a file of a pretrained model for their configuration",
     "no call": "Support it by their attribute, and have no attention that it serves",
     "insensitive": "Equal, but their outputs do not show the attention",
     "part": "Parts of other models, not exported by transformers, which do not run on these inputs by themselves",
@@ -41,7 +42,9 @@ when attention is made wrong on purpose (scores a fifth too small).
 
 """
 _DIRECTORY = re.compile(r"(?<![\w.:/])/\S*?(?:site-packages/|(?=tests/transformers/)|(?<=/)(?=[^/\s]+\.py\b))")
-_PACKAGE = re.compile(r"requires the (\S+) library|requires? the following packages?|No module named '(\w+)'")
+_PACKAGE = re.compile(
+    r"requires the (\S+) library|requires? the following packages?|No module named '(\w+)'|`(kernels)` is either not"
+)
 
 
 def status(report):
@@ -50,8 +53,11 @@ def status(report):
     if explanation(report):
         return "library"
     if match := _PACKAGE.search(error):
-        report["reason"] = f"needs {match[1] or match[2]}"
+        report["reason"] = f"needs {match[1] or match[2] or match[3]}"
         return "package"
+    if "OSError: We couldn't connect" in error:
+        report["reason"] = "needs a download"
+        return "download"
     if found == "load" and ("Error: " in error and "transformers/" in report.get("place", "")):
         return "refused"
     if found in ("configure", "feed", "eager", "build") and not report.get("exported", True):
@@ -92,7 +98,9 @@ def markdown(reports, others, missing, version, seconds):
     by_status = defaultdict(list)
     for report in sorted(reports, key=lambda r: r["name"]):
         by_status[status(report)].append(report)
-    allowed = sum(len(by_status[s]) for s in by_status if s not in ("refused", "package", "no call", "part"))
+    allowed = sum(
+        len(by_status[s]) for s in by_status if s not in ("refused", "package", "download", "no call", "part")
+    )
     ran = sum(len(by_status[s]) for s in ("equal", "library", "differs", "error", "insensitive"))
     equal = len(by_status["equal"])
     lines = [
