@@ -57,7 +57,9 @@ def test_windows_and_softcaps_reach_the_kernels(worker):
 
 
 def test_a_process_that_dies_is_replaced(worker):
+    worker.stop()
     worker.start()
     worker.process.kill()
+    worker.process.wait()
     assert worker.examine("transformers.models.llama.modeling_llama:LlamaModel")["status"] == "died"
     assert worker.examine("transformers.models.llama.modeling_llama:LlamaModel")["status"] == "equal"

@@ -1,6 +1,7 @@
 """The command: examines every class in worker processes that stay alive, and writes JSON lines and a Markdown table."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -46,7 +47,8 @@ class Worker:
         fresh = self.process is None
         if fresh:
             self.start()
-        print(name, file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has died since; then it gives no answer either
+            print(name, file=self.process.stdin, flush=True)
         try:
             line = self.answers.get(timeout=LIMIT + 30 * fresh)
         except queue.Empty:
@@ -63,7 +65,8 @@ class Worker:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # what it has not read
+                self.process.stdin.close()
             self.reader.join()  # it has read all there was
             self.process.stdout.close()
             self.process = None
