@@ -23,7 +23,7 @@ def importable():
     if spec is None:
         return False
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
