@@ -4,7 +4,7 @@ The wheels of torchvision that pip finds are for torch with CUDA. Beside a torch
 not load, which torchvision allows; but it then describes operators that nobody declared, and its import ends with
 "operator torchvision::nms does not exist". With the names declared it is imported, and what needs no operator of it
 runs: its transforms, timm's models, the image processors of transformers. Calling an operator still raises
-torchvision's own error.
+torchvision's own error. To be called before `import transformers`, which imports torchvision if it is there.
 """
 
 import importlib.util

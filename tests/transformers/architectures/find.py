@@ -14,10 +14,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from ... import torchvision_without_operators
 from . import special
-
-torchvision_without_operators.importable()  # what needs timm, or torchvision itself, imports it
 
 _OTHER_FRAMEWORKS = ("modeling_tf_", "modeling_flax_")
 
