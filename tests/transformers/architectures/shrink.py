@@ -145,10 +145,10 @@ class Shrinker:
         if isinstance(value, dict):
             if layers and value and all(str(key).isdigit() for key in value):
                 return {
-                    to: self._value(name, value[of], siblings, None, None)
+                    to: self._of_layer(name, value[of], siblings)
                     for to, layer in enumerate(chosen)
                     for of in value
-                    if str(of) == str(layer)
+                    if int(of) == layer
                 }
             if name in ("rope_parameters", "rope_scaling") or "rope_type" in value:
                 return _rope(value) if self.level == EVERYTHING else value
@@ -168,6 +168,15 @@ class Shrinker:
         if isinstance(value, (list, tuple)):
             return self._list(name, list(value), siblings, layers, chosen)
         return value
+
+    def _of_layer(self, name, value, siblings):
+        """What one layer has in place of what all have, where None says that it has none."""
+        if not isinstance(value, dict):
+            return self._value(name, value, siblings, None, None)
+        small = {key: None if v is None else self._value(key, v, value, None, None) for key, v in value.items()}
+        if small.get("sliding_window"):
+            small["sliding_window"] = 2 * WINDOW
+        return small
 
     def _integer(self, name, value, siblings):
         if self.level == NOTHING:
@@ -215,7 +224,7 @@ def _chosen_layers(values, layers):
         v for k, v in values.items() if isinstance(v, (list, tuple)) and len(v) == layers and not _STAGES.search(k)
     ]
     kinds += [
-        [str(i) in map(str, v) for i in range(layers)]
+        [i in map(int, v) for i in range(layers)]
         for v in values.values()
         if isinstance(v, dict) and v and all(str(key).isdigit() for key in v)
     ]
@@ -294,6 +303,8 @@ def _give_sections(values, by_kind):
     if "num_hidden_layers" in values and "vocab_size" in values:
         name = "rope_parameters" if "rope_parameters" in values else "rope_scaling"
         rope = values.get(name) or {"rope_type": "default"}
+        if any(isinstance(value, dict) for value in rope.values()):
+            return  # each kind of layer has its own already
         partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor") or 1.0)
         rope.setdefault("mrope_section", _sections([16, 24, 24], int(HEAD_DIM * partial) // 2))
         values[name] = {kind: {"rope_theta": 10000.0, **rope} for kind in values["layer_types"]} if by_kind else rope
