@@ -63,14 +63,12 @@ def fill(model):
     """Random weights of a size at which attention matters; the library's own are so small that it hardly does."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        convolutions = {m.weight for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+        convolutions = {m.weight: m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
         for parameter in model.parameters():
             if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if parameter.dim() >= 2:
-                # Experts' matrices have three dimensions, as the weights of a convolution along one axis have.
-                of_patches = parameter.dim() > 3 or parameter in convolutions
-                fan_in = math.prod(parameter.shape[1:]) if of_patches else parameter.shape[-1]
+                fan_in = _fan_in(parameter, convolutions.get(parameter))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
             else:
                 parameter.nan_to_num_(0.0, 0.0, 0.0)
@@ -80,6 +78,14 @@ def fill(model):
         for name, buffer in model.named_buffers():
             if name.endswith("codebook.embed_sum"):  # zeros until it is trained: nothing would pass through
                 buffer.copy_(torch.randn(buffer.shape, generator=generator))
+
+
+def _fan_in(weight, convolution):
+    """How many inputs an output of a layer with such a weight sums."""
+    if convolution is not None and convolution.transposed:
+        return max(weight.shape[0] * math.prod(weight.shape[2:]) // math.prod(convolution.stride), 1)
+    # Experts' matrices have three dimensions, as the weights of a convolution along one axis have.
+    return math.prod(weight.shape[1:]) if weight.dim() > 3 or convolution is not None else weight.shape[-1]
 
 
 class Models:

@@ -126,6 +126,19 @@ REASONS = [
     ),
     Reason(
         "5",
+        "moonshine_streaming:MoonshineStreamingDecoder",
+        _PADDING,
+        "is causal only without a mask (modeling_moonshine_streaming.py:659)",
+    ),
+    Reason(
+        "5",
+        "diffusion_gemma:DiffusionGemma.*",
+        f"{_ALL}|generate",
+        "the decoder attends to the whole prompt (modeling_diffusion_gemma.py:1381), but gives FlashAttention the "
+        "window of the encoder (452)",
+    ),
+    Reason(
+        "5",
         "mobilebert:MobileBertModel",
         "padded left",
         "the pooler reads the first token (modeling_mobilebert.py:467), which is padding here, and is saturated",
@@ -166,7 +179,7 @@ REASONS = [
     ),
     Reason(
         "5",
-        "glm4v_moe:Glm4vMoeForConditionalGeneration",
+        "(glm4v_moe:Glm4vMoe|ernie4_5_vl_moe:Ernie4_5_VL_?Moe)ForConditionalGeneration",
         "packed",
         "hands the positions of three axes to FlashAttention as if of one sequence",
         error="accepted: 17, the number of rows of q",

@@ -208,7 +208,9 @@ class Feeder:
         pad = getattr(self.text, "pad_token_id", None)
         names = ["input_ids"]
         masks = {"attention_mask": mask}
-        if self.takes("decoder_attention_mask") and "decoder_input_ids" in feed:
+        if hasattr(self.config, "canvas_length"):  # the decoder attends to the prompt, then to its own tokens
+            masks["decoder_attention_mask"] = torch.cat([mask, torch.ones_like(mask)], 1)
+        elif self.takes("decoder_attention_mask") and "decoder_input_ids" in feed:
             names.append("decoder_input_ids")
             masks["decoder_attention_mask"] = mask
         padded = {}

@@ -78,7 +78,7 @@ CONFIGURATIONS = {
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
     "ernie4_5_vl_moe": {"text_config": _ERNIE_VL},
     "ernie4_5_vl_moe_text": _ERNIE_VL,
-    "diffusion_gemma": {"text_config": _DIFFUSION_GEMMA},
+    "diffusion_gemma": {"text_config": _DIFFUSION_GEMMA, "canvas_length": 8},
     "diffusion_gemma_text": _DIFFUSION_GEMMA,
     "deepseek_ocr2": {"text_config": _DEEPSEEK_OCR2},
     "deepseek_ocr2_text": _DEEPSEEK_OCR2,
