@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import torch
 from torch import nn
@@ -64,7 +65,8 @@ def fill(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         convolutions = {m.weight: m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-        for parameter in model.parameters():
+        scales = special.SCALES.get(type(model).__name__, {})
+        for name, parameter in model.named_parameters():
             if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if parameter.dim() >= 2:
@@ -75,6 +77,7 @@ def fill(model):
                 if parameter.abs().max() > 1e3:
                     parameter.zero_()
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter *= math.prod(scale for pattern, scale in scales.items() if re.fullmatch(pattern, name))
         for name, buffer in model.named_buffers():
             if name.endswith("codebook.embed_sum"):  # zeros until it is trained: nothing would pass through
                 buffer.copy_(torch.randn(buffer.shape, generator=generator))
