@@ -7,11 +7,12 @@ import re
 import torch
 from torch import nn
 
-from . import find, shrink, special
+from . import accepted, find, shrink, special
+from .accepted import EAGER, FLASH
 
 _LARGEST = 120_000_000  # parameters; above, the configuration was not made tiny
 
-FLASH, EAGER, SDPA = "flash_attention_2", "eager", "sdpa"
+SDPA = "sdpa"
 
 
 class NotTiny(Exception):
@@ -98,11 +99,12 @@ class Models:
         self.cls, self.config = cls, configuration(cls, level)
         measure(cls, self.config)
         self.by_attention = {}
+        self.implementation = FLASH
 
     def __getitem__(self, attention):
         if attention not in self.by_attention:
             torch.manual_seed(0)
-            model = build(self.cls, self.config, attention)
+            model = self._flash() if attention == FLASH else build(self.cls, self.config, attention)
             if self.by_attention:
                 first = next(iter(self.by_attention.values()))
                 model.load_state_dict(first.state_dict())
@@ -112,3 +114,18 @@ class Models:
                 fill(model)
             self.by_attention[attention] = model
         return self.by_attention[attention]
+
+    def _flash(self):
+        """With FlashAttention 2, or with what the model takes for it; the error of the former if there is nothing."""
+        refusal = None
+        for implementation in accepted.implementations(self.config):
+            try:
+                model = build(self.cls, self.config, implementation)
+            except (ValueError, ImportError) as error:
+                if refusal is None and not accepted.is_refusal(error):
+                    raise
+                refusal = refusal or error
+            else:
+                self.implementation = implementation
+                return model
+        raise refusal

@@ -59,6 +59,8 @@ def _examine(cls, report, reference):
     report["stage"] = "load"
     models[FLASH]
     report.pop("stage")
+    if models.implementation != FLASH:
+        report["implementation"] = models.implementation
     trace.enable()
     trace.calls.clear()
     for case, run in comparison.cases():

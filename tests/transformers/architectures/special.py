@@ -44,6 +44,13 @@ _SAM2 = {
     },
     "prompt_encoder_config": {"patch_size": 2 * PATCH},
 }
+_EDGETAM = {  # its default names the architecture by a misspelt word (configuration_edgetam.py), which gives a ResNet
+    "backbone_config": {"architecture": "repvit_m1"},
+    "backbone_feature_sizes": _SAM2["vision_config"]["backbone_feature_sizes"],
+}
+_TIMM_VIT = {"embed_dim": HIDDEN, "depth": 2, "num_heads": HEADS, "img_size": IMAGE, "patch_size": PATCH}
+_PE_VIDEO = {"vision_config": {"model_args": _TIMM_VIT, "num_classes": HIDDEN}}
+_PE_AUDIO = {"dac_config": {"encoder_hidden_size": 4, "hidden_size": HIDDEN}}
 # Parts whose classes support FlashAttention 2 in every version.
 _ENCODER = {"model_type": "distilbert"}
 _DECODER = {"model_type": "bart", "is_decoder": True, "add_cross_attention": True, "is_encoder_decoder": False}
@@ -97,6 +104,16 @@ CONFIGURATIONS = {
     "sam2": _SAM2,
     "sam2_vision_model": _SAM2["vision_config"],
     "sam2_hiera_det_model": _SAM2["vision_config"]["backbone_config"],
+    "edgetam": {"vision_config": _EDGETAM, "prompt_encoder_config": _SAM2["prompt_encoder_config"]},
+    "edgetam_vision_model": _EDGETAM,
+    "fast_vlm": {"vision_config": {"model_args": {"layers": [1] * 5, "embed_dims": [8, 16, 32, 64, 32]}}},
+    "perception_lm": {
+        "vision_config": {"architecture": "vit_pe_lang_large_patch14_448", "model_args": _TIMM_VIT},
+    },
+    "pe_audio_video": {"audio_video_config": {"audio_config": _PE_AUDIO, "video_config": _PE_VIDEO}},
+    "pe_audio_video_encoder": {"audio_config": _PE_AUDIO, "video_config": _PE_VIDEO},
+    "pe_video": {"video_config": _PE_VIDEO},
+    "pe_video_encoder": _PE_VIDEO,
     "sapiens2": {
         "head_config": {
             "upsample_out_channels": [16, 16],
@@ -149,7 +166,7 @@ CONFIGURATIONS = {
     "emu3": {**_IMAGE_TOKEN, "vq_config": {"base_channels": 32}},
     "mllama": {"text_config": _PLAIN_ROPE},
     "mllama_text_model": _PLAIN_ROPE,
-    "gemma3n": {"text_config": _GEMMA3N},
+    "gemma3n": {"text_config": _GEMMA3N, "vision_config": {"model_args": {"channel_multiplier": 0.1}}},
     "gemma3n_text": _GEMMA3N,
     "detr": _BACKBONE,
     "conditional_detr": _BACKBONE,
