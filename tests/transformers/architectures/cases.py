@@ -1,6 +1,7 @@
 """The cases in which two attentions of one model class are compared."""
 
 import contextlib
+import copy
 
 import numpy
 import torch
@@ -197,4 +198,4 @@ def _blurred(hidden, mask, seed):
 
 
 def copied(feed):
-    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in feed.items()}
+    return copy.deepcopy(feed)  # a video's session keeps what the model remembers

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
 import io
@@ -104,9 +105,14 @@ def survey():
     return supporting, others, missing
 
 
+@functools.cache
+def _exported():
+    return frozenset(dir(transformers))
+
+
 def is_exported(name):
     """Can the class named "module:Class" be imported from `transformers` itself?"""
-    return name.partition(":")[2] in dir(transformers)
+    return name.partition(":")[2] in _exported()
 
 
 def model_class(name):

@@ -44,6 +44,9 @@ _SAM2 = {
     },
     "prompt_encoder_config": {"patch_size": 2 * PATCH},
 }
+_SAM3 = {
+    "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "backbone_config": {"window_size": 2}}
+}
 _EDGETAM = {  # its default names the architecture by a misspelt word (configuration_edgetam.py), which gives a ResNet
     "backbone_config": {"architecture": "repvit_m1"},
     "backbone_feature_sizes": _SAM2["vision_config"]["backbone_feature_sizes"],
@@ -95,11 +98,12 @@ CONFIGURATIONS = {
     "lw_detr": {
         "backbone_config": {"image_size": 2 * IMAGE},
         "projector_scale_factors": [1.0],
+        "projector_in_channels": [HIDDEN],
+        "num_feature_levels": 1,
         "projector_out_channels": HIDDEN,
     },
-    "hrm_text": {"num_hidden_layers": 16, "num_layers_per_stack": 2},
+    "hrm_text": {"prefix_lm": False, "num_hidden_layers": 16, "num_layers_per_stack": 2},
     "kosmos-2": {"latent_query_num": 8},
-    "Qwen3OmniMoeTalkerForConditionalGeneration": {"text_config": {"shared_expert_intermediate_size": INTERMEDIATE}},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": INTERMEDIATE},
     "sam2": _SAM2,
     "sam2_vision_model": _SAM2["vision_config"],
@@ -114,6 +118,25 @@ CONFIGURATIONS = {
     "pe_audio_video_encoder": {"audio_config": _PE_AUDIO, "video_config": _PE_VIDEO},
     "pe_video": {"video_config": _PE_VIDEO},
     "pe_video_encoder": _PE_VIDEO,
+    "sam3_tracker": _SAM3,
+    "sam3_tracker_video": {**_SAM3, "image_size": IMAGE},
+    "sam2_video": {**_SAM2, "image_size": IMAGE},
+    "edgetam_video": {
+        "vision_config": _EDGETAM,
+        "prompt_encoder_config": _SAM2["prompt_encoder_config"],
+        "image_size": IMAGE,
+    },
+    "pp_doclayout_v2": {"class_thresholds": [0.5] * 25, "class_order": list(range(25))},
+    "vibevoice": {"audio_config": {"num_filters": 2}, "semantic_model_config": {"num_filters": 2}},
+    "vibevoice_asr": {
+        "acoustic_tokenizer_encoder_config": {"num_filters": 2},
+        "semantic_tokenizer_encoder_config": {"num_filters": 2},
+    },
+    "gemma4_assistant": {"text_config": {"num_kv_shared_layers": 2}},
+    "Qwen3OmniMoeTalkerForConditionalGeneration": {
+        "spatial_merge_size": 2,
+        "text_config": {"shared_expert_intermediate_size": INTERMEDIATE},
+    },
     "sapiens2": {
         "head_config": {
             "upsample_out_channels": [16, 16],
@@ -123,7 +146,7 @@ CONFIGURATIONS = {
             "scale_conv_out_channels": [16],
             "scale_conv_kernel_sizes": [1],
             "scale_final_input_size": 16,
-            "scale_final_hidden_sizes": [16],
+            "scale_final_hidden_sizes": [16, 16],
         }
     },
     "janus_vqgan": {"num_patches": 2},
