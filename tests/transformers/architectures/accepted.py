@@ -49,3 +49,10 @@ def _by_parts(config, refusing, path=()):
         return EAGER
     parts = {name: _by_parts(part, refusing, (*path, name)) for name, part in _parts(config)}
     return {"": FLASH, **parts} if any(part != FLASH for part in parts.values()) else FLASH
+
+
+def eager_parts(implementation, path=()):
+    """Names of the parts, with dots, that a value for each part gives eager attention."""
+    if not isinstance(implementation, dict):
+        return ["`" + ".".join(path) + "`"] if implementation == EAGER else []
+    return [p for name, value in implementation.items() for p in eager_parts(value, (*path, *([name] if name else [])))]

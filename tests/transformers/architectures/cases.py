@@ -25,7 +25,9 @@ class Comparison:
             feeder.is_text or feeder.is_seq2seq
         )
         self.causal = self.generates and not feeder.is_seq2seq
-        self.pads = "input_ids" in feed and feeder.takes("attention_mask")
+        self.pads = (
+            "input_ids" in feed and feed["input_ids"].shape[-1] == LENGTH and feeder.takes("attention_mask")
+        )
         self._reads_padding = {}
 
     def cases(self):
@@ -45,9 +47,10 @@ class Comparison:
         yield "gradients", lambda attention: (self.gradients(attention), None)
 
     def run(self, attention, feed):
+        model = self.models[attention]  # it is built with random numbers
         with torch.no_grad():
             torch.manual_seed(0)
-            return outputs(self.models[attention](**copied(feed)))
+            return outputs(model(**copied(feed)))
 
     def padded(self, attention, mask):
         found = self.run(attention, self.feeder.padded(self.feed, mask))

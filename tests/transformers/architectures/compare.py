@@ -69,10 +69,21 @@ def _examine(cls, report, reference):
         )
     report["calls"] = sum(trace.calls.values())
     report["windows"] = sorted({call.mask for call in trace.calls})
-    with wrong_scale():
-        noticed, _ = difference(comparison.run(reference, feed), comparison.run(FLASH, feed))
+    noticed = 0.0
+    if "difference" in report["cases"]["forward"]:
+        noticed = _noticed(comparison, report, reference)
     report["noticed"] = noticed
     report["status"] = _status(report)
+
+
+def _noticed(comparison, report, reference):
+    """How much attention that is wrong changes the outputs, or the gradients where the outputs hardly do."""
+    feed = comparison.feed
+    with wrong_scale():
+        noticed, _ = difference(comparison.run(reference, feed), comparison.run(FLASH, feed))
+        if noticed <= TOLERANCE and "difference" in report["cases"]["gradients"]:
+            noticed, _ = gradient_difference(comparison.gradients(reference), comparison.gradients(FLASH))
+    return noticed
 
 
 def _running(cls, report, reference):

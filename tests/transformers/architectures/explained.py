@@ -139,6 +139,12 @@ REASONS = [
     ),
     Reason(
         "5",
+        "pi0:PI0.*",
+        "forward|gradients",
+        "its mask of blocks (modeling_pi0.py:199) is no mask of FlashAttention, which attends causally",
+    ),
+    Reason(
+        "5",
         "mobilebert:MobileBertModel",
         "padded left",
         "the pooler reads the first token (modeling_mobilebert.py:467), which is padding here, and is saturated",
@@ -187,15 +193,58 @@ REASONS = [
 ]
 
 
+class Broken(NamedTuple):
+    """What cannot be built, or not run with eager attention, whatever it is given."""
+
+    version: str
+    classes: str
+    text: str
+
+
+BROKEN = [
+    Broken(
+        "5",
+        "gemma4_assistant:Gemma4AssistantForCausalLM|gemma4_unified_assistant:Gemma4UnifiedAssistantForCausalLM",
+        "all its layers must share keys (configuration_gemma4_assistant.py:93), which the text model that it builds "
+        "refuses (configuration_gemma4.py:240, configuration_gemma4_unified.py:208)",
+    ),
+    Broken(
+        "5",
+        "qwen2_5_omni:Qwen2_5OmniToken2WavDiTModel",
+        "has no eager attention, and asks for it by name (modeling_qwen2_5_omni.py:2993); the model that holds it gives "
+        "it sdpa in place of FlashAttention 2",
+    ),
+]
+
+
+def brokenness(report):
+    """Why the library's own code cannot build or run a class; None if that is not so, or not known."""
+    if report["status"] not in ("configure", "build", "eager"):
+        return None
+    name = _name(report)
+    return next(
+        (
+            broken.text
+            for broken in BROKEN
+            if broken.version in ("", report["version"].partition(".")[0]) and re.fullmatch(broken.classes, name)
+        ),
+        None,
+    )
+
+
 def is_wrong(result):
     return "error" in result or result.get("difference", 0) > TOLERANCE
+
+
+def _name(report):
+    return f"{report['name'].split('.')[2]}:{report['name'].rpartition(':')[2]}"
 
 
 def explanation(report):
     """Why the library's own code makes every difference of a report, in words; None if one of them is not known."""
     if report["status"] not in ("differs", "error"):
         return None
-    name = f"{report['name'].split('.')[2]}:{report['name'].rpartition(':')[2]}"
+    name = _name(report)
     texts = {}
     for case, result in report["cases"].items():
         if not is_wrong(result):

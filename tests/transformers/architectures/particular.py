@@ -43,7 +43,7 @@ def _codes_with_a_voice(feeder):
 
 @feeds("Qwen2_5OmniToken2WavBigVGANModel")
 def _mel(feeder):
-    return {"mel_spectrogram": feeder.random(2, feeder.config.mel_dim, shrink.FRAMES)}
+    return {"mel_spectrogram": feeder.random(2, feeder.config.mel_dim, 8)}
 
 
 @feeds("Molmo2Adapter")
@@ -57,7 +57,10 @@ def _features_of_patches(feeder):
 
 @feeds("FunAsrNanoEncoder")
 def _stacked_frames(feeder):
-    return {"input_features": feeder.random(2, shrink.FRAMES, feeder.config.input_size)}
+    return {
+        "input_features": feeder.random(2, 32, feeder.config.input_size),
+        "input_features_mask": torch.ones(2, 32, dtype=torch.long),
+    }
 
 
 @feeds("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM")
@@ -88,7 +91,7 @@ def _patches_of_grids(feeder):
 @feeds("MuseGlimmerAssistantModel")
 def _tokens_to_denoise(feeder):
     feed = {name: feeder.value(name) for name in ("noise_embeds", "context_hidden_states")}
-    return {**feed, "attention_mask": torch.ones(2, 20, dtype=torch.long), "use_cache": True}
+    return {**feed, "use_cache": True}
 
 
 @feeds("NeuCodecModel", "Xcodec2Model")
@@ -139,7 +142,7 @@ def _sound_and_frames(feeder):
 @feeds("EdgeTamVideoModel", "Sam2VideoModel", "Sam3TrackerVideoModel")
 def _second_frame(feeder):
     """Of a video in whose first frame a point was marked; the model keeps what it remembers of that in a session."""
-    size = feeder.config.vision_config.backbone_config.image_size if False else shrink.IMAGE
+    size = shrink.IMAGE
     session = feeder.parameters["inference_session"].annotation(
         video=feeder.random(2, 3, size, size), video_height=size, video_width=size, dtype=torch.float32
     )

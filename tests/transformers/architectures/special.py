@@ -47,6 +47,28 @@ _SAM2 = {
 _SAM3 = {
     "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "backbone_config": {"window_size": 2}}
 }
+_TWICE = 2 * HIDDEN  # pointers to objects are cut into pieces as wide as what is remembered of a frame, which is fixed
+_MEMORY = {
+    "image_size": IMAGE,
+    "memory_attention_rope_feat_sizes": [2, 2],
+    "memory_encoder_output_channels": HIDDEN,
+    "memory_encoder_hidden_size": _TWICE,
+    "memory_attention_hidden_size": _TWICE,
+    "memory_fuser_embed_dim": _TWICE,
+    "mask_downsampler_embed_dim": _TWICE,
+    "mask_decoder_config": {"hidden_size": _TWICE},
+}
+
+
+def _with_memory(values):
+    """Those of a model for images, for the one of its family that remembers the frames of a video."""
+    return {
+        **_MEMORY,
+        "vision_config": {**values["vision_config"], "fpn_hidden_size": _TWICE},
+        "prompt_encoder_config": {**values.get("prompt_encoder_config", {}), "hidden_size": _TWICE},
+    }
+
+
 _EDGETAM = {  # its default names the architecture by a misspelt word (configuration_edgetam.py), which gives a ResNet
     "backbone_config": {"architecture": "repvit_m1"},
     "backbone_feature_sizes": _SAM2["vision_config"]["backbone_feature_sizes"],
@@ -119,20 +141,28 @@ CONFIGURATIONS = {
     "pe_video": {"video_config": _PE_VIDEO},
     "pe_video_encoder": _PE_VIDEO,
     "sam3_tracker": _SAM3,
-    "sam3_tracker_video": {**_SAM3, "image_size": IMAGE},
-    "sam2_video": {**_SAM2, "image_size": IMAGE},
+    "sam3_tracker_video": {**_with_memory(_SAM3), "memory_attention_rope_feat_sizes": [4, 4]},
+    "sam2_video": _with_memory(_SAM2),
     "edgetam_video": {
-        "vision_config": _EDGETAM,
-        "prompt_encoder_config": _SAM2["prompt_encoder_config"],
-        "image_size": IMAGE,
+        **_with_memory(_SAM2),
+        "memory_attention_rope_k_sizes": [2, 2],
+        "perceiver_resampler_num_latents": 4,
+        "perceiver_resampler_num_latents_2d": 4,
+        "perceiver_resampler_attention_head_dim": HIDDEN,
     },
-    "pp_doclayout_v2": {"class_thresholds": [0.5] * 25, "class_order": list(range(25))},
+    "pp_doclayout_v2": {
+        "reading_order_config": {"max_2d_position_embeddings": 1024},
+        "class_thresholds": [0.5] * 25,
+        "class_order": list(range(25)),
+    },
     "vibevoice": {"audio_config": {"num_filters": 2}, "semantic_model_config": {"num_filters": 2}},
     "vibevoice_asr": {
         "acoustic_tokenizer_encoder_config": {"num_filters": 2},
         "semantic_tokenizer_encoder_config": {"num_filters": 2},
     },
-    "gemma4_assistant": {"text_config": {"num_kv_shared_layers": 2}},
+    "gemma4_assistant": {"text_config": {"num_kv_shared_layers": 3}},
+    "qwen2_5_omni_token2wav": {"bigvgan_config": {"upsample_initial_channel": 64}},
+    "qwen2_5_omni_bigvgan": {"upsample_initial_channel": 64},
     "Qwen3OmniMoeTalkerForConditionalGeneration": {
         "spatial_merge_size": 2,
         "text_config": {"shared_expert_intermediate_size": INTERMEDIATE},
@@ -145,7 +175,7 @@ CONFIGURATIONS = {
             "conv_kernel_sizes": [1],
             "scale_conv_out_channels": [16],
             "scale_conv_kernel_sizes": [1],
-            "scale_final_input_size": 16,
+            "scale_final_input_size": 64,
             "scale_final_hidden_sizes": [16, 16],
         }
     },

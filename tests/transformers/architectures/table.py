@@ -3,10 +3,13 @@
 import re
 from collections import Counter, defaultdict
 
-from .explained import TOLERANCE, explanation
+from .accepted import FLASH, eager_parts
+from .explained import TOLERANCE, brokenness, explanation
 
 #: status -> heading of what has it, in the order of the list.
 HEADINGS = {
+    "parts": "Equal in every case, with FlashAttention 2 in all parts but those that refuse it",
+    "ours": 'Equal in every case with `attn_implementation="mps_fa"`',
     "library": "Run, and not equal in some case by the library's own code, on any device",
     "differs": "Run, and not equal in some case",
     "error": "Run, and an error in one of the cases",
@@ -19,6 +22,7 @@ HEADINGS = {
     "configure": "No tiny configuration",
     "feed": "No inputs for them by themselves",
     "eager": "Their eager attention does not run on these inputs",
+    "broken": "Cannot be built, or run with eager attention, by the library's own code",
     "died": "Killed by the limit of time or memory",
 }
 _HEAD = """\
@@ -38,7 +42,15 @@ through the shim on a CPU, and compared in float32 with its own `"eager"`:
 
 Windows (4 tokens), soft-capping and grouped heads are on where the configuration knows them. Equal means: no
 difference above 1e-4 of the largest value, and the same tokens. A class counts only if its outputs change
-when attention is made wrong on purpose (scores a fifth too small).
+when attention is made wrong on purpose (scores a fifth too small), or its gradients where the outputs hardly do.
+
+Some models refuse `"flash_attention_2"` because a part of them does, like an image encoder. transformers takes a
+dict that says what each part gets, and FlashAttention 2 then serves the others:
+`attn_implementation={"": "flash_attention_2", "text_config": "flash_attention_2", "vision_config": "eager"}`; a
+part's own parts are a dict in its place. Some take no package of FlashAttention 2 at all; `"mps_fa"` serves them
+(`flash_attn_mps.integrations.transformers`).
+
+Optional packages that were there: Pillow, SciPy, timm 1.0.31 and torchvision 0.28.0.
 
 """
 _DIRECTORY = re.compile(r"(?<![\w.:/])/\S*?(?:site-packages/|(?=tests/transformers/)|(?<=/)(?=[^/\s]+\.py\b))")
@@ -52,6 +64,11 @@ def status(report):
     found, error = report["status"], report.get("error", "")
     if explanation(report):
         return "library"
+    if found == "equal" and report.get("implementation", FLASH) != FLASH:
+        return "parts" if isinstance(report["implementation"], dict) else "ours"
+    if text := brokenness(report):
+        report["reason"] = text
+        return "broken"
     if match := _PACKAGE.search(error):
         report["reason"] = f"needs {match[1] or match[2] or match[3]}"
         return "package"
@@ -69,6 +86,10 @@ def reason(report):
     """Why a class is not among the equal ones, in one line."""
     if text := explanation(report):
         return text
+    if status(report) == "parts":
+        return f"eager in {', '.join(eager_parts(report['implementation']))}"
+    if status(report) == "ours":
+        return "takes no package of FlashAttention 2 (`_compatible_flash_implementations`)"
     if "reason" in report:
         return report["reason"]
     if "error" in report:
@@ -99,10 +120,12 @@ def markdown(reports, others, missing, version, seconds):
     for report in sorted(reports, key=lambda r: r["name"]):
         by_status[status(report)].append(report)
     allowed = sum(
-        len(by_status[s]) for s in by_status if s not in ("refused", "package", "download", "no call", "part")
+        len(by_status[s])
+        for s in by_status
+        if s not in ("ours", "refused", "package", "download", "no call", "part", "broken")
     )
-    ran = sum(len(by_status[s]) for s in ("equal", "library", "differs", "error", "insensitive"))
-    equal = len(by_status["equal"])
+    ran = sum(len(by_status[s]) for s in ("equal", "parts", "library", "differs", "error", "insensitive"))
+    equal = len(by_status["equal"]) + len(by_status["parts"])
     lines = [
         f"## transformers {version}",
         "",
@@ -111,16 +134,16 @@ def markdown(reports, others, missing, version, seconds):
         "",
         "| outcome | classes |",
         "| --- | --- |",
-        f"| equal in every case | {equal} |",
+        f"| equal in every case | {len(by_status['equal'])} |",
     ]
     lines += [f"| {text} | {len(by_status[key])} |" for key, text in HEADINGS.items() if by_status[key]]
     if missing:
         lines.append(f"| Modules that cannot be imported here | {len(missing)} |")
     lines += [
         "",
-        f"Of the {allowed} classes whose own code (and packages) allow it here, {ran} could be run by themselves. Of "
-        f"those, {equal} ({equal / max(ran, 1):.1%}) are equal in every case; without those that the library's own "
-        f"code makes unequal, {equal / max(ran - len(by_status['library']), 1):.1%}.",
+        f"Of the {allowed} classes whose own code (and packages) allow it here, in all parts or in some, {equal} "
+        f"({equal / max(allowed, 1):.1%}) are equal in every case; without those that the library's own code makes "
+        f"unequal, {equal / max(allowed - len(by_status['library']), 1):.1%}. {ran} could be run by themselves.",
         "",
         "| architecture | equal | of | cases | largest difference |",
         "| --- | --- | --- | --- | --- |",
@@ -151,7 +174,7 @@ def _architectures(reports):
     for report in reports:
         groups[report["name"].split(".")[2]].append(report)
     for name, members in sorted(groups.items()):
-        equal = [r for r in members if status(r) == "equal"]
+        equal = [r for r in members if status(r) in ("equal", "parts", "ours")]
         cases = Counter(c for r in equal for c, result in r["cases"].items() if "difference" in result)
         worst = max((result.get("difference", 0) for r in equal for result in r["cases"].values()), default=None)
         shown = ", ".join(sorted(cases)) or "-"
