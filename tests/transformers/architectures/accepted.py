@@ -28,7 +28,8 @@ def implementations(config):
 def is_refusal(error):
     """Is that how the library refuses a value of `attn_implementation`?"""
     return isinstance(error, (ValueError, ImportError)) and any(
-        words in str(error) for words in ("does not support Flash Attention", "FlashAttention4", "`kernels` is either not")
+        words in str(error)
+        for words in ("does not support Flash Attention", "FlashAttention4", "`kernels` is either not")
     )
 
 

@@ -5,6 +5,7 @@ import math
 import re
 
 import torch
+import transformers
 from torch import nn
 
 from . import accepted, find, shrink, special
@@ -45,6 +46,10 @@ def _parts(config):
 
 def build(cls, config, attention):
     model = cls._from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32)
+    if transformers.__version__.startswith("4."):
+        for module in model.modules():
+            if getattr(getattr(module, "config", None), "model_type", "").startswith(special.CASTS):
+                module.config._pre_quantization_dtype = torch.float32
     return model.eval()
 
 

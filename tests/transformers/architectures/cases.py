@@ -25,9 +25,7 @@ class Comparison:
             feeder.is_text or feeder.is_seq2seq
         )
         self.causal = self.generates and not feeder.is_seq2seq
-        self.pads = (
-            "input_ids" in feed and feed["input_ids"].shape[-1] == LENGTH and feeder.takes("attention_mask")
-        )
+        self.pads = "input_ids" in feed and feed["input_ids"].shape[-1] == LENGTH and feeder.takes("attention_mask")
         self._reads_padding = {}
 
     def cases(self):

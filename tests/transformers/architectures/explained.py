@@ -151,6 +151,78 @@ REASONS = [
     ),
     Reason(
         "4",
+        "moshi:Moshi(Model|ForCausalLM|ForConditionalGeneration)",
+        f"{_ALL}|decode|generate",
+        "the mask of eager attention has a window (modeling_moshi.py:1170), which FlashAttention is not given (606)",
+    ),
+    Reason(
+        "4",
+        "moshi:Moshi(Model|ForCausalLM|ForConditionalGeneration)",
+        "decode|generate dynamic",
+        "hands FlashAttention the mask of all tokens over a cache of a window (modeling_moshi.py:1080)",
+        error="out of bounds",
+    ),
+    Reason(
+        "4",
+        "kyutai_speech_to_text:KyutaiSpeechToText.*",
+        f"{_ALL}|decode|generate",
+        "the mask of eager attention has a window (modeling_kyutai_speech_to_text.py:1040), which FlashAttention is not "
+        "given (606)",
+    ),
+    Reason(
+        "4",
+        "evolla:EvollaSaProtProteinEncoder",
+        ".*",
+        "hands FlashAttention a mask of four dimensions (modeling_evolla.py:627)",
+        error="accepted: a tensor .batch",
+    ),
+    Reason(
+        "4",
+        "lightglue:LightGlueForKeypointMatching",
+        ".*",
+        "hands FlashAttention a mask of four dimensions (modeling_lightglue.py:750)",
+        error="accepted: a tensor .batch",
+    ),
+    Reason(
+        "4",
+        "kosmos2:Kosmos2.*",
+        ".*",
+        "its attention does not say whether it is causal (modeling_kosmos2.py:659), which FlashAttention is asked by "
+        "(integrations/flash_attention.py:64)",
+        error="no attribute 'is_causal'",
+    ),
+    Reason(
+        "4",
+        "mllama:Mllama.*",
+        ".*",
+        "its attention does not say whether it is causal (modeling_mllama.py:219, 510), which FlashAttention is asked "
+        "by (integrations/flash_attention.py:64)",
+        error="no attribute 'is_causal'",
+    ),
+    Reason(
+        "4",
+        "pixtral:PixtralVisionModel",
+        ".*",
+        "hands on positions without a batch (modeling_pixtral.py:493), and FlashAttention looks for their second axis "
+        "(modeling_flash_attention_utils.py:409)",
+        error="tuple index out of range",
+    ),
+    Reason(
+        "5",
+        "phi4_multimodal:Phi4MultimodalAudioModel",
+        ".*",
+        "hands FlashAttention a bias of relative positions for a mask (modeling_phi4_multimodal.py:1030)",
+        error="out of bounds|Autograd not support",
+    ),
+    Reason(
+        "4",
+        "phi4_multimodal:Phi4MultimodalAudioModel",
+        ".*",
+        "hands FlashAttention a bias of relative positions for a mask (modeling_phi4_multimodal.py:1115)",
+        error="out of bounds|Autograd not support",
+    ),
+    Reason(
+        "4",
         "mimi:MimiModel",
         "forward|gradients",
         "gives a window to FlashAttention alone (modeling_mimi.py:810, 1101)",

@@ -51,6 +51,8 @@ def supports_flash_attention_2(cls):
 
 def configuration_class(cls):
     """The class of a model's configuration: what its constructor asks for, else what is named most like the class."""
+    if name := special.CONFIGURATION_CLASSES.get(cls.__name__):
+        return getattr(importlib.import_module(cls.__module__), name)
     with contextlib.suppress(Exception):
         asked = typing.get_type_hints(cls.__init__).get("config")
         if isinstance(asked, type) and issubclass(asked, PretrainedConfig) and asked is not PretrainedConfig:

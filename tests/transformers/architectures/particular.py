@@ -121,6 +121,11 @@ def _images_and_a_state(feeder):
     return {**feed, "action_embeds": feeder.random(2, config.chunk_size + 1, hidden)}
 
 
+@feeds("VisionTextDualEncoderModel")
+def _image_and_text(feeder):
+    return {"input_ids": feeder.ids(), "pixel_values": feeder.value("pixel_values")}
+
+
 @feeds(
     "PPOCRV5MobileRecEncoderWithSVTR",
     "PPOCRV5ServerRecEncoderWithSVTR",

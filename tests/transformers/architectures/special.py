@@ -44,9 +44,7 @@ _SAM2 = {
     },
     "prompt_encoder_config": {"patch_size": 2 * PATCH},
 }
-_SAM3 = {
-    "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "backbone_config": {"window_size": 2}}
-}
+_SAM3 = {"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "backbone_config": {"window_size": 2}}}
 _TWICE = 2 * HIDDEN  # pointers to objects are cut into pieces as wide as what is remembered of a frame, which is fixed
 _MEMORY = {
     "image_size": IMAGE,
@@ -91,8 +89,9 @@ GIVEN = {
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": _DECODER},
     "vision-text-dual-encoder": {
         "vision_config": {"model_type": "vit"},
-        "text_config": {"model_type": "clip_text_model"},
+        "text_config": {"model_type": "bert"},
     },
+    "phi4_multimodal": {"vision_config": {}, "audio_config": {}},
     "rag": {"question_encoder": {"model_type": "dpr"}, "generator": {"model_type": "bart"}},
     "musicgen": {**_MUSICGEN, "decoder": {"model_type": "musicgen_decoder"}},
     "musicgen_melody": {**_MUSICGEN, "decoder": {"model_type": "musicgen_melody_decoder"}},
@@ -103,6 +102,11 @@ GIVEN = {
             "vocab_size_per_layer_input": 0,
         }
     },
+}
+
+#: name of a model class -> name of its configuration's class, where its constructor names another.
+CONFIGURATION_CLASSES = {
+    "Emu3TextModel": "Emu3TextConfig",
 }
 
 #: model_type, or name of a model class -> values over the shrunk ones (a dict goes into the part of that name).
@@ -124,6 +128,7 @@ CONFIGURATIONS = {
         "num_feature_levels": 1,
         "projector_out_channels": HIDDEN,
     },
+    # With a prefix it refuses FlashAttention 2, and names this value as the way out (configuration_hrm_text.py:136).
     "hrm_text": {"prefix_lm": False, "num_hidden_layers": 16, "num_layers_per_stack": 2},
     "kosmos-2": {"latent_query_num": 8},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": INTERMEDIATE},
@@ -234,3 +239,7 @@ SCALES = {
     # Random weights give a waveform of hundreds, which is clamped at 1: what is left is mostly rounding.
     "Qwen3OmniMoeCode2Wav": {r"decoder\..*conv\.weight": 0.3},
 }
+
+#: Model types of 4.57 whose cast of float32 for FlashAttention asks a part that has no weight for the dtype to cast to
+#: (modeling_moshi.py:586). In half precision nothing is cast, and nothing where a quantized model names float32.
+CASTS = ("moshi", "kyutai_speech_to_text")
