@@ -2,8 +2,9 @@
 
 import pytest
 import transformers
-from architectures.explained import TOLERANCE
-from architectures.run import Worker
+
+from tests.transformers.architectures.explained import TOLERANCE
+from tests.transformers.architectures.run import Worker
 
 MAJOR = int(transformers.__version__.partition(".")[0])
 
@@ -23,6 +24,20 @@ SAMPLE = [
     "wav2vec2:Wav2Vec2Model",
     "gemma:GemmaForSequenceClassification",
     "gpt_oss:GptOssForCausalLM" if MAJOR < 5 else "gpt2:GPT2LMHeadModel",
+]
+
+#: "package:Class", what it takes in place of "flash_attention_2".
+OTHERWISE = [
+    (
+        "musicgen:MusicgenForConditionalGeneration",
+        {
+            "": "flash_attention_2",
+            "text_encoder": "eager",
+            "audio_encoder": "eager",
+            "decoder": "flash_attention_2",
+        },
+    ),
+    *([("gpt_oss:GptOssForCausalLM", "mps_fa")] if MAJOR >= 5 else []),
 ]
 
 
@@ -47,6 +62,15 @@ def test_equals_eager(worker, name):
     assert report["noticed"] > 100 * TOLERANCE  # with scores that are wrong on purpose
     if cls.endswith("ForCausalLM"):
         assert {"decode", "generate dynamic", "generate static", "packed", "padded left"} <= set(differences)
+
+
+@pytest.mark.parametrize(("name", "implementation"), OTHERWISE)
+def test_equals_eager_where_a_part_or_the_model_refuses_flash_attention_2(worker, name, implementation):
+    package, _, cls = name.partition(":")
+    report = worker.examine(f"transformers.models.{package}.modeling_{package}:{cls}")
+    assert (report["status"], report["implementation"]) == ("equal", implementation), report
+    assert report["calls"] > 0
+    assert report["noticed"] > 100 * TOLERANCE
 
 
 def test_windows_and_softcaps_reach_the_kernels(worker):

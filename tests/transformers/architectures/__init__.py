@@ -4,10 +4,11 @@ its own eager attention.
     MTLFLASHATTN_SHIM=on python -m tests.transformers.architectures [pattern ...]
 
 `find` lists the classes from the library's own code, `shrink` makes a tiny configuration from the library's own
-configuration class, `build` a model with random weights, `feed` its inputs. `cases` says what is compared, `difference`
-how, `compare` runs one class, `worker` is a process that does so on request. `table` writes the outcome as Markdown,
-and `explained` has what the library's own code makes unequal. What the generic way cannot know of one architecture is
-in `special`.
+configuration class, `build` a model with random weights, with the attention that `accepted` says it takes, `feed` its
+inputs. `cases` says what is compared, `difference` how, `compare` runs one class, `worker` is a process that does so on
+request. `table` writes the outcome as Markdown, and `explained` has what the library's own code makes unequal. What the
+generic way cannot know of one architecture is in `special`, for its configuration and weights, and in `particular`, for
+its inputs.
 """
 
 from ... import torchvision_without_operators

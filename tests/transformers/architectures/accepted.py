@@ -12,6 +12,7 @@ from flash_attn_mps.integrations.transformers import register
 FLASH, EAGER, OURS = "flash_attention_2", "eager", "mps_fa"
 
 _MOST = 2  # parts that refuse it
+_REFUSALS = ("does not support Flash Attention", "FlashAttention4", "`kernels` is either not")
 
 
 def implementations(config):
@@ -27,10 +28,7 @@ def implementations(config):
 
 def is_refusal(error):
     """Is that how the library refuses a value of `attn_implementation`?"""
-    return isinstance(error, (ValueError, ImportError)) and any(
-        words in str(error)
-        for words in ("does not support Flash Attention", "FlashAttention4", "`kernels` is either not")
-    )
+    return isinstance(error, (ValueError, ImportError)) and any(words in str(error) for words in _REFUSALS)
 
 
 def _parts(config):

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from . import accepted, find, shrink, special
-from .accepted import EAGER, FLASH
+from .accepted import FLASH
 
 _LARGEST = 120_000_000  # parameters; above, the configuration was not made tiny
 

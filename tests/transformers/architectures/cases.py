@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import find
-from .build import EAGER
+from .accepted import EAGER
 from .difference import for_rows, is_tokenwise, outputs
 from .feed import LENGTH, PADDED, masks
 

@@ -9,7 +9,8 @@ import transformers
 from flash_attn_mps import dispatch, trace
 
 from . import find, shrink
-from .build import EAGER, FLASH, SDPA, Models
+from .accepted import EAGER, FLASH
+from .build import SDPA, Models
 from .cases import Comparison, copied
 from .difference import difference, gradient_difference
 from .explained import TOLERANCE

@@ -166,8 +166,8 @@ REASONS = [
         "4",
         "kyutai_speech_to_text:KyutaiSpeechToText.*",
         f"{_ALL}|decode|generate",
-        "the mask of eager attention has a window (modeling_kyutai_speech_to_text.py:1040), which FlashAttention is not "
-        "given (606)",
+        "the mask of eager attention has a window (modeling_kyutai_speech_to_text.py:1040), which FlashAttention is "
+        "not given (606)",
     ),
     Reason(
         "4",
@@ -283,8 +283,8 @@ BROKEN = [
     Broken(
         "5",
         "qwen2_5_omni:Qwen2_5OmniToken2WavDiTModel",
-        "has no eager attention, and asks for it by name (modeling_qwen2_5_omni.py:2993); the model that holds it gives "
-        "it sdpa in place of FlashAttention 2",
+        "has no eager attention, and asks for it by name (modeling_qwen2_5_omni.py:2993); the model that holds it "
+        "gives it sdpa in place of FlashAttention 2 (3658)",
     ),
 ]
 
