@@ -259,7 +259,8 @@ REASONS = [
         "5",
         "(glm4v_moe:Glm4vMoe|ernie4_5_vl_moe:Ernie4_5_VL_?Moe)ForConditionalGeneration",
         "packed",
-        "hands the positions of three axes to FlashAttention as if of one sequence",
+        "hands the positions of three axes to FlashAttention as if of one sequence (modeling_glm4v_moe.py:1008, "
+        "modeling_ernie4_5_vl_moe.py:785)",
         error="accepted: 17, the number of rows of q",
     ),
 ]

@@ -67,7 +67,7 @@ def _with_memory(values):
     }
 
 
-_EDGETAM = {  # its default names the architecture by a misspelt word (configuration_edgetam.py), which gives a ResNet
+_EDGETAM = {  # its default misspells "architecture", which gives a ResNet
     "backbone_config": {"architecture": "repvit_m1"},
     "backbone_feature_sizes": _SAM2["vision_config"]["backbone_feature_sizes"],
 }
@@ -137,7 +137,9 @@ CONFIGURATIONS = {
     "sam2_hiera_det_model": _SAM2["vision_config"]["backbone_config"],
     "edgetam": {"vision_config": _EDGETAM, "prompt_encoder_config": _SAM2["prompt_encoder_config"]},
     "edgetam_vision_model": _EDGETAM,
-    "fast_vlm": {"vision_config": {"model_args": {"layers": [1] * 5, "embed_dims": [8, 16, 32, 64, 32]}}},
+    "fast_vlm": {
+        "vision_config": {"hidden_size": 256, "model_args": {"layers": [1] * 5, "embed_dims": [8, 16, 32, 64, 128]}}
+    },
     "perception_lm": {
         "vision_config": {"architecture": "vit_pe_lang_large_patch14_448", "model_args": _TIMM_VIT},
     },
