@@ -114,7 +114,8 @@ class Models:
                 first = next(iter(self.by_attention.values()))
                 model.load_state_dict(first.state_dict())
                 for to, of in zip(model.buffers(), first.buffers(), strict=True):
-                    to.copy_(of)
+                    if to.shape == of.shape:  # some grow with the longest input so far
+                        to.copy_(of)
             else:
                 fill(model)
             self.by_attention[attention] = model

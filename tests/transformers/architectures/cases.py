@@ -48,7 +48,13 @@ class Comparison:
         model = self.models[attention]  # it is built with random numbers
         with torch.no_grad():
             torch.manual_seed(0)
-            return outputs(model(**copied(feed)))
+            return self._of_tokens(outputs(model(**copied(feed))))
+
+    def _of_tokens(self, found):
+        """Without the logits at what a decoder puts before its tokens (MusicgenMelody: the text and the melody)."""
+        if self.feeder.is_seq2seq and "logits" in found and found["logits"].dim() == 3:
+            found["logits"] = found["logits"][:, -LENGTH:]
+        return found
 
     def padded(self, attention, mask):
         found = self.run(attention, self.feeder.padded(self.feed, mask))
@@ -168,7 +174,7 @@ class Comparison:
         try:
             torch.manual_seed(0)
             numpy.random.seed(0)
-            found = outputs(model(**copied(feed)))
+            found = self._of_tokens(outputs(model(**copied(feed))))
             generator, loss = torch.Generator().manual_seed(2), 0.0
             for name, value in found.items():
                 if not value.requires_grad:

@@ -145,6 +145,12 @@ REASONS = [
     ),
     Reason(
         "5",
+        "lightglue:LightGlueForKeypointMatching",
+        "forward|gradients",
+        "is_causal is True in its bidirectional attention (modeling_lightglue.py:184)",
+    ),
+    Reason(
+        "5",
         "mobilebert:MobileBertModel",
         "padded left",
         "the pooler reads the first token (modeling_mobilebert.py:467), which is padding here, and is saturated",
@@ -276,6 +282,11 @@ class Broken(NamedTuple):
 
 BROKEN = [
     Broken(
+        "",
+        "qwen3_omni_moe:Qwen3OmniMoeCode2WavDecoderBlock",
+        "a part made of convolutions, which is built from the number of its layer besides a configuration",
+    ),
+    Broken(
         "5",
         "gemma4_assistant:Gemma4AssistantForCausalLM|gemma4_unified_assistant:Gemma4UnifiedAssistantForCausalLM",
         "all its layers must share keys (configuration_gemma4_assistant.py:93), which the text model that it builds "
@@ -286,6 +297,12 @@ BROKEN = [
         "qwen2_5_omni:Qwen2_5OmniToken2WavDiTModel",
         "has no eager attention, and asks for it by name (modeling_qwen2_5_omni.py:2993); the model that holds it "
         "gives it sdpa in place of FlashAttention 2 (3658)",
+    ),
+    Broken(
+        "4",
+        "qwen2_5_omni:Qwen2_5OmniToken2WavDiTModel",
+        "has no eager attention, and asks for it by name (modeling_qwen2_5_omni.py:3000); the model that holds it "
+        "gives it sdpa in place of FlashAttention 2 (3644)",
     ),
 ]
 

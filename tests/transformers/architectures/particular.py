@@ -19,7 +19,7 @@ def feeds(*classes):
 
 @feeds("Qwen2_5OmniToken2WavDiTModel")
 def _denoised_mel(feeder):
-    config, codes = feeder.config, feeder.ids()
+    config, codes = feeder.config, feeder.ids(batch=1)
     frames = config.repeats * codes.shape[1]
     return {
         "hidden_states": feeder.random(len(codes), frames, config.mel_dim),

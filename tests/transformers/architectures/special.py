@@ -157,6 +157,9 @@ CONFIGURATIONS = {
         "perceiver_resampler_num_latents_2d": 4,
         "perceiver_resampler_attention_head_dim": HIDDEN,
     },
+    "xcodec2": {"quantization_dim": 2 * HIDDEN},
+    "neucodec": {"quantization_dim": 2 * HIDDEN},
+    "muse_glimmer_assistant": {"sliding_window": 32},
     "pp_doclayout_v2": {
         "reading_order_config": {"max_2d_position_embeddings": 1024},
         "class_thresholds": [0.5] * 25,

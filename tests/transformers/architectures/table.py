@@ -13,7 +13,7 @@ HEADINGS = {
     "library": "Run, and not equal in some case by the library's own code, on any device",
     "differs": "Run, and not equal in some case",
     "error": "Run, and an error in one of the cases",
-    "refused": "Refused by the library's own code",
+    "refused": "Refused by the library's own code, or run by it into an error from the first call on",
     "package": "Need a package that was not installed",
     "download": "Need a file of a pretrained model for their configuration",
     "no call": "Support it by their attribute, and have no attention that it serves",
@@ -63,7 +63,7 @@ def status(report):
     """The report's status, where "load" says whose fault it is."""
     found, error = report["status"], report.get("error", "")
     if explanation(report):
-        return "library"
+        return "refused" if "error" in report["cases"]["forward"] else "library"
     if found == "equal" and report.get("implementation", FLASH) != FLASH:
         return "parts" if isinstance(report["implementation"], dict) else "ours"
     if text := brokenness(report):
