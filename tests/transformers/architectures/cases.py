@@ -18,20 +18,21 @@ NEW_TOKENS, DECODED = 8, 3
 class Comparison:
     """The cases of one model class, for a pair of attentions."""
 
-    def __init__(self, models, feeder, feed):
+    def __init__(self, models, feeder, feed, length=LENGTH):
         self.models, self.feeder, self.feed = models, feeder, feed
         self.generates = bool(getattr(feeder.model, "can_generate", lambda: False)()) and (
             feeder.is_text or feeder.is_seq2seq
         )
         self.causal = self.generates and not feeder.is_seq2seq
         self.pads = "input_ids" in feed and feeder.takes("attention_mask")
+        self.masks = masks(length)
         self._reads_padding = {}
 
     def cases(self):
         """name -> function of an attention that gives (tensors by name, mask of the tokens that count)."""
         yield "forward", lambda attention: (self.run(attention, self.feed), None)
         if self.pads:
-            for name, mask in masks().items():
+            for name, mask in self.masks.items():
                 yield name, lambda attention, mask=mask: (self.padded(attention, mask), mask)
         if self.causal:
             yield "decode", lambda attention: (self.decode(attention), None)
@@ -87,7 +88,7 @@ class Comparison:
     @torch.no_grad()
     def decode(self, attention):
         """Logits of a prefill and of tokens that follow one by one, the first sequence padded on the left."""
-        model, mask = self.models[attention], masks()["padded left"]
+        model, mask = self.models[attention], self.masks["padded left"]
         ids = self.feeder.padded(self.feed, mask)["input_ids"]
         prefill = LENGTH - DECODED
         positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -112,7 +113,7 @@ class Comparison:
     def generate(self, attention, cache):
         feed = {k: v for k, v in self.feed.items() if k != "decoder_input_ids"}
         if self.causal and self.pads:
-            feed = self.feeder.padded(feed, masks()["padded left"])
+            feed = self.feeder.padded(feed, self.masks["padded left"])
         kept = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
         if cache != "dynamic":
             kept["cache_implementation"] = cache
@@ -153,7 +154,7 @@ class Comparison:
     def gradients(self, attention):
         """Gradients of all parameters, from a fixed random function of the outputs; padded on the right if possible."""
         model = self.models[attention]
-        mask = masks()["padded right"] if self.pads else None
+        mask = self.masks["padded right"] if self.pads else None
         feed = self.feed if mask is None else self.feeder.padded(self.feed, mask)
         ignored = {} if mask is None else self.reads_padding(mask)
         model.zero_grad()

@@ -54,6 +54,11 @@ _MUSICGEN = {
 
 #: model_type -> arguments without which the class gives no configuration.
 GIVEN = {
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}, "audio_config": {"model_type": "gemma4_audio"}},
+    "gemma4_unified": {
+        "vision_config": {"model_type": "gemma4_unified_vision"},
+        "audio_config": {"model_type": "gemma4_unified_audio"},
+    },
     "encoder-decoder": {"encoder": _ENCODER, "decoder": _DECODER},
     "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": _DECODER},
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": _DECODER},
@@ -72,6 +77,8 @@ GIVEN = {
         }
     },
 }
+_MINICPM = {"image_token_id": VOCABULARY - 1, "video_token_id": VOCABULARY - 2}
+_TILES = {"image_grid_pinpoints": [[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]]}  # of images cut into tiles
 
 #: model_type, or name of a model class -> values over the shrunk ones (a dict goes into the part of that name).
 CONFIGURATIONS = {
@@ -155,5 +162,15 @@ CONFIGURATIONS = {
     "conditional_detr": _BACKBONE,
     "deformable_detr": {**_BACKBONE, "num_feature_levels": 3},
     "table-transformer": _BACKBONE,
+    "llava_next": _TILES,
+    "llava_next_video": _TILES,
+    "llava_onevision": _TILES,
+    "aria": {"projector_patch_to_query_dict": {16: 8}},
+    "voxtral": {"audio_token_id": VOCABULARY - 1, "audio_config": {"intermediate_size": 4 * HIDDEN}},
+    "glmasr": {"audio_config": {"intermediate_size": 4 * HIDDEN}},
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
+    "minicpm_ocr": _MINICPM,
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "shieldgemma2": {"yes_token_index": 3, "no_token_index": 4},
 }
