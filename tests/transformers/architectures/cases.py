@@ -109,21 +109,23 @@ class Comparison:
             logits[f"token {i}"] = result.logits[:, -1]
         return logits
 
-    @torch.no_grad()
     def generate(self, attention, cache):
+        tokens = self.generated(attention, cache)
+        return {"tokens": getattr(tokens, "sequences", tokens).float()}
+
+    @torch.no_grad()
+    def generated(self, attention, cache, **more):
+        """What `generate` gives, greedily; the first sequence is padded on the left."""
         feed = {k: v for k, v in self.feed.items() if k != "decoder_input_ids"}
         if self.causal and self.pads:
             feed = self.feeder.padded(feed, self.masks["padded left"])
         kept = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
         if cache != "dynamic":
             kept["cache_implementation"] = cache
-        model = self.models[attention]
         if self.feeder.is_seq2seq:
             kept["decoder_start_token_id"] = 2
         torch.manual_seed(0)
-        tokens = model.generate(**copied(feed), **kept)
-        tokens = getattr(tokens, "sequences", tokens)
-        return {"tokens": tokens.float()}
+        return self.models[attention].generate(**copied(feed), **kept, **more)
 
     @torch.no_grad()
     def apart(self, attention):

@@ -82,7 +82,7 @@ def _examine(cls, report, reference):
         report["cases"][case] = (
             _compare_packed(comparison, reference) if case == "packed" else _compare(case, run, reference)
         )
-    for modality, found in multimodal.comparisons(models, feeder):
+    for modality, found in multimodal.comparisons(models):
         _compare_modality(modality, found, report["cases"], reference)
     report["calls"] = sum(trace.calls.values())
     report["windows"] = sorted({call.mask for call in trace.calls})
@@ -173,17 +173,19 @@ def _compare_packed(comparison, reference):
 
 
 def _compare_modality(modality, comparison, results, reference):
-    """A prompt with something else than text; `tower` is what comes of an attention that is wrong in its tower alone."""
-    if isinstance(comparison, Exception):
-        results[f"with {modality.name}"] = {"not run": str(comparison)}
+    """`tower` is the difference that attention makes which is wrong in its part alone."""
+    if isinstance(comparison, Unfed):
+        results[f"with {modality}"] = {"not run": str(comparison)}
         return
     for case, run in comparison.cases():
         results[case] = _compare(case, run, reference)
+    if "difference" not in results[f"with {modality}"]:
+        return
     expected = comparison.run(FLASH, comparison.feed)
     with wrong_scale(comparison.towers(FLASH)) as wrong:
         got = comparison.run(FLASH, comparison.feed)
     if wrong.calls:
-        results[f"with {modality.name}"]["tower"] = difference(expected, got)[0]
+        results[f"with {modality}"]["tower"] = difference(expected, got)[0]
 
 
 def _status(report):

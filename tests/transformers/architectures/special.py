@@ -54,7 +54,9 @@ _MUSICGEN = {
 
 #: model_type -> arguments without which the class gives no configuration.
 GIVEN = {
-    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}, "audio_config": {"model_type": "gemma4_audio"}},
+    # Without parts for sounds, which refuse FlashAttention.
+    "embedding_gemma2": {"vision_config": {"model_type": "gemma4_vision"}},
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "gemma4_unified": {
         "vision_config": {"model_type": "gemma4_unified_vision"},
         "audio_config": {"model_type": "gemma4_unified_audio"},
@@ -171,6 +173,17 @@ CONFIGURATIONS = {
     "minicpmv4_6": _MINICPM,
     "minicpmv4_7": _MINICPM,
     "minicpm_ocr": _MINICPM,
+    "gemma4_unified": {"vision_config": {"mm_embed_dim": HIDDEN, "output_proj_dims": HIDDEN}},
+    "glm_image": {"vq_config": {"latent_channels": HIDDEN, "num_embeddings": 64}},
+    "phi4_multimodal": {
+        "audio_config": {
+            "nemo_conv_channels": HIDDEN,
+            "ext_pw_out_channel": HIDDEN,
+            "depthwise_separable_out_channel": HIDDEN,
+        }
+    },
+    "muse_glimmer": {"out_hidden_size": 4 * HIDDEN},
+    "muse_spark": {"out_hidden_size": 4 * HIDDEN},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "shieldgemma2": {"yes_token_index": 3, "no_token_index": 4},
 }
