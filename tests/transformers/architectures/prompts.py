@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import shrink
+from . import find, shrink
 from .build import parts
 from .cases import copied
 from .difference import difference, outputs
@@ -141,7 +141,8 @@ class Prompts(Feeder):
         if self.takes("mm_token_type_ids"):
             feed["mm_token_type_ids"] = kinds
         if self.takes("token_type_ids"):
-            feed["token_type_ids"] = kinds.clamp_max(1)
+            prefix_is_zero = "token_type_ids == 0" in find.source(type(self.model))  # PaliGemma: of images too
+            feed["token_type_ids"] = torch.zeros_like(ids) if prefix_is_zero else kinds.clamp_max(1)
         if self.is_seq2seq:
             feed["decoder_input_ids"] = self.ids(ids.shape[1])
         return feed

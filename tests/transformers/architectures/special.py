@@ -79,7 +79,9 @@ GIVEN = {
         }
     },
 }
+_FOUR_SOFT_TOKENS = {"vision_config": {"pooling_kernel_size": 2}}  # of an image of 4 by 4 patches
 _MINICPM = {"image_token_id": VOCABULARY - 1, "video_token_id": VOCABULARY - 2}
+_OMNI = {"vision_start_token_id": VOCABULARY - 20}  # checkpoints have it in this part too, where it is read
 _TILES = {"image_grid_pinpoints": [[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]]}  # of images cut into tiles
 
 #: model_type, or name of a model class -> values over the shrunk ones (a dict goes into the part of that name).
@@ -87,11 +89,10 @@ CONFIGURATIONS = {
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
     "ernie4_5_vl_moe": {"text_config": _ERNIE_VL},
     "ernie4_5_vl_moe_text": _ERNIE_VL,
-    "diffusion_gemma": {"text_config": _DIFFUSION_GEMMA},
     "diffusion_gemma_text": _DIFFUSION_GEMMA,
     "deepseek_ocr2": {"text_config": _DEEPSEEK_OCR2},
     "deepseek_ocr2_text": _DEEPSEEK_OCR2,
-    "embedding_gemma2": {"text_config": _EMBEDDING_GEMMA2},
+    "embedding_gemma2": {"text_config": _EMBEDDING_GEMMA2, **_FOUR_SOFT_TOKENS},
     "embedding_gemma2_text": _EMBEDDING_GEMMA2,
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "lw_detr": {
@@ -167,6 +168,10 @@ CONFIGURATIONS = {
     "llava_next": _TILES,
     "llava_next_video": _TILES,
     "llava_onevision": _TILES,
+    "qwen2_5_omni_thinker": _OMNI,
+    "qwen3_omni_moe_thinker": _OMNI,
+    "gemma4": _FOUR_SOFT_TOKENS,
+    "diffusion_gemma": {"text_config": _DIFFUSION_GEMMA, **_FOUR_SOFT_TOKENS},
     "aria": {"projector_patch_to_query_dict": {16: 8}},
     "voxtral": {"audio_token_id": VOCABULARY - 1, "audio_config": {"intermediate_size": 4 * HIDDEN}},
     "glmasr": {"audio_config": {"intermediate_size": 4 * HIDDEN}},
