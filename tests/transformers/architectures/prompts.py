@@ -61,8 +61,8 @@ MODALITIES = [
         2,
         (
             "video_grid_thw", "video_position_ids", "num_frames_per_video", "video_merge_sizes",
-            "target_sizes_videos", "image_sizes_videos", "video_token_pooling",
-            "video_grids", "qformer_input_ids",
+            "target_sizes_videos", "image_sizes_videos", "video_token_pooling", "video_grids",
+            "video_second_per_grid", "second_per_grid_ts", "qformer_input_ids",
         ),
     ),
 ]  # fmt: skip
@@ -253,6 +253,11 @@ class Prompts(Feeder):
         return torch.arange(BATCH * 16).view(-1, 4)
 
     make_video_token_pooling = make_image_token_pooling
+
+    def make_video_second_per_grid(self):
+        return torch.ones(BATCH)
+
+    make_second_per_grid_ts = make_video_second_per_grid
 
     def make_video_grids(self):
         return torch.tensor([[1, 2, 2]] * BATCH)
