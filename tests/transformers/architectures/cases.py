@@ -18,14 +18,15 @@ NEW_TOKENS, DECODED = 8, 3
 class Comparison:
     """The cases of one model class, for a pair of attentions."""
 
-    def __init__(self, models, feeder, feed, length=LENGTH):
+    masks = masks()
+
+    def __init__(self, models, feeder, feed):
         self.models, self.feeder, self.feed = models, feeder, feed
         self.generates = bool(getattr(feeder.model, "can_generate", lambda: False)()) and (
             feeder.is_text or feeder.is_seq2seq
         )
         self.causal = self.generates and not feeder.is_seq2seq
         self.pads = "input_ids" in feed and feeder.takes("attention_mask")
-        self.masks = masks(length)
         self._reads_padding = {}
 
     def cases(self):

@@ -4,7 +4,7 @@ import re
 
 from .build import EAGER
 from .cases import Comparison
-from .feed import Unfed
+from .feed import Unfed, masks
 from .prompts import MODALITIES, Prompts
 
 #: modality -> names of the parts of a model that see it.
@@ -28,7 +28,9 @@ def comparisons(models):
 
 class WithModality(Comparison):
     def __init__(self, models, prompts, feed):
-        super().__init__(models, prompts, feed, feed["input_ids"].shape[1])
+        super().__init__(models, prompts, feed)
+        self.masks = masks(feed["input_ids"].shape[1])
+        self.pads = prompts.takes("attention_mask")
         self.modality = prompts.modality.name
 
     def cases(self):

@@ -18,14 +18,14 @@ BEFORE = AFTER = PADDED + 1  # tokens of text around the placeholders; padding l
 
 
 class Modality(NamedTuple):
-    """Something else than text: names, patterns of the names of its input and its token, and inputs on its layout."""
+    """Something else than text."""
 
     name: str
-    part: str
-    inputs: str
-    tokens: tuple
+    part: str  # of the configuration, before "_config"
+    inputs: str  # a pattern of the input's name
+    tokens: tuple  # patterns of the placeholder's name, the likeliest first
     kind: int  # in token_type_ids
-    layout: tuple
+    layout: tuple  # names of inputs that say how it is laid out
 
 
 _TOKEN = re.compile(r"token|_id$|_index$")
@@ -41,8 +41,7 @@ MODALITIES = [
         (
             "image_grid_thw", "image_grid_hw", "image_sizes", "image_position_ids", "image_merge_sizes",
             "image_attention_mask", "image_token_pooling", "image_grids", "image_num_crops", "images_per_sample",
-            "target_sizes", "spatial_shapes", "aspect_ratio_ids", "aspect_ratio_mask",
-            "qformer_input_ids",
+            "target_sizes", "spatial_shapes", "aspect_ratio_ids", "aspect_ratio_mask", "qformer_input_ids",
         ),
     ),
     Modality(
@@ -81,7 +80,8 @@ class Prompts(Feeder):
                 value = getattr(part, name, None)
                 if type(value) is int:
                     self.numbers.setdefault(name, value)
-        self.tokens = list(filter(None, map(self.number, modality.tokens)))
+        tokens = map(self.number, modality.tokens)
+        self.tokens = list(dict.fromkeys(token for token in tokens if token is not None))
         self.frames, self.times = shrink.FRAMES, 1
 
     @property
@@ -97,16 +97,17 @@ class Prompts(Feeder):
     def working(self):
         """The first prompt that does; Unfed, with the error of the first that was tried, if none does."""
         failures = []
-        for token, inputs in itertools.product(self.tokens, self.candidates()):
-            try:
-                for count in self.counts(inputs, token):
-                    try:
-                        return self.seen(self.prompt(inputs, token, count))
-                    except Exception as error:
-                        failures.append(error)
-            except Exception as error:
-                failures.append(error)
-        first = failures[0] if failures else f"no layout is known for {self.input}"
+        for token in self.tokens:
+            for inputs in self.candidates():
+                try:
+                    for count in self.counts(inputs, token):
+                        try:
+                            return self.seen(self.prompt(inputs, token, count))
+                        except Exception as error:
+                            failures.append(error)
+                except Exception as error:
+                    failures.append(error)
+        first = failures[0] if failures else Unfed(f"no layout is known for {self.input}")
         error = Unfed(f"{type(first).__name__}: {' '.join(str(first).split())[:300]}")
         error.failures = failures
         raise error
