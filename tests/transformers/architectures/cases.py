@@ -123,10 +123,11 @@ class Comparison:
         kept = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
         if cache != "dynamic":
             kept["cache_implementation"] = cache
+        model = self.models[attention]
         if self.feeder.is_seq2seq:
             kept["decoder_start_token_id"] = 2
         torch.manual_seed(0)
-        return self.models[attention].generate(**copied(feed), **kept, **more)
+        return model.generate(**copied(feed), **kept, **more)
 
     @torch.no_grad()
     def apart(self, attention):
