@@ -173,6 +173,13 @@ REASONS = [
     ),
     Reason(
         "5",
+        "qwen3_omni_moe:Qwen3OmniMoeThinkerForConditionalGeneration",
+        "generate static",
+        "generate makes a mask with a window for eager attention and sdpa (masking_utils.py:1621), which the model "
+        "itself does not have (modeling_qwen3_omni_moe.py:1696)",
+    ),
+    Reason(
+        "5",
         "gemma3:Gemma3.*|shieldgemma2:ShieldGemma2ForImageClassification",
         "with image",
         "tokens of an image attend to each other in eager attention's mask (modeling_gemma3.py:889), of which "
