@@ -179,6 +179,13 @@ REASONS = [
         "itself does not have (modeling_qwen3_omni_moe.py:1696)",
     ),
     Reason(
+        "4",
+        "qwen3_omni_moe:Qwen3OmniMoeThinkerForConditionalGeneration",
+        "with audio",
+        "gives cu_seqlens to FlashAttention (modeling_qwen3_omni_moe.py:542), and eager attention no mask that keeps "
+        "sounds apart: what would make it (682) is not called",
+    ),
+    Reason(
         "5",
         "gemma3:Gemma3.*|shieldgemma2:ShieldGemma2ForImageClassification",
         "with image",

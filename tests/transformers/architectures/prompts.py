@@ -195,7 +195,9 @@ class Prompts(Feeder):
         elif self.takes("video_position_ids"):
             yield self.random(BATCH, 16, self.patches().shape[1])
         elif isinstance(getattr(self.vision(), "image_size", 0), int):
-            yield self.make_pixel_values_videos()
+            video = self.make_pixel_values_videos()
+            yield video
+            yield video.flatten(0, 1)
 
     def audio_values(self):
         if not self.input.endswith("features"):

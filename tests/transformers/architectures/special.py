@@ -98,6 +98,7 @@ CONFIGURATIONS = {
     "minicpmv4_6": _MINICPM,
     "minicpmv4_7": _MINICPM,
     "minicpm_ocr": _MINICPM,
+    "nemotron_h_omni": {**_MINICPM, "audio_token_id": VOCABULARY - 3},
     "gemma4_unified": {"vision_config": {"mm_embed_dim": HIDDEN, "output_proj_dims": HIDDEN}},
     "glm_image": {"vq_config": {"latent_channels": HIDDEN, "num_embeddings": 64}},
     "phi4_multimodal": {
