@@ -222,7 +222,9 @@ def test_the_variable_may_be_set_by_the_program(installed, tmp_path):
     assert installed.run(program, PYTHONPATH=tmp_path, **ON) == "False"
 
 
-@pytest.mark.parametrize("item", ["mine", "mine:HAS_FLASH", "mine:=False", ":HAS_FLASH=False", "mine:HAS_FLASH=maybe"])
+@pytest.mark.parametrize(
+    "item", ["mine", "mine:HAS_FLASH", "mine:=False", ":HAS_FLASH=False", "mine:HAS_FLASH=maybe", "mine:HAS_FLASH=--1"]
+)
 def test_what_cannot_be_read_is_said_once(installed, tmp_path, item):
     write(tmp_path, {"mine.py": "HAS_FLASH = True\nOTHER = True\n"})
     listed = f"{item},mine:OTHER=False"
