@@ -171,7 +171,7 @@ def _with_sinks(lazy_imports):
 def _with_all_positions(prepare):
     @functools.wraps(prepare)
     def prepare_from_posids(query, key, value, position_ids):
-        return prepare(query, key, value, position_ids.expand(query.shape[0], -1))
+        return prepare(query, key, value, position_ids.expand(query.shape[0], -1).contiguous())
 
     return prepare_from_posids
 
