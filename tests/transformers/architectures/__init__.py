@@ -9,3 +9,7 @@ how, `compare` runs one class, `worker` is a process that does so on request. `t
 and `explained` has what the library's own code makes unequal. What the generic way cannot know of one architecture is
 in `special`.
 """
+
+from ... import torchvision_without_operators
+
+torchvision_without_operators.importable()  # `import transformers` imports torchvision wherever it is installed
