@@ -6,7 +6,7 @@ What can be mended is; for the rest there is one warning, which names the module
 import sys
 
 from flash_attn_shim import finder
-from flash_attn_shim.adjust import Misfit, diffusers
+from flash_attn_shim.adjust import Misfit, diffusers, transformers
 
 _PROBES = ("is_flash_attn_available", "is_flash_attn_2_available")
 
@@ -17,8 +17,6 @@ _BEHIND_PROBES = {
 }
 
 _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
-
-_MODERNBERT = "transformers.models.modernbert.modeling_modernbert"
 
 _warned = set()
 
@@ -41,9 +39,9 @@ def mend(undo):
                 _mend_model(module, undo)
         elif not name.startswith(("transformers.", "diffusers.", "flash_attn")) and _gave_up(namespace):
             beyond.append(name)
-    # 4.57's chose rotary embeddings without flash_attn's.
-    if getattr(sys.modules.get(_MODERNBERT), "RotaryEmbedding", None) is object:
-        beyond.append(_MODERNBERT)
+    modernbert = transformers.modernbert_without_flash_attn()
+    if modernbert is not None:
+        beyond.append(modernbert.__name__)
     return sorted(beyond)
 
 

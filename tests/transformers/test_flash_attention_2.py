@@ -49,6 +49,7 @@ flash_attn_shim.install()
 {SMALL}
 from transformers import ModernBertConfig, ModernBertModel
 from transformers.utils import import_utils
+print(import_utils._is_package_available("flash_attn"))
 for name in dir(import_utils):
     if name.startswith("is_flash_attn"):
         argument = {{"is_flash_attn_greater_or_equal": ["2.3.3"], "is_flash_attn_kernel_fallback_available": [2]}}
@@ -277,7 +278,7 @@ print(is_flash_attn_2_available(), make().config._attn_implementation)
 
 
 def test_float32_without_linear_layers(run):
-    """In float32 transformers asks the attention's first torch.nn.Linear for a dtype; GPT-2's projections are Conv1D."""
+    """In float32 transformers asks a torch.nn.Linear in the attention for a dtype; GPT-2's projections are Conv1D."""
     program = """
     import flash_attn_shim
     flash_attn_shim.install()
