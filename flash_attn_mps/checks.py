@@ -77,7 +77,7 @@ def int32(value: Any, name: str, dims: str, length: int | None, like: torch.Tens
 
 def qkv(q: Any, k: Any, v: Any, dims: tuple[str, str], names: Mapping[str, str]) -> None:
     """q, k and v: rank, dtype, device, head counts and head dims. `dims` names the dimensions of q and of k and v."""
-    q_name, k_name, v_name = (names.get(n, n) for n in "qkv")
+    q_name, k_name, v_name = names.get("q", "q"), names.get("k", "k"), names.get("v", "v")
     tensor(q, q_name, dims[0])
     tensor(k, k_name, dims[1], q)
     tensor(v, v_name, dims[1], q)
@@ -184,8 +184,9 @@ def window(window_size: Any, causal: Any) -> tuple[int, int]:
         window_size = window_size.tolist()
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise malformed("window_size", window_size, accepted)
-    left, right = (max(integer(w, "window_size", accepted), -1) for w in window_size)
-    return left, 0 if causal else right
+    left, right = window_size
+    left, right = integer(left, "window_size", accepted), integer(right, "window_size", accepted)
+    return max(left, -1), 0 if causal else max(right, -1)
 
 
 def alibi_slopes(value: Any, batch: int, heads: int, like: torch.Tensor) -> torch.Tensor | None:

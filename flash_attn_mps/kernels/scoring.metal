@@ -104,7 +104,8 @@ METAL_FUNC bool is_seen(Scoring scoring, int row, int key, int seqlen_k) {
 METAL_FUNC float tanh_of(float x) {
   float xx = x * x;
   float small = x * fma(xx, fma(xx, fma(xx, fma(xx, 62.0f / 2835.0f, -17.0f / 315.0f), 2.0f / 15.0f), -1.0f / 3.0f), 1.0f);
-  float large = 1.0f - 2.0f / (1.0f + fast::exp2(x * (2.0f * LOG2E)));
+  float e = fast::exp2(abs(x) * (-2.0f * LOG2E));  // at most 1: the division never meets an infinity
+  float large = copysign(fast::divide(1.0f - e, 1.0f + e), x);
   return abs(x) < 0.25f ? small : large;
 }
 

@@ -28,19 +28,20 @@ def refuse(p: AttentionProblem) -> list[str]:
     """Why no Metal kernel serves `p`, in words."""
     if p.q.device.type not in compiler.device_types:
         return [f"tensors are on {p.q.device}"]
-    scale = p.softmax_scale
-    limits = (
-        (p.empty, "there are no scores"),
-        (p.q.shape[-1] > MAX_HEAD_DIM or p.v.shape[-1] > MAX_HEAD_DIM, f"head_dim above {MAX_HEAD_DIM}"),
-        (p.dropout_p > 0, "dropout_p"),
-        (p.attention_chunk > 0, "attention_chunk"),
-        (p.requires_grad, "gradients are needed"),
-        (
-            isinstance(scale, torch.Tensor) and scale.dtype not in _TYPES,
-            "softmax_scale is a tensor of another dtype than float",
-        ),
-    )
-    return [reason for applies, reason in limits if applies]
+    reasons = []
+    if p.empty:
+        reasons.append("there are no scores")
+    if p.q.shape[-1] > MAX_HEAD_DIM or p.v.shape[-1] > MAX_HEAD_DIM:
+        reasons.append(f"head_dim above {MAX_HEAD_DIM}")
+    if p.dropout_p > 0:
+        reasons.append("dropout_p")
+    if p.attention_chunk > 0:
+        reasons.append("attention_chunk")
+    if p.requires_grad:
+        reasons.append("gradients are needed")
+    if isinstance(p.softmax_scale, torch.Tensor) and p.softmax_scale.dtype not in _TYPES:
+        reasons.append("softmax_scale is a tensor of another dtype than float")
+    return reasons
 
 
 def run(p: AttentionProblem, entry: str, variant: Variant) -> Result | None:

@@ -79,6 +79,7 @@ BINARY = {
     "powr": (torch.pow, POSITIVE, SMALL),
     "fmod": (torch.fmod, ANY, POSITIVE),
     "copysign": (torch.copysign, ANY, ANY),
+    "divide": (torch.div, ANY, POSITIVE),
     "fdim": (lambda x, y: (x - y).clamp(min=0), ANY, ANY),
     "fmax": (torch.maximum, ANY, ANY),
     "fmin": (torch.minimum, ANY, ANY),
@@ -131,7 +132,7 @@ MODES = [
     "tanpi",
     "trunc",
 ]
-MODES_BINARY = ["atan2", "fmax", "fmin", "fmod", "max", "min", "pow", "powr"]
+MODES_BINARY = ["atan2", "divide", "fmax", "fmin", "fmod", "max", "min", "pow", "powr"]
 
 
 def kernel(name: str, function: str, type_: str, arguments: int) -> str:

@@ -79,6 +79,7 @@ inline float fract(float x) {
   float r = x - __builtin_floorf(x);
   return r < 0x1.fffffep-1f ? r : 0x1.fffffep-1f;
 }
+inline float divide(float x, float y) { return x / y; }
 inline float fma(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
 inline float fdim(float x, float y) { return x > y ? x - y : (x <= y ? 0.0f : x + y); }
 inline float fmax(float x, float y) { return __builtin_fmaxf(x, y); }
@@ -117,8 +118,8 @@ __MH_MATH1(asin) __MH_MATH1(asinh) __MH_MATH1(atan) __MH_MATH1(atanh) __MH_MATH1
             __MH_MATH1(sqrt) __MH_MATH1(rsqrt) __MH_MATH1(abs) __MH_MATH1(fabs) __MH_MATH1(ceil) __MH_MATH1(floor)
                 __MH_MATH1(trunc) __MH_MATH1(rint) __MH_MATH1(round) __MH_MATH1(fract) __MH_MATH1(sign)
                     __MH_MATH1(saturate) __MH_MATH2(atan2) __MH_MATH2(pow) __MH_MATH2(powr) __MH_MATH2(fmod)
-                        __MH_MATH2(copysign) __MH_MATH2(fdim) __MH_MATH2(fmax) __MH_MATH2(fmin) __MH_MATH2(max)
-                            __MH_MATH2(min) __MH_MATH2(step) __MH_MATH3(fma) __MH_MATH3(max3) __MH_MATH3(min3)
+                        __MH_MATH2(copysign) __MH_MATH2(divide) __MH_MATH2(fdim) __MH_MATH2(fmax) __MH_MATH2(fmin)
+                            __MH_MATH2(max) __MH_MATH2(min) __MH_MATH2(step) __MH_MATH3(fma) __MH_MATH3(max3) __MH_MATH3(min3)
                                 __MH_MATH3(median3) __MH_MATH3(fmax3) __MH_MATH3(fmin3) __MH_MATH3(fmedian3)
                                     __MH_MATH3(clamp) __MH_MATH3(mix) __MH_MATH3(smoothstep)
 #define __MH_SPLITTING(T, _)                                                         \
@@ -251,8 +252,8 @@ inline __mh::ext<__mh::floating<E>, 3> cross(__mh::ext<E, 3> a, __mh::ext<E, 3> 
           __MH_MODE1(abs) __MH_MODE1(floor) __MH_MODE1(fract) __MH_MODE1(log) __MH_MODE1(log2) __MH_MODE1(log10) \
               __MH_MODE1(rint) __MH_MODE1(round) __MH_MODE1(rsqrt) __MH_MODE1(saturate) __MH_MODE1(sin)          \
                   __MH_MODE1(sinh) __MH_MODE1(sinpi) __MH_MODE1(sqrt) __MH_MODE1(tan) __MH_MODE1(tanh)           \
-                      __MH_MODE1(tanpi) __MH_MODE1(trunc) __MH_MODE2(atan2) __MH_MODE2(fmax) __MH_MODE2(fmin)    \
-                          __MH_MODE2(fmod) __MH_MODE2(max) __MH_MODE2(min) __MH_MODE2(pow)                       \
+                      __MH_MODE1(tanpi) __MH_MODE1(trunc) __MH_MODE2(atan2) __MH_MODE2(divide) __MH_MODE2(fmax)  \
+                          __MH_MODE2(fmin) __MH_MODE2(fmod) __MH_MODE2(max) __MH_MODE2(min) __MH_MODE2(pow)      \
                               __MH_MODE2(powr) inline float                                                      \
                               sincos(float x, thread float& cosine) {                                            \
     cosine = cos(x);                                                                                             \

@@ -117,6 +117,7 @@ inline float rsqrt(float x) { return __nvvm_rsqrt_approx_f(x); }
 namespace __mh_fast {
 using namespace __mh_f;
 inline float exp2(float x) { return __nvvm_ex2_approx_f(x); }
+inline float divide(float x, float y) { return __nvvm_div_approx_f(x, y); }
 inline float exp(float x) { return __nvvm_ex2_approx_f(x * 1.44269504088896340736f); }
 inline float log2(float x) { return __nvvm_lg2_approx_f(x); }
 inline float log(float x) { return __nvvm_lg2_approx_f(x) * 0.69314718055994530942f; }
