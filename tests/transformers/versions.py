@@ -169,8 +169,8 @@ def main():
         try:
             python = environment(arguments.environments.resolve(), version)
             answers = ask(python)
-        except subprocess.CalledProcessError as error:
-            answers = {"on": {"error": f"cannot be installed: {error}"}}
+        except subprocess.CalledProcessError:  # pip has said why
+            answers = {"on": {"error": "cannot be installed"}}
         print(version, "; ".join(verdict(answers)) or "as it should be", flush=True)
         return answers
 
