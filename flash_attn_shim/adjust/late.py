@@ -1,11 +1,12 @@
 """What a late `install()` finds: modules that have concluded already that flash_attn is not there.
 
-What can be mended is; for the rest there is one warning, which names the modules and the remedy.
+What can be mended is; for the rest there is one warning, which names the modules and the remedy. Where the hook was
+there, but switched off, nobody may call `install()`: the first look-up of flash_attn then warns of the libraries.
 """
 
 import sys
 
-from flash_attn_shim import finder
+from flash_attn_shim import adjust, finder
 from flash_attn_shim.adjust import Misfit, diffusers, transformers
 
 _PROBES = ("is_flash_attn_available", "is_flash_attn_2_available")
@@ -54,6 +55,22 @@ def warn(modules):
             f"{', '.join(unsaid)} was imported before flash_attn_shim.install() and will not use flash_attn: call "
             "install() before importing it. Where mtlflashattn is installed, that happens when Python starts; "
             "`mtlflashattn doctor` says why it did not here."
+        )
+
+
+def warn_of_libraries():
+    """flash_attn is being looked up: say once which libraries asked before it was there and were not adjusted."""
+    early = []
+    if transformers.PROBES in sys.modules and transformers.PROBES not in adjust.journal:
+        early.append("transformers")
+    if vars(sys.modules.get(diffusers.UTILS, sys)).get("_flash_attn_available") is False:
+        early.append("diffusers")
+    unsaid = [name for name in early if name not in _warned]
+    if unsaid and transformers.refusal() is None:
+        _warned.update(unsaid)
+        finder.warn(
+            f"{' and '.join(unsaid)} asked for flash_attn before it was there, and will not use it: "
+            "call flash_attn_shim.install(), which mends that."
         )
 
 

@@ -30,6 +30,8 @@ from flash_attn_shim import finder, policy
 from flash_attn_shim.adjust import Misfit
 from flash_attn_shim.autoload import PRESENTED
 
+PROBES = "transformers.utils.import_utils"
+
 _PROBE = "is_flash_attn_2_available"
 _TABLE = "FLASH_ATTENTION_COMPATIBILITY_MATRIX"
 _PROCESS = "_process_flash_attention_kwargs"
@@ -269,7 +271,7 @@ def _refuse(modeling_utils, undo):
 
 
 MODULES = {
-    "transformers.utils.import_utils": adjust_probe,
+    PROBES: adjust_probe,
     "transformers.integrations.flash_attention": adjust_float32,
     "transformers.modeling_flash_attention_utils": adjust_attention,
     "transformers.modeling_utils": adjust_cpu_check,

@@ -8,6 +8,9 @@ configuration class, `build` a model with random weights, `feed` its inputs. `ca
 how, `compare` runs one class, `worker` is a process that does so on request. `table` writes the outcome as Markdown,
 and `explained` has what the library's own code makes unequal. What the generic way cannot know of one architecture is
 in `special`.
+
+`multimodal` has the cases with an image, a sound or a video in the prompt, `prompts` finds such a prompt, and
+`placeholders` how many tokens it needs.
 """
 
 from ... import torchvision_without_operators
