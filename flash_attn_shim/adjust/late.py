@@ -19,8 +19,6 @@ _BEHIND_PROBES = {
 
 _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 
-_MODERNBERT = "transformers.models.modernbert.modeling_modernbert"
-
 _warned = set()
 
 
@@ -42,9 +40,9 @@ def mend(undo):
                 _mend_model(module, undo)
         elif not name.startswith(("transformers.", "diffusers.", "flash_attn")) and _gave_up(namespace):
             beyond.append(name)
-    # 4.57's chose rotary embeddings without flash_attn's.
-    if getattr(sys.modules.get(_MODERNBERT), "RotaryEmbedding", None) is object:
-        beyond.append(_MODERNBERT)
+    modernbert = transformers.modernbert_without_flash_attn()
+    if modernbert is not None:
+        beyond.append(modernbert.__name__)
     return sorted(beyond)
 
 

@@ -173,7 +173,7 @@ def _with_sinks(lazy_imports):
 def _with_all_positions(prepare):
     @functools.wraps(prepare)
     def prepare_from_posids(query, key, value, position_ids):
-        return prepare(query, key, value, position_ids.expand(query.shape[0], -1))
+        return prepare(query, key, value, position_ids.expand(query.shape[0], -1).contiguous())
 
     return prepare_from_posids
 
@@ -286,10 +286,8 @@ def catch_up(undo):
 
         undo.set(paged, "FLASH_ATTN_VARLEN_FUNC", flash_attn_varlen_func)
 
-    # 4.57's ModernBERT chooses flash_attention_2 by itself, but without flash_attn at its import it has no rotary
-    # embedding for it.
-    modernbert = sys.modules.get("transformers.models.modernbert.modeling_modernbert")
-    if modernbert is not None and getattr(modernbert, "RotaryEmbedding", None) is object:
+    modernbert = modernbert_without_flash_attn()
+    if modernbert is not None:  # it would choose flash_attention_2 by itself
 
         def can_dispatch(self, is_init_check=False):
             raise ImportError(
@@ -297,6 +295,12 @@ def catch_up(undo):
             )
 
         undo.set(modernbert.ModernBertPreTrainedModel, "_flash_attn_2_can_dispatch", can_dispatch)
+
+
+def modernbert_without_flash_attn():
+    """4.57's module of ModernBERT if flash_attn was not there at its import: it has no rotary embedding for it then."""
+    module = sys.modules.get("transformers.models.modernbert.modeling_modernbert")
+    return module if getattr(module, "RotaryEmbedding", None) is object else None
 
 
 def _replace_everywhere(import_utils, old, new):

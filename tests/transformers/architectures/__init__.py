@@ -12,3 +12,7 @@ in `special`.
 `multimodal` has the cases with an image, a sound or a video in the prompt, `prompts` finds such a prompt, and
 `placeholders` how many tokens it needs.
 """
+
+from ... import torchvision_without_operators
+
+torchvision_without_operators.importable()  # `import transformers` imports torchvision wherever it is installed
