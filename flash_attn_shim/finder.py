@@ -39,7 +39,11 @@ def find_spec(fullname, path, target):
     _warn_once_about_switch(env)
     if policy.refusal(fullname, env):
         return None
-    return find_elsewhere(fullname, path, target) or presented_spec(fullname)
+    found = find_elsewhere(fullname, path, target)
+    if found is None:
+        found = presented_spec(fullname)
+        _warn_of_early_libraries()
+    return found
 
 
 def presented_spec(name):
@@ -140,6 +144,13 @@ def _warn_once_about_switch(env):
         return
     _warned.add(value)
     warn(f"{policy.SWITCH}={value} is not known; it is taken for auto. Known: off, auto, on.")
+
+
+def _warn_of_early_libraries():
+    if "transformers" in sys.modules or "diffusers" in sys.modules:
+        from flash_attn_shim.adjust import late
+
+        late.warn_of_libraries()
 
 
 def warn(text):

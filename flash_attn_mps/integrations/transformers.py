@@ -14,7 +14,7 @@ import inspect
 import torch
 
 from .. import dispatch
-from ..problem import Scoring, dense, varlen, with_sinks
+from ..problem import Scoring, dense, varlen, with_mask, with_sinks
 
 NAME = "mps_fa"
 
@@ -45,10 +45,27 @@ def mask(
     1; 0 is padding. With a static cache it is shorter than `kv_length`: the keys behind it have not been written
     yet.
 
-    Raises NotImplementedError for a `mask_function` that `causal`, `window_size` and lengths cannot express (chunked
-    attention, bidirectional blocks for images, a caller's own).
+    What these cannot express (chunked attention, image tokens that see each other, a caller's own `mask_function`) is
+    transformers' mask for SDPA: bool, `(batch, 1, queries, keys)`.
     """
-    patterns, sequences = _read(mask_function)
+    read = _read(mask_function)
+    if read is None:
+        from transformers.masking_utils import sdpa_mask
+
+        # 4.x passes the positions of the queries, 5.x their number and the first one.
+        queries = {"q_length": q_length, "q_offset": q_offset}
+        if cache_position is not None:
+            queries = {"cache_position": cache_position}
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(
+            batch_size=batch_size,
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **{**kwargs, **queries, **skips},
+        )
+    patterns, sequences = read
     if sequences is not None and bool((sequences[:, -1] != 0).any()):
         return sequences + 1
     if attention_mask is not None:
@@ -57,7 +74,6 @@ def mask(
         return None if is_whole else attention_mask.bool()
     if "causal_mask_function" not in patterns:
         return None
-    # 4.x passes the positions of the queries, 5.x their number and the first one.
     end = int(cache_position[-1]) + 1 if cache_position is not None else int(q_offset) + q_length
     written = end - kv_offset
     if written >= kv_length:
@@ -87,28 +103,25 @@ def attention(
     """One layer's attention, as transformers calls it.
 
     query `(batch, heads, seqlen_q, head_dim)`, key and value `(batch, heads_k, seqlen_k, head_dim)`;
-    `attention_mask` as `mask` returns it, or `(batch, 1, seqlen_q, seqlen_k)` as long as it says no more than
-    padding and causality. `sliding_window` is the number of tokens that a causal query sees, itself included; else
-    it reaches `sliding_window - 1` to both sides. `s_aux` `(heads,)` are attention sinks: a score, not scaled, that
-    every query of a head has besides its keys; gradients reach them. Returns `((batch, seqlen_q, heads, head_dim),
-    None)`; padded queries give zeros.
+    `attention_mask` as `mask` returns it, or of four dimensions that broadcast to `(batch, heads, seqlen_q,
+    seqlen_k)`, bool (False hides) or added to the scores. One of four dimensions says all: `is_causal` and
+    `sliding_window` do not count then, as in transformers' SDPA attention. `sliding_window` is the number of tokens
+    that a causal query sees, itself included; else it reaches `sliding_window - 1` to both sides. `s_aux` `(heads,)`
+    are attention sinks: a score, not scaled, that every query of a head has besides its keys; gradients reach them.
+    Returns `((batch, seqlen_q, heads, head_dim), None)`; queries that see nothing, such as padded ones, give zeros.
 
     Raises NotImplementedError naming what else the model asks for (biases, attention weights, ...).
     """
     for name in ("head_mask", "position_bias", "cache", "output_attentions"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise NotImplementedError(f"{name}: attention {NAME!r} cannot honour it; use attn_implementation='eager'")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    scoring = Scoring(
-        softmax_scale=scaling,
-        causal=causal,
-        window_size=_window(module, causal, sliding_window),
-        softcap=0.0 if softcap is None else softcap,
-        dropout_p=dropout,
-    )
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    rules = {"softmax_scale": scaling, "softcap": 0.0 if softcap is None else softcap, "dropout_p": dropout}
     if attention_mask is not None and attention_mask.ndim == 4:
-        attention_mask = _padding_of(attention_mask, causal)
+        attention_mask = attention_mask[..., : k.shape[1]]  # a mask for a static cache may reach further
+        return _computed(with_mask(dense(q, k, v, Scoring(**rules)), attention_mask, "attention_mask"), s_aux), None
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scoring = Scoring(causal=causal, window_size=_window(module, causal, sliding_window), **rules)
     if attention_mask is not None:
         return _padded(q, k, v, attention_mask, scoring, s_aux), None
     if cu_seq_lens_q is not None:
@@ -174,29 +187,6 @@ def _pack(keep):
     return rows, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def _padding_of(mask, causal):
-    """The mask `(batch, keys)` that a mask `(batch, 1, queries, keys)`, bool or additive, amounts to besides
-    causality."""
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    if mask.dtype != torch.bool and not bool((seen | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
-        raise NotImplementedError(
-            f"attention_mask: {NAME!r} takes no bias on the scores; use attn_implementation='eager'"
-        )
-    keep = seen[:, 0].any(1)
-    expected = keep[:, None, None]
-    if causal:
-        queries, keys = mask.shape[-2:]
-        expected = expected & torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
-    # What a padded query sees does not matter: nobody looks at it.
-    is_query = keep[:, None, -mask.shape[-2] :, None] if causal else seen.new_ones(1)
-    if not bool(((seen == expected) | ~is_query).all()):
-        raise NotImplementedError(
-            f"attention_mask of shape {tuple(mask.shape)}: {NAME!r} takes a mask that says no more than padding"
-            f"{' and causality' if causal else ''}, such as (batch, keys); use attn_implementation='eager'"
-        )
-    return keep
-
-
 # Functions in transformers.masking_utils of which a mask may consist. Windows reach the layer as `sliding_window`.
 _PATTERNS = {
     "causal_mask_function",
@@ -207,21 +197,22 @@ _PATTERNS = {
 
 
 def _read(function):
-    """(names of the patterns a mask function consists of, the packed sequences' numbers `(batch, tokens)` or None)."""
+    """(names of the patterns a mask function consists of, the packed sequences' numbers `(batch, tokens)` or None), or
+    None if there is something else in it."""
+    if function.__module__ != "transformers.masking_utils":
+        return None
     maker = function.__qualname__.partition(".")[0]
     inside = inspect.getclosurevars(function).nonlocals
-    if function.__module__ == "transformers.masking_utils":
-        if maker in _PATTERNS:
-            return {maker}, None
-        if maker == "packed_sequence_mask_function":
-            return set(), inside["packed_sequence_mask"]
-        if maker == "remap_positions_for_packed_sequence":
-            return _read(inside["mask_function"])
-        if maker == "and_masks":
-            parts = [_read(part) for part in inside["mask_functions"]]
-            sequences = [part for _, part in parts if part is not None]
-            return set().union(*(names for names, _ in parts)), sequences[0] if sequences else None
-    raise NotImplementedError(
-        f"the model's mask is made by {function.__module__}.{maker}, which attention {NAME!r} cannot express; it takes "
-        "causal and bidirectional masks, sliding windows, padding and packed sequences"
-    )
+    if maker in _PATTERNS:
+        return {maker}, None
+    if maker == "packed_sequence_mask_function":
+        return set(), inside["packed_sequence_mask"]
+    if maker == "remap_positions_for_packed_sequence":
+        return _read(inside["mask_function"])
+    if maker != "and_masks":
+        return None
+    parts = [_read(part) for part in inside["mask_functions"]]
+    if None in parts:
+        return None
+    sequences = [part for _, part in parts if part is not None]
+    return set().union(*(names for names, _ in parts)), sequences[0] if sequences else None

@@ -10,19 +10,26 @@ A module is named by the end of its dotted name: copies lie under other packages
 path they were loaded from.
 """
 
+import inspect
+
 FA2 = "flash_attn"
 FA3 = "flash_attn_interface"
 
 
 def asserts_cuda_before_falling_back(module):
-    """Does `flash_attention` ask for CUDA, while `attention` has another way? By the names in their bytecode: copies
-    that allow MPS say `in ("cuda", "mps")`, or have the line commented out, and are served by FlashAttention 2."""
-    flash = getattr(vars(module).get("flash_attention"), "__code__", None)
-    choice = getattr(vars(module).get("attention"), "__code__", None)
-    if flash is None or choice is None:
-        return False
-    asks = "cuda" in flash.co_consts or "is_cuda" in flash.co_names
-    return asks and "scaled_dot_product_attention" in choice.co_names
+    """Does a function for flash attention ask for CUDA, while a function of the module has another way?
+
+    By the names in their bytecode: copies that allow MPS say `in ("cuda", "mps")`, or have the line commented out, and
+    are served by FlashAttention 2. Which functions these are differs from copy to copy, and decorators may hide them.
+    """
+    functions = (inspect.unwrap(value) for value in vars(module).values() if inspect.isfunction(value))
+    codes = [code for code in (getattr(function, "__code__", None) for function in functions) if code is not None]
+    asks = any(
+        ("cuda" in code.co_consts or "is_cuda" in code.co_names)
+        and any("flash_att" in name.lower() for name in (code.co_name, *code.co_names))
+        for code in codes
+    )
+    return asks and any("scaled_dot_product_attention" in code.co_names for code in codes)
 
 
 class Flag:
@@ -69,7 +76,9 @@ def _old_fa3(module, name, source, use="indexes what FlashAttention 3 returns wi
 _WAN = "wan/modules/attention.py of Wan-Video/Wan2.1, Wan-Video/Wan2.2 and guandeh17/Self-Forcing"
 _SKYREELS = "skyreels_v2_infer/modules/attention.py of SkyworkAI/SkyReels-V2"
 _VIDEOX = "videox_fun/models/attention_utils.py of aigc-apps/VideoX-Fun"
-_COGVIDEOX = "cogvideox/models/wan_transformer3d.py of aigc-apps/VideoX-Fun, whose package had that name before"
+_TRANSFORMER = "models/wan_transformer3d.py of Francis-Rings/StableAvatar, and of aigc-apps/VideoX-Fun before that"
+_CAUSVID = "causvid/models/wan/wan_base/modules/attention.py of tianweiy/CausVid and chenfengxu714/StreamDiffusionV2"
+_HUMO = "humo/models/wan_modules/attention.py of Phantom-video/HuMo"
 _WRAPPER = "wanvideo/modules/attention.py, later attention_flash.py, of kijai/ComfyUI-WanVideoWrapper"
 
 TABLE = (
@@ -79,8 +88,12 @@ TABLE = (
     _old_fa3("skyreels_v2_infer.modules.attention", "FLASH_ATTN_3_AVAILABLE", _SKYREELS),
     _cuda_only("videox_fun.models.attention_utils", _VIDEOX),
     _old_fa3("videox_fun.models.attention_utils", "FLASH_ATTN_3_AVAILABLE", _VIDEOX),
-    _cuda_only("cogvideox.models.wan_transformer3d", _COGVIDEOX),
-    _old_fa3("cogvideox.models.wan_transformer3d", "FLASH_ATTN_3_AVAILABLE", _COGVIDEOX),
+    _cuda_only("models.wan_transformer3d", _TRANSFORMER),
+    _old_fa3("models.wan_transformer3d", "FLASH_ATTN_3_AVAILABLE", _TRANSFORMER),
+    _cuda_only("wan_base.modules.attention", _CAUSVID),
+    _old_fa3("wan_base.modules.attention", "FLASH_ATTN_3_AVAILABLE", _CAUSVID),
+    _cuda_only("wan_modules.attention", _HUMO),
+    _old_fa3("wan_modules.attention", "FLASH_ATTN_3_AVAILABLE", _HUMO),
     # Here the assertion is commented out, and FlashAttention 2 works.
     _old_fa3("wanvideo.modules.attention", "FLASH_ATTN_3_AVAILABLE", _WRAPPER),
     _old_fa3("wanvideo.modules.attention_flash", "FLASH_ATTN_3_AVAILABLE", _WRAPPER),

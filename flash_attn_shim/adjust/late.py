@@ -1,12 +1,13 @@
 """What a late `install()` finds: modules that have concluded already that flash_attn is not there.
 
-What can be mended is; for the rest there is one warning, which names the modules and the remedy.
+What can be mended is; for the rest there is one warning, which names the modules and the remedy. Where the hook was
+there, but switched off, nobody may call `install()`: the first look-up of flash_attn then warns of the libraries.
 """
 
 import sys
 
-from flash_attn_shim import finder
-from flash_attn_shim.adjust import Misfit, diffusers
+from flash_attn_shim import adjust, finder
+from flash_attn_shim.adjust import Misfit, diffusers, transformers
 
 _PROBES = ("is_flash_attn_available", "is_flash_attn_2_available")
 
@@ -17,8 +18,6 @@ _BEHIND_PROBES = {
 }
 
 _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
-
-_MODERNBERT = "transformers.models.modernbert.modeling_modernbert"
 
 _warned = set()
 
@@ -41,9 +40,9 @@ def mend(undo):
                 _mend_model(module, undo)
         elif not name.startswith(("transformers.", "diffusers.", "flash_attn")) and _gave_up(namespace):
             beyond.append(name)
-    # 4.57's chose rotary embeddings without flash_attn's.
-    if getattr(sys.modules.get(_MODERNBERT), "RotaryEmbedding", None) is object:
-        beyond.append(_MODERNBERT)
+    modernbert = transformers.modernbert_without_flash_attn()
+    if modernbert is not None:
+        beyond.append(modernbert.__name__)
     return sorted(beyond)
 
 
@@ -56,6 +55,22 @@ def warn(modules):
             f"{', '.join(unsaid)} was imported before flash_attn_shim.install() and will not use flash_attn: call "
             "install() before importing it. Where mtlflashattn is installed, that happens when Python starts; "
             "`mtlflashattn doctor` says why it did not here."
+        )
+
+
+def warn_of_libraries():
+    """flash_attn is being looked up: say once which libraries asked before it was there and were not adjusted."""
+    early = []
+    if transformers.PROBES in sys.modules and transformers.PROBES not in adjust.journal:
+        early.append("transformers")
+    if vars(sys.modules.get(diffusers.UTILS, sys)).get("_flash_attn_available") is False:
+        early.append("diffusers")
+    unsaid = [name for name in early if name not in _warned]
+    if unsaid and transformers.refusal() is None:
+        _warned.update(unsaid)
+        finder.warn(
+            f"{' and '.join(unsaid)} asked for flash_attn before it was there, and will not use it: "
+            "call flash_attn_shim.install(), which mends that."
         )
 
 

@@ -92,7 +92,7 @@ def _listed(value):
         left, _, text = item.strip().rpartition("=")
         module, _, name = left.rpartition(":")
         text = text.strip()
-        known = text in _VALUES or text.lstrip("-").isdecimal()
+        known = text in _VALUES or text.removeprefix("-").isdecimal()
         if module.strip() and name.strip().isidentifier() and known:
             chosen = _VALUES[text] if text in _VALUES else int(text)
             reason = f"{policy.FLAGS} asks for it"

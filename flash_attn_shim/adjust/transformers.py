@@ -30,6 +30,8 @@ from flash_attn_shim import finder, policy
 from flash_attn_shim.adjust import Misfit
 from flash_attn_shim.autoload import PRESENTED
 
+PROBES = "transformers.utils.import_utils"
+
 _PROBE = "is_flash_attn_2_available"
 _TABLE = "FLASH_ATTENTION_COMPATIBILITY_MATRIX"
 _PROCESS = "_process_flash_attention_kwargs"
@@ -171,7 +173,7 @@ def _with_sinks(lazy_imports):
 def _with_all_positions(prepare):
     @functools.wraps(prepare)
     def prepare_from_posids(query, key, value, position_ids):
-        return prepare(query, key, value, position_ids.expand(query.shape[0], -1))
+        return prepare(query, key, value, position_ids.expand(query.shape[0], -1).contiguous())
 
     return prepare_from_posids
 
@@ -269,7 +271,7 @@ def _refuse(modeling_utils, undo):
 
 
 MODULES = {
-    "transformers.utils.import_utils": adjust_probe,
+    PROBES: adjust_probe,
     "transformers.integrations.flash_attention": adjust_float32,
     "transformers.modeling_flash_attention_utils": adjust_attention,
     "transformers.modeling_utils": adjust_cpu_check,
@@ -284,10 +286,8 @@ def catch_up(undo):
 
         undo.set(paged, "FLASH_ATTN_VARLEN_FUNC", flash_attn_varlen_func)
 
-    # 4.57's ModernBERT chooses flash_attention_2 by itself, but without flash_attn at its import it has no rotary
-    # embedding for it.
-    modernbert = sys.modules.get("transformers.models.modernbert.modeling_modernbert")
-    if modernbert is not None and getattr(modernbert, "RotaryEmbedding", None) is object:
+    modernbert = modernbert_without_flash_attn()
+    if modernbert is not None:  # it would choose flash_attention_2 by itself
 
         def can_dispatch(self, is_init_check=False):
             raise ImportError(
@@ -295,6 +295,12 @@ def catch_up(undo):
             )
 
         undo.set(modernbert.ModernBertPreTrainedModel, "_flash_attn_2_can_dispatch", can_dispatch)
+
+
+def modernbert_without_flash_attn():
+    """4.57's module of ModernBERT if flash_attn was not there at its import: it has no rotary embedding for it then."""
+    module = sys.modules.get("transformers.models.modernbert.modeling_modernbert")
+    return module if getattr(module, "RotaryEmbedding", None) is object else None
 
 
 def _replace_everywhere(import_utils, old, new):

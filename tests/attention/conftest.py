@@ -1,14 +1,7 @@
 import pytest
 import torch
 
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread():
-    """Most tensors here are small; on a shared machine the threads of an OpenMP team would spend the time waiting."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.threads import one_thread  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import torch
 
 from flash_attn_mps.metal import compiler, store, variants
 from tests.metal_host import compile_shader
+from tests.threads import one_thread  # noqa: F401
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -21,14 +22,6 @@ def _metal_on_the_cpu(tmp_path_factory):
         yield
         compiler.clear()
         variants.forget()
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """`install()` after libraries have asked: what they concluded is mended, and what cannot be is said once."""
 
+import pytest
+
 LATE = {"MTLFLASHATTN_SHIM": "off", "PYTHONWARNINGS": "default"}
 
 INSTALL = """
@@ -99,6 +101,42 @@ def test_in_time_nothing_is_said(hooked, files):
     tree = {**DIFFUSERS, "other.py": GAVE_UP}
     program = f"{INSTALL}\nsaid = install()\nimport other\nprint(said + install(), other.flash_attn_func.__name__)"
     assert hooked.run(program, PYTHONPATH=files(tree), **LATE) == "[] flash_attn_func"
+
+
+def test_libraries_that_asked_while_it_was_switched_off(hooked, files):
+    """Without `install()`, the next look-up says what to do, once, and that helps."""
+    program = """
+import os, sys, warnings, importlib.util
+import diffusers.utils.import_utils as utils
+from transformers.utils import import_utils
+assert not import_utils.is_flash_attn_2_available()
+os.environ["MTLFLASHATTN_SHIM"] = "on"
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        importlib.util.find_spec("flash_attn")
+    import flash_attn
+assert len(said) == 1, said
+print(said[0].message)
+exec(str(said[0].message).partition("call ")[2].partition(",")[0], {"flash_attn_shim": __import__("flash_attn_shim")})
+assert utils.is_flash_attn_available() and import_utils.is_flash_attn_2_available()
+"""
+    printed = hooked.run(program, PYTHONPATH=files(DIFFUSERS), **LATE)
+    assert printed.startswith(
+        "transformers and diffusers asked for flash_attn before it was there, and will not use it: "
+    )
+
+
+@pytest.mark.parametrize("variables", [{"MTLFLASHATTN_TRANSFORMERS": "off"}, {}])
+def test_libraries_that_asked_in_time_hear_nothing(hooked, files, variables):
+    program = """
+import warnings
+warnings.simplefilter("error")
+import transformers.utils.import_utils, diffusers.utils.import_utils, importlib.util
+import flash_attn, flash_attn_interface
+assert importlib.util.find_spec("flash_attn") is not None
+"""
+    assert hooked.run(program, PYTHONPATH=files(DIFFUSERS), MTLFLASHATTN_SHIM="on", **variables) == ""
 
 
 def test_models_that_import_behind_the_probe(hooked):

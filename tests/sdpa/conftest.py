@@ -8,14 +8,7 @@ from flash_attn_mps.metal import compiler, store, variants
 from flash_attn_mps.sdpa import obstacles, settings
 from flash_attn_mps.sdpa.settings import GIB, Settings
 from tests.metal_host import compile_shader
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.threads import one_thread  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

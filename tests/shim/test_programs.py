@@ -1,6 +1,7 @@
 """Flags of programs: set where the shim would lead the program astray, and nowhere else."""
 
 import json
+import textwrap
 
 import pytest
 
@@ -106,6 +107,40 @@ def test_flash_attention_2_stays_where_it_works(installed, wan, line, kept):
     assert installed.run(FLAGS + "print(flags())", PYTHONPATH=wan, **ON) == f"({kept}, False)"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causvid.models.wan.wan_base.modules.attention",
+        "humo.models.wan_modules.attention",
+        "a.models.wan_transformer3d",
+    ],
+)
+def test_copies_under_other_names(installed, tmp_path, name):
+    *packages, module = name.split(".")
+    files = {"/".join([*packages[:depth], "__init__.py"]): "" for depth in range(1, len(packages) + 1)}
+    write(tmp_path, {**files, "/".join([*packages, f"{module}.py"]): WAN})
+    assert installed.run(FLAGS + f"print(flags({name!r}))", PYTHONPATH=tmp_path, **ON) == "(False, False)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # StreamDiffusionV2 and others: the other way is a function of its own.
+        WAN.replace("return functional.", "return _sdpa(q)\n\n    def _sdpa(q):\n        return functional."),
+        # Wan2GP: the names differ.
+        WAN.replace("flash_attention(q)", "pay_attention(q)").replace("def attention(q)", "def attend(q)"),
+        "import functools\n\n"
+        "def decorate(function):\n"
+        "    return functools.wraps(function)(lambda *arguments: function(*arguments))\n"
+        + textwrap.dedent(WAN).replace("def ", "@decorate\ndef "),
+    ],
+    ids=["another function", "another name", "decorated"],
+)
+def test_copies_of_another_shape(installed, wan, text):
+    write(wan, {"wan/modules/attention.py": text})
+    assert installed.run(FLAGS + "print(flags())", PYTHONPATH=wan, **ON) == "(False, False)"
+
+
 def test_no_flag_without_another_path(installed, wan):
     """A file whose attention has no other way is not made worse."""
     write(wan, {"wan/modules/attention.py": WAN.replace("functional.scaled_dot_product_attention(q)", "None")})
@@ -187,7 +222,9 @@ def test_the_variable_may_be_set_by_the_program(installed, tmp_path):
     assert installed.run(program, PYTHONPATH=tmp_path, **ON) == "False"
 
 
-@pytest.mark.parametrize("item", ["mine", "mine:HAS_FLASH", "mine:=False", ":HAS_FLASH=False", "mine:HAS_FLASH=maybe"])
+@pytest.mark.parametrize(
+    "item", ["mine", "mine:HAS_FLASH", "mine:=False", ":HAS_FLASH=False", "mine:HAS_FLASH=maybe", "mine:HAS_FLASH=--1"]
+)
 def test_what_cannot_be_read_is_said_once(installed, tmp_path, item):
     write(tmp_path, {"mine.py": "HAS_FLASH = True\nOTHER = True\n"})
     listed = f"{item},mine:OTHER=False"

@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from tests.transformers.architectures.explained import TOLERANCE
+from tests.transformers.architectures.explained import TOLERANCE, explanation
 from tests.transformers.architectures.run import Worker
 
 MAJOR = int(transformers.__version__.partition(".")[0])
@@ -56,6 +56,8 @@ def test_equals_eager(worker, name):
     assert {"forward", "gradients"} <= set(report["cases"])
     differences = {case: result.get("difference", result) for case, result in report["cases"].items()}
     for case, difference in differences.items():
+        if case.startswith("with image") and name.startswith("gemma3:"):
+            continue  # by the library's own code: see below
         assert isinstance(difference, float) or "not run" in difference, (case, difference)
         assert not isinstance(difference, float) or difference <= TOLERANCE, (case, differences)
     assert report["calls"] > 0
@@ -71,6 +73,33 @@ def test_equals_eager_where_a_part_or_the_model_refuses_flash_attention_2(worker
     assert (report["status"], report["implementation"]) == ("equal", implementation), report
     assert report["calls"] > 0
     assert report["noticed"] > 100 * TOLERANCE
+
+
+#: "package:Class" and what its prompt can have: tiles, learned queries, grids of patches, an encoder's, sounds.
+WITH = {
+    "llava:LlavaForConditionalGeneration": {"image"},
+    "llava_next:LlavaNextForConditionalGeneration": {"image"},
+    "idefics2:Idefics2ForConditionalGeneration": {"image"},
+    "qwen2_vl:Qwen2VLForConditionalGeneration": {"image", "video"},
+    "voxtral:VoxtralForConditionalGeneration": {"audio"},
+}
+
+
+@pytest.mark.parametrize("name", WITH)
+def test_equals_eager_with_images_and_sounds(worker, name):
+    package, _, cls = name.partition(":")
+    report = worker.examine(f"transformers.models.{package}.modeling_{package}:{cls}")
+    for modality in WITH[name]:
+        for case in (f"with {modality}", f"with {modality} generate", f"with {modality} gradients"):
+            assert report["cases"][case].get("difference", 1.0) <= TOLERANCE, (case, report["cases"][case])
+        assert report["cases"][f"with {modality}"]["tower"] > 100 * TOLERANCE  # with scores wrong in that part alone
+
+
+def test_what_the_library_masks_among_the_tokens_of_an_image_is_seen(worker):
+    report = worker.examine("transformers.models.gemma3.modeling_gemma3:Gemma3ForConditionalGeneration")
+    assert report["cases"]["forward"]["difference"] <= TOLERANCE
+    assert report["cases"]["with image"]["difference"] > 100 * TOLERANCE
+    assert "tokens of an image attend to each other" in explanation(report)
 
 
 def test_windows_and_softcaps_reach_the_kernels(worker):

@@ -41,6 +41,39 @@ def test_what_transformers_concludes(run):
     assert run(program, MTLFLASHATTN_SHIM="off") == "[]"
 
 
+def test_hidden_from_transformers_alone(run):
+    """MTLFLASHATTN_TRANSFORMERS=off: flash_attn is there, and transformers concludes what it concludes without it."""
+    program = f"""
+import flash_attn_shim
+flash_attn_shim.install()
+{SMALL}
+from transformers import ModernBertConfig, ModernBertModel
+from transformers.utils import import_utils
+print(import_utils._is_package_available("flash_attn"))
+for name in dir(import_utils):
+    if name.startswith("is_flash_attn"):
+        argument = {{"is_flash_attn_greater_or_equal": ["2.3.3"], "is_flash_attn_kernel_fallback_available": [2]}}
+        print(name, getattr(import_utils, name)(*argument.get(name, [])))
+try:
+    make(attn_implementation="flash_attention_2")
+except ImportError as error:
+    print(type(error).__name__, "FlashAttention2 has been toggled on, but" in str(error))
+tokens = dict(pad_token_id=0, bos_token_id=1, cls_token_id=1, eos_token_id=2, sep_token_id=2)
+print(make().config._attn_implementation)
+print(ModernBertModel(ModernBertConfig(**sizes, **tokens, reference_compile=False)).config._attn_implementation)
+try:
+    import flash_attn
+    print(flash_attn_shim.finder.is_ours(flash_attn))
+except ModuleNotFoundError:
+    print("no flash_attn")
+"""
+    *hidden, there = run(program, MTLFLASHATTN_TRANSFORMERS="off", **ON).splitlines()
+    *absent, nothing = run(program, MTLFLASHATTN_SHIM="off").splitlines()
+    assert (there, nothing) == ("True", "no flash_attn")
+    assert hidden == absent
+    assert {"is_flash_attn_2_available False", "is_flash_attn_greater_or_equal False", "ImportError True"} < set(hidden)
+
+
 def test_importing_transformers_imports_no_flash_attn(run):
     """4.57's integrations/flash_paged.py takes flash_attn_varlen_func as soon as modeling_utils is imported."""
     program = """
@@ -242,6 +275,52 @@ from transformers.utils import is_flash_attn_2_available
 print(is_flash_attn_2_available(), make().config._attn_implementation)
 """
     assert run(program, **ON) == "False sdpa"
+
+
+def test_float32_without_linear_layers(run):
+    """In float32 transformers asks a torch.nn.Linear in the attention for a dtype; GPT-2's projections are Conv1D."""
+    program = """
+    import flash_attn_shim
+    flash_attn_shim.install()
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from flash_attn_mps import trace
+    trace.enable()
+    ids = torch.arange(6).reshape(1, 6)
+    found = []
+    for attention in ("eager", "flash_attention_2"):
+        torch.manual_seed(0)
+        config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=16, initializer_range=0.3)
+        model = GPT2LMHeadModel._from_config(config, attn_implementation=attention).eval()
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        found.append(torch.cat([out.logits.flatten(), *(p.grad.flatten() for p in model.parameters())]))
+    difference = (found[0] - found[1]).abs().max() / found[0].abs().max()
+    print(difference.item() < 1e-5, sum(trace.calls.values()))
+    """
+    assert run(program, **ON) == "True 1"
+
+
+def test_one_row_of_positions_for_all_sequences(run):
+    """4.54 packs whatever comes with position_ids, of which its models pass one row. It has the function that prepares
+    them, as later versions have, and no `_is_packed_sequence`. (A model in 4.54 itself: versions.py.)"""
+    program = """
+    import os, torch
+    from transformers import modeling_flash_attention_utils as utils
+    q = torch.randn(2, 3, 1, 4)
+    def prepared():
+        *packed, (cu_seqlens_q, cu_seqlens_k), (longest, _) = utils._prepare_from_posids(q, q, q, torch.arange(3)[None])
+        return cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), int(longest), [len(tensor) for tensor in packed]
+    assert prepared() == ([0, 3], [0, 3], 3, [6, 6, 6])
+    del utils._is_packed_sequence
+    os.environ["MTLFLASHATTN_SHIM"] = "on"
+    import flash_attn_shim
+    flash_attn_shim.install()
+    print(prepared())
+    flash_attn_shim.uninstall()
+    assert prepared()[0] == [0, 3]
+    """
+    assert run(program, MTLFLASHATTN_SHIM="off") == "([0, 3, 6], [0, 3, 6], 3, [6, 6, 6])"
 
 
 def test_sinks_are_served_and_not_left_out(run):

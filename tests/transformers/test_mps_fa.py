@@ -1,5 +1,7 @@
 """The attention `mps_fa`, beyond what `test_models` compares: what it takes a mask for, and what it refuses."""
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -22,10 +24,11 @@ def heads(queries=5, keys=7):
     return [torch.randn(2, 4, length, 8, generator=generator) for length in (queries, keys, keys)]
 
 
-def reference(q, k, v, seen, sinks=None):
-    """softmax(q k / sqrt(d)) v in float64, as `attention` returns it; seen: (batch, heads, queries, keys) or less."""
+def reference(q, k, v, seen, sinks=None, bias=0.0):
+    """softmax(q k / sqrt(d) + bias) v in float64, as `attention` returns it; seen: (batch, heads, queries, keys) or
+    less."""
     q, k, v = (x.double() for x in (q, k, v))
-    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+    scores = (q @ k.mT / q.shape[-1] ** 0.5 + bias).masked_fill(~seen, -torch.inf)
     if sinks is not None:  # one more key, whose value is zero
         scores = torch.cat((scores, sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)), -1)
         v = torch.cat((v, torch.zeros_like(v[..., :1, :])), -2)
@@ -117,12 +120,24 @@ def test_what_it_cannot_honour_is_named(name):
         attention(Layer(), *heads(), None, **{name: torch.zeros(4)})
 
 
-@pytest.mark.parametrize(
-    "mask", [torch.zeros(2, 1, 5, 7).index_fill(3, torch.tensor([2]), 0.5), ~causal(5, 7)[None, None]]
-)
-def test_a_mask_that_says_more_is_refused(mask):
-    with pytest.raises(NotImplementedError, match="attention_mask"):
-        attention(Layer(), *heads(), mask)
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_any_mask_of_four_dimensions_and_gradients(kind, with_sinks):
+    """Masks that `causal`, windows and lengths cannot express; longer than the keys, as for a static cache."""
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(2, 1, 5, 9, generator=generator) < 0.5 if kind == "bool" else torch.randn(1, 4, 5, 9)
+    seen = mask[..., :7] if kind == "bool" else torch.tensor(True)
+    bias = torch.tensor(0.0) if kind == "bool" else mask[..., :7]
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if with_sinks else None
+    leaves = [tensor.requires_grad_() for tensor in heads()]
+    exact_leaves = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    out, _ = attention(Layer(), *leaves, mask, sliding_window=3, s_aux=sinks)
+    exact = reference(*exact_leaves, seen, sinks, bias.double())
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
+    dout = torch.randn(out.shape, generator=generator)
+    grads = torch.autograd.grad(out, leaves, dout)
+    for got, want in zip(grads, torch.autograd.grad(exact, exact_leaves, dout.double()), strict=True):
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 16}
@@ -176,11 +191,53 @@ def test_a_static_cache_generates_as_with_eager():
         assert torch.equal(expected, got)
 
 
-def test_a_mask_function_it_does_not_know_is_refused():
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mask_function_that_it_does_not_know(padded):
+    """Here the first token is seen by all, and a window is a mask of the model's own."""
     from transformers import masking_utils
 
-    from flash_attn_mps.integrations.transformers import mask
+    either = masking_utils.or_masks(lambda b, h, q, k: q - k < 3, lambda b, h, q, k: k == 0)
+    function = masking_utils.and_masks(masking_utils.causal_mask_function, either)
+    ids = torch.arange(12).reshape(2, 6)
+    given = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6]) if padded else None
+    model = pair()[1]
+    make = masking_utils.create_causal_mask
+    named = inspect.signature(make).parameters
+    options = {"cache_position": torch.arange(6)} if "cache_position" in named else {}
+    options["inputs_embeds" if "inputs_embeds" in named else "input_embeds"] = model.get_input_embeddings()(ids)
+    made = make(config=model.config, attention_mask=given, past_key_values=None, and_mask_function=function, **options)
+    row = torch.arange(6)
+    seen = (row[:, None] >= row) & ((row[:, None] - row < 3) | (row == 0))
+    expected = seen.expand(2, 1, 6, 6) if given is None else seen & given.bool()[:, None, None]
+    assert made.dtype == torch.bool and torch.equal(made, expected)
 
-    either = masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, q, k: k == 0)
-    with pytest.raises(NotImplementedError, match="or_masks"):
-        mask(1, 4, either, q_length=4)
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_chunked_attention_equals_eager(padded):
+    """Llama 4: a query sees the keys of its own chunk."""
+    options = {"num_local_experts": 2, "intermediate_size_mlp": 16, "num_hidden_layers": 2, "attention_chunk_size": 3}
+    models = pair(
+        transformers.Llama4ForCausalLM,
+        layer_types=["chunked_attention", "full_attention"],
+        no_rope_layers=[1, 0],
+        moe_layers=[1],
+        head_dim=8,
+        num_key_value_heads=1,
+        **options,
+    )
+    ids, mask = torch.arange(2, 16).reshape(2, 7), torch.ones(2, 7, dtype=torch.long)
+    if padded:
+        mask[0, :2] = 0
+    expected, got = (model.eval()(ids, attention_mask=mask).logits[mask.bool()] for model in models)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    whole = pair(
+        transformers.Llama4ForCausalLM,
+        layer_types=["full_attention"] * 2,
+        no_rope_layers=[1, 0],
+        moe_layers=[1],
+        head_dim=8,
+        num_key_value_heads=1,
+        **options,
+    )[0]
+    whole.load_state_dict(models[0].state_dict())
+    assert (whole.eval()(ids, attention_mask=mask).logits[mask.bool()] - expected).abs().max() > 1e-2

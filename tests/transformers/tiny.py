@@ -13,7 +13,7 @@ import traceback
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import flash_attn_shim
 from flash_attn_mps import trace
@@ -103,7 +103,7 @@ MODELS = {
             eos_token_id=2,
             sep_token_id=2,
         ),
-        transformers.ModernBertModel,
+        AutoModel,  # imports ModernBERT after main() has installed the shim: 4.57's asks at its import
         {(4, FA2), *SINCE_5},
     ),
     "qwen2_vl": (qwen2_vl, transformers.Qwen2VLForConditionalGeneration, EVERY),

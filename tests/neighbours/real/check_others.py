@@ -1,7 +1,4 @@
-"""sentence-transformers, xformers and timm: what can use flash attention does, and nothing crashes."""
-
-import importlib.util
-from pathlib import Path
+"""sentence-transformers and xformers: what can use flash attention does, and nothing crashes."""
 
 
 def test_sentence_transformers(hooked, tmp_path):
@@ -43,11 +40,3 @@ except NotImplementedError as error:
 """
     done = hooked.start("-c", program, MTLFLASHATTN_SHIM="on")
     assert (done.returncode, done.stdout.split()) == (0, ["2.8.3", "0.0.0", "True"]), done.stderr
-
-
-def test_timm_asks_nobody():
-    """timm needs torchvision, of which there is not always a build; its source does not name flash_attn at all."""
-    source = Path(importlib.util.find_spec("timm").origin).parent
-    files = list(source.rglob("*.py"))
-    assert len(files) > 100
-    assert not [path for path in files if "flash_attn" in path.read_text(encoding="utf-8")]

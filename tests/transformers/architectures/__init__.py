@@ -9,6 +9,9 @@ inputs. `cases` says what is compared, `difference` how, `compare` runs one clas
 request. `table` writes the outcome as Markdown, and `explained` has what the library's own code makes unequal. What the
 generic way cannot know of one architecture is in `special`, for its configuration and weights, and in `particular`, for
 its inputs.
+
+`multimodal` has the cases with an image, a sound or a video in the prompt, `prompts` finds such a prompt, and
+`placeholders` how many tokens it needs.
 """
 
 from ... import torchvision_without_operators

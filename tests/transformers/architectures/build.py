@@ -26,7 +26,7 @@ def configuration(cls, level):
     default = find.default_configuration(config_class)
     special_values = special.CONFIGURATIONS.get(cls.__name__) or special.CONFIGURATIONS.get(config_class.model_type)
     config = shrink.tiny(default, find.sources(cls, default), special_values, level)
-    for part in _parts(config):
+    for part in parts(config):
         if "use_cache" in vars(part):
             part.use_cache = True
         for name in ("reference_compile", "output_attentions"):
@@ -37,11 +37,11 @@ def configuration(cls, level):
     return config
 
 
-def _parts(config):
+def parts(config):
     yield config
     for value in vars(config).values():
         if hasattr(value, "to_diff_dict"):
-            yield from _parts(value)
+            yield from parts(value)
 
 
 def build(cls, config, attention):

@@ -19,6 +19,8 @@ NEW_TOKENS, DECODED = 8, 3
 class Comparison:
     """The cases of one model class, for a pair of attentions."""
 
+    masks = masks()
+
     def __init__(self, models, feeder, feed):
         self.models, self.feeder, self.feed = models, feeder, feed
         self.generates = bool(getattr(feeder.model, "can_generate", lambda: False)()) and (
@@ -32,7 +34,7 @@ class Comparison:
         """name -> function of an attention that gives (tensors by name, mask of the tokens that count)."""
         yield "forward", lambda attention: (self.run(attention, self.feed), None)
         if self.pads:
-            for name, mask in masks().items():
+            for name, mask in self.masks.items():
                 yield name, lambda attention, mask=mask: (self.padded(attention, mask), mask)
         if self.causal:
             yield "decode", lambda attention: (self.decode(attention), None)
@@ -95,7 +97,7 @@ class Comparison:
     @torch.no_grad()
     def decode(self, attention):
         """Logits of a prefill and of tokens that follow one by one, the first sequence padded on the left."""
-        model, mask = self.models[attention], masks()["padded left"]
+        model, mask = self.models[attention], self.masks["padded left"]
         ids = self.feeder.padded(self.feed, mask)["input_ids"]
         prefill = LENGTH - DECODED
         positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -116,11 +118,16 @@ class Comparison:
             logits[f"token {i}"] = result.logits[:, -1]
         return logits
 
-    @torch.no_grad()
     def generate(self, attention, cache):
+        tokens = self.generated(attention, cache)
+        return {"tokens": getattr(tokens, "sequences", tokens).float()}
+
+    @torch.no_grad()
+    def generated(self, attention, cache, **more):
+        """What `generate` gives, greedily; the first sequence is padded on the left."""
         feed = {k: v for k, v in self.feed.items() if k != "decoder_input_ids"}
         if self.causal and self.pads:
-            feed = self.feeder.padded(feed, masks()["padded left"])
+            feed = self.feeder.padded(feed, self.masks["padded left"])
         kept = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
         if cache != "dynamic":
             kept["cache_implementation"] = cache
@@ -130,9 +137,7 @@ class Comparison:
         if hasattr(model.generation_config, "max_denoising_steps"):
             kept["max_denoising_steps"] = 4  # each samples from what rounding has changed in those before
         torch.manual_seed(0)
-        tokens = model.generate(**copied(feed), **kept)
-        tokens = getattr(tokens, "sequences", tokens)
-        return {"tokens": tokens.float()}
+        return model.generate(**copied(feed), **kept, **more)
 
     @torch.no_grad()
     def apart(self, attention):
@@ -163,7 +168,7 @@ class Comparison:
     def gradients(self, attention):
         """Gradients of all parameters, from a fixed random function of the outputs; padded on the right if possible."""
         model = self.models[attention]
-        mask = masks()["padded right"] if self.pads else None
+        mask = self.masks["padded right"] if self.pads else None
         feed = self.feed if mask is None else self.feeder.padded(self.feed, mask)
         ignored = {} if mask is None else self.reads_padding(mask)
         model.zero_grad()

@@ -8,7 +8,7 @@ import transformers
 
 from flash_attn_mps import dispatch, trace
 
-from . import find, shrink
+from . import find, multimodal, shrink
 from .accepted import EAGER, FLASH
 from .build import SDPA, Models
 from .cases import Comparison, copied
@@ -18,19 +18,36 @@ from .feed import Feeder, Unfed
 
 
 class wrong_scale:
-    """While this is entered, attention's scores are too small by a fifth: what a comparison must notice."""
+    """While this is entered, attention's scores are too small by a fifth: what a comparison must notice.
+
+    With `modules`, only while one of these runs.
+    """
+
+    def __init__(self, modules=None):
+        self.modules, self.running, self.calls = modules, 0, 0
 
     def __enter__(self):
-        self.attention = dispatch.attention
+        self.attention, self.hooks = dispatch.attention, []
+        for module in self.modules or ():
+            self.hooks.append(module.register_forward_pre_hook(lambda *_: self._run(1)))
+            self.hooks.append(module.register_forward_hook(lambda *_: self._run(-1), always_call=True))
 
         def attention(p):
-            p.q = p.q * 0.8
+            if self.modules is None or self.running:
+                self.calls += 1
+                p.q = p.q * 0.8
             return self.attention(p)
 
         dispatch.attention = attention
+        return self
+
+    def _run(self, change):
+        self.running += change
 
     def __exit__(self, *_):
         dispatch.attention = self.attention
+        for hook in self.hooks:
+            hook.remove()
 
 
 def examine(name, reference=EAGER):
@@ -68,6 +85,8 @@ def _examine(cls, report, reference):
         report["cases"][case] = (
             _compare_packed(comparison, reference) if case == "packed" else _compare(case, run, reference)
         )
+    for modality, found in multimodal.comparisons(models):
+        _compare_modality(modality, found, report["cases"], reference)
     report["calls"] = sum(trace.calls.values())
     report["windows"] = sorted({call.mask for call in trace.calls})
     noticed = 0.0
@@ -126,7 +145,7 @@ def _working(feeder, model, report):
 
 
 def _compare(case, run, reference):
-    measure_difference = gradient_difference if case == "gradients" else difference
+    measure_difference = gradient_difference if case.endswith("gradients") else difference
     try:
         expected, mask = run(reference)
     except Exception as error:
@@ -136,7 +155,7 @@ def _compare(case, run, reference):
         got, _ = run(FLASH)
     except Exception as error:
         return {"error": _short(error), "traceback": traceback.format_exc()[-2500:]}
-    keep = () if case == "gradients" else (mask,)
+    keep = () if case.endswith("gradients") else (mask,)
     found, where = measure_difference(expected, got, *keep)
     result = {"difference": found, "where": where}
     if found > TOLERANCE:
@@ -167,6 +186,22 @@ def _compare_packed(comparison, reference):
     )
 
 
+def _compare_modality(modality, comparison, results, reference):
+    """`tower` is the difference that attention makes which is wrong in its part alone."""
+    if isinstance(comparison, Unfed):
+        results[f"with {modality}"] = {"not run": str(comparison)}
+        return
+    for case, run in comparison.cases():
+        results[case] = _compare(case, run, reference)
+    if "difference" not in results[f"with {modality}"]:
+        return
+    expected = comparison.run(FLASH, comparison.feed)
+    with wrong_scale(comparison.towers(FLASH)) as wrong:
+        got = comparison.run(FLASH, comparison.feed)
+    if wrong.calls:
+        results[f"with {modality}"]["tower"] = difference(expected, got)[0]
+
+
 def _status(report):
     cases = report["cases"].values()
     if any("error" in case for case in cases):
@@ -175,7 +210,8 @@ def _status(report):
         return "no call"
     if any(case.get("difference", 0) > TOLERANCE for case in cases):
         return "differs"
-    return "equal" if report["noticed"] > TOLERANCE else "insensitive"
+    noticed = [report["noticed"], *(case["tower"] for case in cases if "tower" in case)]
+    return "equal" if min(noticed) > TOLERANCE else "insensitive"
 
 
 def _short(error):

@@ -269,6 +269,97 @@ REASONS = [
         "modeling_ernie4_5_vl_moe.py:785)",
         error="accepted: 17, the number of rows of q",
     ),
+    Reason(
+        "5",
+        "qwen3_omni_moe:Qwen3OmniMoeThinkerForConditionalGeneration",
+        "generate static",
+        "generate makes a mask with a window for eager attention and sdpa (masking_utils.py:1621), which the model "
+        "itself does not have (modeling_qwen3_omni_moe.py:1696)",
+    ),
+    Reason(
+        "4",
+        "qwen3_omni_moe:Qwen3OmniMoeThinkerForConditionalGeneration",
+        "with audio",
+        "gives cu_seqlens to FlashAttention (modeling_qwen3_omni_moe.py:542), and eager attention no mask that keeps "
+        "sounds apart: what would make it (682) is not called",
+    ),
+    Reason(
+        "5",
+        "gemma3:Gemma3.*|shieldgemma2:ShieldGemma2ForImageClassification",
+        "with image",
+        "tokens of an image attend to each other in eager attention's mask (modeling_gemma3.py:889), of which "
+        "FlashAttention gets the padding alone (masking_utils.py:667)",
+    ),
+    Reason(
+        "4",
+        "gemma3:Gemma3.*",
+        "with image",
+        "tokens of an image attend to each other in eager attention's mask (modeling_gemma3.py:947), of which "
+        "FlashAttention gets the padding alone (masking_utils.py:553)",
+    ),
+    Reason(
+        "5",
+        "gemma4_unified:Gemma4Unified.*",
+        "with (image|video)",
+        "tokens of an image attend to each other in eager attention's mask (modeling_gemma4_unified.py:1177), "
+        "of which FlashAttention gets the padding alone (masking_utils.py:667)",
+    ),
+    Reason(
+        "5",
+        "molmo2:Molmo2.*",
+        "with image",
+        "tokens of images attend to each other in eager attention's mask (modeling_molmo2.py:875), of which "
+        "FlashAttention gets the padding alone (masking_utils.py:667)",
+    ),
+    Reason(
+        "5",
+        "colpali:ColPaliForRetrieval",
+        "with image",
+        "gives no token_type_ids (modeling_colpali.py:117): then the mask is causal (modeling_paligemma.py:256), while "
+        "is_causal is False (configuration_paligemma.py:93, modeling_gemma.py:228)",
+    ),
+    Reason(
+        "4",
+        "(paligemma|colpali):.*",
+        "with image",
+        "the prompt attends to all of itself in eager attention's mask alone (modeling_paligemma.py:171, 207), while "
+        "is_causal is True (modeling_gemma.py:201)",
+    ),
+    Reason(
+        "5",
+        "phi4_multimodal:Phi4Multimodal(Model|ForCausalLM)",
+        "with image",
+        "is_causal is True in the image encoder, which sdpa follows too (modeling_phi4_multimodal.py:97)",
+    ),
+    Reason(
+        "5",
+        "phi4_multimodal:Phi4Multimodal(Model|ForCausalLM)",
+        "with audio",
+        "the audio encoder hands FlashAttention a mask of four dimensions (modeling_phi4_multimodal.py:1030)",
+        error="out of bounds|Autograd not support dtype: Int",
+    ),
+    Reason(
+        "4",
+        "qwen2_audio:Qwen2AudioForConditionalGeneration",
+        "with audio",
+        "hands FlashAttention a mask of four dimensions in the audio encoder (modeling_qwen2_audio.py:801)",
+        error=r"cu_seqlens_q: got a tensor \(2, 1, 65\)",
+    ),
+    Reason(
+        "4",
+        "mistral3:Mistral3.*",
+        "with image",
+        "the image encoder hands FlashAttention positions of one dimension (modeling_pixtral.py:493), where two are "
+        "read (modeling_flash_attention_utils.py:409)",
+        error="tuple index out of range",
+    ),
+    Reason(
+        "5",
+        "minicpm_ocr:MiniCPMOcr(Model|ForConditionalGeneration)",
+        "with image gradients",
+        "rounding, which the norm after linear attention makes larger (modeling_qwen3_5.py:215): eager attention's "
+        "gradients move as far when the image moves by 1e-7",
+    ),
 ]
 
 

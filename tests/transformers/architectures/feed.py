@@ -407,9 +407,9 @@ def _first(*configs, names, default):
     return default
 
 
-def masks():
+def masks(length=LENGTH):
     """case -> attention mask of the padded cases: the first sequence is shorter."""
-    left, right = (torch.ones(BATCH, LENGTH, dtype=torch.long) for _ in range(2))
+    left, right = (torch.ones(BATCH, length, dtype=torch.long) for _ in range(2))
     left[0, :PADDED] = 0
     right[0, -PADDED:] = 0
     return {"padded left": left, "padded right": right}

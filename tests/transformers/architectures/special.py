@@ -81,9 +81,18 @@ _MUSICGEN = {
     "text_encoder": {"model_type": "t5"},
     "audio_encoder": {"model_type": "encodec"},
 }
+_GEMMA4_VISION = {"vision_config": {"model_type": "gemma4_vision", "pooling_kernel_size": 2}}
 
 #: model_type -> arguments without which the class gives no configuration.
 GIVEN = {
+    # Without parts for sounds, which refuse FlashAttention; an image of 4 by 4 patches becomes four tokens.
+    "embedding_gemma2": _GEMMA4_VISION,
+    "gemma4": _GEMMA4_VISION,
+    "diffusion_gemma": _GEMMA4_VISION,
+    "gemma4_unified": {
+        "vision_config": {"model_type": "gemma4_unified_vision"},
+        "audio_config": {"model_type": "gemma4_unified_audio"},
+    },
     "encoder-decoder": {"encoder": _ENCODER, "decoder": _DECODER},
     "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2"}, "decoder": _DECODER},
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": _DECODER},
@@ -103,6 +112,9 @@ GIVEN = {
         }
     },
 }
+_MINICPM = {"image_token_id": VOCABULARY - 1, "video_token_id": VOCABULARY - 2}
+_OMNI = {"vision_start_token_id": VOCABULARY - 20}  # checkpoints have it in this part too, where it is read
+_TILES = {"image_grid_pinpoints": [[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]]}  # of images cut into tiles
 
 #: name of a model class -> name of its configuration's class, where its constructor names another.
 CONFIGURATION_CLASSES = {
@@ -111,6 +123,30 @@ CONFIGURATION_CLASSES = {
 
 #: model_type, or name of a model class -> values over the shrunk ones (a dict goes into the part of that name).
 CONFIGURATIONS = {
+    "llava_next": _TILES,
+    "llava_next_video": _TILES,
+    "llava_onevision": _TILES,
+    "qwen2_5_omni_thinker": _OMNI,
+    "qwen3_omni_moe_thinker": _OMNI,
+    "aria": {"projector_patch_to_query_dict": {16: 8}},
+    "voxtral": {"audio_token_id": VOCABULARY - 1, "audio_config": {"intermediate_size": 4 * HIDDEN}},
+    "glmasr": {"audio_config": {"intermediate_size": 4 * HIDDEN}},
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
+    "minicpm_ocr": _MINICPM,
+    "nemotron_h_omni": {**_MINICPM, "audio_token_id": VOCABULARY - 3},
+    "gemma4_unified": {"vision_config": {"mm_embed_dim": HIDDEN, "output_proj_dims": HIDDEN}},
+    "glm_image": {"vq_config": {"latent_channels": HIDDEN, "num_embeddings": 64}},
+    "phi4_multimodal": {
+        "audio_config": {
+            "nemo_conv_channels": HIDDEN,
+            "ext_pw_out_channel": HIDDEN,
+            "depthwise_separable_out_channel": HIDDEN,
+        }
+    },
+    "muse_glimmer": {"out_hidden_size": 4 * HIDDEN},
+    "muse_spark": {"out_hidden_size": 4 * HIDDEN},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
     "ernie4_5_vl_moe": {"text_config": _ERNIE_VL},
     "ernie4_5_vl_moe_text": _ERNIE_VL,

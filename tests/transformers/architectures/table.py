@@ -39,6 +39,10 @@ through the shim on a CPU, and compared in float32 with its own `"eager"`:
   `generate static`: eight greedy tokens, with either cache.
 * `packed`: two sequences in one row, told apart by `position_ids`, against each in a call of its own.
 * `gradients`: of all parameters, in training mode, padded on the right where there is padding.
+* `with image`, `with audio`, `with video`: each prompt has tokens that stand for one, and is given it; padded on the
+  left. `with image generate`: eight greedy tokens with the dynamic cache, and the logits of each. `with image
+  gradients`: of all parameters, those of the image's part too. The outputs for the text depend on the image, and
+  change when attention is made wrong in the image's part alone, if that has attention.
 
 Windows (4 tokens), soft-capping and grouped heads are on where the configuration knows them. Equal means: no
 difference above 1e-4 of the largest value, and the same tokens. A class counts only if its outputs change
