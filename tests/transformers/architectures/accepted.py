@@ -11,6 +11,8 @@ from flash_attn_mps.integrations.transformers import register
 
 FLASH, EAGER, OURS = "flash_attention_2", "eager", "mps_fa"
 
+register()  # OURS is a name that transformers knows from here on
+
 _MOST = 2  # parts that refuse it
 _REFUSALS = ("does not support Flash Attention", "FlashAttention4", "`kernels` is either not")
 
@@ -22,7 +24,6 @@ def implementations(config):
     for count in range(1, _MOST + 1):
         for refusing in itertools.combinations(paths, count):
             yield _by_parts(config, set(refusing))
-    register()
     yield OURS
 
 

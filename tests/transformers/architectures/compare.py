@@ -9,7 +9,7 @@ import transformers
 from flash_attn_mps import dispatch, trace
 
 from . import find, multimodal, shrink
-from .accepted import EAGER, FLASH
+from .accepted import EAGER, FLASH, OURS
 from .build import SDPA, Models
 from .cases import Comparison, copied
 from .difference import difference, gradient_difference
@@ -151,21 +151,22 @@ def _compare(case, run, reference):
     except Exception as error:
         return {"not run": f"{reference} itself fails: {_short(error)}"}
     before = trace.calls.copy()
+    keep = () if case.endswith("gradients") else (mask,)
     try:
         got, _ = run(FLASH)
     except Exception as error:
-        return {"error": _short(error), "traceback": traceback.format_exc()[-2500:]}
-    keep = () if case.endswith("gradients") else (mask,)
-    found, where = measure_difference(expected, got, *keep)
-    result = {"difference": found, "where": where}
-    if found > TOLERANCE:
+        result = {"error": _short(error), "traceback": traceback.format_exc()[-2500:]}
+    else:
+        found, where = measure_difference(expected, got, *keep)
+        result = {"difference": found, "where": where}
+        if found <= TOLERANCE:
+            return result
         result["masks"] = sorted({call.mask for call in trace.calls - before})
+    for other in (SDPA, OURS):
         try:
-            other, _ = run(SDPA)
-            result["sdpa to eager"] = measure_difference(expected, other, *keep)[0]
-            result["sdpa to flash"] = measure_difference(other, got, *keep)[0]
+            result[f"{other} to eager"] = measure_difference(expected, run(other)[0], *keep)[0]
         except Exception as error:
-            result["sdpa"] = _short(error)
+            result[other] = _short(error)
     return result
 
 

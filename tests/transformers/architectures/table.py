@@ -3,7 +3,7 @@
 import re
 from collections import Counter, defaultdict
 
-from .accepted import FLASH, eager_parts
+from .accepted import FLASH, OURS, eager_parts
 from .explained import TOLERANCE, brokenness, explanation
 
 #: status -> heading of what has it, in the order of the list.
@@ -52,7 +52,8 @@ Some models refuse `"flash_attention_2"` because a part of them does, like an im
 dict that says what each part gets, and FlashAttention 2 then serves the others:
 `attn_implementation={"": "flash_attention_2", "text_config": "flash_attention_2", "vision_config": "eager"}`; a
 part's own parts are a dict in its place. Some take no package of FlashAttention 2 at all; `"mps_fa"` serves them
-(`flash_attn_mps.integrations.transformers`).
+(`flash_attn_mps.integrations.transformers`). It also honours masks that transformers does not give to FlashAttention 2:
+"equal with `mps_fa`" stands where that is enough.
 
 Optional packages that were there: Pillow, SciPy, timm 1.0.31 and torchvision 0.28.0.
 
@@ -89,7 +90,7 @@ def status(report):
 def reason(report):
     """Why a class is not among the equal ones, in one line."""
     if text := explanation(report):
-        return text
+        return text + _remedy(report)
     if status(report) == "parts":
         return f"eager in {', '.join(eager_parts(report['implementation']))}"
     if status(report) == "ours":
@@ -105,6 +106,12 @@ def reason(report):
         elif result.get("difference", 0) > TOLERANCE:
             parts.append(f"{case}: {result['difference']:.0e}{_cross_check(result)}")
     return "; ".join(parts)
+
+
+def _remedy(report):
+    unequal = [r for r in report["cases"].values() if "error" in r or r.get("difference", 0) > TOLERANCE]
+    ours = all(r.get(f"{OURS} to eager", TOLERANCE + 1) <= TOLERANCE for r in unequal)
+    return f"; equal with `{OURS}`" if ours else ""
 
 
 def _cross_check(result):
