@@ -340,6 +340,19 @@ REASONS = [
     ),
     Reason(
         "4",
+        "phi4_multimodal:Phi4Multimodal(Model|ForCausalLM)",
+        "with image",
+        "is_causal is True in the image encoder, which sdpa follows too (modeling_phi4_multimodal.py:100)",
+    ),
+    Reason(
+        "4",
+        "phi4_multimodal:Phi4Multimodal(Model|ForCausalLM)",
+        "with audio",
+        "the audio encoder hands FlashAttention a mask of four dimensions (modeling_phi4_multimodal.py:1115)",
+        error="out of bounds|Autograd not support dtype: Int",
+    ),
+    Reason(
+        "4",
         "qwen2_audio:Qwen2AudioForConditionalGeneration",
         "with audio",
         "hands FlashAttention a mask of four dimensions in the audio encoder (modeling_qwen2_audio.py:801)",

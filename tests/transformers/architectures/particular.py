@@ -157,3 +157,18 @@ def _second_frame(feeder):
     session.obj_with_new_inputs = [1]
     feeder.model(inference_session=session, frame_idx=0)
     return {"inference_session": session, "frame_idx": 1}
+
+
+@feeds("SegformerModel", "SegformerForImageClassification", "SegformerForSemanticSegmentation")
+def _image_of_more_than_one_key(feeder):
+    """Its attention reads a key for 32 x 32 pixels."""
+    return {"pixel_values": feeder.random(2, 3, 96, 96)}
+
+
+@feeds("Dots3NoteAudioModel")
+def _whole_chunks_of_sound(feeder):
+    lengths = torch.full((2,), shrink.FRAMES * feeder.config.hop_length)
+    return {
+        "input_features": feeder.random(2, 128, shrink.FRAMES),
+        "chunk_sample_lengths": lengths,
+    }
