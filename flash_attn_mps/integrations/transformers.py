@@ -46,9 +46,11 @@ def mask(
     yet.
 
     What these cannot express (chunked attention, image tokens that see each other, a caller's own `mask_function`) is
-    transformers' mask for SDPA: bool, `(batch, 1, queries, keys)`.
+    transformers' mask for SDPA: bool, `(batch, 1, queries, keys)`. So is the mask of a graph, which cannot look at
+    what is padding.
     """
-    read = _read(mask_function)
+    is_graph = torch.compiler.is_compiling()
+    read = None if is_graph else _read(mask_function)
     if read is None:
         from transformers.masking_utils import sdpa_mask
 
@@ -56,7 +58,7 @@ def mask(
         queries = {"q_length": q_length, "q_offset": q_offset}
         if cache_position is not None:
             queries = {"cache_position": cache_position}
-        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        skips = {} if is_graph else {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return sdpa_mask(
             batch_size=batch_size,
             kv_length=kv_length,

@@ -241,3 +241,19 @@ def test_chunked_attention_equals_eager(padded):
     )[0]
     whole.load_state_dict(models[0].state_dict())
     assert (whole.eval()(ids, attention_mask=mask).logits[mask.bool()] - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_model_compiles_to_one_graph(padded, window):
+    ids, mask = torch.arange(2, 16).reshape(2, 7), torch.ones(2, 7, dtype=torch.long)
+    if padded:
+        mask[0, :2] = 0
+    eager, ours = pair(transformers.MistralForCausalLM, sliding_window=window, num_key_value_heads=1)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours.eval(), backend="eager", fullgraph=True)
+    given = mask if padded else None
+    expected, got = (
+        m(ids, attention_mask=given, use_cache=False).logits[mask.bool()] for m in (eager.eval(), compiled)
+    )
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
