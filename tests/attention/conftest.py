@@ -1,8 +1,6 @@
 import pytest
 import torch
 
-from tests.threads import one_thread  # noqa: F401
-
 
 @pytest.fixture(autouse=True)
 def _seeded():

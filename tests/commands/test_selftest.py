@@ -14,14 +14,6 @@ from tests.attention import oracle as independent
 from tests.metal_host import compile_shader
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def selftest(tmp_path, *arguments):
     """Exit status and the written report."""
     file = tmp_path / "report.json"

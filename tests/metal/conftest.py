@@ -5,7 +5,6 @@ import torch
 
 from flash_attn_mps.metal import compiler, store, variants
 from tests.metal_host import compile_shader
-from tests.threads import one_thread  # noqa: F401
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -1,10 +1,6 @@
 import pytest
-import torch
 
 from .processes import Pool
-
-# Many small operations: more threads only wait for each other.
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from flash_attn_mps.metal import compiler, store, variants
 from flash_attn_mps.sdpa import obstacles, settings
 from flash_attn_mps.sdpa.settings import GIB, Settings
 from tests.metal_host import compile_shader
-from tests.threads import one_thread  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
