@@ -52,11 +52,18 @@ def sentences():
 
 @torch.no_grad()
 def embed(model, tokenizer, texts):
-    """Unit vectors: the mean of the tokens that are not padding."""
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    hidden = model(**batch).last_hidden_state.float()
-    mask = batch["attention_mask"][..., None]
-    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    """Unit vectors: the mean of the tokens that are not padding. Texts of about the same length go together."""
+    ordered = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    vectors = [None] * len(texts)
+    for first in range(0, len(ordered), 25):
+        chosen = ordered[first : first + 25]
+        batch = tokenizer([texts[i] for i in chosen], padding=True, return_tensors="pt")
+        hidden = model(**batch).last_hidden_state.float()
+        mask = batch["attention_mask"][..., None]
+        means = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        for i, mean in zip(chosen, means, strict=True):
+            vectors[i] = mean
+    return torch.stack(vectors)
 
 
 def main():
