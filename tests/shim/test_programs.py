@@ -127,7 +127,7 @@ def test_copies_under_other_names(installed, tmp_path, name):
     [
         # StreamDiffusionV2 and others: the other way is a function of its own.
         WAN.replace("return functional.", "return _sdpa(q)\n\n    def _sdpa(q):\n        return functional."),
-        # Wan2GP: the names differ.
+        # A fork in which the names differ.
         WAN.replace("flash_attention(q)", "pay_attention(q)").replace("def attention(q)", "def attend(q)"),
         "import functools\n\n"
         "def decorate(function):\n"

@@ -125,7 +125,11 @@ def test_what_it_cannot_honour_is_named(name):
 def test_any_mask_of_four_dimensions_and_gradients(kind, with_sinks):
     """Masks that `causal`, windows and lengths cannot express; longer than the keys, as for a static cache."""
     generator = torch.Generator().manual_seed(2)
-    mask = torch.rand(2, 1, 5, 9, generator=generator) < 0.5 if kind == "bool" else torch.randn(1, 4, 5, 9)
+    mask = (
+        torch.rand(2, 1, 5, 9, generator=generator) < 0.5
+        if kind == "bool"
+        else torch.randn(1, 4, 5, 9, generator=generator)
+    )
     seen = mask[..., :7] if kind == "bool" else torch.tensor(True)
     bias = torch.tensor(0.0) if kind == "bool" else mask[..., :7]
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if with_sinks else None
@@ -216,29 +220,15 @@ def test_a_mask_function_that_it_does_not_know(padded):
 def test_chunked_attention_equals_eager(padded):
     """Llama 4: a query sees the keys of its own chunk."""
     options = {"num_local_experts": 2, "intermediate_size_mlp": 16, "num_hidden_layers": 2, "attention_chunk_size": 3}
-    models = pair(
-        transformers.Llama4ForCausalLM,
-        layer_types=["chunked_attention", "full_attention"],
-        no_rope_layers=[1, 0],
-        moe_layers=[1],
-        head_dim=8,
-        num_key_value_heads=1,
-        **options,
-    )
+    options |= {"no_rope_layers": [1, 0], "moe_layers": [1], "head_dim": 8, "num_key_value_heads": 1}
+    kinds = ["chunked_attention", "full_attention"]
+    models = pair(transformers.Llama4ForCausalLM, layer_types=kinds, **options)
     ids, mask = torch.arange(2, 16).reshape(2, 7), torch.ones(2, 7, dtype=torch.long)
     if padded:
         mask[0, :2] = 0
     expected, got = (model.eval()(ids, attention_mask=mask).logits[mask.bool()] for model in models)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    whole = pair(
-        transformers.Llama4ForCausalLM,
-        layer_types=["full_attention"] * 2,
-        no_rope_layers=[1, 0],
-        moe_layers=[1],
-        head_dim=8,
-        num_key_value_heads=1,
-        **options,
-    )[0]
+    whole, _ = pair(transformers.Llama4ForCausalLM, layer_types=["full_attention"] * 2, **options)
     whole.load_state_dict(models[0].state_dict())
     assert (whole.eval()(ids, attention_mask=mask).logits[mask.bool()] - expected).abs().max() > 1e-2
 
