@@ -15,8 +15,9 @@ from unittest import mock
 
 import torch
 
-from flash_attn_mps import checks, interface, problem
-from flash_attn_mps.metal import compiler, launch, simdgroup, variants
+from flash_attn_mps import checks, problem
+from flash_attn_mps.frontends import fa2
+from flash_attn_mps.tiers.metal import compiler, launch, simdgroup, variants
 
 GOAL = 30.0
 ENTRY = "attention_forward"
@@ -49,23 +50,23 @@ def scenarios(device):
 
     return {
         "dense": (
-            lambda: interface.flash_attn_func(q, k, k),
+            lambda: fa2.flash_attn_func(q, k, k),
             lambda: problem.dense(q, k, k, scoring()),
         ),
         "dense, causal": (
-            lambda: interface.flash_attn_func(q, k, k, causal=True),
+            lambda: fa2.flash_attn_func(q, k, k, causal=True),
             lambda: problem.dense(q, k, k, scoring(causal=True)),
         ),
         "dense, all features, lse": (
-            lambda: interface.flash_attn_func(q, k, k, 0.0, 0.1, True, (10, 0), 30.0, slopes, return_attn_probs=True),
+            lambda: fa2.flash_attn_func(q, k, k, 0.0, 0.1, True, (10, 0), 30.0, slopes, return_attn_probs=True),
             lambda: problem.dense(q, k, k, scoring(0.1, True, (10, 0), 30.0, slopes, want_lse=True)),
         ),
         "varlen, causal": (
-            lambda: interface.flash_attn_varlen_func(packed_q, packed_k, packed_k, cu, cu, 16, 16, causal=True),
+            lambda: fa2.flash_attn_varlen_func(packed_q, packed_k, packed_k, cu, cu, 16, 16, causal=True),
             lambda: problem.varlen(packed_q, packed_k, packed_k, cu, cu, 16, 16, scoring(causal=True)),
         ),
         "KV cache, one query": (
-            lambda: interface.flash_attn_with_kvcache(one, k, k, cache_seqlens=used, causal=True),
+            lambda: fa2.flash_attn_with_kvcache(one, k, k, cache_seqlens=used, causal=True),
             None,
         ),
     }

@@ -27,9 +27,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from flash_attn_mps import problem
-from flash_attn_mps.metal import launch
-from flash_attn_mps.metal.specialization import Specialization, Variant
-from flash_attn_mps.metal.variants import fits
+from flash_attn_mps.tiers.metal import launch
+from flash_attn_mps.tiers.metal.specialization import Specialization, Variant
+from flash_attn_mps.tiers.metal.variants import fits
 from tests.metal_host import nvidia
 
 HEADS, HEADS_K = 16, 8

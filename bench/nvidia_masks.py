@@ -22,8 +22,8 @@ import nvidia_forward as forward
 import torch
 
 from flash_attn_mps import problem
-from flash_attn_mps.metal import launch
-from flash_attn_mps.metal.specialization import Variant
+from flash_attn_mps.tiers.metal import launch
+from flash_attn_mps.tiers.metal.specialization import Variant
 from tests.metal_host import nvidia
 
 DIMS, LENGTHS = (64, 128), (2048, 8192)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from flash_attn_mps import dispatch, sdpa
-from flash_attn_mps.sdpa import attention, hazards, stock
+from flash_attn_mps.sdpa import attention, hazards, torch_paths
 from flash_attn_mps.sdpa.call import Arguments, describe, signature
 
 HALF, FP32 = torch.float16, torch.float32
@@ -81,7 +81,7 @@ def main():
     chosen = parser.parse_args()
     torch.manual_seed(0)
     rows = {hazard.issue: hazard for hazard in hazards.TABLE}
-    release = stock.version(torch.__version__)
+    release = torch_paths.version(torch.__version__)
     print(f"torch {torch.__version__} on {chosen.device}")
     print(f"{'issue':16} {'holds here':10} {'torch':>9} {'ours':>9} {'allowed':>9}")
     with torch.no_grad():

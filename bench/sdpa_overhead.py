@@ -13,7 +13,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from flash_attn_mps.interface import flash_attn_func
+from flash_attn_mps.frontends.fa2 import flash_attn_func
 
 GOAL = 1.15
 HEADS, HEADS_K, HEAD_DIM = 8, 2, 64

@@ -1,8 +1,7 @@
 """FlashAttention for PyTorch on Apple silicon: the FlashAttention-2 functions, on MPS, CPU and CUDA tensors."""
 
 from . import mha, sdpa
-from .heads_first import flash_attention
-from .interface import (
+from .frontends.fa2 import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -11,6 +10,7 @@ from .interface import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from .frontends.heads_first import flash_attention
 
 __version__ = "0.1.0"
 __all__ = [

@@ -11,10 +11,12 @@ import warnings
 
 import torch
 
-from . import cpu, ops, reference, trace
-from .autograd import without_autocast
-from .metal import scalar, simdgroup
+from . import trace
+from .graph import attention_op
+from .graph.autograd import without_autocast
 from .problem import AttentionProblem, Result
+from .tiers import cpu, reference
+from .tiers.metal import scalar, simdgroup
 
 TIERS = (simdgroup, cpu, reference)  # asked in this order
 _FORCE = "MTLFLASHATTN_KERNEL"
@@ -58,7 +60,7 @@ def gradients(
         return tier.backward(p, out, lse, dout, dlse)
 
 
-_captured_attention, _captured_gradients = ops.register(attention, gradients)
+_captured_attention, _captured_gradients = attention_op.register(attention, gradients)
 
 
 def _tiers() -> tuple:

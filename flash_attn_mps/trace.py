@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .problem import AttentionProblem
-from .tables import aligned
+from .tools.text_table import aligned
 
 
 class Call(NamedTuple):

@@ -24,7 +24,7 @@ from .decision import Decision, Reason
 from .holders import holders
 from .patch import install, installed, is_installed, reset, scaled_dot_product_attention, uninstall
 from .settings import SWITCH, wanted
-from .stock import version
+from .torch_paths import version
 
 __all__ = [
     "SWITCH",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..metal.launch import MAX_HEAD_DIM
-from . import settings, stock
+from ..tiers.metal.launch import MAX_HEAD_DIM
+from . import settings, torch_paths
 from .call import Call
 from .hazards import hazards
 from .settings import NEVER, Settings, class_of
@@ -42,7 +42,7 @@ def decide(call: Call, given: Settings) -> Decision:
         Reason(hazard.issue, f"torch {release} is known to be wrong here: {hazard.what} ({hazard.issue})")
         for hazard in hazards(call, given.torch)
     ]
-    size = stock.score_bytes(call, given.torch)
+    size = torch_paths.score_bytes(call, given.torch)
     if size and size >= given.budget:
         found.append(
             Reason(
@@ -64,7 +64,7 @@ def decide(call: Call, given: Settings) -> Decision:
 
 def _shortest(call: Call, given: Settings) -> tuple[float, str]:
     """From which length on ours is used for the sake of speed, and who says so."""
-    way = stock.route(call, given.torch)
+    way = torch_paths.route(call, given.torch)
     if call.dropout:
         return NEVER, "no Metal kernel has dropout"
     if max(call.head_dim, call.head_dim_v) > MAX_HEAD_DIM:

@@ -1,7 +1,7 @@
 """Calls that a torch release is known to get wrong on MPS: wrong numbers, without an error.
 
-Each is a row: the releases, the ways through torch (`stock.route`) on which it happens, and a condition. Where the
-reports leave a limit open, the row is the wider one: such a call is then served by kernels that are right.
+Each is a row: the releases, the ways through torch (`torch_paths.route`) on which it happens, and a condition. Where
+the reports leave a limit open, the row is the wider one: such a call is then served by kernels that are right.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import stock
+from . import torch_paths
 from .call import Call
-from .stock import Version
+from .torch_paths import Version
 
 
 class Hazard(NamedTuple):
@@ -53,7 +53,7 @@ TABLE = (
         "a score matrix of 2^31 elements or more is computed with indices that overflow",
         _ALWAYS,
         None,  # pytorch#197636 sees it in every release up to 2.14, ComfyUI#14837 from 2^31 elements on
-        stock.MATERIALIZED,
+        torch_paths.MATERIALIZED,
         lambda call: call.scores >= 1 << 31,
     ),
     Hazard(
@@ -125,5 +125,5 @@ TABLE = (
 
 def hazards(call: Call, release: Version) -> list[Hazard]:
     """Those that `call` meets under that release of torch."""
-    way = stock.route(call, release)
+    way = torch_paths.route(call, release)
     return [hazard for hazard in TABLE if hazard.holds(release) and way in hazard.routes and hazard.applies(call)]

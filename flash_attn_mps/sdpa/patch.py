@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch.jit import _builtins
 
-from .. import dispatch, reference
-from ..metal import scalar, simdgroup
-from . import attention, counters, obstacles, settings, traced
+from .. import dispatch
+from ..tiers import reference
+from ..tiers.metal import scalar, simdgroup
+from . import attention, compiled, counters, obstacles, settings
 from .call import Arguments, Signature, bind, describe, signature
 from .counters import FELL, LEFT, TAKEN
 from .decision import Decision, decide
@@ -42,7 +43,7 @@ class _Serving:
 
         def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
             if is_compiling():
-                return traced.attention(torchs, args, kwargs)
+                return compiled.attention(torchs, args, kwargs)
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             if mask is not None and type(mask) not in plain and obstacles.is_causal_bias(mask):
                 return obstacles.with_causal_bias(mask, args, kwargs)

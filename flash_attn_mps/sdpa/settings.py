@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .call import Call
-from .stock import Version, version
+from .torch_paths import Version, version
 
 SWITCH = "MTLFLASHATTN_SDPA"
 MIN_GB = "MTLFLASHATTN_SDPA_MIN_GB"
@@ -52,7 +52,7 @@ class Settings:
 
 def read(env: Mapping[str, str] = os.environ) -> Settings:
     """From the environment, this torch, this machine's memory and what `mtlflashattn tune` stored for it."""
-    from . import lengths
+    from . import crossover
 
     gigabytes = _number(env, MIN_GB)
     return Settings(
@@ -60,7 +60,7 @@ def read(env: Mapping[str, str] = os.environ) -> Settings:
         default_budget() if gigabytes is None else gigabytes * GIB,
         _number(env, MIN_SEQ),
         _number(env, FAST_MIN_SEQ),
-        lengths.load(),
+        crossover.load(),
     )
 
 

@@ -163,9 +163,9 @@ def _with_sinks(lazy_imports):
         flash_attn = sys.modules.get("flash_attn")
         if flash_attn is None or not finder.is_ours(flash_attn) or found[0] is not flash_attn.flash_attn_func:
             return found
-        from flash_attn_mps.integrations import sinks
+        from flash_attn_mps.integrations import transformers_fa2
 
-        return (sinks.flash_attn_func, sinks.flash_attn_varlen_func, *found[2:])
+        return (transformers_fa2.flash_attn_func, transformers_fa2.flash_attn_varlen_func, *found[2:])
 
     return imports
 

@@ -20,9 +20,10 @@ def add_arguments(parser):
 def run(arguments):
     # PyTorch's profiler, which counts memory on the CPU, otherwise writes lines of its own to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    from flash_attn_mps import machine, timing
-    from flash_attn_mps.bench import contenders, measure, page, report, workloads
-    from flash_attn_mps.progress import Progress
+    from flash_attn_mps import timing
+    from flash_attn_mps.tools import machine
+    from flash_attn_mps.tools.bench import contenders, measure, page, report, workloads
+    from flash_attn_mps.tools.progress import Progress
 
     unknown = [kind for kind in arguments.kinds if kind not in workloads.KINDS]
     if unknown:

@@ -112,7 +112,7 @@ def _attention():
 
 def _tuned():
     """How many classes of calls `mtlflashattn tune` has settled here, or why its file does not count."""
-    from flash_attn_mps.metal import store
+    from flash_attn_mps.tiers.metal import store
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -23,11 +23,11 @@ def add_arguments(parser):
 def run(arguments):
     import torch
 
-    from flash_attn_mps import machine
-    from flash_attn_mps.metal import compiler
-    from flash_attn_mps.progress import Progress
-    from flash_attn_mps.selftest import cases, report
-    from flash_attn_mps.selftest import run as runner
+    from flash_attn_mps.tiers.metal import compiler
+    from flash_attn_mps.tools import machine
+    from flash_attn_mps.tools.progress import Progress
+    from flash_attn_mps.tools.selftest import cases, report
+    from flash_attn_mps.tools.selftest import run as runner
 
     if arguments.quick and arguments.full:
         print("--quick and --full exclude each other.", file=sys.stderr)

@@ -33,7 +33,7 @@ def add_arguments(parser):
 
 def run(arguments):
     from flash_attn_mps import sdpa, timing
-    from flash_attn_mps.metal import compiler, launch, store, variants
+    from flash_attn_mps.tiers.metal import compiler, launch, store, variants
 
     if arguments.forget:
         store.path().unlink(missing_ok=True)
@@ -56,9 +56,9 @@ def run(arguments):
 
 def _variants(arguments, watch):
     """0 if every class of calls has a variant now."""
-    from flash_attn_mps.metal import store, tune, variants
-    from flash_attn_mps.progress import Progress
-    from flash_attn_mps.tables import aligned
+    from flash_attn_mps.tiers.metal import store, tune, variants
+    from flash_attn_mps.tools.progress import Progress
+    from flash_attn_mps.tools.text_table import aligned
 
     keys = tune.keys(arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
     candidates = {key: tune.candidates(key) for key in keys}
@@ -86,44 +86,44 @@ def _variants(arguments, watch):
 def _lengths(arguments, watch):
     """0 if every kind of call has a length now."""
     from flash_attn_mps import sdpa
-    from flash_attn_mps.progress import Progress
-    from flash_attn_mps.sdpa import lengths
-    from flash_attn_mps.tables import aligned
+    from flash_attn_mps.sdpa import crossover
+    from flash_attn_mps.tools.progress import Progress
+    from flash_attn_mps.tools.text_table import aligned
 
     causal = [mask == "causal" for mask in arguments.mask if mask != "window"]  # torch has no windows
-    kinds = lengths.kinds(arguments.dtype, arguments.head_dim, causal)
+    kinds = crossover.kinds(arguments.dtype, arguments.head_dim, causal)
     outcomes, unkept = [], None
-    with Progress(len(kinds) * len(lengths.LENGTHS), "sdpa") as progress:
+    with Progress(len(kinds) * len(crossover.LENGTHS), "sdpa") as progress:
         try:
             for kind in kinds:
                 progress.step(str(kind), 0)
-                outcomes.append(lengths.measure(kind, arguments.device, watch, tick=progress.step))
-                lengths.save({outcomes[-1].of: outcomes[-1].shortest})
+                outcomes.append(crossover.measure(kind, arguments.device, watch, tick=progress.step))
+                crossover.save({outcomes[-1].of: outcomes[-1].shortest})
         except KeyboardInterrupt:
             pass  # what is measured is stored
         except OSError as error:
             unkept = error
     sdpa.reset()
     print("From which length on sdpa replaces torch's attention for the sake of speed:")
-    head = ("kind", "torch's path", "from", *(f"{length}: ms, torch's" for length in sorted(lengths.LENGTHS)))
+    head = ("kind", "torch's path", "from", *(f"{length}: ms, torch's" for length in sorted(crossover.LENGTHS)))
     print(aligned([head, *itertools.starmap(_length_row, zip(kinds, outcomes, strict=False))]))
     _tell_where(unkept, outcomes)
     return 0 if unkept is None and len(outcomes) == len(kinds) else 1
 
 
 def _length_row(kind, outcome):
-    from flash_attn_mps.sdpa import lengths
+    from flash_attn_mps.sdpa import crossover
 
     never = outcome.shortest == float("inf")
     times = (
         "{:.2f}, {:.2f}".format(*(1e3 * s for s in outcome.seconds[length])) if length in outcome.seconds else "-"
-        for length in sorted(lengths.LENGTHS)
+        for length in sorted(crossover.LENGTHS)
     )
     return (kind, outcome.of.route, "never" if never else f"{outcome.shortest:g}", *times)
 
 
 def _tell_where(unkept, found):
-    from flash_attn_mps.metal import store
+    from flash_attn_mps.tiers.metal import store
 
     if unkept is not None:
         print(f"Nothing is kept: {unkept}. MTLFLASHATTN_CACHE names another directory.", file=sys.stderr)

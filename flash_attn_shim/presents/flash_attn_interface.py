@@ -1,10 +1,10 @@
 """`flash_attn_interface`, the top-level module of FlashAttention 3.
 
-See `flash_attn_mps.interface3`, and `flash_attn_mps.lowlevel3` for the private functions.
+See `flash_attn_mps.frontends.fa3`, and `flash_attn_mps.frontends.fa3_private` for the private functions.
 """
 
 import flash_attn_shim.needs_torch  # noqa: F401
-from flash_attn_mps.interface3 import (
+from flash_attn_mps.frontends.fa3 import (
     flash_attn_combine,
     flash_attn_func,
     flash_attn_qkvpacked_func,
@@ -12,7 +12,6 @@ from flash_attn_mps.interface3 import (
     flash_attn_with_kvcache,
     get_scheduler_metadata,
 )
-from flash_attn_mps.lowlevel3 import _flash_attn_backward, _flash_attn_forward  # noqa: F401
 from flash_attn_shim.own import own as _own
 
 __all__ = [

@@ -7,7 +7,7 @@ which it must name one).
 import numpy as np
 import torch
 
-from flash_attn_mps import interface, interface3
+from flash_attn_mps.frontends import fa2, fa3
 
 NAN, INF = float("nan"), float("inf")
 F16, F64 = torch.float16, torch.float64
@@ -420,17 +420,17 @@ SEQUSED = [
 ]
 
 TABLES = [
-    (interface.flash_attn_func, dense, DENSE + RULES + DROPOUT),
-    (interface.flash_attn_varlen_func, varlen, VARLEN + RULES + DROPOUT),
-    (interface.flash_attn_varlen_func, paged_varlen, PAGED_VARLEN),
-    (interface.flash_attn_qkvpacked_func, qkvpacked, QKVPACKED + RULES + DROPOUT),
-    (interface.flash_attn_kvpacked_func, kvpacked, KVPACKED + RULES + DROPOUT),
-    (interface.flash_attn_varlen_qkvpacked_func, varlen_qkvpacked, VARLEN_QKVPACKED + RULES + DROPOUT),
-    (interface.flash_attn_varlen_kvpacked_func, varlen_kvpacked, VARLEN_KVPACKED + RULES + DROPOUT),
-    (interface.flash_attn_with_kvcache, kvcache, KVCACHE + RULES),
-    (interface.flash_attn_with_kvcache, append, APPEND),
-    (interface.flash_attn_with_kvcache, paged_kvcache, PAGED_KVCACHE),
-    (interface3.flash_attn_func, dense, DENSE + [row for row in RULES if "alibi" not in row[0]]),
-    (interface3.flash_attn_varlen_func, varlen, VARLEN + SEQUSED + [row for row in RULES if "alibi" not in row[0]]),
-    (interface3.flash_attn_with_kvcache, kvcache, KVCACHE + [row for row in RULES if "alibi" not in row[0]]),
+    (fa2.flash_attn_func, dense, DENSE + RULES + DROPOUT),
+    (fa2.flash_attn_varlen_func, varlen, VARLEN + RULES + DROPOUT),
+    (fa2.flash_attn_varlen_func, paged_varlen, PAGED_VARLEN),
+    (fa2.flash_attn_qkvpacked_func, qkvpacked, QKVPACKED + RULES + DROPOUT),
+    (fa2.flash_attn_kvpacked_func, kvpacked, KVPACKED + RULES + DROPOUT),
+    (fa2.flash_attn_varlen_qkvpacked_func, varlen_qkvpacked, VARLEN_QKVPACKED + RULES + DROPOUT),
+    (fa2.flash_attn_varlen_kvpacked_func, varlen_kvpacked, VARLEN_KVPACKED + RULES + DROPOUT),
+    (fa2.flash_attn_with_kvcache, kvcache, KVCACHE + RULES),
+    (fa2.flash_attn_with_kvcache, append, APPEND),
+    (fa2.flash_attn_with_kvcache, paged_kvcache, PAGED_KVCACHE),
+    (fa3.flash_attn_func, dense, DENSE + [row for row in RULES if "alibi" not in row[0]]),
+    (fa3.flash_attn_varlen_func, varlen, VARLEN + SEQUSED + [row for row in RULES if "alibi" not in row[0]]),
+    (fa3.flash_attn_with_kvcache, kvcache, KVCACHE + [row for row in RULES if "alibi" not in row[0]]),
 ]

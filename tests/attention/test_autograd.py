@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_attn_mps import interface, interface3
+from flash_attn_mps.frontends import fa2, fa3
 
 from . import oracle
 from .layouts import randn
@@ -12,14 +12,14 @@ from .test_varlen import cumulative
 CU = cumulative([9, 11])
 
 CALLS = {
-    "dense": interface.flash_attn_func,
-    "dense-sdpa": lambda q, k, v, **how: interface.flash_attn_func(q, k, v, causal=True, **how),
-    "dense-softcap": lambda q, k, v, **how: interface.flash_attn_func(q, k, v, softcap=2.0, **how),
-    "varlen": lambda q, k, v, **how: interface.flash_attn_varlen_func(
+    "dense": fa2.flash_attn_func,
+    "dense-sdpa": lambda q, k, v, **how: fa2.flash_attn_func(q, k, v, causal=True, **how),
+    "dense-softcap": lambda q, k, v, **how: fa2.flash_attn_func(q, k, v, softcap=2.0, **how),
+    "varlen": lambda q, k, v, **how: fa2.flash_attn_varlen_func(
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), CU, CU, 11, 11, **how
     ),
-    "kvpacked": lambda q, k, v, **how: interface.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), **how),
-    "fa3": interface3.flash_attn_func,
+    "kvpacked": lambda q, k, v, **how: fa2.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), **how),
+    "fa3": fa3.flash_attn_func,
 }
 
 
@@ -105,7 +105,7 @@ def test_lse_beside_out(name):
 def test_lse_has_its_true_gradient_or_none(dropout_p):
     """A loss on the log-sum-exp (a z-loss) may be refused, but it may not get a gradient of zero without a word."""
     q, k, v = leaves()
-    out, lse, s_dmask = interface.flash_attn_func(q, k, v, dropout_p=dropout_p, return_attn_probs=True)
+    out, lse, s_dmask = fa2.flash_attn_func(q, k, v, dropout_p=dropout_p, return_attn_probs=True)
     assert not s_dmask.requires_grad
     if not lse.requires_grad:
         return
@@ -161,7 +161,7 @@ def test_gradient_through_a_computed_input():
     def projected(w, x):
         return (x @ w.T).view(2, 15, 3, 4, 8).unbind(2)
 
-    ours = interface.flash_attn_func(*projected(weight, x), causal=True)
+    ours = fa2.flash_attn_func(*projected(weight, x), causal=True)
     true = oracle.dense(*projected(exact_weight, x.double()), causal=True).out
     (mine,) = torch.autograd.grad(ours.sum(), weight)
     (wanted,) = torch.autograd.grad(true.sum(), exact_weight)
@@ -174,7 +174,7 @@ def test_gradient_through_a_computed_input():
 def test_gradients_against_finite_differences(how):
     """In fp32, along random directions: independent of the oracle's backward pass."""
     q, k, v = leaves()
-    out = interface.flash_attn_func(q, k, v, **how)
+    out = fa2.flash_attn_func(q, k, v, **how)
     weight = torch.randn_like(out)
     grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
     for index, gradient in enumerate(grads):
@@ -184,6 +184,6 @@ def test_gradients_against_finite_differences(how):
         for sign in (1, -1):
             moved = [x.detach().clone() for x in (q, k, v)]
             moved[index] += sign * step * direction
-            values.append((interface.flash_attn_func(*moved, **how).double() * weight).sum().item())
+            values.append((fa2.flash_attn_func(*moved, **how).double() * weight).sum().item())
         slope = (values[0] - values[1]) / (2 * step)
         assert slope == pytest.approx((gradient * direction).sum().item(), rel=2e-2, abs=2e-2)

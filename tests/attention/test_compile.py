@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_mps import dispatch, interface, interface3, lowlevel, lowlevel3, ops, trace
+from flash_attn_mps import dispatch, trace
+from flash_attn_mps.frontends import fa2, fa2_private, fa3, fa3_private
+from flash_attn_mps.graph import attention_op
 from flash_attn_mps.problem import Scoring, dense, varlen, with_mask, with_sinks
 from tests.compiled import assert_one_graph, compiled, outcome
 
@@ -53,18 +55,18 @@ def cache(n):
 
 def private(q, k, v, dout, dropout_p):
     """Forward and backward of the private functions, the gradients into buffers."""
-    out, lse, _, rng_state = lowlevel._flash_attn_forward(q, k, v, dropout_p, 0.3, True, -1, -1, 0.0, None, False)
+    out, lse, _, rng_state = fa2_private._flash_attn_forward(q, k, v, dropout_p, 0.3, True, -1, -1, 0.0, None, False)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    delta = lowlevel._flash_attn_backward(
+    delta = fa2_private._flash_attn_backward(
         dout, q, k, v, out, lse, dq, dk, dv, dropout_p, 0.3, True, -1, -1, 0.0, None, False, rng_state
     )
     return out, lse, dq, dk, dv, delta
 
 
 def private3(q, k, v, dout):
-    out, lse, *_ = lowlevel3._flash_attn_forward(q, k, v, causal=True)
+    out, lse, *_ = fa3_private._flash_attn_forward(q, k, v, causal=True)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    lowlevel3._flash_attn_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, is_causal=True)
+    fa3_private._flash_attn_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, is_causal=True)
     return out, lse, dq, dk, dv
 
 
@@ -77,7 +79,6 @@ def masked(q, k, v, mask, sinks):
     return dispatch.attention(p).out
 
 
-fa2, fa3 = interface, interface3
 CALLS = {
     "dense": (lambda *x: fa2.flash_attn_func(*x) * 2, qkv),
     "causal": (lambda *x: fa2.flash_attn_func(*x, causal=True), qkv),
@@ -166,7 +167,7 @@ def test_everything_dynamic_from_the_start(name):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_against_the_oracle(causal):
-    fast, _ = compiled(lambda *x: interface.flash_attn_func(*x, causal=causal, softcap=4.0, window_size=(6, 2)))
+    fast, _ = compiled(lambda *x: fa2.flash_attn_func(*x, causal=causal, softcap=4.0, window_size=(6, 2)))
     for n in (4, 7):
         tensors = qkv(n)
         exact = [x.detach().double().requires_grad_() for x in tensors]
@@ -182,7 +183,7 @@ def test_inductor():
 
     def block(x, weight):
         q, k, v = (x @ weight).unflatten(-1, (8, 8)).split([4, 2, 2], 2)
-        return interface.flash_attn_func(q, k, v, causal=True).flatten(2).relu()
+        return fa2.flash_attn_func(q, k, v, causal=True).flatten(2).relu()
 
     assert_one_graph(block, lambda n: (leaf(2, n, 16), leaf(16, 64)), "inductor", tolerance=1e-4)
 
@@ -195,7 +196,7 @@ class _Calls(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == ops.NAMESPACE:
+        if op.namespace == attention_op.NAMESPACE:
             self.seen.append((op, args))
         return op(*args, **(kwargs or {}))
 
@@ -206,7 +207,7 @@ def operators(function, arguments):
 
     class Recorder(torch.fx.Interpreter):
         def call_function(self, target, args, kwargs):
-            if getattr(target, "namespace", None) == ops.NAMESPACE:
+            if getattr(target, "namespace", None) == attention_op.NAMESPACE:
                 calls.seen.append((target, args))
             return super().call_function(target, args, kwargs)
 
@@ -247,7 +248,7 @@ def test_opcheck(name):
 def test_strides_along_single_rows_and_heads(shape):
     """A dimension of size 1 may have any stride; the fake results have that of a new tensor."""
     x = torch.randn(shape, requires_grad=True)
-    _, calls = operators(lambda x: interface.flash_attn_func(x, x, x, return_attn_probs=True)[:2], [x])
+    _, calls = operators(lambda x: fa2.flash_attn_func(x, x, x, return_attn_probs=True)[:2], [x])
     assert len(calls) == 2
     for op, arguments in calls:
         for got in op(*arguments):
@@ -259,7 +260,7 @@ def test_dropout_is_drawn_in_each_run():
     q = torch.zeros(1, 64, 2, 8)
 
     def call(q):
-        return [interface.flash_attn_func(q, q, q, 0.5, return_attn_probs=True)[2] for _ in range(2)]
+        return [fa2.flash_attn_func(q, q, q, 0.5, return_attn_probs=True)[2] for _ in range(2)]
 
     fast, counter = compiled(call)
     torch.manual_seed(1)
@@ -278,7 +279,7 @@ def test_dropout_is_drawn_in_each_run():
 def test_the_tier_is_chosen_when_the_graph_runs(monkeypatch):
     """MTLFLASHATTN_KERNEL and MTLFLASHATTN_TRACE count for a run, not for the compilation."""
     q = torch.randn(1, 6, 2, 8)
-    fast, counter = compiled(lambda q: interface.flash_attn_func(q, q, q))
+    fast, counter = compiled(lambda q: fa2.flash_attn_func(q, q, q))
     monkeypatch.setattr(trace, "enabled", True)
     monkeypatch.setattr(trace, "calls", trace.Counter())
     fast(q)
@@ -294,13 +295,13 @@ def test_the_tier_is_chosen_when_the_graph_runs(monkeypatch):
 def test_malformed_calls_name_the_argument():
     """What shapes tell is said when the graph is made, what values tell when it runs."""
     q = torch.randn(2, 6, 4, 16)
-    function = interface.flash_attn_func
+    function = fa2.flash_attn_func
     with pytest.raises(torch._dynamo.exc.Unsupported, match="k: got head_dim 8; accepted: 16, the head_dim of q"):
         compiled(function)[0](q, q[..., :8], q)
     with pytest.raises(ValueError, match="k: got head_dim 8; accepted: 16, the head_dim of q"):
         torch.compile(function, backend="aot_eager")(q, q[..., :8], q)
     rows = q.flatten(0, 1)
-    fast, _ = compiled(lambda x, cu: interface.flash_attn_varlen_func(x, x, x, cu, cu, 8, 8))
+    fast, _ = compiled(lambda x, cu: fa2.flash_attn_varlen_func(x, x, x, cu, cu, 8, 8))
     fast(rows, cumulative([5, 7]))
     with pytest.raises(ValueError, match=r"cu_seqlens_q: got .*never decrease"):
         fast(rows, torch.tensor([0, 13, 12], dtype=torch.int32))
@@ -309,7 +310,7 @@ def test_malformed_calls_name_the_argument():
 
 
 def test_no_second_derivative():
-    fast, _ = compiled(interface.flash_attn_func, "eager")
+    fast, _ = compiled(fa2.flash_attn_func, "eager")
     tensors = qkv(5)
     (dq,) = torch.autograd.grad(fast(*tensors).sum(), tensors[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
@@ -352,7 +353,7 @@ def test_autocast_changes_nothing(dtype):
 
     def call(*x):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return interface.flash_attn_func(*x, causal=True)
+            return fa2.flash_attn_func(*x, causal=True)
 
     for mine, wanted in zip(outcome(compiled(call)[0], tensors), outcome(call, tensors), strict=True):
         assert mine.dtype == dtype
@@ -363,7 +364,7 @@ def test_checkpointing_inside_the_graph():
     """The recomputed forward pass drops what the first one dropped."""
 
     def layer(q, k, v):
-        return interface.flash_attn_func(q.sin(), k, v, dropout_p=0.3).cos()
+        return fa2.flash_attn_func(q.sin(), k, v, dropout_p=0.3).cos()
 
     def call(*x):
         return torch.utils.checkpoint.checkpoint(layer, *x, use_reentrant=False)
@@ -380,7 +381,7 @@ def test_export(strict):
 
     class Model(torch.nn.Module):
         def forward(self, q, k, v, cu, longest):
-            return interface.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+            return fa2.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
 
     def make(n):
         return *(torch.randn(3 * n, h, 16) for h in (4, 2, 2)), cumulative([n, n + 1, n - 1]), n + 1
@@ -397,6 +398,6 @@ def test_export(strict):
 
 def test_operators_of_meta_tensors():
     p = varlen(*(x.detach().to("meta") if torch.is_tensor(x) else x for x in packed(5)), Scoring(want_lse=True))
-    out, lse, probs = torch.ops.mtlflashattn.flash_attn_forward(*ops.flat(p))
+    out, lse, probs = torch.ops.mtlflashattn.flash_attn_forward(*attention_op.flat(p))
     assert (out.shape, lse.shape, probs.shape) == (p.out_shape, p.lse_shape, (0,))
     assert out.is_meta

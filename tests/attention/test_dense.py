@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_attn_mps.interface import flash_attn_func
+from flash_attn_mps.frontends.fa2 import flash_attn_func
 
 from . import oracle
 from .layouts import laid_out, randn, random_dout

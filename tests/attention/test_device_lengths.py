@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_mps import interface, interface3
+from flash_attn_mps.frontends import fa2, fa3
 
 from . import oracle
 from .layouts import randn, random_dout
@@ -107,7 +107,7 @@ def test_varlen(case):
         if table:
             k, v = pages["k"][0], pages["v"][0]
         with NoWaiting():
-            return interface.flash_attn_varlen_func(
+            return fa2.flash_attn_varlen_func(
                 q, k, v, cu_q, cu_k, *bounds, return_attn_probs=case["probs"], **how, **table
             )
 
@@ -130,7 +130,7 @@ def test_seqused(mask, used_q, used_k):
     used = {name: None if value is None else torch.tensor(value, dtype=torch.int32) for name, value in used.items()}
     hidden = {name: None if value is None else on_device(value) for name, value in used.items()}
     verify(
-        lambda *qkv: interface3.flash_attn_varlen_func(
+        lambda *qkv: fa3.flash_attn_varlen_func(
             *qkv, on_device(cu_q), on_device(cu_k), 12, 20, return_attn_probs=True, **MASKS[mask], **hidden
         ),
         lambda *qkv: oracle.varlen(*qkv, cu_q, cu_k, **MASKS[mask], **used),
@@ -150,7 +150,7 @@ def test_kvcache(case):
         name: on_device(x) if isinstance(x, torch.Tensor) and x.dtype == torch.int32 else x for name, x in call.items()
     }
     with NoWaiting():
-        out, lse = interface.flash_attn_with_kvcache(q, k_cache, v_cache, return_softmax_lse=True, **hidden)
+        out, lse = fa2.flash_attn_with_kvcache(q, k_cache, v_cache, return_softmax_lse=True, **hidden)
     assert_within_rule("out", out, plain.out, exact.out)
     if "rotary_cos" not in call:
         assert_lse(lse, exact.lse)
@@ -167,7 +167,7 @@ def test_dropout():
     seen = {}
 
     def call(q, k, v):
-        result = interface.flash_attn_varlen_func(q, k, v, cu, cu, 30, 30, dropout_p=0.4, return_attn_probs=True)
+        result = fa2.flash_attn_varlen_func(q, k, v, cu, cu, 30, 30, dropout_p=0.4, return_attn_probs=True)
         seen["keep"] = ~torch.signbit(result[2])
         return result
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn_mps import interface
-from flash_attn_mps.interface import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from flash_attn_mps.frontends import fa2
+from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 
 from . import oracle
 from .layouts import randn, random_dout
@@ -210,9 +210,9 @@ def test_packed_functions_drop_like_the_others():
     expected = seeded(flash_attn_func, *dense)
     assert not torch.equal(expected, flash_attn_func(*dense, causal=True))
     assert torch.equal(seeded(flash_attn_qkvpacked_func, torch.stack(dense, 2)), expected)
-    assert torch.equal(seeded(interface.flash_attn_kvpacked_func, dense[0], torch.stack(dense[1:], 2)), expected)
+    assert torch.equal(seeded(fa2.flash_attn_kvpacked_func, dense[0], torch.stack(dense[1:], 2)), expected)
     expected = seeded(flash_attn_varlen_func, q, k, v, cu, cu, 30, 30)
     assert not torch.equal(expected, flash_attn_varlen_func(q, k, v, cu, cu, 30, 30, causal=True))
     qkv, kv = torch.stack((q, k, v), 1), torch.stack((k, v), 1)
-    assert torch.equal(seeded(interface.flash_attn_varlen_qkvpacked_func, qkv, cu, 30), expected)
-    assert torch.equal(seeded(interface.flash_attn_varlen_kvpacked_func, q, kv, cu, cu, 30, 30), expected)
+    assert torch.equal(seeded(fa2.flash_attn_varlen_qkvpacked_func, qkv, cu, 30), expected)
+    assert torch.equal(seeded(fa2.flash_attn_varlen_kvpacked_func, q, kv, cu, cu, 30, 30), expected)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_attn_mps import interface
+from flash_attn_mps.frontends import fa2
 
 from . import oracle
 from .layouts import randn
@@ -32,7 +32,7 @@ def test_rows_that_see_nothing(name, dtype, probs):
     seqlen_q, seqlen_k, how, blind = BLIND[name]
     q = randn(2, seqlen_q, 2, 16, dtype=dtype).requires_grad_()
     k, v = (randn(2, seqlen_k, 2, 16, dtype=dtype).requires_grad_() for _ in range(2))
-    result = interface.flash_attn_func(q, k, v, return_attn_probs=probs, **how)
+    result = fa2.flash_attn_func(q, k, v, return_attn_probs=probs, **how)
     out = result[0] if probs else result
     assert (out[:, :blind] == 0).all()
     assert torch.isfinite(out).all()
@@ -60,12 +60,12 @@ def test_sizes_of_zero(batch, seqlen_q, seqlen_k, how):
         torch.randn(batch, seqlen_k, 2, 16, requires_grad=True),
         torch.randn(batch, seqlen_k, 2, 24, requires_grad=True),
     )
-    out, lse, _ = interface.flash_attn_func(q, k, v, return_attn_probs=True, **how)
+    out, lse, _ = fa2.flash_attn_func(q, k, v, return_attn_probs=True, **how)
     assert out.shape == (batch, seqlen_q, 4, 24)
     assert lse.shape == (batch, 4, seqlen_q)
     assert (out == 0).all()
     assert torch.isneginf(lse).all()
-    grads = torch.autograd.grad(interface.flash_attn_func(q, k, v, **how).sum(), (q, k, v))
+    grads = torch.autograd.grad(fa2.flash_attn_func(q, k, v, **how).sum(), (q, k, v))
     assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, (q, k, v), strict=True))
 
 
@@ -73,7 +73,7 @@ def test_sizes_of_zero(batch, seqlen_q, seqlen_k, how):
 def test_varlen_without_tokens(sequences):
     cu = torch.zeros(sequences + 1, dtype=torch.int32)
     q, k, v = (torch.randn(0, 2, 16, requires_grad=True) for _ in range(3))
-    out, lse, _ = interface.flash_attn_varlen_func(q, k, v, cu, cu, 0, 0, return_attn_probs=True)
+    out, lse, _ = fa2.flash_attn_varlen_func(q, k, v, cu, cu, 0, 0, return_attn_probs=True)
     assert out.shape == (0, 2, 16)
     assert lse.shape == (2, 0)
     assert torch.autograd.grad(out.sum(), q)[0].shape == (0, 2, 16)
@@ -81,24 +81,26 @@ def test_varlen_without_tokens(sequences):
 
 def test_packed_without_tokens():
     cu = torch.zeros(1, dtype=torch.int32)
-    assert interface.flash_attn_qkvpacked_func(torch.randn(2, 0, 3, 2, 8)).shape == (2, 0, 2, 8)
-    assert interface.flash_attn_kvpacked_func(torch.randn(2, 3, 2, 8), torch.randn(2, 0, 2, 2, 8)).eq(0).all()
-    assert interface.flash_attn_varlen_qkvpacked_func(torch.randn(0, 3, 2, 8), cu, 0).shape == (0, 2, 8)
-    assert interface.flash_attn_varlen_kvpacked_func(
-        torch.randn(0, 2, 8), torch.randn(0, 2, 2, 8), cu, cu, 0, 0
-    ).shape == (0, 2, 8)
+    assert fa2.flash_attn_qkvpacked_func(torch.randn(2, 0, 3, 2, 8)).shape == (2, 0, 2, 8)
+    assert fa2.flash_attn_kvpacked_func(torch.randn(2, 3, 2, 8), torch.randn(2, 0, 2, 2, 8)).eq(0).all()
+    assert fa2.flash_attn_varlen_qkvpacked_func(torch.randn(0, 3, 2, 8), cu, 0).shape == (0, 2, 8)
+    assert fa2.flash_attn_varlen_kvpacked_func(torch.randn(0, 2, 8), torch.randn(0, 2, 2, 8), cu, cu, 0, 0).shape == (
+        0,
+        2,
+        8,
+    )
 
 
 def test_kvcache_of_length_zero():
     cache = torch.full((2, 8, 2, 16), NAN)
     lengths = torch.zeros(2, dtype=torch.int32)
-    out, lse = interface.flash_attn_with_kvcache(
+    out, lse = fa2.flash_attn_with_kvcache(
         torch.randn(2, 3, 2, 16), cache, cache.clone(), cache_seqlens=lengths, return_softmax_lse=True
     )
     assert (out == 0).all()
     assert torch.isneginf(lse).all()
-    assert interface.flash_attn_with_kvcache(torch.randn(0, 1, 2, 16), cache[:0], cache[:0]).shape == (0, 1, 2, 16)
-    assert interface.flash_attn_with_kvcache(
+    assert fa2.flash_attn_with_kvcache(torch.randn(0, 1, 2, 16), cache[:0], cache[:0]).shape == (0, 1, 2, 16)
+    assert fa2.flash_attn_with_kvcache(
         torch.randn(2, 0, 2, 16), torch.ones(2, 8, 2, 16), torch.ones(2, 8, 2, 16)
     ).shape == (
         2,
@@ -119,7 +121,7 @@ def test_keys_that_no_query_sees_do_not_leak(how, poison):
     clean = [x.clone().requires_grad_() for x in (k, v)]
     k[:, :29], v[:, :29] = poison, poison
     dirty = [x.requires_grad_() for x in (k, v)]
-    out, expected = interface.flash_attn_func(q, *dirty, **how), interface.flash_attn_func(q, *clean, **how)
+    out, expected = fa2.flash_attn_func(q, *dirty, **how), fa2.flash_attn_func(q, *clean, **how)
     torch.testing.assert_close(out, expected)
     grads, expected_grads = (
         torch.autograd.grad(o.square().sum(), (q, *kv)) for o, kv in ((out, dirty), (expected, clean))
@@ -136,7 +138,7 @@ def test_cache_beyond_its_length_does_not_leak(seqlen_q, causal, poison):
     for b in range(3):
         k_cache[b, lengths[b] :], v_cache[b, lengths[b] :] = poison, poison
     q = randn(3, seqlen_q, 4, 32, dtype=torch.float16)
-    out = interface.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, causal=causal)
+    out = fa2.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, causal=causal)
     exact = oracle.kvcache(q.double(), k_cache.double(), v_cache.double(), cache_seqlens=lengths, causal=causal)
     torch.testing.assert_close(out.double(), exact.out, rtol=2e-3, atol=2e-3)
 
@@ -145,24 +147,24 @@ def test_nan_in_a_visible_key_shows():
     """A real NaN is not hidden either."""
     q, k, v = (randn(1, 8, 1, 16, dtype=torch.float32) for _ in range(3))
     k[0, 3, 0, 0] = NAN
-    out = interface.flash_attn_func(q, k, v, window_size=(0, 0))
+    out = fa2.flash_attn_func(q, k, v, window_size=(0, 0))
     assert out[0, 3].isnan().all()
 
 
 def test_s_dmask_is_empty_without_dropout():
     q = randn(1, 8, 2, 16, dtype=torch.float32)
-    _, lse, s_dmask = interface.flash_attn_func(q, q, q, return_attn_probs=True)
+    _, lse, s_dmask = fa2.flash_attn_func(q, q, q, return_attn_probs=True)
     assert isinstance(s_dmask, torch.Tensor)
     assert s_dmask.numel() == 0
     assert lse.dtype == torch.float32
     cu = cumulative([8])
-    assert interface.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 8, 8, return_attn_probs=True)[2].numel() == 0
+    assert fa2.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 8, 8, return_attn_probs=True)[2].numel() == 0
 
 
 def test_deterministic_is_accepted_and_is_true():
     q, k, v = (randn(1, 60, 2, 16, dtype=torch.float32).requires_grad_() for _ in range(3))
     runs = [
-        torch.autograd.grad(interface.flash_attn_func(q, k, v, causal=True, deterministic=True).sum(), (q, k, v))
+        torch.autograd.grad(fa2.flash_attn_func(q, k, v, causal=True, deterministic=True).sum(), (q, k, v))
         for _ in range(2)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -171,7 +173,7 @@ def test_deterministic_is_accepted_and_is_true():
 def test_batch_does_not_change_a_sequence():
     """A sequence gets the same numbers alone and in a batch, to the last rounding of fp32."""
     q, k, v = (randn(4, 37, 4, 32, dtype=torch.float32) for _ in range(3))
-    together = interface.flash_attn_func(q, k, v, causal=True)
+    together = fa2.flash_attn_func(q, k, v, causal=True)
     for b in range(4):
-        alone = interface.flash_attn_func(*(x[b : b + 1] for x in (q, k, v)), causal=True)
+        alone = fa2.flash_attn_func(*(x[b : b + 1] for x in (q, k, v)), causal=True)
         torch.testing.assert_close(alone[0], together[b], rtol=1e-5, atol=1e-6)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_attn_mps.interface3 import (
+from flash_attn_mps.frontends.fa3 import (
     flash_attn_combine,
     flash_attn_func,
     flash_attn_qkvpacked_func,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_attn_mps.interface import flash_attn_with_kvcache
+from flash_attn_mps.frontends.fa2 import flash_attn_with_kvcache
 
 from . import oracle
 from .layouts import randn
@@ -157,7 +157,7 @@ def test_rotary_turns_in_fp32(interleaved, causal):
 
 def test_decoding_step_by_step_equals_prefill():
     """Forty appended tokens, one a call, give what one causal call over all gives."""
-    from flash_attn_mps.interface import flash_attn_func
+    from flash_attn_mps.frontends.fa2 import flash_attn_func
 
     q, k, v = (randn(2, 40, h, 32, dtype=torch.float32) for h in (4, 2, 2))
     k_cache, v_cache = torch.zeros(2, 64, 2, 32), torch.zeros(2, 64, 2, 32)

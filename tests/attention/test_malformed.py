@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flash_attn_mps import interface
+from flash_attn_mps.frontends import fa2
 
 from .malformed import TABLES, append, ints
 
@@ -39,7 +39,7 @@ def test_a_refused_append_leaves_the_caches_alone():
     call["cache_seqlens"] = ints(5, 10)
     before = call["k_cache"].clone(), call["v_cache"].clone()
     with pytest.raises(ValueError):
-        interface.flash_attn_with_kvcache(**call)
+        fa2.flash_attn_with_kvcache(**call)
     assert torch.equal(call["k_cache"], before[0])
     assert torch.equal(call["v_cache"], before[1])
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from flash_attn_mps import reference
 from flash_attn_mps.problem import Scoring, dense, varlen, with_mask, with_sinks
+from flash_attn_mps.tiers import reference
 
 from . import oracle
 

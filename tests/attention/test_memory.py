@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from flash_attn_mps.interface import flash_attn_func, flash_attn_varlen_func
+from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_varlen_func
 
 from .test_varlen import cumulative
 

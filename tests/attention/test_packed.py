@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_attn_mps.interface import (
+from flash_attn_mps.frontends.fa2 import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_kvpacked_func,

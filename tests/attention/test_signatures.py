@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 
-from flash_attn_mps import interface, interface3
+from flash_attn_mps.frontends import fa2, fa3
 
 REQUIRED = inspect.Parameter.empty
 
@@ -129,8 +129,8 @@ FA3["flash_attn_qkvpacked_func"] = required("qkv") | {
 }
 FA3["flash_attn_combine"] = required("out_partial", "lse_partial") | {"out": None, "out_dtype": None}
 
-FUNCTIONS = [(interface, name, expected) for name, expected in FA2.items()]
-FUNCTIONS += [(interface3, name, expected) for name, expected in FA3.items()]
+FUNCTIONS = [(fa2, name, expected) for name, expected in FA2.items()]
+FUNCTIONS += [(fa3, name, expected) for name, expected in FA3.items()]
 
 
 @pytest.mark.parametrize(("module", "name", "expected"), FUNCTIONS, ids=[f"{m.__name__}.{n}" for m, n, _ in FUNCTIONS])
@@ -152,4 +152,4 @@ def test_direct_api(name):
     """The package itself gives the FlashAttention-2 functions."""
     import flash_attn_mps
 
-    assert getattr(flash_attn_mps, name) is getattr(interface, name)
+    assert getattr(flash_attn_mps, name) is getattr(fa2, name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flash_attn_mps import interface
+from flash_attn_mps.frontends import fa2
 
 from . import oracle
 from .layouts import randn
@@ -20,25 +20,23 @@ def flat(*tensors):
 
 
 CALLS = {
-    "plain": interface.flash_attn_func,
-    "causal": lambda q, k, v: interface.flash_attn_func(q, k, v, causal=True),
-    "features": lambda q, k, v: interface.flash_attn_func(
+    "plain": fa2.flash_attn_func,
+    "causal": lambda q, k, v: fa2.flash_attn_func(q, k, v, causal=True),
+    "features": lambda q, k, v: fa2.flash_attn_func(
         q, k, v, softcap=2.0, window_size=(4, 2), alibi_slopes=SLOPES, softmax_scale=0.3
     ),
-    "lse": lambda q, k, v: interface.flash_attn_func(q, k, v, return_attn_probs=True)[0],
-    "dropout": lambda q, k, v: interface.flash_attn_func(q, k, v, dropout_p=0.3),
-    "varlen": lambda q, k, v: interface.flash_attn_varlen_func(*flat(q, k, v), CU, CU, 11, 11, causal=True),
-    "varlen-pages": lambda q, k, v: interface.flash_attn_varlen_func(
+    "lse": lambda q, k, v: fa2.flash_attn_func(q, k, v, return_attn_probs=True)[0],
+    "dropout": lambda q, k, v: fa2.flash_attn_func(q, k, v, dropout_p=0.3),
+    "varlen": lambda q, k, v: fa2.flash_attn_varlen_func(*flat(q, k, v), CU, CU, 11, 11, causal=True),
+    "varlen-pages": lambda q, k, v: fa2.flash_attn_varlen_func(
         q.flatten(0, 1), k, v, CU, CU, 11, 11, block_table=PAGES
     ),
-    "kvpacked": lambda q, k, v: interface.flash_attn_kvpacked_func(q, torch.stack((k, v), 2)),
-    "kvcache": lambda q, k, v: interface.flash_attn_with_kvcache(
+    "kvpacked": lambda q, k, v: fa2.flash_attn_kvpacked_func(q, torch.stack((k, v), 2)),
+    "kvcache": lambda q, k, v: fa2.flash_attn_with_kvcache(
         q, k.clone(), v.clone(), k[:, :2], v[:, :2], cache_seqlens=LENGTHS - 2, causal=True
     ),
-    "kvcache-pages": lambda q, k, v: interface.flash_attn_with_kvcache(
-        q, k, v, cache_seqlens=LENGTHS, block_table=TABLE
-    ),
-    "kvcache-rotary": lambda q, k, v: interface.flash_attn_with_kvcache(
+    "kvcache-pages": lambda q, k, v: fa2.flash_attn_with_kvcache(q, k, v, cache_seqlens=LENGTHS, block_table=TABLE),
+    "kvcache-rotary": lambda q, k, v: fa2.flash_attn_with_kvcache(
         q, k.clone(), v.clone(), k[:, :2], v[:, :2], COS.to(q.dtype), COS.to(q.dtype), cache_seqlens=3, causal=True
     ),
 }
@@ -95,7 +93,7 @@ def test_drop_rate_under_a_bf16_default():
     q = torch.zeros(1, 700, 2, 8)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        _, _, s_dmask = interface.flash_attn_func(q, q, q, dropout_p=0.001, return_attn_probs=True)
+        _, _, s_dmask = fa2.flash_attn_func(q, q, q, dropout_p=0.001, return_attn_probs=True)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.signbit(s_dmask).float().mean().item() == pytest.approx(0.001, rel=0.2)
@@ -140,8 +138,8 @@ def test_fake_tables():
     with FakeTensorMode() as mode:
         q, k, v = (mode.from_tensor(x.detach()) for x in leaves())
         table, lengths, cu = (mode.from_tensor(x) for x in (TABLE, LENGTHS, CU))
-        out = interface.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table)
-        packed = interface.flash_attn_varlen_func(q.flatten(0, 1), k, v, cu, cu, 11, 11, block_table=table)
+        out = fa2.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table)
+        packed = fa2.flash_attn_varlen_func(q.flatten(0, 1), k, v, cu, cu, 11, 11, block_table=table)
     assert out.shape == (2, 10, 2, 16)
     assert packed.shape == (20, 2, 16)
 
@@ -164,9 +162,9 @@ def test_threads():
     from concurrent.futures import ThreadPoolExecutor
 
     batches = [[randn(1, 60, 2, 16, dtype=torch.float32) for _ in range(3)] for _ in range(8)]
-    expected = [interface.flash_attn_func(*qkv, causal=True, softcap=3.0) for qkv in batches]
+    expected = [fa2.flash_attn_func(*qkv, causal=True, softcap=3.0) for qkv in batches]
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda qkv: interface.flash_attn_func(*qkv, causal=True, softcap=3.0), batches))
+        got = list(pool.map(lambda qkv: fa2.flash_attn_func(*qkv, causal=True, softcap=3.0), batches))
     assert all(torch.equal(mine, wanted) for mine, wanted in zip(got, expected, strict=True))
 
 
@@ -176,7 +174,7 @@ def test_learned_scale_and_slopes_are_not_silently_constant():
     for name, learned in (("softmax_scale", torch.tensor(0.3)), ("alibi_slopes", torch.tensor([0.5, 0.1]))):
         learned.requires_grad_()
         try:
-            (mine,) = torch.autograd.grad(interface.flash_attn_func(q, k, v, **{name: learned}).sum(), learned)
+            (mine,) = torch.autograd.grad(fa2.flash_attn_func(q, k, v, **{name: learned}).sum(), learned)
         except (ValueError, NotImplementedError) as refusal:
             assert name in str(refusal)
             continue

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flash_attn_mps.interface import flash_attn_varlen_func
+from flash_attn_mps.frontends.fa2 import flash_attn_varlen_func
 
 from . import oracle
 from .layouts import laid_out, randn, random_dout
@@ -212,7 +212,7 @@ def test_gradients_of_sequences_are_independent():
 
 
 def test_one_sequence_equals_dense():
-    from flash_attn_mps.interface import flash_attn_func
+    from flash_attn_mps.frontends.fa2 import flash_attn_func
 
     q, k, v = (randn(2, 31, 2, 24, dtype=torch.float32, layout="transposed") for _ in range(3))
     cu = cumulative([31, 31])

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from flash_attn_mps.interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 from .test_varlen import cumulative
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flash_attn_mps.metal import compiler, variants
+from flash_attn_mps.tiers.metal import compiler, variants
 from tests.metal_host import compile_shader
 
 

@@ -8,11 +8,12 @@ import types
 import pytest
 import torch
 
-from flash_attn_mps import interface, timing
-from flash_attn_mps.bench import chart, contenders, measure, memory, page, report, workloads
-from flash_attn_mps.bench.contenders import STOCK, Contender
-from flash_attn_mps.bench.measure import Measurement
-from flash_attn_mps.bench.workloads import Workload
+from flash_attn_mps import timing
+from flash_attn_mps.frontends import fa2
+from flash_attn_mps.tools.bench import chart, contenders, measure, memory, page, report, workloads
+from flash_attn_mps.tools.bench.contenders import STOCK, Contender
+from flash_attn_mps.tools.bench.measure import Measurement
+from flash_attn_mps.tools.bench.workloads import Workload
 from flash_attn_shim.commands import main
 
 SMALL = [
@@ -70,11 +71,11 @@ def entrant(name, call, ours=False):
 
 
 def wrong(x):
-    return interface.flash_attn_func(x.q, x.k, x.v)  # not causal
+    return fa2.flash_attn_func(x.q, x.k, x.v)  # not causal
 
 
 def right(x):
-    return interface.flash_attn_func(x.q, x.k, x.v, causal=True)
+    return fa2.flash_attn_func(x.q, x.k, x.v, causal=True)
 
 
 def fail(x):
@@ -249,12 +250,12 @@ def test_other_packages_are_called_as_their_interfaces_want(workload, monkeypatc
         seen.append(q.is_contiguous())
         window = (window_size, 0) if window_size else (-1, -1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return interface.flash_attn_func(q, k, v, causal=is_causal, window_size=window).transpose(1, 2)
+        return fa2.flash_attn_func(q, k, v, causal=is_causal, window_size=window).transpose(1, 2)
 
     modules = {
-        "metal_flash_attn": interface,
+        "metal_flash_attn": fa2,
         "mps_flash_attn": types.SimpleNamespace(flash_attention=heads_first),
-        "kernels": types.SimpleNamespace(get_kernel={"kernels-community/metal-flash-sdpa": interface}.__getitem__),
+        "kernels": types.SimpleNamespace(get_kernel={"kernels-community/metal-flash-sdpa": fa2}.__getitem__),
     }
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: name in modules or None)
     monkeypatch.setattr(contenders.importlib, "import_module", modules.__getitem__)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flash_attn_mps import machine
-from flash_attn_mps.metal import gpu
+from flash_attn_mps.tiers.metal import gpu
+from flash_attn_mps.tools import machine
 from flash_attn_shim.commands import main
 
 

@@ -2,8 +2,8 @@
 
 import io
 
-from flash_attn_mps.progress import Progress
-from flash_attn_mps.tables import aligned
+from flash_attn_mps.tools.progress import Progress
+from flash_attn_mps.tools.text_table import aligned
 
 
 class Terminal(io.StringIO):

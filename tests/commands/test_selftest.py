@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from flash_attn_mps import reference
-from flash_attn_mps.metal import compiler, specialization
-from flash_attn_mps.selftest import build, cases, run
-from flash_attn_mps.selftest.cases import FEATURES, Case
+from flash_attn_mps.tiers import reference
+from flash_attn_mps.tiers.metal import compiler, specialization
+from flash_attn_mps.tools.selftest import build, cases, run
+from flash_attn_mps.tools.selftest.cases import FEATURES, Case
 from flash_attn_shim.commands import main
 from tests.attention import oracle as independent
 from tests.metal_host import compile_shader

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flash_attn_mps import problem
-from flash_attn_mps.metal import gpu, store, tune, variants
-from flash_attn_mps.metal.specialization import Variant
+from flash_attn_mps.tiers.metal import gpu, store, tune, variants
+from flash_attn_mps.tiers.metal.specialization import Variant
 from flash_attn_shim.commands import examine
 
 KEY = store.Key("float16", 64, 64, "short", "causal")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from flash_attn_mps import problem, timing
-from flash_attn_mps.metal import compiler, gpu, launch, store, tune, variants
-from flash_attn_mps.metal.specialization import Variant
+from flash_attn_mps.tiers.metal import compiler, gpu, launch, store, tune, variants
+from flash_attn_mps.tiers.metal.specialization import Variant
 from flash_attn_shim.commands import main
 
 KEY = store.Key("float16", 64, 64, "short", "causal")

@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from flash_attn_mps.metal import compiler, store, variants
+from flash_attn_mps.tiers.metal import compiler, store, variants
 from tests.metal_host import compile_shader
 
 

@@ -10,9 +10,9 @@ import argparse
 
 import torch
 
-from flash_attn_mps.metal import compiler, launch, variants
-from flash_attn_mps.metal.specialization import Variant
 from flash_attn_mps.problem import AttentionProblem, Scoring, dense
+from flash_attn_mps.tiers.metal import compiler, launch, variants
+from flash_attn_mps.tiers.metal.specialization import Variant
 from tests.metal_host import compile_shader, observe
 from tests.test_metal_host import test_torch_kernels as torch_kernels
 

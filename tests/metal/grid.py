@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from flash_attn_mps.metal import variants
-from flash_attn_mps.metal.specialization import Variant
+from flash_attn_mps.tiers.metal import variants
+from flash_attn_mps.tiers.metal.specialization import Variant
 from tests.attention.pairwise import pairwise
 
 from .calls import STORAGES, Spec

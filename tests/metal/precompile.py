@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
-from flash_attn_mps.metal import compiler, launch
-from flash_attn_mps.metal.specialization import Specialization, Variant
 from flash_attn_mps.problem import AttentionProblem
+from flash_attn_mps.tiers.metal import compiler, launch
+from flash_attn_mps.tiers.metal.specialization import Specialization, Variant
 from tests.metal_host import compile_shader, observe
 
 

@@ -10,7 +10,7 @@ import itertools
 import torch
 
 import flash_attn_mps as fa
-from flash_attn_mps.metal import compiler
+from flash_attn_mps.tiers.metal import compiler
 from tests.metal_host import compile_shader
 
 LENGTHS_Q, LENGTHS_K = [130, 0, 257], [200, 33, 257]

@@ -8,16 +8,15 @@ from unittest import mock
 import pytest
 import torch
 
-import flash_attn_mps
-from flash_attn_mps.metal import compiler, launch, specialization
-from flash_attn_mps.metal.specialization import Variant
 from flash_attn_mps.problem import AttentionProblem, Result
+from flash_attn_mps.tiers.metal import compiler, launch, specialization
+from flash_attn_mps.tiers.metal.specialization import Variant
 from tests.metal_host import compile_shader, observe
 
 from .calls import Spec, draw, int32
 from .test_values import KERNELS
 
-PARAMS = Path(flash_attn_mps.__file__).with_name("kernels") / "params.metal"
+PARAMS = Path(specialization.__file__).with_name("kernels") / "params.metal"
 KERNEL = ("attention_forward", Variant(8, 2, 8, False))
 
 

@@ -2,15 +2,16 @@
 
 import torch
 
-from flash_attn_mps import interface, trace
+from flash_attn_mps import trace
+from flash_attn_mps.frontends import fa2
 from tests.attention.test_varlen import cumulative
 from tests.compiled import assert_one_graph, compiled
 from tests.metal_host import observe
 
 
 def block(q, k, v, cu, longest):
-    dense = interface.flash_attn_func(*(x.unsqueeze(0) for x in (q, k, v)), causal=True, softcap=3.0)
-    packed = interface.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+    dense = fa2.flash_attn_func(*(x.unsqueeze(0) for x in (q, k, v)), causal=True, softcap=3.0)
+    packed = fa2.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
     return dense[0] + packed
 
 

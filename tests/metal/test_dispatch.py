@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from flash_attn_mps import dispatch, trace
-from flash_attn_mps.interface import flash_attn_func, flash_attn_varlen_func
-from flash_attn_mps.metal import compiler
-from flash_attn_mps.metal.specialization import Specialization, Variant
+from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_varlen_func
+from flash_attn_mps.tiers.metal import compiler
+from flash_attn_mps.tiers.metal.specialization import Specialization, Variant
 from tests.attention import oracle
 from tests.attention.layouts import laid_out, randn
 from tests.attention.rule import assert_within_rule

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_mps import interface, interface3
-from flash_attn_mps.metal import compiler
+from flash_attn_mps.frontends import fa2, fa3
+from flash_attn_mps.tiers.metal import compiler
 from tests.attention.test_varlen import cumulative
 
 from .calls import int32
@@ -55,12 +55,12 @@ def lengths_on_device(values):
 
 def dense(batch):
     q, k, v = on_device(batch, 40, 4, 64), on_device(batch, 50, 2, 64), on_device(batch, 50, 2, 64)
-    return (lambda **how: interface.flash_attn_func(q, k, v, causal=True, **how)), q.shape, (batch, 4, 40)
+    return (lambda **how: fa2.flash_attn_func(q, k, v, causal=True, **how)), q.shape, (batch, 4, 40)
 
 
 def packed_qkv(batch):
     qkv = on_device(batch, 40, 3, 4, 64)
-    return (lambda **how: interface.flash_attn_qkvpacked_func(qkv, **how)), (batch, 40, 4, 64), (batch, 4, 40)
+    return (lambda **how: fa2.flash_attn_qkvpacked_func(qkv, **how)), (batch, 40, 4, 64), (batch, 4, 40)
 
 
 def features(batch):
@@ -68,7 +68,7 @@ def features(batch):
     slopes = on_device(batch, 4, dtype=torch.float32)
     scale = on_device(dtype=torch.float32)
     rules = {"alibi_slopes": slopes, "softmax_scale": scale, "window_size": (7, 3), "softcap": 2.0}
-    return (lambda **how: interface.flash_attn_func(q, k, k, **rules, **how)), q.shape, (batch, 4, 40)
+    return (lambda **how: fa2.flash_attn_func(q, k, k, **rules, **how)), q.shape, (batch, 4, 40)
 
 
 def varlen(batch):
@@ -78,7 +78,7 @@ def varlen(batch):
         lengths_on_device([30 * n for n in range(batch + 1)]),
     )
     return (
-        (lambda **how: interface.flash_attn_varlen_func(q, k, k, cu_q, cu_k, 20, 30, causal=True, **how)),
+        (lambda **how: fa2.flash_attn_varlen_func(q, k, k, cu_q, cu_k, 20, 30, causal=True, **how)),
         q.shape,
         (4, 20 * batch),
     )
@@ -88,7 +88,7 @@ def varlen_used(batch):
     q = on_device(20 * batch, 4, 64)
     cu, used = lengths_on_device([20 * n for n in range(batch + 1)]), lengths_on_device([9] * batch)
     return (
-        (lambda **how: interface3.flash_attn_varlen_func(q, q, q, cu, cu, 20, 20, used, used, **how)),
+        (lambda **how: fa3.flash_attn_varlen_func(q, q, q, cu, cu, 20, 20, used, used, **how)),
         q.shape,
         (4, 20 * batch),
     )
@@ -98,7 +98,7 @@ def varlen_paged(batch):
     q, pages = on_device(20 * batch, 4, 64), on_device(2 * batch, 16, 2, 64)
     cu, table = lengths_on_device([20 * n for n in range(batch + 1)]), on_device(batch, 2, dtype=torch.int32)
     return (
-        (lambda **how: interface.flash_attn_varlen_func(q, pages, pages, cu, cu, 20, 20, block_table=table, **how)),
+        (lambda **how: fa2.flash_attn_varlen_func(q, pages, pages, cu, cu, 20, 20, block_table=table, **how)),
         q.shape,
         (4, 20 * batch),
     )
@@ -108,7 +108,7 @@ def kvcache(batch):
     q, cache, used = on_device(batch, 1, 4, 64), on_device(batch, 64, 2, 64), lengths_on_device([33] * batch)
 
     def call(return_attn_probs=False):
-        return interface.flash_attn_with_kvcache(
+        return fa2.flash_attn_with_kvcache(
             q, cache, cache, cache_seqlens=used, causal=True, return_softmax_lse=return_attn_probs
         )
 
@@ -173,7 +173,7 @@ def test_a_dimension_that_is_not_contiguous_costs_one_copy_of_that_tensor(kernel
     wide = on_device(2, 40, 4, 128)
     q, k = wide[..., ::2], on_device(2, 40, 4, 64)
     with Watch() as watch:
-        interface.flash_attn_func(q, k, k)
+        fa2.flash_attn_func(q, k, k)
     assert [shape for _, shape in watch.created] == [(2, 40, 4, 64), (2, 40, 4, 64)]
     q_passed, k_passed = kernel.call_args.args[:2]
     assert q_passed.is_contiguous()
@@ -184,7 +184,7 @@ def test_varlen_starts_no_more_groups_than_the_rows_and_sequences_need(kernel):
     """At most total / rows + batch tiles, whatever max_seqlen says. Padded to the longest: 64 times more."""
     lengths = [4096] + [1] * 63
     q, cu = on_device(sum(lengths), 2, 64), cumulative(lengths).as_subclass(OnDevice)
-    interface.flash_attn_varlen_func(q, q, q, cu, cu, 4096, 4096)
+    fa2.flash_attn_varlen_func(q, q, q, cu, cu, 4096, 4096)
     threads, group = kernel.call_args.kwargs["threads"], kernel.call_args.kwargs["group_size"]
     tiles = threads[0] // group[0]
     rows = 16 * group[0] // 32  # of a tile, in the variant for D = 64

@@ -6,8 +6,8 @@ barrier that some threads miss.
 
 import pytest
 
-from flash_attn_mps.metal import launch
-from flash_attn_mps.metal.scalar import _VARIANT as SCALAR
+from flash_attn_mps.tiers.metal import launch
+from flash_attn_mps.tiers.metal.scalar import _VARIANT as SCALAR
 from tests.attention.pairwise import case_id
 from tests.metal_host import observe
 

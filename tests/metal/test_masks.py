@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flash_attn_mps import interface
-from flash_attn_mps.metal import compiler, launch, variants
-from flash_attn_mps.metal.specialization import Mask, Variant
+from flash_attn_mps.frontends import fa2
 from flash_attn_mps.problem import Scoring, dense, with_mask
+from flash_attn_mps.tiers.metal import compiler, launch, variants
+from flash_attn_mps.tiers.metal.specialization import Mask, Variant
 from tests.attention.pairwise import case_id, pairwise
 from tests.metal_host import observe
 
@@ -276,7 +276,7 @@ def test_one_launch_no_wait_and_no_tensor_but_the_outputs(shape, batch, kernel):
     mask, sinks = on_device(*shape, dtype=torch.bool), on_device(4, dtype=torch.float32)
     with Watch() as watch:
         p = with_mask(dense(q, k, k, Scoring()), mask)
-        interface.dispatch.attention(replace(p, sinks=sinks))
+        fa2.dispatch.attention(replace(p, sinks=sinks))
     assert kernel.call_count == 1
     assert [shape for _, shape in watch.created] == [(batch, 40, 4, 64)]
     assert kernel.call_args.args[-1].data_ptr() == mask.data_ptr()

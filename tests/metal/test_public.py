@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flash_attn_mps import interface, interface3, trace
+from flash_attn_mps import trace
+from flash_attn_mps.frontends import fa2, fa3
 from tests.attention import oracle
 from tests.attention import test_kvcache as kvcache
 from tests.attention.layouts import randn
@@ -44,7 +45,7 @@ VARLEN = random(("q", 46, 4, 64), ("k", 49, 2, 64), ("v", 49, 2, 64))
 def test_flash_attn_func(alibi, probs):
     slopes = {None: None, "H": torch.rand(4), "BH": torch.rand(2, 4)}[alibi]
     verify(
-        lambda *qkv: interface.flash_attn_func(*qkv, return_attn_probs=probs, alibi_slopes=slopes, **HOW),
+        lambda *qkv: fa2.flash_attn_func(*qkv, return_attn_probs=probs, alibi_slopes=slopes, **HOW),
         lambda *qkv: oracle.dense(*qkv, alibi_slopes=slopes, **HOW),
         DENSE,
     )
@@ -53,7 +54,7 @@ def test_flash_attn_func(alibi, probs):
 @pytest.mark.usefixtures("served")
 def test_flash_attn_func_of_fa3():
     verify(
-        lambda *qkv: interface3.flash_attn_func(*qkv, return_attn_probs=True, **HOW),
+        lambda *qkv: fa3.flash_attn_func(*qkv, return_attn_probs=True, **HOW),
         lambda *qkv: oracle.dense(*qkv, **HOW),
         DENSE,
     )
@@ -64,7 +65,7 @@ def test_qv():
     """FlashAttention 3's second query: a product over both head dims, 32 + 64."""
     tensors = random(("q", 2, 20, 4, 32), ("qv", 2, 20, 4, 64), ("k", 2, 30, 2, 32), ("v", 2, 30, 2, 64))
     verify(
-        lambda q, qv, k, v: interface3.flash_attn_func(q, k, v, qv=qv, causal=True),
+        lambda q, qv, k, v: fa3.flash_attn_func(q, k, v, qv=qv, causal=True),
         lambda q, qv, k, v: oracle.dense(q, k, v, qv=qv, causal=True),
         tensors,
     )
@@ -74,12 +75,12 @@ def test_qv():
 def test_packed_functions():
     """The parts of a packed tensor are views of it: other strides, the same kernel."""
     verify(
-        lambda qkv: interface.flash_attn_qkvpacked_func(qkv, causal=True),
+        lambda qkv: fa2.flash_attn_qkvpacked_func(qkv, causal=True),
         lambda qkv: oracle.dense(*qkv.unbind(2), causal=True),
         random(("qkv", 2, 33, 3, 4, 64)),
     )
     verify(
-        lambda q, kv: interface.flash_attn_kvpacked_func(q, kv, causal=True),
+        lambda q, kv: fa2.flash_attn_kvpacked_func(q, kv, causal=True),
         lambda q, kv: oracle.dense(q, *kv.unbind(2), causal=True),
         random(("q", 2, 33, 4, 64), ("kv", 2, 40, 2, 2, 64)),
     )
@@ -89,21 +90,17 @@ def test_packed_functions():
 @pytest.mark.parametrize("probs", [False, True])
 def test_varlen_functions(probs):
     verify(
-        lambda *qkv: interface.flash_attn_varlen_func(
-            *qkv, CU_Q, CU_K, 33, torch.tensor(33), return_attn_probs=probs, **HOW
-        ),
+        lambda *qkv: fa2.flash_attn_varlen_func(*qkv, CU_Q, CU_K, 33, torch.tensor(33), return_attn_probs=probs, **HOW),
         lambda *qkv: oracle.varlen(*qkv, CU_Q, CU_K, **HOW),
         VARLEN,
     )
     verify(
-        lambda q, kv: interface.flash_attn_varlen_kvpacked_func(
-            q, kv, CU_Q, CU_K, 33, 33, return_attn_probs=probs, **HOW
-        ),
+        lambda q, kv: fa2.flash_attn_varlen_kvpacked_func(q, kv, CU_Q, CU_K, 33, 33, return_attn_probs=probs, **HOW),
         lambda q, kv: oracle.varlen(q, *kv.unbind(1), CU_Q, CU_K, **HOW),
         random(("q", 46, 4, 64), ("kv", 49, 2, 2, 64)),
     )
     verify(
-        lambda qkv: interface.flash_attn_varlen_qkvpacked_func(qkv, CU_Q, 33, return_attn_probs=probs, **HOW),
+        lambda qkv: fa2.flash_attn_varlen_qkvpacked_func(qkv, CU_Q, 33, return_attn_probs=probs, **HOW),
         lambda qkv: oracle.varlen(*qkv.unbind(1), CU_Q, CU_Q, **HOW),
         random(("qkv", 46, 3, 4, 64)),
     )
@@ -113,7 +110,7 @@ def test_varlen_functions(probs):
 def test_varlen_of_fa3_with_seqused():
     used_q, used_k = (torch.tensor(n, dtype=torch.int32) for n in ([5, 0, 20, 1], [7, 4, 33, 0]))
     verify(
-        lambda *qkv: interface3.flash_attn_varlen_func(
+        lambda *qkv: fa3.flash_attn_varlen_func(
             *qkv, CU_Q, CU_K, 33, 33, used_q, used_k, return_attn_probs=True, **HOW
         ),
         lambda *qkv: oracle.varlen(*qkv, CU_Q, CU_K, seqused_q=used_q, seqused_k=used_k, **HOW),
@@ -125,7 +122,7 @@ def test_varlen_of_fa3_with_seqused():
 def test_varlen_with_a_block_table():
     (k_pages, table), (v_pages, _) = (paged(VARLEN[name], LENGTHS_K, 16) for name in "kv")
     verify(
-        lambda q, k, v: interface.flash_attn_varlen_func(q, k_pages, v_pages, CU_Q, CU_K, 33, 33, block_table=table),
+        lambda q, k, v: fa2.flash_attn_varlen_func(q, k_pages, v_pages, CU_Q, CU_K, 33, 33, block_table=table),
         lambda q, k, v: oracle.varlen(q, k, v, CU_Q, CU_K),
         VARLEN,
     )
@@ -156,12 +153,12 @@ def test_what_the_kernels_refuse_other_tiers_serve(how, tier, monkeypatch):
     q = torch.randn(1, 9, 2, head_dim, requires_grad="grad" in how)
     k, v = (torch.randn(1, seqlen_k, 2, head_dim) for _ in range(2))
     with observe(instrumented=False) as launches:
-        out = interface.flash_attn_func(q, k, v, dropout_p=how.get("dropout_p", 0.0))
+        out = fa2.flash_attn_func(q, k, v, dropout_p=how.get("dropout_p", 0.0))
     assert not launches
     assert [call.tier for call in trace.calls] == [tier]
     assert out.shape == q.shape
     if "grad" in how:
         assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
         with torch.no_grad(), observe(instrumented=False) as launches:
-            interface.flash_attn_func(q, k, v)
+            fa2.flash_attn_func(q, k, v)
         assert len(launches) == 1

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from flash_attn_mps.metal import launch
-from flash_attn_mps.metal.specialization import Variant
+from flash_attn_mps.tiers.metal import launch
+from flash_attn_mps.tiers.metal.specialization import Variant
 from tests.attention.rule import assert_lse
 from tests.metal_host import observe
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from flash_attn_mps import mha, sdpa
-from flash_attn_mps.metal import compiler, store, variants
 from flash_attn_mps.sdpa import obstacles, settings
 from flash_attn_mps.sdpa.settings import GIB, Settings
+from flash_attn_mps.tiers.metal import compiler, store, variants
 from tests.metal_host import compile_shader
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flash_attn_mps import sdpa
-from flash_attn_mps.sdpa import hazards, settings, stock
+from flash_attn_mps.sdpa import hazards, settings, torch_paths
 from flash_attn_mps.sdpa.call import Call
 from flash_attn_mps.sdpa.decision import decide
 from flash_attn_mps.sdpa.settings import GIB, NEVER, Class, Settings
@@ -113,8 +113,8 @@ ROUTES = [
 
 @pytest.mark.parametrize("which,old,new", ROUTES)
 def test_routes(which, old, new):
-    assert {stock.route(which, release) for release in RELEASES if release < (2, 13)} == {old}
-    assert {stock.route(which, release) for release in RELEASES if release >= (2, 13)} == {new}
+    assert {torch_paths.route(which, release) for release in RELEASES if release < (2, 13)} == {old}
+    assert {torch_paths.route(which, release) for release in RELEASES if release >= (2, 13)} == {new}
 
 
 # 1 x 8 x 4096 x 2048 scores of 4 bytes: a quarter of a GiB
@@ -195,7 +195,7 @@ ENVIRONMENTS = [
 def test_lengths_from_the_environment(env, lengths):
     found = settings.read(env)
     assert (found.min_seq, found.fast_min_seq) == lengths
-    assert found.torch == stock.version(torch.__version__)
+    assert found.torch == torch_paths.version(torch.__version__)
 
 
 @pytest.mark.parametrize("text,size", [("0.5", GIB / 2), ("0", 0), ("never", NEVER), ("", 4 * GIB)])
@@ -226,7 +226,7 @@ def test_the_switch(text, on):
 
 @pytest.mark.parametrize("text", ["2.13.0+cpu", "2.13.1", "2.13.0a0+git123", "2.13.0.dev20260807"])
 def test_versions(text):
-    assert stock.version(text) == (2, 13)
+    assert torch_paths.version(text) == (2, 13)
 
 
 def test_explain_takes_meta_tensors_and_any_release():

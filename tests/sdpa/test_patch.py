@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn_mps import dispatch, reference, sdpa, trace
+from flash_attn_mps import dispatch, sdpa, trace
 from flash_attn_mps.sdpa import patch
 from flash_attn_mps.sdpa.call import bind
 from flash_attn_mps.sdpa.settings import Class
+from flash_attn_mps.tiers import reference
 from tests.sdpa.exact import assert_right
 
 ORIGINAL = F.scaled_dot_product_attention

@@ -70,7 +70,7 @@ def test_what_does_not_exist_raises(with_torch, statement, error):
 def test_functions_are_those_of_flash_attn_mps(with_torch):
     program = """
     import inspect, pickle
-    import flash_attn, flash_attn_interface, flash_attn_mps.interface as two, flash_attn_mps.interface3 as three
+    import flash_attn, flash_attn_interface, flash_attn_mps.frontends.fa2 as two, flash_attn_mps.frontends.fa3 as three
     assert flash_attn.flash_attn_interface.__name__ == "flash_attn.flash_attn_interface"
     assert len(flash_attn.__all__) == 7 and set(flash_attn.__all__) <= set(dir(flash_attn))
     for name in flash_attn.__all__:

@@ -1,6 +1,6 @@
 """`flash_attn.flash_attn_interface`: the FlashAttention 2 functions, and the private ones that others build on.
 
-See `flash_attn_mps.interface` and `flash_attn_mps.lowlevel`.
+See `flash_attn_mps.frontends.fa2` and `flash_attn_mps.frontends.fa2_private`.
 """
 
 import inspect
@@ -10,7 +10,7 @@ import flash_attn_shim.needs_torch  # noqa: F401
 # isort: split
 import torch
 
-from flash_attn_mps.interface import (
+from flash_attn_mps.frontends.fa2 import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -19,7 +19,7 @@ from flash_attn_mps.interface import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from flash_attn_mps.lowlevel import (
+from flash_attn_mps.frontends.fa2_private import (
     _flash_attn_backward,
     _flash_attn_forward,
     _flash_attn_varlen_backward,

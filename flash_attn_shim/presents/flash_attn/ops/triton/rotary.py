@@ -1,7 +1,7 @@
 """`flash_attn.ops.triton.rotary`, without triton."""
 
 import flash_attn_shim.needs_torch  # noqa: F401
-from flash_attn_mps.rotary import apply_rotary
+from flash_attn_mps.frontends.rotary import apply_rotary
 from flash_attn_shim.own import own as _own
 
 __all__ = ["apply_rotary"]

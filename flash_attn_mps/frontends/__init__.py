@@ -1,0 +1,1 @@
+"""What callers call: each function describes its call as an `AttentionProblem` and hands it to `dispatch`."""

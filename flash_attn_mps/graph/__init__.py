@@ -1,0 +1,1 @@
+"""Attention inside of autograd and of captured graphs."""

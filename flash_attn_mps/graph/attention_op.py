@@ -1,0 +1,179 @@
+"""Attention as operators of `torch.library`: what torch.compile and torch.export put into their graphs.
+
+While a graph is captured, a call is described and checked as always, in Python that Dynamo traces; its shapes stay
+symbolic. Then, instead of asking the tiers, `dispatch` emits one operator whose arguments are the fields of the
+`AttentionProblem`. Its kernel builds the problem anew when the graph runs, reads the lengths that the host can read,
+and asks the tiers: so a graph holds for all lengths, and what is decided per call (the tier, forced or not, what is
+traced) is decided per run. Calls outside of a graph never come here: `torch.library` would cost more than the launch.
+
+`flash_attn_forward` gives `(out, softmax_lse, probs)`, empty where they are not wanted. Its derivative is
+`flash_attn_backward`, which has none. The names contain "flash_attn" because policies of selective activation
+checkpointing look for that in an operator's name (trl, selective_activation_checkpointing.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.library import custom_op
+
+from ..problem import AttentionProblem, Result, with_lengths
+
+NAMESPACE = "mtlflashattn"
+_TYPES = {
+    "torch.Tensor": ("Tensor {}",),
+    "torch.Tensor | None": ("Tensor? {}",),
+    "int": ("SymInt {}",),
+    "float": ("float {}",),
+    "bool": ("bool {}",),
+    "float | torch.Tensor": ("float? {}", "Tensor? {}_tensor"),
+    "int | torch.Tensor": ("SymInt? {}", "Tensor? {}_tensor"),
+}
+# The lengths that the host knows are not part of a graph: they are read when it runs.
+_FIELDS = [(f.name, _TYPES[f.type]) for f in dataclasses.fields(AttentionProblem) if f.type in _TYPES]
+_PROBLEM = ", ".join(part.format(name) for name, parts in _FIELDS for part in parts)
+NAMES = [part.split()[1] for part in _PROBLEM.split(", ")]
+_DIFFERENTIABLE = ("q", "k", "v", "sinks")
+
+
+def flat(p: AttentionProblem) -> list[Any]:
+    """The arguments that describe `p`, in the order of the schema."""
+    arguments = []
+    for name, parts in _FIELDS:
+        value = getattr(p, name)
+        if len(parts) == 1:
+            arguments.append(value)
+        else:
+            arguments.extend((None, value) if isinstance(value, torch.Tensor) else (value, None))
+    return arguments
+
+
+def _problem(arguments: tuple[Any, ...]) -> AttentionProblem:
+    values = iter(arguments)
+    fields = {}
+    for name, parts in _FIELDS:
+        value = next(values)
+        if len(parts) == 2:
+            tensor = next(values)
+            value = value if tensor is None else tensor
+        fields[name] = value
+    return AttentionProblem(**fields)
+
+
+def _computed(arguments: tuple[Any, ...]) -> AttentionProblem:
+    """The problem as an operator's kernel hands it to the tiers."""
+    p = with_lengths(_problem(arguments))
+    return dataclasses.replace(p, seed=int(p.seed)) if isinstance(p.seed, torch.Tensor) else p
+
+
+def register(
+    forward: Callable[[AttentionProblem], Result], backward: Callable[..., tuple[torch.Tensor | None, ...]]
+) -> tuple[Callable[[AttentionProblem], Result], Callable[..., tuple[torch.Tensor | None, ...]]]:
+    """The operators whose kernels are `forward(p)` and `backward(p, out, lse, dout, dlse)`, as such functions."""
+
+    @custom_op(f"{NAMESPACE}::flash_attn_forward", mutates_args=(), schema=f"({_PROBLEM}) -> (Tensor, Tensor, Tensor)")
+    def forward_op(*arguments: Any):
+        with torch.no_grad():
+            p = _computed(arguments)
+            result = forward(p)
+            lse = result.lse if p.want_lse else p.q.new_empty(0, dtype=torch.float32)
+            probs = result.probs if p.want_probs else p.q.new_empty(0)
+            return contiguous(result.out), contiguous(lse), contiguous(probs)
+
+    @forward_op.register_fake
+    def _(*arguments: Any):
+        p = _problem(arguments)
+        lse_shape = p.lse_shape if p.want_lse else (0,)
+        probs = p.q.new_empty((p.batch, p.heads, *_longest(p)) if p.want_probs else (0,))
+        return p.q.new_empty(p.out_shape), p.q.new_empty(lse_shape, dtype=torch.float32), probs
+
+    @custom_op(
+        f"{NAMESPACE}::flash_attn_backward",
+        mutates_args=(),
+        schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
+    )
+    def backward_op(dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *arguments):
+        with torch.no_grad():
+            grads = backward(_computed(arguments), out, lse, dout, dlse)
+            return tuple(lse.new_empty(0) if grad is None else contiguous(grad) for grad in grads)
+
+    @backward_op.register_fake
+    def _(_dout, _dlse, _out, lse, *arguments):
+        p = _problem(arguments)
+        tensors = (getattr(p, name) for name in _DIFFERENTIABLE)
+        return tuple(lse.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        out, lse, probs = output
+        if not _problem(inputs).want_lse:
+            raise ValueError("want_lse: got False; accepted: True where a gradient is needed")
+        # Every tensor goes through save_for_backward, so that checkpointing and offloading hooks see it.
+        ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
+        ctx.save_for_backward(out, lse, *(value for value in inputs if isinstance(value, torch.Tensor)))
+        ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(probs)
+
+    def differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _dprobs: Any):
+        out, lse, *saved = ctx.saved_tensors
+        tensors = iter(saved)
+        pairs = zip(ctx.is_tensor, ctx.others, strict=True)
+        arguments = [next(tensors) if is_tensor else other for is_tensor, other in pairs]
+        if dout is None:
+            dout = torch.zeros_like(out)
+        grads = dict(zip(_DIFFERENTIABLE, backward_op(dout, dlse, out, lse, *arguments), strict=True))
+        pairs = zip(NAMES, ctx.needs_input_grad, strict=True)
+        return tuple(grads[name] if needed else None for name, needed in pairs)
+
+    def differentiate_again(*_: Any):
+        raise NotImplementedError("flash attention has no second derivative (double backward)")
+
+    forward_op.register_autograd(differentiate, setup_context=save)
+    backward_op.register_autograd(differentiate_again)
+
+    def captured_forward(p: AttentionProblem) -> Result:
+        want_lse = p.want_lse or p.requires_grad  # the backward pass needs it
+        out, lse, probs = forward_op(*flat(dataclasses.replace(p, want_lse=want_lse)))
+        return Result(out, lse if p.want_lse else None, probs if p.want_probs else None)
+
+    def captured_backward(p: AttentionProblem, out, lse, dout, dlse):
+        *grads, dsinks = backward_op(dout, dlse, out, lse, *flat(p))
+        return *grads, None if p.sinks is None else dsinks
+
+    return captured_forward, captured_backward
+
+
+@custom_op(f"{NAMESPACE}::no_gradient", mutates_args=(), schema="(Tensor dout, Tensor x, str reason) -> Tensor")
+def no_gradient(_dout: torch.Tensor, _x: torch.Tensor, reason: str) -> torch.Tensor:
+    """Raises NotImplementedError when it runs; in a graph it stands for the gradient of `x`.
+
+    It takes `dout` so that it counts as part of the backward pass: without, it would run in the forward one.
+    """
+    raise NotImplementedError(reason)
+
+
+@no_gradient.register_fake
+def _(_dout: torch.Tensor, x: torch.Tensor, _reason: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _longest(p: AttentionProblem) -> tuple[int, int]:
+    """`(max_seqlen_q, max_seqlen_k)` as the kernel will know them: sizes unknown where only a tensor has them."""
+    if p.cu_seqlens_q is None:
+        return p.max_seqlen_q, p.max_seqlen_k
+    rows_k = p.k.shape[0] if p.block_table is None else p.block_table.shape[1] * p.k.shape[1]
+    given = ((p.max_seqlen_q, p.q.shape[0], p.longest_q), (p.max_seqlen_k, rows_k, p.longest_k))
+    return tuple(
+        torch.sym_min(most, rows) if longest is None else torch.library.get_ctx().new_dynamic_size()
+        for most, rows, longest in given
+    )
+
+
+def contiguous(t: torch.Tensor) -> torch.Tensor:
+    """`t`, contiguous, with the strides of a new tensor also along dimensions of size 1, as the fake one has them."""
+    if not t.is_contiguous():
+        return t.contiguous(memory_format=torch.contiguous_format)
+    return t.view(-1).view(t.shape) if 1 in t.shape else t

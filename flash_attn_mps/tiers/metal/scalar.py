@@ -1,0 +1,15 @@
+"""The `scalar` tier: one thread per query (`kernels/scalar.metal`). Exact and slow, for debugging."""
+
+from __future__ import annotations
+
+from ...problem import AttentionProblem, Result
+from . import launch
+from .specialization import Variant
+
+name = "scalar"
+refuse = launch.refuse
+_VARIANT = Variant(rows=1, simdgroups=1, keys=1, staged=False)
+
+
+def run(p: AttentionProblem) -> Result | None:
+    return launch.run(p, "attention_scalar", _VARIANT)

@@ -1,0 +1,167 @@
+"""Which variant of the tiled kernel is fastest on this GPU: measured, by successive halving.
+
+(Jamieson and Talwalkar, 2016, https://arxiv.org/abs/1502.07943: time all candidates briefly, drop the slower part, time
+the rest for longer.) Only a variant whose result is right takes part.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from ... import problem, timing
+from ...problem import AttentionProblem, Result
+from .. import reference
+from . import launch, simdgroup, store, variants
+from .specialization import Variant
+from .store import Key, Winner
+
+# (rounds, how many of the candidates go on). The last survivors meet the default again, whose place they must earn.
+_HEATS = ((1, 1 / 4), (3, 1 / 4), (7, 0.0))
+_GAIN = 0.98  # of the default's time: less than that is noise
+_BATCH_SECONDS = 0.02
+_LENGTHS = {"short": (4, 384, 16), "medium": (1, 1536, 16), "long": (1, 4096, 8)}  # batch, length, heads
+_WINDOW = 1024
+_SMALL = 150  # the length at which results are compared: beyond a block of any variant, and no multiple of 8
+
+Launch = Callable[[AttentionProblem, Variant], Result | None]
+_log = logging.getLogger(__name__)
+
+
+def run_variant(p: AttentionProblem, variant: Variant) -> Result | None:
+    return launch.run(p, simdgroup.ENTRY, variant)
+
+
+class Outcome(NamedTuple):
+    """What was found for one class of calls. `refused`: variants that did not compile, or gave a wrong result."""
+
+    key: Key
+    winner: Winner | None  # None: not even the default works here
+    tried: int
+    refused: dict[Variant, str]
+
+
+def keys(dtypes: Sequence[str], head_dims: Sequence[int], lengths: Sequence[str], masks: Sequence[str]) -> list[Key]:
+    """All combinations; those that share their kernels follow each other."""
+    return [Key(t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths]
+
+
+def candidates(key: Key) -> list[Variant]:
+    """All that fit, the default first."""
+    return list(dict.fromkeys([variants.default(*_shape(key)), *variants.all_variants(*_shape(key))]))
+
+
+def tune(
+    key: Key,
+    device: torch.device | str,
+    watch: timing.Stopwatch,
+    *,
+    candidates: Sequence[Variant],
+    run: Launch = run_variant,
+    tick: Callable[[], object] = lambda: None,
+) -> Outcome:
+    """The fastest of `candidates` and the default, for calls of class `key`. `tick` is called once for each."""
+    default = variants.default(*_shape(key))
+    refused = {}
+    small = _problem(key, device, 2, _SMALL, 2)
+    exact = reference.run(_in_fp32(small)).out
+    calls = {}
+    p = _problem(key, device, *_LENGTHS[key.length])
+    for variant in dict.fromkeys([default, *candidates]):
+        reason = _refusal(functools.partial(run, small, variant), exact, small)
+        if reason:
+            refused[variant] = reason
+            tick()
+        else:
+            calls[variant] = functools.partial(run, p, variant)
+    times: dict[Variant, float] = {}
+    alive = list(calls)
+    for heat, (count, share) in enumerate(_HEATS):
+        measured = timing.rounds(
+            {variant: calls[variant] for variant in alive},
+            watch,
+            count,
+            _BATCH_SECONDS,
+            tick if not heat else lambda: None,
+        )
+        times = {variant: sorted(seconds)[len(seconds) // 2] for variant, seconds in measured.items()}
+        alive = sorted(times, key=times.__getitem__)[: max(2, round(share * len(times)))]
+        if default in calls and default not in alive:
+            alive.append(default)
+    if not times:
+        return Outcome(key, None, len(calls) + len(refused), refused)
+    fastest = min(times, key=times.__getitem__)
+    if default in times and times[fastest] > _GAIN * times[default]:
+        fastest = default
+    winner = Winner(fastest, times[fastest], times.get(default, times[fastest]))
+    return Outcome(key, winner, len(calls) + len(refused), refused)
+
+
+def briefly(p: AttentionProblem) -> Winner:
+    """Tune `p`'s class among the default's neighbours, and store what was found: a few seconds, on the way."""
+    key = store.key_of(p)
+    _log.info("tuning %s on %s", key, p.q.device)
+    default = variants.default(*_shape(key))
+    with torch.no_grad():
+        outcome = tune(key, p.q.device, timing.stopwatch(p.q.device), candidates=_neighbours(default, key))
+    winner = outcome.winner or Winner(default, 0.0, 0.0)
+    if outcome.winner is not None:
+        try:
+            store.save({key: winner})
+        except OSError as error:
+            _log.warning("the result of tuning is not kept: %s", error)
+    return winner
+
+
+def _shape(key: Key) -> tuple[int, int, int]:
+    return getattr(torch, key.dtype).itemsize, key.head_dim, key.head_dim_v
+
+
+def _neighbours(variant: Variant, key: Key) -> list[Variant]:
+    """Those that differ from `variant` in one respect, by one step."""
+    near = {field: {value, value * 2, value // 2} for field, value in variant._asdict().items() if field != "staged"}
+    return [
+        other
+        for other in variants.all_variants(*_shape(key))
+        if all(getattr(other, field) in values for field, values in near.items())
+        and sum(a != b for a, b in zip(variant, other, strict=True)) == 1
+    ]
+
+
+def _problem(key: Key, device: torch.device | str, batch: int, length: int, heads: int) -> AttentionProblem:
+    dtype = getattr(torch, key.dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(heads: int, head_dim: int) -> torch.Tensor:
+        return torch.randn(batch, length, heads, head_dim, generator=generator).to(device, dtype)
+
+    heads_k = max(1, heads // 4)
+    window = min(_WINDOW, length // 2) if key.mask == "window" else -1
+    scoring = problem.Scoring(causal=key.mask != "full", window_size=(window, -1))
+    return problem.dense(
+        randn(heads, key.head_dim), randn(heads_k, key.head_dim), randn(heads_k, key.head_dim_v), scoring
+    )
+
+
+def _in_fp32(p: AttentionProblem) -> AttentionProblem:
+    """On the CPU, since what computes beside the kernels on the GPU is under suspicion too."""
+    return replace(p, q=p.q.float().cpu(), k=p.k.float().cpu(), v=p.v.float().cpu())
+
+
+def _refusal(call: Callable[[], Result | None], exact: torch.Tensor, p: AttentionProblem) -> str | None:
+    """Why a variant takes no part, in words."""
+    try:
+        result = call()
+    except (RuntimeError, ValueError) as error:  # a pipeline that takes fewer threads than the variant has, say
+        return f"its launch fails ({error})"
+    if result is None:
+        return "it does not compile"
+    error = (result.out.float().cpu() - exact).abs().max().item()
+    # Probabilities and output are rounded once each to the dtype of v.
+    allowed = 2 * torch.finfo(p.v.dtype).eps * p.v.abs().max().item() + 1e-5
+    return None if error <= allowed else f"its result is off by {error:.2g}, {allowed:.2g} would be rounding"

@@ -1,0 +1,1 @@
+"""What the commands are made of: self-test, benchmark and what they print."""

@@ -1,0 +1,135 @@
+"""Who computes: the tiers of this project, stock PyTorch, and other packages where they are installed.
+
+A contender turns a workload and its inputs into a call without arguments, whose result is the output in the layout of
+q. Masks that its interface wants are made beforehand and cost it nothing. `Unsupported` says why it has none.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ... import problem
+from ...frontends import fa2
+from ...tiers import cpu, reference
+from ...tiers.metal import compiler, scalar, simdgroup
+from ...timing import Call
+from .workloads import Inputs, Workload
+
+STOCK = "stock SDPA"
+
+
+class Unsupported(Exception):
+    """This contender does not compute such a workload."""
+
+
+class Contender(NamedTuple):
+    name: str
+    prepare: Callable[[Workload, Inputs], Call]
+    ours: bool = False
+
+
+def contenders(device_type: str, full: bool, hub: bool) -> list[Contender]:
+    """Those that there are on this machine. `full`: the scalar tier too. `hub`: kernels that have to be downloaded."""
+    tiers = [reference, cpu] if device_type == "cpu" else [reference]
+    if device_type in compiler.device_types:
+        tiers = [simdgroup, *([scalar] if full else []), *tiers]
+    found = [Contender(f"mtlflashattn {tier.name}", lambda w, x, tier=tier: _ours(tier, w, x), True) for tier in tiers]
+    found.append(Contender(STOCK, _stock))
+    if device_type == "mps":
+        for name, prepare in (
+            ("metal_flash_attn", _flash_attn_like("metal_flash_attn")),  # mtlflashattn 0.2 and before
+            ("mps_flash_attn", _mps_flash_attn),
+        ):
+            if importlib.util.find_spec(name) is not None:
+                found.append(Contender(name, prepare))
+        if hub and importlib.util.find_spec("kernels") is not None:
+            found.append(
+                Contender("metal-flash-sdpa", _flash_attn_like("kernels-community/metal-flash-sdpa", hub=True))
+            )
+    return found
+
+
+def build(workload: Workload, x: Inputs) -> problem.AttentionProblem:
+    """The workload as every public function of this project describes it."""
+    scoring = problem.Scoring(causal=workload.causal, window_size=(workload.window, -1))
+    if workload.packed:
+        return problem.varlen(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, scoring)
+    return problem.dense(x.q, x.k, x.v, scoring)
+
+
+def _ours(tier: ModuleType, workload: Workload, x: Inputs) -> Call:
+    reasons = tier.refuse(build(workload, x))
+    if reasons:
+        raise Unsupported("; ".join(reasons))
+
+    def call() -> torch.Tensor:
+        result = tier.run(build(workload, x))  # what the caller pays on the host is part of the time
+        if result is None:
+            raise Unsupported("its kernel does not compile on this machine")
+        return result.out
+
+    return call
+
+
+def _stock(workload: Workload, x: Inputs) -> Call:
+    gqa = workload.heads != workload.heads_k
+    if workload.packed:  # it has no packed form: a call for each sequence, their lengths known on the host
+        q, k, v = (t.split([length for length, _ in workload.lengths]) for t in (x.q, x.k, x.v))
+
+        def one(*qkv: torch.Tensor) -> torch.Tensor:
+            heads_first = (t.transpose(0, 1)[None] for t in qkv)
+            return F.scaled_dot_product_attention(*heads_first, is_causal=workload.causal, enable_gqa=gqa)[0].transpose(
+                0, 1
+            )
+
+        return lambda: torch.cat([one(*qkv) for qkv in zip(q, k, v, strict=True)])
+    q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
+    queries, keys = workload.lengths[0]
+    mask = None
+    if workload.window >= 0:
+        distance = (
+            torch.arange(queries, device=q.device)[:, None] + keys - queries - torch.arange(keys, device=q.device)
+        )
+        mask = (distance >= 0) & (distance <= workload.window)
+    causal = workload.causal and mask is None and queries > 1
+
+    def call() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa).transpose(1, 2)
+
+    return call
+
+
+def _flash_attn_like(name: str, hub: bool = False) -> Callable[[Workload, Inputs], Call]:
+    """A package with FlashAttention-2's functions."""
+
+    def prepare(workload: Workload, x: Inputs) -> Call:
+        module = importlib.import_module("kernels").get_kernel(name) if hub else importlib.import_module(name)
+        wanted = fa2.flash_attn_varlen_func if workload.packed else fa2.flash_attn_func
+        function = getattr(module, wanted.__name__, None)
+        if function is None:
+            raise Unsupported(f"it has no {wanted.__name__}")
+        how = {"causal": workload.causal}
+        if workload.window >= 0:
+            how["window_size"] = (workload.window, 0)
+        if workload.packed:
+            cu_seqlens = x.cu_seqlens, x.cu_seqlens.clone()
+            return lambda: function(x.q, x.k, x.v, *cu_seqlens, x.max_seqlen, x.max_seqlen, **how)
+        return lambda: function(x.q, x.k, x.v, **how)
+
+    return prepare
+
+
+def _mps_flash_attn(workload: Workload, x: Inputs) -> Call:
+    if workload.packed:
+        raise Unsupported("it takes no packed sequences")
+    function = importlib.import_module("mps_flash_attn").flash_attention
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (x.q, x.k, x.v))
+    how = {"window_size": workload.window} if workload.window >= 0 else {}
+    causal = workload.causal and workload.lengths[0][0] > 1
+    return lambda: function(q, k, v, is_causal=causal, **how).transpose(1, 2)

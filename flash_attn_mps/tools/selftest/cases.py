@@ -1,0 +1,132 @@
+"""What the selftest runs: a case is a tier, a dtype, head dims, a feature and, for the tiled kernel, a variant.
+
+Its name says all of it, so that a failure on somebody's machine can be run again on another:
+"simdgroup:bfloat16:64:64:window:16x4x32-direct".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ...tiers.metal import variants
+
+
+class Feature(NamedTuple):
+    """One kind of call. Sequence b has `lengths[b]` = (queries, keys)."""
+
+    lengths: tuple[tuple[int, int], ...] = ((100, 100), (100, 100))
+    heads: tuple[int, int] = (2, 2)  # of q; of k and v
+    # dense, packed, packed and used (with seqused_q and seqused_k), used (padded, with seqused_k), leftpad,
+    # indexed (with kv_batch_idx), paged
+    layout: str = "dense"
+    strides: str = "contiguous"  # or heads first, gaps (rows neither adjacent nor aligned), last (its stride is 2)
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: str = ""  # or heads, batch: the shape of the slopes
+    sinks: bool = False
+    mask: str = ""  # or bool, float
+    scale: str = ""  # or number, tensor
+    want_lse: bool = True
+
+
+_RAGGED = ((100, 100), (1, 70), (0, 9), (33, 0), (64, 257))
+FEATURES = {
+    "full": Feature(),
+    "no lse": Feature(want_lse=False),
+    "causal": Feature(causal=True),
+    "causal, more keys": Feature(((33, 100),), causal=True),
+    "causal, more queries": Feature(((100, 33),), causal=True),
+    "window": Feature(window=(17, 5)),
+    "left window": Feature(((100, 257),), window=(40, -1), causal=True),
+    "right window": Feature(((64, 100),), window=(-1, 9)),
+    "softcap": Feature(softcap=3.0),
+    "alibi": Feature(alibi="heads"),
+    "alibi of a batch": Feature(alibi="batch", causal=True),
+    "grouped": Feature(heads=(6, 2), causal=True),
+    "one kv head": Feature(heads=(4, 1)),
+    "sinks": Feature(sinks=True, causal=True),
+    "bool mask": Feature(mask="bool"),
+    "float mask": Feature(mask="float", heads=(4, 2)),
+    "scale": Feature(scale="number"),
+    "scale in a tensor": Feature(scale="tensor"),
+    "packed": Feature(_RAGGED, layout="packed"),
+    "packed, causal": Feature(_RAGGED, layout="packed", causal=True, heads=(4, 2)),
+    "packed, everything": Feature(_RAGGED, (4, 2), "packed", "gaps", True, (50, 0), 5.0, "batch", True),
+    "packed, used": Feature(_RAGGED, layout="packed and used", causal=True),
+    "used keys": Feature(((3, 50), (3, 1), (3, 90)), layout="used", causal=True),
+    "left padding": Feature(((3, 50), (3, 40), (3, 90)), layout="leftpad"),
+    "cache index": Feature(((5, 60), (5, 60), (5, 60)), layout="indexed", causal=True),
+    "pages": Feature(((3, 50), (3, 100), (3, 7)), (4, 2), "paged", causal=True),
+    "heads first": Feature(strides="heads first"),
+    "gaps": Feature(strides="gaps", causal=True),
+    "strided last dim": Feature(strides="last"),
+    **{f"{q} queries, {k} keys": Feature(((q, k),), causal=True) for q, k in ((1, 257), (7, 31), (32, 32), (257, 64))},
+}
+# What shows whether a variant works: both edges, lengths that are no multiple of any block, sequences of no length.
+_OF_VARIANTS = ("packed, everything", "full", "causal")
+
+
+class Case(NamedTuple):
+    tier: str
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    feature: str
+    variant: str = ""  # "": whichever the tier chooses
+
+    def __str__(self) -> str:
+        return ":".join(map(str, self)).removesuffix(":")
+
+
+def parse(text: str) -> Case:
+    """The case of that name. Raises `ValueError` saying what is not known."""
+    parts = text.split(":")
+    if len(parts) not in (5, 6):
+        raise ValueError(f"{text!r} is not of the form tier:dtype:head_dim:head_dim_v:feature[:variant]")
+    tier, dtype, head_dim, head_dim_v, feature, *variant = parts
+    if feature not in FEATURES:
+        raise ValueError(f"feature {feature!r} is not known; known: {', '.join(FEATURES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
+    case = Case(tier, dtype, int(head_dim), int(head_dim_v), feature, *variant)
+    if case.variant and case.variant not in _variants(case.dtype, case.head_dim, case.head_dim_v):
+        raise ValueError(f"variant {case.variant!r} does not exist for {case}")
+    return case
+
+
+DTYPES = ("float16", "bfloat16", "float32")
+_USUAL = [(d, d) for d in (32, 64, 80, 96, 128, 256)] + [(192, 128)]
+_ALL = sorted({*_USUAL, *((d, d) for d in range(8, 257, 8)), (1, 1), (33, 33), (100, 100), (128, 64), (64, 128)})
+_HEAD_DIMS = {"quick": [(64, 64), (128, 128)], "usual": _USUAL, "full": _ALL}
+# Head dims, dtypes and how many of _OF_VARIANTS each variant is run with.
+_VARIANTS = {
+    "quick": ([(64, 64)], ("float16",), 1),
+    "usual": ([(64, 64), (128, 128)], DTYPES, 1),
+    "full": ([*_USUAL, (72, 72)], DTYPES, 3),
+}
+LEVELS = tuple(_HEAD_DIMS)
+
+
+def cases(level: str, metal: bool) -> Iterator[Case]:
+    """All cases of a level: of the Metal tiers too where there is Metal."""
+    head_dims = _HEAD_DIMS[level]
+    if metal:
+        for dtype in DTYPES:
+            yield from (Case("simdgroup", dtype, *dims, feature) for dims in head_dims for feature in FEATURES)
+        wanted, dtypes, features = _VARIANTS[level]
+        for dtype in dtypes:
+            for dims in wanted:
+                for variant in _variants(dtype, *dims):
+                    yield from (Case("simdgroup", dtype, *dims, f, variant) for f in _OF_VARIANTS[:features])
+    few = _USUAL if level == "full" else head_dims[:2]
+    for tier in ("scalar", "torch") if metal else ("torch", "cpu"):
+        for dtype in DTYPES:
+            yield from (Case(tier, dtype, *dims, feature) for dims in few for feature in FEATURES)
+
+
+def _variants(dtype: str, head_dim: int, head_dim_v: int) -> list[str]:
+    return [str(v) for v in variants.all_variants(getattr(torch, dtype).itemsize, head_dim, head_dim_v)]

@@ -1,0 +1,93 @@
+"""Running cases, and the rule by which a result is right."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ...problem import AttentionProblem, Result
+from ...tiers import cpu, reference
+from ...tiers.metal import compiler, launch, scalar, simdgroup, variants
+from .build import Built, build
+from .cases import Case
+
+TIERS = {tier.name: tier for tier in (simdgroup, scalar, reference, cpu)}
+# What may come of a case. That the cpu tier does not serve it is no failure: PyTorch decides what it does.
+RIGHT, WRONG, NOT_COMPILED, RAISED, NOT_SERVED = "right", "wrong", "not compiled", "raised", "not served"
+
+
+class Outcome(NamedTuple):
+    """`share`: the largest error as a share of what is allowed; 0 where there is no result."""
+
+    case: Case
+    status: str
+    share: float = 0.0
+    detail: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.status != RIGHT and not (self.status == NOT_SERVED and self.case.tier == cpu.name)
+
+
+def run(case: Case, device: torch.device | str) -> Outcome:
+    """Run one case on `device`; never raises."""
+    try:
+        built = build(case, device)
+        tier = TIERS[case.tier]
+        reasons = tier.refuse(built.problem)
+        if reasons:
+            return Outcome(case, NOT_SERVED, detail="; ".join(reasons))
+        known = set(compiler.failures)
+        result = _result(case, built.problem)
+        if result is None:
+            logs = [log for specialization, log in compiler.failures.items() if specialization not in known]
+            return Outcome(case, NOT_COMPILED, detail=logs[0] if logs else "as in a case before")
+        return _judged(case, built, result)
+    except Exception as error:  # a selftest reports whatever happens on somebody's machine
+        return Outcome(case, RAISED, detail=f"{type(error).__name__}: {error}")
+
+
+def _result(case: Case, p: AttentionProblem) -> Result | None:
+    if not case.variant:
+        return TIERS[case.tier].run(p)
+    found = variants.all_variants(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
+    return launch.run(p, simdgroup.ENTRY, next(v for v in found if str(v) == case.variant))
+
+
+def _judged(case: Case, built: Built, result: Result) -> Outcome:
+    dtype = getattr(torch, case.dtype)
+    lse = None if result.lse is None or not built.problem.want_lse else result.lse.cpu()
+    worst, detail = 0.0, ""
+    for b, (out, row_lse) in enumerate(built.of_sequences(result.out.cpu(), lse)):
+        exact = built.out[b]
+        if not out.numel():
+            continue
+        # Probabilities and output are rounded once each to the dtype of v. All else is float32: scores of up to 20,
+        # whose exponentials a GPU gives to a few units in the last place.
+        largest = max(1.0, exact.abs().max().item(), _largest(built.problem.v))
+        share, where = _share(out.double(), exact, 2 * torch.finfo(dtype).eps * largest + 2e-5)
+        if share > worst:
+            worst, detail = share, f"out of sequence {b} at (query, head, dim) = {where}"
+        if row_lse is None:
+            continue
+        finite = built.lse[b].masked_fill(built.lse[b] == -torch.inf, 0.0)
+        allowed = 2e-5 * (1 + finite.abs().max().item())
+        # An infinity in the wrong place, or none in the right one, is a NaN or an infinity in the difference.
+        same = (row_lse == -torch.inf) & (built.lse[b] == -torch.inf)
+        share, where = _share(row_lse.double().masked_fill(same, 0.0), built.lse[b].masked_fill(same, 0.0), allowed)
+        if share > worst:
+            worst, detail = share, f"log-sum-exp of sequence {b} at (head, query) = {where}"
+    return Outcome(case, RIGHT if worst <= 1 else WRONG, worst, detail if worst > 1 else "")
+
+
+def _largest(v: torch.Tensor) -> float:
+    return v.float().nan_to_num(0.0).abs().max().item() if v.numel() else 0.0
+
+
+def _share(x: torch.Tensor, exact: torch.Tensor, allowed: float) -> tuple[float, tuple[int, ...]]:
+    """The largest error in units of `allowed`, and where it is. Not a number is infinitely wrong."""
+    error = (x - exact).abs().nan_to_num(nan=torch.inf)
+    index = int(error.argmax())
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), error.shape))
+    return error.flatten()[index].item() / allowed, where
