@@ -31,13 +31,13 @@ KERNELS = list(itertools.product(VARIANTS, FEATURES, (False, True)))  # head_dim
 def described(head_dim: int, length: int, feature: str, causal: bool, device: str) -> problem.AttentionProblem:
     q, k, v = forward.tensors("half", head_dim, 1, length, device)
     wanted, per_head = FEATURES[feature], torch.rand(forward.HEADS, device=device)
-    scoring = problem.Scoring(
+    options = problem.CallOptions(
         causal=causal,
         softcap=30.0 if "softcap" in wanted else 0.0,
         alibi_slopes=per_head if "alibi" in wanted else None,
         want_lse=True,
     )
-    p = problem.dense(q, k, v, scoring)
+    p = problem.dense(q, k, v, options)
     return problem.with_sinks(p, per_head) if "sinks" in wanted else p
 
 

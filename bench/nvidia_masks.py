@@ -81,7 +81,7 @@ def mask_of(name: str, length: int, device: str) -> tuple[int, torch.Tensor]:
 
 def described(dim: int, batch: int, length: int, plain: str, device: str) -> problem.AttentionProblem:
     q, k, v = forward.tensors("half", dim, batch, length, device)
-    return problem.dense(q, k, v, problem.Scoring(window_size=PLAIN[plain], want_lse=True))
+    return problem.dense(q, k, v, problem.CallOptions(window_size=PLAIN[plain], want_lse=True))
 
 
 def name_of(what: str, dim: int, variant: Variant) -> str:

@@ -1,7 +1,8 @@
 """Which tier serves a problem, and why the others do not.
 
-A tier is a module with a `name`, `refuse(problem)`, which gives the reasons why it does not serve a problem (none if it
-does), and `run(problem)`, which computes it, differentiably, or gives None where this machine turns out unable to.
+A tier is a module with a `name`, `unsupported_reasons(problem)`, which gives the reasons why it does not serve a
+problem (none if it does), and `run(problem)`, which computes it, differentiably, or gives None where this machine turns
+out unable to.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def attention(p: AttentionProblem, without: tuple = ()) -> Result:
         return _captured_attention(p)
     refusals = []
     for tier in [tier for tier in _tiers() if tier not in without] or _tiers():
-        reasons = tier.refuse(p)
+        reasons = tier.unsupported_reasons(p)
         if not reasons:
             with without_autocast(p.q):
                 result = tier.run(p)
@@ -55,7 +56,7 @@ def gradients(
     if torch.compiler.is_compiling():
         return _captured_gradients(p, out, lse, dout, dlse)
     p = p.resolved()
-    tier = cpu if cpu in _tiers() and not cpu.refuse(p) else reference
+    tier = cpu if cpu in _tiers() and not cpu.unsupported_reasons(p) else reference
     with without_autocast(p.q):
         return tier.backward(p, out, lse, dout, dlse)
 
@@ -75,4 +76,4 @@ def _tiers() -> tuple:
 
 def explain(p: AttentionProblem) -> dict[str, list[str]]:
     """Each tier's reasons not to serve `p`, in the order in which they are asked; the first with none serves it."""
-    return {tier.name: tier.refuse(p) for tier in _tiers()}
+    return {tier.name: tier.unsupported_reasons(p) for tier in _tiers()}

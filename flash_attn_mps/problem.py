@@ -51,8 +51,9 @@ class AttentionProblem:
     cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): rows of k and v, or lengths alone where they are paged
     seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
     seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
-    longest_q: torch.Tensor | None = None  # 0-d: max_seqlen_q, where only the device knows it and the int is a bound
-    longest_k: torch.Tensor | None = None
+    # 0-d: max_seqlen_q and max_seqlen_k where only the device knows them; the ints above are then upper bounds.
+    max_seqlen_q_tensor: torch.Tensor | None = None
+    max_seqlen_k_tensor: torch.Tensor | None = None
     block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
     kv_batch_idx: torch.Tensor | None = None  # (batch,): which batch entry of k and v a sequence reads
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
@@ -107,11 +108,16 @@ class AttentionProblem:
 
     def resolved(self) -> AttentionProblem:
         """The same problem with exact `max_seqlen_q` and `max_seqlen_k`; waits for the device if only it knows them."""
-        if self.longest_q is None and self.longest_k is None:
+        device_q, device_k = self.max_seqlen_q_tensor, self.max_seqlen_k_tensor
+        if device_q is None and device_k is None:
             return self
-        seqlen_q = self.max_seqlen_q if self.longest_q is None else min(self.max_seqlen_q, int(self.longest_q))
-        seqlen_k = self.max_seqlen_k if self.longest_k is None else min(self.max_seqlen_k, int(self.longest_k))
-        return dataclasses.replace(self, max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k, longest_q=None, longest_k=None)
+        return dataclasses.replace(
+            self,
+            max_seqlen_q=self.max_seqlen_q if device_q is None else min(self.max_seqlen_q, int(device_q)),
+            max_seqlen_k=self.max_seqlen_k if device_k is None else min(self.max_seqlen_k, int(device_k)),
+            max_seqlen_q_tensor=None,
+            max_seqlen_k_tensor=None,
+        )
 
     @property
     def requires_grad(self) -> bool:
@@ -140,7 +146,7 @@ class Result:
 
 
 @dataclass(slots=True, eq=False)
-class Scoring:
+class CallOptions:
     """The arguments that every function shares, as the caller gave them."""
 
     softmax_scale: Any = None
@@ -182,14 +188,14 @@ def _draw_seed() -> int | torch.Tensor:
     return seed if torch.compiler.is_compiling() else int(seed)
 
 
-def dense(q: Any, k: Any, v: Any, scoring: Scoring, names: Mapping[str, str] = checks.NO_NAMES) -> AttentionProblem:
+def dense(q: Any, k: Any, v: Any, options: CallOptions, names: Mapping[str, str] = checks.NO_NAMES) -> AttentionProblem:
     """q `(batch, seqlen_q, heads, head_dim)`; k, v `(batch, seqlen_k, heads_k, head_dim)`; v's head_dim may differ."""
     checks.qkv(q, k, v, ("batch, seqlen_q, heads, head_dim", "batch, seqlen_k, heads_k, head_dim"), names)
     batch, seqlen_q = q.shape[:2]
     if k.shape[0] != batch:
         raise checks.malformed(names.get("k", "k"), k, f"a batch of {batch}, that of {names.get('q', 'q')}")
     seqlen_k = k.shape[1]
-    return AttentionProblem(q, k, v, batch, seqlen_q, seqlen_k, **scoring.checked(q, batch))
+    return AttentionProblem(q, k, v, batch, seqlen_q, seqlen_k, **options.checked(q, batch))
 
 
 def varlen(
@@ -200,7 +206,7 @@ def varlen(
     cu_seqlens_k: Any,
     max_seqlen_q: Any,
     max_seqlen_k: Any,
-    scoring: Scoring,
+    options: CallOptions,
     *,
     seqused_q: Any = None,
     seqused_k: Any = None,
@@ -211,7 +217,7 @@ def varlen(
     paged = block_table is not None
     kv_dims = "num_blocks, block_size, heads_k, head_dim" if paged else "total_k, heads_k, head_dim"
     checks.qkv(q, k, v, ("total_q, heads, head_dim", kv_dims), names)
-    max_seqlen_q, longest_q, lengths_q, max_seqlen_k, longest_k, lengths_k = _lengths(
+    max_seqlen_q, max_seqlen_q_tensor, lengths_q, max_seqlen_k, max_seqlen_k_tensor, lengths_k = _lengths(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table, names
     )
     batch = cu_seqlens_q.shape[0] - 1
@@ -222,14 +228,14 @@ def varlen(
         batch,
         max_seqlen_q,
         max_seqlen_k,
-        **scoring.checked(q, batch),
+        **options.checked(q, batch),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q,
         seqused_k=seqused_k,
         block_table=block_table,
-        longest_q=longest_q,
-        longest_k=longest_k,
+        max_seqlen_q_tensor=max_seqlen_q_tensor,
+        max_seqlen_k_tensor=max_seqlen_k_tensor,
         lengths_q=lengths_q,
         lengths_k=lengths_k,
     )
@@ -285,15 +291,19 @@ def _lengths(
         lengths_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, total_k, name("k", "k"), q)
         if cu_seqlens_k.shape[0] != batch + 1:
             raise checks.malformed(cu_k_name, cu_seqlens_k, f"{batch + 1} values, as many as {cu_q_name}")
-    max_seqlen_q, longest_q = checks.max_seqlen(max_seqlen_q, name("max_seqlen_q", "max_seqlen_q"), lengths_q, total_q)
-    max_seqlen_k, longest_k = checks.max_seqlen(max_seqlen_k, name("max_seqlen_k", "max_seqlen_k"), lengths_k, room)
+    max_seqlen_q, max_seqlen_q_tensor = checks.max_seqlen(
+        max_seqlen_q, name("max_seqlen_q", "max_seqlen_q"), lengths_q, total_q
+    )
+    max_seqlen_k, max_seqlen_k_tensor = checks.max_seqlen(
+        max_seqlen_k, name("max_seqlen_k", "max_seqlen_k"), lengths_k, room
+    )
     if paged:
         pages(block_table, k, lengths_k, cu_k_name)
     if seqused_q is not None:
         lengths_q = checks.lengths(seqused_q, "seqused_q", batch, lengths_q or max_seqlen_q, q)
     if seqused_k is not None:
         lengths_k = checks.lengths(seqused_k, "seqused_k", batch, lengths_k or max_seqlen_k, q)
-    return max_seqlen_q, longest_q, lengths_q, max_seqlen_k, longest_k, lengths_k
+    return max_seqlen_q, max_seqlen_q_tensor, lengths_q, max_seqlen_k, max_seqlen_k_tensor, lengths_k
 
 
 def with_qv(p: AttentionProblem, qv: Any, softmax_scale: Any) -> AttentionProblem:

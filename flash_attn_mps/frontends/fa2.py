@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks, dispatch
-from ..problem import AttentionProblem, Scoring, dense, varlen
+from ..problem import AttentionProblem, CallOptions, dense, varlen
 from . import kvcache
 
 _QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
@@ -55,8 +55,8 @@ def flash_attn_func(
 
     Returns `(batch, seqlen_q, heads, head_dim of v)`. See the module for the parameters.
     """
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
-    return finish(dense(q, k, v, scoring))
+    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
+    return finish(dense(q, k, v, options))
 
 
 def flash_attn_kvpacked_func(
@@ -72,9 +72,9 @@ def flash_attn_kvpacked_func(
     return_attn_probs=False,
 ):
     """`flash_attn_func` with keys and values in one tensor, `kv` `(batch, seqlen_k, 2, heads_k, head_dim)`."""
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
+    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     k, v = unpack(kv, "kv", "batch, seqlen_k, 2, heads_k, head_dim", 2)
-    return finish(dense(q, k, v, scoring, _KV))
+    return finish(dense(q, k, v, options, _KV))
 
 
 def flash_attn_qkvpacked_func(
@@ -89,9 +89,9 @@ def flash_attn_qkvpacked_func(
     return_attn_probs=False,
 ):
     """`flash_attn_func` with queries, keys and values in one tensor, `qkv` `(batch, seqlen, 3, heads, head_dim)`."""
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
+    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     q, k, v = unpack(qkv, "qkv", "batch, seqlen, 3, heads, head_dim", 3)
-    return finish(dense(q, k, v, scoring, _QKV))
+    return finish(dense(q, k, v, options, _QKV))
 
 
 def flash_attn_varlen_func(
@@ -118,9 +118,9 @@ def flash_attn_varlen_func(
     or 0-d tensors. With `block_table` `(batch, blocks per sequence)` int32, k and v are pages `(num_blocks, block_size,
     heads_k, head_dim)` and `cu_seqlens_k` gives the lengths. `cu_seqlens` stay on the device.
     """
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
+    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return finish(varlen(q, k, v, *lengths, scoring, block_table=block_table))
+    return finish(varlen(q, k, v, *lengths, options, block_table=block_table))
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -140,10 +140,10 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs=False,
 ):
     """`flash_attn_varlen_func` with keys and values in one tensor, `kv` `(total_k, 2, heads_k, head_dim)`."""
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
+    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     k, v = unpack(kv, "kv", "total_k, 2, heads_k, head_dim", 2)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return finish(varlen(q, k, v, *lengths, scoring, names=_KV))
+    return finish(varlen(q, k, v, *lengths, options, names=_KV))
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -160,10 +160,10 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs=False,
 ):
     """`flash_attn_varlen_func` with queries, keys and values in one tensor, `qkv` `(total, 3, heads, head_dim)`."""
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
+    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     q, k, v = unpack(qkv, "qkv", "total, 3, heads, head_dim", 3)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return finish(varlen(q, k, v, *lengths, scoring, names={**_QKV, **_ONE_LENGTH}))
+    return finish(varlen(q, k, v, *lengths, options, names={**_QKV, **_ONE_LENGTH}))
 
 
 def flash_attn_with_kvcache(
@@ -201,12 +201,12 @@ def flash_attn_with_kvcache(
     Not differentiable: backward raises `NotImplementedError`.
     """
     checks.integer(num_splits, "num_splits", "an integer")
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, want_lse=return_softmax_lse)
+    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, want_lse=return_softmax_lse)
     result = kvcache.attention(
         q,
         k_cache,
         v_cache,
-        scoring,
+        options,
         k=k,
         v=v,
         rotary_cos=rotary_cos,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks, dispatch
-from ..problem import AttentionProblem, Scoring, dense, varlen
+from ..problem import AttentionProblem, CallOptions, dense, varlen
 
 
 def _flash_attn_forward(
@@ -31,10 +31,10 @@ def _flash_attn_forward(
     return_softmax,
 ):
     window_size = (window_size_left, window_size_right)
-    scoring = Scoring(
+    options = CallOptions(
         softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True, want_probs=return_softmax
     )
-    return _forward(dense, (q, k, v), {}, scoring)
+    return _forward(dense, (q, k, v), {}, options)
 
 
 def _flash_attn_varlen_forward(
@@ -61,12 +61,12 @@ def _flash_attn_varlen_forward(
     if leftpad_k is not None:
         raise checks.unsupported("leftpad_k", leftpad_k, "None; flash_attn_with_kvcache takes cache_leftpad")
     window_size = (window_size_left, window_size_right)
-    scoring = Scoring(
+    options = CallOptions(
         softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True, want_probs=return_softmax
     )
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     layout = {"seqused_k": seqused_k, "block_table": block_table}
-    return _forward(varlen, (q, k, v, *lengths), layout, scoring)
+    return _forward(varlen, (q, k, v, *lengths), layout, options)
 
 
 def _flash_attn_backward(
@@ -91,8 +91,8 @@ def _flash_attn_backward(
 ):
     window_size = (window_size_left, window_size_right)
     seed = _seed(dropout_p, rng_state)
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
-    return backward(dense, (q, k, v), scoring, dout, out, softmax_lse, (dq, dk, dv))
+    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
+    return backward(dense, (q, k, v), options, dout, out, softmax_lse, (dq, dk, dv))
 
 
 def _flash_attn_varlen_backward(
@@ -122,14 +122,14 @@ def _flash_attn_varlen_backward(
 ):
     window_size = (window_size_left, window_size_right)
     seed = _seed(dropout_p, rng_state)
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
+    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return backward(varlen, (q, k, v, *lengths), scoring, dout, out, softmax_lse, (dq, dk, dv))
+    return backward(varlen, (q, k, v, *lengths), options, dout, out, softmax_lse, (dq, dk, dv))
 
 
 @torch.no_grad()
-def _forward(describe, tensors, layout, scoring: Scoring):
-    p = describe(*tensors, scoring, **layout)
+def _forward(describe, tensors, layout, options: CallOptions):
+    p = describe(*tensors, options, **layout)
     result = dispatch.attention(p)
     probs = p.q.new_empty(0) if result.probs is None else result.probs
     seed = torch.as_tensor(p.seed, dtype=torch.int64, device="cpu")
@@ -137,9 +137,9 @@ def _forward(describe, tensors, layout, scoring: Scoring):
 
 
 @torch.no_grad()
-def backward(describe, tensors, scoring: Scoring, dout, out, lse, grads):
-    """Gradients of the problem that `describe(*tensors, scoring)` gives, into `grads` where they are buffers."""
-    p: AttentionProblem = describe(*tensors, scoring)
+def backward(describe, tensors, options: CallOptions, dout, out, lse, grads):
+    """Gradients of the problem that `describe(*tensors, options)` gives, into `grads` where they are buffers."""
+    p: AttentionProblem = describe(*tensors, options)
     for name, value, shape in (
         ("dout", dout, p.out_shape),
         ("out", out, p.out_shape),

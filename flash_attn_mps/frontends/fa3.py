@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks, dispatch
-from ..problem import AttentionProblem, Scoring, dense, varlen, with_qv
+from ..problem import AttentionProblem, CallOptions, dense, varlen, with_qv
 from . import kvcache
 from .fa2 import unpack
 
@@ -39,11 +39,11 @@ def flash_attn_func(
 ):
     """Attention of a dense batch: `(batch, seqlen_q, heads, head_dim of v)`, or `(out, softmax_lse)`."""
     checks.integer(num_splits, "num_splits", "an integer")
-    refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    scoring = Scoring(
+    reject(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    options = CallOptions(
         softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
     )
-    return _finish(dense(q, k, v, scoring), qv, softmax_scale)
+    return _finish(dense(q, k, v, options), qv, softmax_scale)
 
 
 def flash_attn_qkvpacked_func(
@@ -65,8 +65,8 @@ def flash_attn_qkvpacked_func(
 
     `qkv` is `(batch, seqlen, 3, heads, head_dim)`, or `(batch, seqlen, num_heads_q + 2 * heads_k, head_dim)`.
     """
-    refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    scoring = Scoring(
+    reject(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    options = CallOptions(
         softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
     )
     if isinstance(qkv, torch.Tensor) and qkv.dim() == 4:
@@ -80,7 +80,7 @@ def flash_attn_qkvpacked_func(
         q, k, v = qkv.split([heads, left // 2, left // 2], dim=2)
     else:
         q, k, v = unpack(qkv, "qkv", "batch, seqlen, 3, heads, head_dim", 3)
-    return _finish(dense(q, k, v, scoring, _QKV))
+    return _finish(dense(q, k, v, options, _QKV))
 
 
 def flash_attn_varlen_func(
@@ -114,12 +114,12 @@ def flash_attn_varlen_func(
     seen.
     """
     checks.integer(num_splits, "num_splits", "an integer")
-    refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    scoring = Scoring(
+    reject(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    options = CallOptions(
         softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
     )
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _finish(varlen(q, k, v, *lengths, scoring, seqused_q=seqused_q, seqused_k=seqused_k), qv, softmax_scale)
+    return _finish(varlen(q, k, v, *lengths, options, seqused_q=seqused_q, seqused_k=seqused_k), qv, softmax_scale)
 
 
 def flash_attn_with_kvcache(
@@ -162,12 +162,12 @@ def flash_attn_with_kvcache(
     belong to upstream's splits of the keys and are empty here.
     """
     checks.integer(num_splits, "num_splits", "an integer")
-    refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    reject(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     result = kvcache.attention(
         q,
         k_cache,
         v_cache,
-        Scoring(
+        CallOptions(
             softmax_scale, causal, window_size, softcap, want_lse=return_softmax_lse, attention_chunk=attention_chunk
         ),
         k=k,
@@ -251,7 +251,7 @@ def accumulators(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out.new_empty(0, dtype=torch.float32), out.new_empty(0, dtype=torch.float32)
 
 
-def refuse(**descales) -> None:
+def reject(**descales) -> None:
     for name, value in descales.items():
         if value is not None:
             raise checks.unsupported(name, value, "None: there is no fp8 attention here")

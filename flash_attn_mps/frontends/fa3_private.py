@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 
 from .. import checks, dispatch
-from ..problem import Scoring, dense, varlen, with_qv
+from ..problem import CallOptions, dense, varlen, with_qv
 from . import kvcache
 from .fa2_private import backward
-from .fa3 import accumulators, refuse
+from .fa3 import accumulators, reject
 
 
 def _flash_attn_forward(
@@ -52,18 +52,18 @@ def _flash_attn_forward(
     pack_gqa=None,
     sm_margin=0,
 ):
-    refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    reject(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     window_size = (window_size_left, window_size_right)
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, want_lse=True, attention_chunk=attention_chunk)
+    options = CallOptions(softmax_scale, causal, window_size, softcap, want_lse=True, attention_chunk=attention_chunk)
     # Not a decorator: who builds on this function reads its arguments with inspect.getfullargspec.
     with torch.no_grad():
         if cu_seqlens_k is None and (seqused_k is not None or k_new is not None or page_table is not None):
-            _refuse("with a key-value cache", seqused_q=seqused_q)
+            _reject("with a key-value cache", seqused_q=seqused_q)
             result = kvcache.attention(
                 q,
                 k,
                 v,
-                scoring,
+                options,
                 k=k_new,
                 v=v_new,
                 qv=qv,
@@ -81,7 +81,7 @@ def _flash_attn_forward(
                 max_seqlen_q=max_seqlen_q,
             )
         else:
-            _refuse(
+            _reject(
                 "without a key-value cache (seqused_k, and no cu_seqlens_k)",
                 k_new=k_new,
                 v_new=v_new,
@@ -93,7 +93,7 @@ def _flash_attn_forward(
                 seqlens_rotary=seqlens_rotary,
             )
             lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
-            p = _describe(*lengths, page_table)(q, k, v, scoring)
+            p = _describe(*lengths, page_table)(q, k, v, options)
             result = dispatch.attention(p if qv is None else with_qv(p, qv, softmax_scale))
         out = result.out if out_ is None else out_.copy_(result.out)
         return out, result.lse, *accumulators(out)
@@ -123,23 +123,23 @@ def _flash_attn_backward(
     deterministic=False,
     sm_margin=0,
 ):
-    scoring = Scoring(softmax_scale, is_causal, (window_size_left, window_size_right), softcap)
+    options = CallOptions(softmax_scale, is_causal, (window_size_left, window_size_right), softcap)
     describe = _describe(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sequed_q, sequed_k, None)
-    return backward(describe, (q, k, v), scoring, dout, out, softmax_lse, (dq, dk, dv))
+    return backward(describe, (q, k, v), options, dout, out, softmax_lse, (dq, dk, dv))
 
 
 def _describe(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table):
-    """A function from q, k, v and the scoring to the problem: dense without `cu_seqlens_q`, else packed."""
+    """A function from q, k, v and the options to the problem: dense without `cu_seqlens_q`, else packed."""
     if cu_seqlens_q is None:
         # A dense problem has one length for all: a length that is not looked at would give wrong gradients.
-        _refuse("without cu_seqlens_q", cu_seqlens_k=cu_seqlens_k, sequed_q=seqused_q, sequed_k=seqused_k)
+        _reject("without cu_seqlens_q", cu_seqlens_k=cu_seqlens_k, sequed_q=seqused_q, sequed_k=seqused_k)
         return dense
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options = {"seqused_q": seqused_q, "seqused_k": seqused_k, "block_table": page_table}
-    return lambda q, k, v, scoring: varlen(q, k, v, *lengths, scoring, **options)
+    layout = {"seqused_q": seqused_q, "seqused_k": seqused_k, "block_table": page_table}
+    return lambda q, k, v, options: varlen(q, k, v, *lengths, options, **layout)
 
 
-def _refuse(where: str, **arguments) -> None:
+def _reject(where: str, **arguments) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise checks.unsupported(name, value, f"None {where}")

@@ -12,7 +12,7 @@ import torch
 
 from .. import checks, dispatch
 from ..graph import attention_op, kvcache_op
-from ..problem import AttentionProblem, Result, Scoring, pages, with_qv
+from ..problem import AttentionProblem, CallOptions, Result, pages, with_qv
 from .rotary import apply_rotary
 
 _Q = "batch, seqlen_q, heads, head_dim"
@@ -26,7 +26,7 @@ def attention(
     q: Any,
     k_cache: Any,
     v_cache: Any,
-    scoring: Scoring,
+    options: CallOptions,
     *,
     k: Any = None,
     v: Any = None,
@@ -68,7 +68,7 @@ def attention(
             "max_seqlen_q": max_seqlen_q,
         }
         with torch.no_grad():
-            result = _captured(q, k_cache, v_cache, scoring, **named)
+            result = _captured(q, k_cache, v_cache, options, **named)
         return _anchored(result, given)
     cache = _Cache(
         q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, block_table_name, cu_seqlens_q
@@ -81,7 +81,7 @@ def attention(
         max_seqlen_q = cache.check_queries(max_seqlen_q)
         rotated = q
         if rotary_cos is not None or rotary_sin is not None:
-            moving = bool(scoring.causal) or checks.window(scoring.window_size, False) != (-1, -1)
+            moving = bool(options.causal) or checks.window(options.window_size, False) != (-1, -1)
             rotary = _Rotary(cache, rotary_cos, rotary_sin, rotary_interleaved, rotary_seqlens)
             rotated = rotary.queries(max_seqlen_q, moving)
             k = rotary.keys(k)
@@ -89,11 +89,11 @@ def attention(
             raise checks.malformed(
                 "rotary_seqlens", "positions without rotary_cos and rotary_sin", "None, or all three"
             )
-        p = cache.problem(rotated, max_seqlen_q, scoring)
+        p = cache.problem(rotated, max_seqlen_q, options)
         if k is not None:
             cache.append(k, v)
         if qv is not None:
-            p = with_qv(p, qv, scoring.softmax_scale)
+            p = with_qv(p, qv, options.softmax_scale)
         result = dispatch.attention(p)
     return _anchored(result, given)
 
@@ -142,7 +142,7 @@ class _Cache:
         paged, packed = block_table is not None, cu_seqlens_q is not None
         checks.qkv(q, k_cache, v_cache, (_Q_PACKED if packed else _Q, _PAGES if paged else _CACHE), _NAMES)
         self.q, self.k, self.v = q, k_cache, v_cache
-        self.cu_seqlens_q, self.lengths_q, self.longest_q = cu_seqlens_q, None, None
+        self.cu_seqlens_q, self.lengths_q, self.max_seqlen_q_tensor = cu_seqlens_q, None, None
         if packed:
             self.lengths_q = checks.cu_seqlens(cu_seqlens_q, "cu_seqlens_q", q.shape[0], "q", q)
         self.batch = batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
@@ -192,7 +192,9 @@ class _Cache:
     def check_queries(self, max_seqlen_q: Any) -> int:
         if self.cu_seqlens_q is None:
             return self.q.shape[1]
-        longest, self.longest_q = checks.max_seqlen(max_seqlen_q, "max_seqlen_q", self.lengths_q, self.q.shape[0])
+        longest, self.max_seqlen_q_tensor = checks.max_seqlen(
+            max_seqlen_q, "max_seqlen_q", self.lengths_q, self.q.shape[0]
+        )
         return longest
 
     def check_new(self, k: Any, v: Any, cu_seqlens_k_new: Any) -> None:
@@ -244,7 +246,7 @@ class _Cache:
         self.k[where] = k
         self.v[where] = v
 
-    def problem(self, q: torch.Tensor, max_seqlen_q: int, scoring: Scoring) -> AttentionProblem:
+    def problem(self, q: torch.Tensor, max_seqlen_q: int, options: CallOptions) -> AttentionProblem:
         uniform = isinstance(self.seqlens, int) and self.cu_new is None
         k, v, seqused, lengths, longest = self.k, self.v, None, None, self.room
         if (
@@ -270,10 +272,10 @@ class _Cache:
             self.batch,
             max_seqlen_q,
             longest,
-            **scoring.checked(q, self.batch),
+            **options.checked(q, self.batch),
             cu_seqlens_q=self.cu_seqlens_q,
             seqused_k=seqused,
-            longest_q=self.longest_q,
+            max_seqlen_q_tensor=self.max_seqlen_q_tensor,
             block_table=self.block_table,
             kv_batch_idx=self.batch_idx,
             leftpad_k=self.leftpad,

@@ -165,7 +165,7 @@ def _longest(p: AttentionProblem) -> tuple[int, int]:
     if p.cu_seqlens_q is None:
         return p.max_seqlen_q, p.max_seqlen_k
     rows_k = p.k.shape[0] if p.block_table is None else p.block_table.shape[1] * p.k.shape[1]
-    given = ((p.max_seqlen_q, p.q.shape[0], p.longest_q), (p.max_seqlen_k, rows_k, p.longest_k))
+    given = ((p.max_seqlen_q, p.q.shape[0], p.max_seqlen_q_tensor), (p.max_seqlen_k, rows_k, p.max_seqlen_k_tensor))
     return tuple(
         torch.sym_min(most, rows) if longest is None else torch.library.get_ctx().new_dynamic_size()
         for most, rows, longest in given

@@ -14,7 +14,7 @@ import torch
 from torch.library import custom_op
 
 from .. import checks
-from ..problem import Result, Scoring
+from ..problem import CallOptions, Result
 from .attention_op import NAMESPACE, contiguous
 
 _TENSORS = (
@@ -47,16 +47,16 @@ def register(attend: Callable[..., Result]) -> Callable[..., Result]:
     """The operators whose kernel is `attend`, as a function with the same arguments: `kvcache.attention`'s."""
 
     def kernel(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k_cache, v_cache, scoring, named = _call(arguments)
+        q, k_cache, v_cache, options, named = _call(arguments)
         with torch.no_grad():
-            result = attend(q, k_cache, v_cache, scoring, **named)
-            lse = result.lse if scoring.want_lse else q.new_empty(0, dtype=torch.float32)
+            result = attend(q, k_cache, v_cache, options, **named)
+            lse = result.lse if options.want_lse else q.new_empty(0, dtype=torch.float32)
             return contiguous(result.out), contiguous(lse)
 
     def fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        q, _, v_cache, scoring, named = _call(arguments)
+        q, _, v_cache, options, named = _call(arguments)
         heads_first = (0, 2, 1) if named["cu_seqlens_q"] is None else (1, 0)
-        lse_shape = tuple(q.shape[i] for i in heads_first) if scoring.want_lse else (0,)
+        lse_shape = tuple(q.shape[i] for i in heads_first) if options.want_lse else (0,)
         return q.new_empty((*q.shape[:-1], v_cache.shape[-1])), q.new_empty(lse_shape, dtype=torch.float32)
 
     def define(name: str, written: tuple[str, ...], schema: str) -> Callable[..., Any]:
@@ -67,23 +67,23 @@ def register(attend: Callable[..., Result]) -> Callable[..., Result]:
     reads = define("flash_attn_with_kvcache", (), _SCHEMA.format("", ""))
     writes = define("flash_attn_with_kvcache_append", ("k_cache", "v_cache"), _SCHEMA.format("(a!)", "(b!)"))
 
-    def captured(q: Any, k_cache: Any, v_cache: Any, scoring: Scoring, **named: Any) -> Result:
+    def captured(q: Any, k_cache: Any, v_cache: Any, options: CallOptions, **named: Any) -> Result:
         op = reads if named["k"] is None and named["v"] is None else writes
-        out, lse = op(*_flat(q, k_cache, v_cache, scoring, named))
-        return Result(out, lse if scoring.want_lse else None)
+        out, lse = op(*_flat(q, k_cache, v_cache, options, named))
+        return Result(out, lse if options.want_lse else None)
 
     return captured
 
 
-def _flat(q: Any, k_cache: Any, v_cache: Any, scoring: Scoring, named: dict[str, Any]) -> list[Any]:
+def _flat(q: Any, k_cache: Any, v_cache: Any, options: CallOptions, named: dict[str, Any]) -> list[Any]:
     """The arguments in the order of the schema; numbers as plain ones."""
-    scale = scoring.softmax_scale
+    scale = options.softmax_scale
     if scale is not None:
         scale = checks.softmax_scale(scale, 1, q)
-    arguments = [q, k_cache, v_cache, *_either(scale), bool(scoring.causal)]
-    arguments += checks.window(scoring.window_size, False)
-    arguments += [checks.softcap(scoring.softcap), scoring.alibi_slopes, bool(scoring.want_lse)]
-    arguments += [checks.attention_chunk(scoring.attention_chunk), bool(named["rotary_interleaved"])]
+    arguments = [q, k_cache, v_cache, *_either(scale), bool(options.causal)]
+    arguments += checks.window(options.window_size, False)
+    arguments += [checks.softcap(options.softcap), options.alibi_slopes, bool(options.want_lse)]
+    arguments += [checks.attention_chunk(options.attention_chunk), bool(named["rotary_interleaved"])]
     arguments.append(named["block_table_name"])
     for name in _NUMBERS:
         value = named[name]
@@ -97,14 +97,14 @@ def _either(value: Any) -> tuple[Any, Any]:
     return (None, value) if isinstance(value, torch.Tensor) else (value, None)
 
 
-def _call(arguments: tuple[Any, ...]) -> tuple[Any, Any, Any, Scoring, dict[str, Any]]:
-    """`(q, k_cache, v_cache, scoring, the arguments by name)`."""
+def _call(arguments: tuple[Any, ...]) -> tuple[Any, Any, Any, CallOptions, dict[str, Any]]:
+    """`(q, k_cache, v_cache, options, the arguments by name)`."""
     q, k_cache, v_cache, scale, scale_tensor, causal, left, right, softcap, slopes, want_lse, chunk, *rest = arguments
     scale = scale if scale_tensor is None else scale_tensor
-    scoring = Scoring(scale, causal, (left, right), softcap, slopes, want_lse=want_lse, attention_chunk=chunk)
+    options = CallOptions(scale, causal, (left, right), softcap, slopes, want_lse=want_lse, attention_chunk=chunk)
     named = dict(zip(("rotary_interleaved", "block_table_name"), rest, strict=False))
     numbers, tensors = rest[2 : 2 + 2 * len(_NUMBERS)], rest[2 + 2 * len(_NUMBERS) :]
     for name, number, tensor in zip(_NUMBERS, numbers[::2], numbers[1::2], strict=True):
         named[name] = number if tensor is None else tensor
     named.update(zip(_TENSORS, tensors, strict=True))
-    return q, k_cache, v_cache, scoring, named
+    return q, k_cache, v_cache, options, named

@@ -14,7 +14,7 @@ import inspect
 import torch
 
 from .. import dispatch
-from ..problem import Scoring, dense, varlen, with_mask, with_sinks
+from ..problem import CallOptions, dense, varlen, with_mask, with_sinks
 
 NAME = "mps_fa"
 
@@ -121,16 +121,16 @@ def attention(
     rules = {"softmax_scale": scaling, "softcap": 0.0 if softcap is None else softcap, "dropout_p": dropout}
     if attention_mask is not None and attention_mask.ndim == 4:
         attention_mask = attention_mask[..., : k.shape[1]]  # a mask for a static cache may reach further
-        return _computed(with_mask(dense(q, k, v, Scoring(**rules)), attention_mask, "attention_mask"), s_aux), None
+        return _computed(with_mask(dense(q, k, v, CallOptions(**rules)), attention_mask, "attention_mask"), s_aux), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    scoring = Scoring(causal=causal, window_size=_window(module, causal, sliding_window), **rules)
+    options = CallOptions(causal=causal, window_size=_window(module, causal, sliding_window), **rules)
     if attention_mask is not None:
-        return _padded(q, k, v, attention_mask, scoring, s_aux), None
+        return _padded(q, k, v, attention_mask, options, s_aux), None
     if cu_seq_lens_q is not None:
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        packed = varlen(*(tensor.flatten(0, 1) for tensor in (q, k, v)), *lengths, scoring)
+        packed = varlen(*(tensor.flatten(0, 1) for tensor in (q, k, v)), *lengths, options)
         return _computed(packed, s_aux).unflatten(0, q.shape[:2]), None
-    return _computed(dense(q, k, v, scoring), s_aux), None
+    return _computed(dense(q, k, v, options), s_aux), None
 
 
 def _computed(problem, s_aux):
@@ -147,11 +147,11 @@ def _window(module, causal, sliding_window):
     return (reach, reach) if reach is not None else (sliding_window - 1, sliding_window - 1)
 
 
-def _padded(q, k, v, keep, scoring, s_aux):
+def _padded(q, k, v, keep, options, s_aux):
     """Attention of the tokens that a mask `(batch, keys)` keeps, as one packed call; the others give zeros."""
     batch, seqlen_q = q.shape[:2]
     k, v = k[:, : keep.shape[1]], v[:, : keep.shape[1]]
-    if scoring.causal or scoring.window_size != (-1, -1) or keep.dtype != torch.bool:
+    if options.causal or options.window_size != (-1, -1) or keep.dtype != torch.bool:
         if keep.shape[1] < seqlen_q:
             raise ValueError(f"attention_mask covers {keep.shape[1]} keys, fewer than the {seqlen_q} queries")
         keep_q = keep[:, keep.shape[1] - seqlen_q :]
@@ -169,7 +169,7 @@ def _padded(q, k, v, keep, scoring, s_aux):
         cu_seqlens_k,
         cu_seqlens_q.diff().max(),
         cu_seqlens_k.diff().max(),
-        scoring,
+        options,
     )
     packed = _computed(problem, s_aux)
     out = packed.new_zeros(batch * seqlen_q, *packed.shape[1:])

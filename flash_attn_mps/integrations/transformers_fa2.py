@@ -6,7 +6,7 @@ of `flash_attn_mps.frontends.fa2`.
 """
 
 from ..frontends.fa2 import finish
-from ..problem import Scoring, dense, varlen, with_sinks
+from ..problem import CallOptions, dense, varlen, with_sinks
 
 
 def flash_attn_func(
@@ -24,8 +24,8 @@ def flash_attn_func(
     s_aux=None,
 ):
     """`flash_attn_mps.flash_attn_func` with sinks `s_aux` `(heads,)`, not scaled; None for none."""
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
-    return finish(_with(dense(q, k, v, scoring), s_aux))
+    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
+    return finish(_with(dense(q, k, v, options), s_aux))
 
 
 def flash_attn_varlen_func(
@@ -48,9 +48,9 @@ def flash_attn_varlen_func(
     s_aux=None,
 ):
     """`flash_attn_mps.flash_attn_varlen_func` with sinks `s_aux` `(heads,)`, not scaled; None for none."""
-    scoring = Scoring(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
+    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return finish(_with(varlen(q, k, v, *lengths, scoring, block_table=block_table), s_aux))
+    return finish(_with(varlen(q, k, v, *lengths, options, block_table=block_table), s_aux))
 
 
 def _with(p, s_aux):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..problem import AttentionProblem, Scoring, dense, with_mask
+from ..problem import AttentionProblem, CallOptions, dense, with_mask
 from .call import Arguments
 
 
@@ -20,8 +20,8 @@ def problem(arguments: Arguments) -> AttentionProblem:
     if is_causal:
         k, v = k[:, :seqlen_q], v[:, :seqlen_q]  # no query sees a key beyond
         right = max(0, seqlen_q - seqlen_k)  # windows are counted from the bottom right
-    scoring = Scoring(softmax_scale=scale, window_size=(-1, right), dropout_p=float(dropout_p))
-    p = dense(q, k, v, scoring, {"q": "query", "k": "key", "v": "value"})
+    options = CallOptions(softmax_scale=scale, window_size=(-1, right), dropout_p=float(dropout_p))
+    p = dense(q, k, v, options, {"q": "query", "k": "key", "v": "value"})
     return p if mask is None else with_mask(p, mask)
 
 

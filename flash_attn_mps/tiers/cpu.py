@@ -15,7 +15,7 @@ from . import reference
 name = "cpu"
 
 
-def refuse(p: AttentionProblem) -> list[str]:
+def unsupported_reasons(p: AttentionProblem) -> list[str]:
     """Why this tier does not serve `p`, in words; empty if it does."""
     q, k = p.q, p.k
     if q.device.type != "cpu":

@@ -26,7 +26,7 @@ name = "torch"
 _SCORES = 1 << 22  # 16 MiB of float32
 
 
-def refuse(p: AttentionProblem) -> list[str]:
+def unsupported_reasons(p: AttentionProblem) -> list[str]:
     return []
 
 

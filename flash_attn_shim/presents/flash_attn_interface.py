@@ -12,6 +12,7 @@ from flash_attn_mps.frontends.fa3 import (
     flash_attn_with_kvcache,
     get_scheduler_metadata,
 )
+from flash_attn_mps.frontends.fa3_private import _flash_attn_backward, _flash_attn_forward  # noqa: F401
 from flash_attn_shim.own import own as _own
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flash_attn_mps import dispatch, trace
 from flash_attn_mps.frontends import fa2, fa2_private, fa3, fa3_private
 from flash_attn_mps.graph import attention_op
-from flash_attn_mps.problem import Scoring, dense, varlen, with_mask, with_sinks
+from flash_attn_mps.problem import CallOptions, dense, varlen, with_mask, with_sinks
 from tests.compiled import assert_one_graph, compiled, outcome
 
 from . import oracle
@@ -37,8 +37,8 @@ def packed(n):
 
 
 def with_tensors(n):
-    *tensors, longest_q, longest_k = packed(n)
-    return *tensors, torch.tensor(longest_q), torch.tensor(longest_k)
+    *tensors, max_seqlen_q_tensor, max_seqlen_k_tensor = packed(n)
+    return *tensors, torch.tensor(max_seqlen_q_tensor), torch.tensor(max_seqlen_k_tensor)
 
 
 def paged(n):
@@ -75,7 +75,7 @@ def plain(n):
 
 
 def masked(q, k, v, mask, sinks):
-    p = with_sinks(with_mask(dense(q, k, v, Scoring()), mask), sinks)
+    p = with_sinks(with_mask(dense(q, k, v, CallOptions()), mask), sinks)
     return dispatch.attention(p).out
 
 
@@ -397,7 +397,7 @@ def test_export(strict):
 
 
 def test_operators_of_meta_tensors():
-    p = varlen(*(x.detach().to("meta") if torch.is_tensor(x) else x for x in packed(5)), Scoring(want_lse=True))
+    p = varlen(*(x.detach().to("meta") if torch.is_tensor(x) else x for x in packed(5)), CallOptions(want_lse=True))
     out, lse, probs = torch.ops.mtlflashattn.flash_attn_forward(*attention_op.flat(p))
     assert (out.shape, lse.shape, probs.shape) == (p.out_shape, p.lse_shape, (0,))
     assert out.is_meta

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_attn_mps.problem import Scoring, dense, varlen, with_mask, with_sinks
+from flash_attn_mps.problem import CallOptions, dense, varlen, with_mask, with_sinks
 
 BATCH, HEADS, SEQLEN_Q, SEQLEN_K = 2, 4, 6, 9
 SHAPE = (BATCH, HEADS, SEQLEN_Q, SEQLEN_K)
@@ -12,13 +12,13 @@ SHAPE = (BATCH, HEADS, SEQLEN_Q, SEQLEN_K)
 def problem(dtype=torch.float16):
     q = torch.randn(BATCH, SEQLEN_Q, HEADS, 16).to(dtype)
     k, v = (torch.randn(BATCH, SEQLEN_K, 2, 16).to(dtype) for _ in range(2))
-    return dense(q, k, v, Scoring())
+    return dense(q, k, v, CallOptions())
 
 
 def packed():
     ends = torch.tensor([0, 4, 9], dtype=torch.int32)
     q = torch.randn(9, 2, 16)
-    return varlen(q, q, q, ends, ends, 5, 5, Scoring())
+    return varlen(q, q, q, ends, ends, 5, 5, CallOptions())
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float32])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flash_attn_mps.problem import Scoring, dense, varlen, with_mask, with_sinks
+from flash_attn_mps.problem import CallOptions, dense, varlen, with_mask, with_sinks
 from flash_attn_mps.tiers import reference
 
 from . import oracle
@@ -41,7 +41,7 @@ def expected(q, k, v, mask, sinks, **how):
 
 
 def attend(q, k, v, mask=None, sinks=None, **how):
-    p = dense(q, k, v, Scoring(want_lse=True, **how))
+    p = dense(q, k, v, CallOptions(want_lse=True, **how))
     p = p if mask is None else with_mask(p, mask)
     return reference.run(p if sinks is None else with_sinks(p, sinks))
 
@@ -114,7 +114,7 @@ def test_rows_that_are_no_queries_have_no_sink():
     starts, used = (torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 4, 9], [3, 0, 5]))
     starts_k = torch.tensor([0, 6, 8, 8], dtype=torch.int32)
     q, k, sinks = torch.randn(9, HEADS, DIM), torch.randn(8, HEADS_K, DIM), torch.randn(HEADS)
-    p = varlen(q, k, k, starts, starts_k, 5, 6, Scoring(want_lse=True), seqused_q=used)
+    p = varlen(q, k, k, starts, starts_k, 5, 6, CallOptions(want_lse=True), seqused_q=used)
     lse = reference.run(with_sinks(p, sinks)).lse
     assert torch.isneginf(lse[:, 3]).all()
     assert lse[:, :3].isfinite().all()

@@ -16,9 +16,9 @@ KEY = store.Key("float16", 64, 64, "short", "causal")
 TUNED = store.Winner(Variant(8, 2, 16, False), 1e-3, 2e-3)
 
 
-def call(length=300, dtype=torch.float16, head_dim=64, **scoring):
+def call(length=300, dtype=torch.float16, head_dim=64, **options):
     q = torch.empty(1, length, 2, head_dim, dtype=dtype)
-    return problem.dense(q, q, q, problem.Scoring(**scoring))
+    return problem.dense(q, q, q, problem.CallOptions(**options))
 
 
 def default(p):

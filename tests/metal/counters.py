@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from flash_attn_mps.problem import AttentionProblem, Scoring, dense
+from flash_attn_mps.problem import AttentionProblem, CallOptions, dense
 from flash_attn_mps.tiers.metal import compiler, launch, variants
 from flash_attn_mps.tiers.metal.specialization import Variant
 from tests.metal_host import compile_shader, observe
@@ -33,7 +33,7 @@ COUNTERS = (
 def problem(heads: int, length: int, dim: int, mask: str) -> AttentionProblem:
     g = torch.Generator().manual_seed(length + dim)
     q, k, v = (torch.randn(1, length, heads, dim, generator=g).half() for _ in range(3))
-    return dense(q, k, v, Scoring(**MASKS[mask]))
+    return dense(q, k, v, CallOptions(**MASKS[mask]))
 
 
 def ours(p: AttentionProblem, variant: Variant) -> tuple[torch.Tensor, dict[str, int]]:

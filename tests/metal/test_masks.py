@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flash_attn_mps.frontends import fa2
-from flash_attn_mps.problem import Scoring, dense, with_mask
+from flash_attn_mps.problem import CallOptions, dense, with_mask
 from flash_attn_mps.tiers.metal import compiler, launch, variants
 from flash_attn_mps.tiers.metal.specialization import Mask, Variant
 from tests.attention.pairwise import case_id, pairwise
@@ -119,7 +119,7 @@ def counted(p, variant, instrumented=False):
 def plain(length, **how):
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, length, 2, DIM).half() for _ in range(3))
-    return dense(q, k, v, Scoring(**how))
+    return dense(q, k, v, CallOptions(**how))
 
 
 SAME_AS = {"causal": {"causal": True}, "band": {"window_size": (19, 0)}, "all": {}}
@@ -275,7 +275,7 @@ def test_one_launch_no_wait_and_no_tensor_but_the_outputs(shape, batch, kernel):
     q, k = on_device(batch, 40, 4, 64), on_device(batch, 50, 2, 64)
     mask, sinks = on_device(*shape, dtype=torch.bool), on_device(4, dtype=torch.float32)
     with Watch() as watch:
-        p = with_mask(dense(q, k, k, Scoring()), mask)
+        p = with_mask(dense(q, k, k, CallOptions()), mask)
         fa2.dispatch.attention(replace(p, sinks=sinks))
     assert kernel.call_count == 1
     assert [shape for _, shape in watch.created] == [(batch, 40, 4, 64)]

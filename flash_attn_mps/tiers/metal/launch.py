@@ -24,7 +24,7 @@ _INT, _FLOAT = struct.Struct("<i"), struct.Struct("<f")
 _OF_PROBLEM = operator.attrgetter(*OPTIONAL_BUFFERS)
 
 
-def refuse(p: AttentionProblem) -> list[str]:
+def unsupported_reasons(p: AttentionProblem) -> list[str]:
     """Why no Metal kernel serves `p`, in words."""
     if p.q.device.type not in compiler.device_types:
         return [f"tensors are on {p.q.device}"]

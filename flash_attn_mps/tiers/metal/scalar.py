@@ -7,7 +7,7 @@ from . import launch
 from .specialization import Variant
 
 name = "scalar"
-refuse = launch.refuse
+unsupported_reasons = launch.unsupported_reasons
 _VARIANT = Variant(rows=1, simdgroups=1, keys=1, staged=False)
 
 

@@ -7,7 +7,7 @@ from . import launch, variants
 
 name = "simdgroup"
 ENTRY = "attention_forward"
-refuse = launch.refuse
+unsupported_reasons = launch.unsupported_reasons
 
 
 def run(p: AttentionProblem) -> Result | None:

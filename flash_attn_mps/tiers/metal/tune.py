@@ -142,9 +142,9 @@ def _problem(key: Key, device: torch.device | str, batch: int, length: int, head
 
     heads_k = max(1, heads // 4)
     window = min(_WINDOW, length // 2) if key.mask == "window" else -1
-    scoring = problem.Scoring(causal=key.mask != "full", window_size=(window, -1))
+    options = problem.CallOptions(causal=key.mask != "full", window_size=(window, -1))
     return problem.dense(
-        randn(heads, key.head_dim), randn(heads_k, key.head_dim), randn(heads_k, key.head_dim_v), scoring
+        randn(heads, key.head_dim), randn(heads_k, key.head_dim), randn(heads_k, key.head_dim_v), options
     )
 
 

@@ -57,14 +57,14 @@ def contenders(device_type: str, full: bool, hub: bool) -> list[Contender]:
 
 def build(workload: Workload, x: Inputs) -> problem.AttentionProblem:
     """The workload as every public function of this project describes it."""
-    scoring = problem.Scoring(causal=workload.causal, window_size=(workload.window, -1))
+    options = problem.CallOptions(causal=workload.causal, window_size=(workload.window, -1))
     if workload.packed:
-        return problem.varlen(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, scoring)
-    return problem.dense(x.q, x.k, x.v, scoring)
+        return problem.varlen(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, options)
+    return problem.dense(x.q, x.k, x.v, options)
 
 
 def _ours(tier: ModuleType, workload: Workload, x: Inputs) -> Call:
-    reasons = tier.refuse(build(workload, x))
+    reasons = tier.unsupported_reasons(build(workload, x))
     if reasons:
         raise Unsupported("; ".join(reasons))
 

@@ -35,7 +35,7 @@ def run(case: Case, device: torch.device | str) -> Outcome:
     try:
         built = build(case, device)
         tier = TIERS[case.tier]
-        reasons = tier.refuse(built.problem)
+        reasons = tier.unsupported_reasons(built.problem)
         if reasons:
             return Outcome(case, NOT_SERVED, detail="; ".join(reasons))
         known = set(compiler.failures)
