@@ -96,11 +96,11 @@ def _attention():
         "torch.mps.compile_shader": "present" if hasattr(torch.mps, "compile_shader") else "absent",
     }
     from flash_attn_mps import dispatch
-    from flash_attn_mps.problem import Scoring, dense
+    from flash_attn_mps.problem import CallOptions, dense
 
     device = "mps" if mps.is_available() else "cpu"
     q = torch.empty(1, 64, 4, 64, dtype=torch.float16, device=device)
-    refusals = dispatch.explain(dense(q, q, q, Scoring(causal=True)))
+    refusals = dispatch.explain(dense(q, q, q, CallOptions(causal=True)))
     serving = next(name for name, reasons in refusals.items() if not reasons)
     found[f"tier for a causal float16 call on {device}"] = serving
     for name, reasons in refusals.items():
