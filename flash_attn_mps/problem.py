@@ -31,6 +31,9 @@ class AttentionProblem:
     Queries and outputs are dense, `(batch, seqlen_q, heads, head_dim)`, or packed, `(total_q, heads, head_dim)` with
     `cu_seqlens_q`. Keys and values are dense, packed with `cu_seqlens_k`, or paged, `(num_blocks, block, heads_k,
     head_dim)` with `block_table`. All lengths and indices are int32 tensors on the device of the queries.
+
+    The basic fields are those that every tier must honour. Each other one makes a call need a feature, and a call goes
+    only to tiers that name all of its `features`: what a tier has never heard of it is never given.
     """
 
     q: torch.Tensor
@@ -40,31 +43,43 @@ class AttentionProblem:
     max_seqlen_q: int
     max_seqlen_k: int
     softmax_scale: float | torch.Tensor
+    want_lse: bool = False  # is the log-sum-exp wanted too?
+    lengths_q: list[int] | None = None  # the lengths, where the host can read them for free; None where it cannot
+    lengths_k: list[int] | None = None
+    # From here on each field belongs to a feature: see `_features_of`.
     window_left: int = -1
     window_right: int = -1
-    attention_chunk: int = 0  # 0: off
+    attention_chunk: int = 0
     softcap: float = 0.0
     alibi_slopes: torch.Tensor | None = None  # (heads,) or (batch, heads), float32
     dropout_p: float = 0.0
-    seed: int | torch.Tensor = 0  # what dropout drops; a tensor in a graph alone, which draws it anew in each run
+    seed: int | torch.Tensor = 0  # in a graph a tensor, drawn anew in each run
+    want_probs: bool = False  # are the probabilities wanted too?
     cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,): rows of q of each sequence
-    cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): rows of k and v, or lengths alone where they are paged
-    seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
-    seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
+    cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): rows of k and v, or lengths where paged
     # 0-d: max_seqlen_q and max_seqlen_k where only the device knows them; the ints above are then upper bounds.
     max_seqlen_q_tensor: torch.Tensor | None = None
     max_seqlen_k_tensor: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
+    seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
     block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
-    kv_batch_idx: torch.Tensor | None = None  # (batch,): which batch entry of k and v a sequence reads
+    kv_batch_idx: torch.Tensor | None = None  # (batch,): the entry of k and v a sequence reads
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
-    want_lse: bool = False  # is the log-sum-exp wanted too?
-    want_probs: bool = False  # and the probabilities? Only under dropout
-    mask: torch.Tensor | None = (
-        None  # broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added
-    )
-    sinks: torch.Tensor | None = None  # (heads,), float32: a score that every query of the head has besides its keys
-    lengths_q: list[int] | None = None  # the lengths, where the host can read them for free; None where it cannot
-    lengths_k: list[int] | None = None
+    # Broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added.
+    mask: torch.Tensor | None = None
+    # (heads,), float32: a score that every query of the head has besides its keys.
+    sinks: torch.Tensor | None = None
+    # Will the output be differentiated? want_lse is set then: every backward pass needs the log-sum-exp.
+    needs_grad: bool = False
+    _features: frozenset[str] | None = dataclasses.field(default=None, init=False, repr=False)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What of `FEATURES` this call needs besides plain attention. Computed once."""
+        found = self._features
+        if found is None:
+            found = self._features = _features_of(self)
+        return found
 
     @property
     def heads(self) -> int:
@@ -121,6 +136,7 @@ class AttentionProblem:
 
     @property
     def requires_grad(self) -> bool:
+        """Does autograd want to know what is computed from this problem's tensors?"""
         if not torch.is_grad_enabled():
             return False
         sinks = self.sinks
@@ -130,6 +146,64 @@ class AttentionProblem:
             or self.v.requires_grad
             or (sinks is not None and sinks.requires_grad)
         )
+
+
+# Every feature, in the order in which people read them.
+FEATURES = (
+    "causal",
+    "window",
+    "attention_chunk",
+    "softcap",
+    "alibi",
+    "dropout",
+    "varlen",
+    "seqused",
+    "paged",
+    "kv_batch_idx",
+    "leftpad_k",
+    "mask",
+    "sinks",
+    "scale_tensor",
+    "gradients",
+)
+
+
+def _features_of(p: AttentionProblem) -> frozenset[str]:
+    """Written out, as every call comes through here. tests/attention/test_features.py sees that no field is missed."""
+    found = []
+    if p.window_left >= 0 or p.window_right >= 0:
+        left, right = p.window  # what it comes to at these lengths
+        if left >= 0 or right > 0:
+            found.append("window")
+        elif right == 0:  # more tiers serve this alone
+            found.append("causal")
+    if p.attention_chunk:
+        found.append("attention_chunk")
+    if p.softcap:
+        found.append("softcap")
+    if p.alibi_slopes is not None:
+        found.append("alibi")
+    if p.dropout_p:
+        found.append("dropout")
+    if p.cu_seqlens_q is not None or p.cu_seqlens_k is not None:
+        found.append("varlen")
+    if p.seqused_q is not None or p.seqused_k is not None:
+        found.append("seqused")
+    if p.block_table is not None:
+        found.append("paged")
+    if p.kv_batch_idx is not None:
+        found.append("kv_batch_idx")
+    if p.leftpad_k is not None:
+        found.append("leftpad_k")
+    if p.mask is not None:
+        found.append("mask")
+    if p.sinks is not None:
+        found.append("sinks")
+    if type(p.softmax_scale) is not float and isinstance(p.softmax_scale, torch.Tensor):
+        found.append("scale_tensor")
+    if p.needs_grad:
+        found.append("gradients")
+    return frozenset(found)
 
 
 @dataclass(slots=True, eq=False)
