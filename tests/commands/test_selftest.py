@@ -10,8 +10,8 @@ from flash_attn_mps.tiers.metal import compiler, specialization
 from flash_attn_mps.tools.selftest import build, cases, run
 from flash_attn_mps.tools.selftest.cases import FEATURES, Case
 from flash_attn_shim.commands import main
+from metal_host import compile_shader
 from tests.attention import oracle as independent
-from tests.metal_host import compile_shader
 from tests.replaced_tiers import replace_tier
 
 

@@ -4,9 +4,9 @@ import torch
 
 from flash_attn_mps import trace
 from flash_attn_mps.frontends import fa2
+from metal_host import observe
 from tests.attention.test_varlen import cumulative
 from tests.compiled import assert_one_graph, compiled
-from tests.metal_host import observe
 
 
 def block(q, k, v, cu, longest):

@@ -11,11 +11,11 @@ from flash_attn_mps import dispatch, tiers, trace
 from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_varlen_func
 from flash_attn_mps.tiers.metal import compiler
 from flash_attn_mps.tiers.metal.specialization import Specialization, Variant
+from metal_host import compile_shader, observe
 from tests.attention import oracle
 from tests.attention.layouts import laid_out, randn
 from tests.attention.rule import assert_within_rule
 from tests.attention.test_varlen import cumulative
-from tests.metal_host import compile_shader, observe
 from tests.replaced_tiers import leave_out
 
 

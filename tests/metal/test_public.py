@@ -5,13 +5,13 @@ import torch
 
 from flash_attn_mps import trace
 from flash_attn_mps.frontends import fa2, fa3
+from metal_host import observe
 from tests.attention import oracle
 from tests.attention import test_kvcache as kvcache
 from tests.attention.layouts import randn
 from tests.attention.pairwise import case_id
 from tests.attention.rule import verify
 from tests.attention.test_varlen import cumulative, paged
-from tests.metal_host import observe
 
 LENGTHS_Q, LENGTHS_K = [5, 0, 33, 8], [12, 4, 33, 0]
 CU_Q, CU_K = cumulative(LENGTHS_Q), cumulative(LENGTHS_K)
