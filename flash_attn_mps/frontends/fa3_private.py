@@ -13,7 +13,7 @@ from .. import checks, dispatch
 from ..problem import CallOptions, dense, varlen, with_qv
 from . import kvcache
 from .fa2_private import backward
-from .fa3 import accumulators, reject
+from .shared import accumulators, reject_descales
 
 
 def _flash_attn_forward(
@@ -52,7 +52,7 @@ def _flash_attn_forward(
     pack_gqa=None,
     sm_margin=0,
 ):
-    reject(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     window_size = (window_size_left, window_size_right)
     options = CallOptions(softmax_scale, causal, window_size, softcap, want_lse=True, attention_chunk=attention_chunk)
     # Not a decorator: who builds on this function reads its arguments with inspect.getfullargspec.

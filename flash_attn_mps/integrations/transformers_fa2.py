@@ -5,7 +5,7 @@ that has a parameter of that name (GPT-OSS), and drops it in silence otherwise. 
 of `flash_attn_mps.frontends.fa2`.
 """
 
-from ..frontends.fa2 import finish
+from ..frontends.shared import finish
 from ..problem import CallOptions, dense, varlen, with_sinks
 
 
