@@ -4,7 +4,9 @@ Presented by mtlflashattn, served by `flash_attn_mps`. Importing this package do
 function from it does.
 """
 
-__version__ = "2.8.3"
+from flash_attn_shim import policy as _policy
+
+__version__ = _policy.FLASH_ATTN_VERSION
 
 __all__ = [
     "flash_attn_func",
