@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from . import checks
+from .lengths import packed_lengths
 
 
 @dataclass(slots=True, eq=False)
@@ -291,27 +292,26 @@ def varlen(
     paged = block_table is not None
     kv_dims = "num_blocks, block_size, heads_k, head_dim" if paged else "total_k, heads_k, head_dim"
     checks.qkv(q, k, v, ("total_q, heads, head_dim", kv_dims), names)
-    max_seqlen_q, max_seqlen_q_tensor, lengths_q, max_seqlen_k, max_seqlen_k_tensor, lengths_k = _lengths(
-        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table, names
-    )
+    cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    queries, keys = packed_lengths((q, k), cu_seqlens, max_seqlens, (seqused_q, seqused_k), block_table, names)
     batch = cu_seqlens_q.shape[0] - 1
     return AttentionProblem(
         q,
         k,
         v,
         batch,
-        max_seqlen_q,
-        max_seqlen_k,
+        queries.max_seqlen,
+        keys.max_seqlen,
         **options.checked(q, batch),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q,
         seqused_k=seqused_k,
         block_table=block_table,
-        max_seqlen_q_tensor=max_seqlen_q_tensor,
-        max_seqlen_k_tensor=max_seqlen_k_tensor,
-        lengths_q=lengths_q,
-        lengths_k=lengths_k,
+        max_seqlen_q_tensor=queries.max_seqlen_tensor,
+        max_seqlen_k_tensor=keys.max_seqlen_tensor,
+        lengths_q=queries.lengths,
+        lengths_k=keys.lengths,
     )
 
 
@@ -319,65 +319,15 @@ def with_lengths(p: AttentionProblem) -> AttentionProblem:
     """`p` with the lengths that the host can read for free, checked: what `varlen` leaves out of a graph."""
     if p.cu_seqlens_q is None:
         return p
-    max_seqlen_q, _, lengths_q, max_seqlen_k, _, lengths_k = _lengths(
-        p.q,
-        p.k,
-        p.cu_seqlens_q,
-        p.cu_seqlens_k,
-        p.max_seqlen_q,
-        p.max_seqlen_k,
-        p.seqused_q,
-        p.seqused_k,
-        p.block_table,
-        checks.NO_NAMES,
-    )
+    cu_seqlens, max_seqlens = (p.cu_seqlens_q, p.cu_seqlens_k), (p.max_seqlen_q, p.max_seqlen_k)
+    queries, keys = packed_lengths((p.q, p.k), cu_seqlens, max_seqlens, (p.seqused_q, p.seqused_k), p.block_table)
     return dataclasses.replace(
-        p, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, lengths_q=lengths_q, lengths_k=lengths_k
+        p,
+        max_seqlen_q=queries.max_seqlen,
+        max_seqlen_k=keys.max_seqlen,
+        lengths_q=queries.lengths,
+        lengths_k=keys.lengths,
     )
-
-
-def _lengths(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    seqused_q: Any,
-    seqused_k: Any,
-    block_table: Any,
-    names: Mapping[str, str],
-) -> tuple[int, torch.Tensor | None, list[int] | None, int, torch.Tensor | None, list[int] | None]:
-    """`max_seqlen`, `longest` and `lengths` of the queries and of the keys, as in `AttentionProblem`."""
-    paged = block_table is not None
-    name = names.get
-    cu_q_name, cu_k_name = name("cu_seqlens_q", "cu_seqlens_q"), name("cu_seqlens_k", "cu_seqlens_k")
-    total_q, room = q.shape[0], k.shape[0]
-    lengths_q = checks.cu_seqlens(cu_seqlens_q, cu_q_name, total_q, name("q", "q"), q)
-    batch = cu_seqlens_q.shape[0] - 1
-    if paged:
-        checks.int32(block_table, "block_table", "batch, blocks per sequence", batch, q)
-        room = block_table.shape[1] * k.shape[1]
-    if cu_seqlens_k is cu_seqlens_q and not paged and room == total_q:
-        lengths_k = lengths_q
-    else:
-        total_k = None if paged else room
-        lengths_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, total_k, name("k", "k"), q)
-        if cu_seqlens_k.shape[0] != batch + 1:
-            raise checks.malformed(cu_k_name, cu_seqlens_k, f"{batch + 1} values, as many as {cu_q_name}")
-    max_seqlen_q, max_seqlen_q_tensor = checks.max_seqlen(
-        max_seqlen_q, name("max_seqlen_q", "max_seqlen_q"), lengths_q, total_q
-    )
-    max_seqlen_k, max_seqlen_k_tensor = checks.max_seqlen(
-        max_seqlen_k, name("max_seqlen_k", "max_seqlen_k"), lengths_k, room
-    )
-    if paged:
-        pages(block_table, k, lengths_k, cu_k_name)
-    if seqused_q is not None:
-        lengths_q = checks.lengths(seqused_q, "seqused_q", batch, lengths_q or max_seqlen_q, q)
-    if seqused_k is not None:
-        lengths_k = checks.lengths(seqused_k, "seqused_k", batch, lengths_k or max_seqlen_k, q)
-    return max_seqlen_q, max_seqlen_q_tensor, lengths_q, max_seqlen_k, max_seqlen_k_tensor, lengths_k
 
 
 def with_qv(p: AttentionProblem, qv: Any, softmax_scale: Any) -> AttentionProblem:
@@ -419,25 +369,3 @@ def with_sinks(p: AttentionProblem, sinks: Any, name: str = "sinks") -> Attentio
     computed in float32. Gradients reach it. A query that sees no key gives zeros, and the sink as log-sum-exp.
     """
     return dataclasses.replace(p, sinks=checks.sinks(sinks, name, p.heads, p.q))
-
-
-def pages(
-    block_table: torch.Tensor,
-    k: torch.Tensor,
-    lengths: list[int] | None,
-    lengths_name: str,
-    name: str = "block_table",
-) -> None:
-    """Check `block_table` `(batch, blocks per sequence)` against the pages of k and the lengths that it must hold."""
-    num_blocks, block_size = k.shape[:2]
-    if lengths is None or not checks.readable(block_table):
-        return
-    room = block_table.shape[1] * block_size
-    if lengths and max(lengths) > room:
-        raise checks.malformed(
-            lengths_name, f"a sequence of {max(lengths)} keys", f"at most {room}, the room of {name}"
-        )
-    # Only blocks that hold keys are looked at.
-    needed = torch.tensor([-(-n // block_size) for n in lengths], device="cpu")
-    used = torch.arange(block_table.shape[1], device="cpu") < needed[:, None]
-    checks.indices(block_table, name, num_blocks, "the blocks of k", used)
