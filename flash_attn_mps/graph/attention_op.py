@@ -20,7 +20,8 @@ import torch
 from torch.library import custom_op
 
 from .. import tiers
-from ..problem import AttentionProblem, Result, with_lengths
+from ..describe import with_lengths
+from ..problem import AttentionProblem, Result
 from ..tiers import Gradients
 
 NAMESPACE = "mtlflashattn"
