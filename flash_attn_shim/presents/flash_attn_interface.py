@@ -1,6 +1,5 @@
-"""`flash_attn_interface`, the top-level module of FlashAttention 3.
-
-See `flash_attn_mps.frontends.fa3`, and `flash_attn_mps.frontends.fa3_private` for the private functions.
+"""FlashAttention 3's top-level module for Apple silicon: presented by mtlflashattn, served by
+`flash_attn_mps.frontends.fa3` and `fa3_private`. `help(flash_attn_interface.flash_attn_func)` has the semantics.
 """
 
 import flash_attn_shim.needs_torch  # noqa: F401

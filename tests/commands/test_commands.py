@@ -170,6 +170,10 @@ def test_trace_counts_calls_by_shape_and_tier():
         "fa.flash_attn_func(q, q, q, causal=True)\n"
         "fa.flash_attn_func(q, q, q, causal=True)\n"
         "fa.flash_attn_func(q, q, q, softcap=5.0, window_size=(3, 0))\n"
+        "from flash_attn_mps import dispatch, problem\n"
+        "p = problem.dense(q, q, q, problem.CallOptions())\n"
+        "p = problem.with_sinks(problem.with_mask(p, torch.ones(8, 8, dtype=torch.bool)), torch.zeros(2))\n"
+        "dispatch.attention(p)\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", program],
@@ -179,9 +183,10 @@ def test_trace_counts_calls_by_shape_and_tier():
         check=True,
     )
     head, *rows = [line.split() for line in run.stderr.splitlines() if not line.startswith("mtlflashattn:")]
-    assert head == ["dtype", "head", "dim", "seqlen", "q", "seqlen", "k", "mask", "tier", "calls"]
+    assert head == ["dtype", "head", "dim", "seqlen", "q", "seqlen", "k", "features", "tier", "calls"]
     assert [row for row in rows if row[-1] == "2"] == [["float32", "16", "8", "8", "causal", rows[0][-2], "2"]]
     assert ["float32", "16", "8", "8", "window(3,0)+softcap", "torch", "1"] in rows
+    assert ["float32", "16", "8", "8", "full+mask+sinks", "torch", "1"] in rows
 
 
 def test_demo_equals_eager_and_finds_the_switch():

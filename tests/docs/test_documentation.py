@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PAGES = [
     page
-    for pattern in ("*.md", "docs/*.md", "tests/*.md", "tests/*/*.md")
+    for pattern in ("*.md", "docs/*.md", "tests/*.md", "metal_host/*.md")
     for page in sorted(ROOT.glob(pattern))
     if page.name != "CHANGELOG.md"
 ]
-MAPS = ["tests/README.md"]
+MAPS = ["docs/architecture.md", "tests/README.md"]
 
 
 def name(path):

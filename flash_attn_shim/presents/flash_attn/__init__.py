@@ -1,7 +1,7 @@
-"""FlashAttention 2 for Apple silicon, under the name that programs import.
+"""FlashAttention 2 for Apple silicon, under the name that programs import: presented by mtlflashattn, served by
+`flash_attn_mps`. `help(flash_attn.flash_attn_func)` has the semantics, in full in `flash_attn_mps.problem`.
 
-Presented by mtlflashattn, served by `flash_attn_mps`. Importing this package does not import torch; taking a
-function from it does.
+Importing this package does not import torch; taking a function from it does.
 """
 
 from flash_attn_shim import policy as _policy

@@ -1,6 +1,5 @@
-"""`flash_attn.flash_attn_interface`: the FlashAttention 2 functions, and the private ones that others build on.
-
-See `flash_attn_mps.frontends.fa2` and `flash_attn_mps.frontends.fa2_private`.
+"""The FlashAttention 2 functions, and the private ones that others build on: presented by mtlflashattn, served by
+`flash_attn_mps.frontends.fa2` and `fa2_private`. `help(flash_attn_func)` has the semantics.
 """
 
 import inspect
