@@ -79,7 +79,7 @@ def parts(build, calls):
     out = launch.outputs(p).out
     return {
         "problem": median_microseconds(build, calls),
-        "refuse": median_microseconds(lambda: simdgroup.unsupported_reasons(p), calls),
+        "tier": median_microseconds(lambda: (problem._features_of(p), simdgroup.TIER.limits(p)), calls),
         "kernel": median_microseconds(
             lambda: compiler.kernel(launch.specialize(p, p.q, p.k, p.v, launch.optional_buffers(p), ENTRY, variant)),
             calls,

@@ -21,7 +21,7 @@ from nvidia_masks import VARIANTS, our_launch
 
 from flash_attn_mps import problem
 from flash_attn_mps.tiers.metal.specialization import Variant
-from tests.metal_host import nvidia
+from metal_host import nvidia
 
 LENGTHS = (2048, 8192)
 FEATURES = {"none": (), "softcap": ("softcap",), "ALiBi": ("alibi",), "both": ("softcap", "alibi"), "sinks": ("sinks",)}
@@ -46,7 +46,7 @@ def name_of(head_dim: int, feature: str, causal: bool, variant: Variant) -> str:
 
 
 def prepare(directory: Path) -> None:
-    from tests.metal_host import compile_shader
+    from metal_host import compile_shader
 
     os.environ["METAL_HOST_FAST_MATRICES"] = "1"
     directory.mkdir(parents=True, exist_ok=True)

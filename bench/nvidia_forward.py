@@ -30,7 +30,7 @@ from flash_attn_mps import problem
 from flash_attn_mps.tiers.metal import launch
 from flash_attn_mps.tiers.metal.specialization import Specialization, Variant
 from flash_attn_mps.tiers.metal.variants import fits
-from tests.metal_host import nvidia
+from metal_host import nvidia
 
 HEADS, HEADS_K = 16, 8
 DTYPES = {"half": torch.float16, "bfloat": torch.bfloat16, "float": torch.float32}
@@ -97,7 +97,7 @@ def torch_name(dtype: str, head_dim: int, causal: bool) -> str:
 
 
 def prepare(directory: Path) -> None:
-    from tests.metal_host import compile_shader
+    from metal_host import compile_shader
 
     # PyTorch's kernel multiplies in float: three products in tf32 for each of its own would flatter ours.
     os.environ["METAL_HOST_FAST_MATRICES"] = "1"

@@ -24,7 +24,7 @@ import torch
 from flash_attn_mps import problem
 from flash_attn_mps.tiers.metal import launch
 from flash_attn_mps.tiers.metal.specialization import Variant
-from tests.metal_host import nvidia
+from metal_host import nvidia
 
 DIMS, LENGTHS = (64, 128), (2048, 8192)
 WINDOW = 1024
@@ -95,7 +95,7 @@ def torch_name(dim: int, case: Case) -> str:
 
 
 def prepare(directory: Path) -> None:
-    from tests.metal_host import compile_shader
+    from metal_host import compile_shader
 
     os.environ["METAL_HOST_FAST_MATRICES"] = "1"
     directory.mkdir(parents=True, exist_ok=True)

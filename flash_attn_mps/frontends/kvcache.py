@@ -12,7 +12,8 @@ import torch
 
 from .. import checks, dispatch
 from ..graph import attention_op, kvcache_op
-from ..problem import AttentionProblem, CallOptions, Result, pages, with_qv
+from ..lengths import check_pages
+from ..problem import AttentionProblem, CallOptions, Result, with_qv
 from .rotary import apply_rotary
 
 _Q = "batch, seqlen_q, heads, head_dim"
@@ -264,7 +265,7 @@ class _Cache:
         else:
             seqused = self._seqused()
         if self.block_table is not None:
-            pages(self.block_table, k, lengths, "cache_seqlens", self.block_table_name)
+            check_pages(self.block_table, k, lengths, "cache_seqlens", self.block_table_name)
         return AttentionProblem(
             q,
             k,

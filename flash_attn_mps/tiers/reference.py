@@ -18,30 +18,45 @@ from collections.abc import Iterator
 import torch
 
 from ..checks import readable
-from ..graph.autograd import differentiable
 from ..problem import AttentionProblem, Result
 from .layout import Group, KeyRows, QueryRows, groups
+from .tier import LSE_GRADIENT, Gradients, Tier
 
-name = "torch"
 _SCORES = 1 << 22  # 16 MiB of float32
+_FEATURES = frozenset(
+    {
+        "causal",
+        "window",
+        "attention_chunk",
+        "softcap",
+        "alibi",
+        "dropout",
+        "varlen",
+        "seqused",
+        "paged",
+        "kv_batch_idx",
+        "leftpad_k",
+        "mask",
+        "sinks",
+        "scale_tensor",
+        "gradients",
+    }
+)
 
 
-def unsupported_reasons(p: AttentionProblem) -> list[str]:
+def _limits(p: AttentionProblem) -> list[str]:
     return []
 
 
 def run(p: AttentionProblem) -> Result:
-    return differentiable(p.resolved(), forward, backward)
-
-
-def forward(p: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Output, log-sum-exp and probabilities, as in `Result`."""
+    """Output, log-sum-exp (always) and probabilities."""
+    p = p.resolved()
     q, k, v = p.q, p.k, p.v
     probs = None
     if p.want_probs:
         probs = torch.zeros((p.batch, p.heads, p.max_seqlen_q, p.max_seqlen_k), dtype=q.dtype, device=q.device)
     if q.is_meta:
-        return q.new_empty(p.out_shape), q.new_empty(p.lse_shape, dtype=torch.float32), probs
+        return Result(q.new_empty(p.out_shape), q.new_empty(p.lse_shape, dtype=torch.float32), probs)
     queries, keys = QueryRows(p), KeyRows(p)
     out = queries.new(q, (p.heads, v.shape[-1]), 0.0, q.dtype)
     lse = queries.new(q, (p.heads,), -torch.inf, torch.float32)
@@ -69,7 +84,7 @@ def forward(p: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     lse = queries.finished(lse)
     if p.sinks is not None and (exists := queries.exist()) is not None:
         lse.masked_fill_(~exists[..., None], -torch.inf)
-    return queries.finished(out), lse.transpose(-1, -2).contiguous(), probs
+    return Result(queries.finished(out), lse.transpose(-1, -2).contiguous(), probs)
 
 
 def backward(
@@ -78,8 +93,9 @@ def backward(
     lse: torch.Tensor,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> Gradients:
     """Gradients of q, k, v and sinks, in their dtypes. `dlse` is the gradient of the log-sum-exp, if it has one."""
+    p = p.resolved()
     q, k, v = p.q, p.k, p.v
     if q.is_meta:
         return *(torch.empty_like(t) for t in (q, k, v)), None if p.sinks is None else torch.empty_like(p.sinks)
@@ -299,3 +315,6 @@ def _blocks(p: AttentionProblem, group: Group, queries: QueryRows, keys: KeyRows
         block = _Block(p, group, queries, keys, first, min(first + count, group.seqlen_q))
         if block.lo < block.hi:
             yield block
+
+
+TIER = Tier("torch", _FEATURES, _limits, run, _FEATURES | {LSE_GRADIENT}, backward)

@@ -12,7 +12,7 @@ from flash_attn_mps.frontends.fa3 import (
     get_scheduler_metadata,
 )
 from flash_attn_mps.frontends.fa3_private import _flash_attn_backward, _flash_attn_forward  # noqa: F401
-from flash_attn_shim.own import own as _own
+from flash_attn_shim.rehome import rehome as _rehome
 
 __all__ = [
     "flash_attn_combine",
@@ -23,7 +23,7 @@ __all__ = [
     "get_scheduler_metadata",
 ]
 
-_own(globals())
+_rehome(globals())
 
 
 def maybe_contiguous(x):

@@ -15,8 +15,8 @@ from flash_attn_mps.frontends import fa2
 from flash_attn_mps.problem import CallOptions, dense, with_mask
 from flash_attn_mps.tiers.metal import compiler, launch, variants
 from flash_attn_mps.tiers.metal.specialization import Mask, Variant
+from metal_host import observe
 from tests.attention.pairwise import case_id, pairwise
-from tests.metal_host import observe
 
 from .calls import Spec, arranged, draw
 from .precompile import precompile

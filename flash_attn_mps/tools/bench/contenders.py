@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -16,8 +15,8 @@ import torch.nn.functional as F
 
 from ... import problem
 from ...frontends import fa2
-from ...tiers import cpu, reference
-from ...tiers.metal import compiler, scalar, simdgroup
+from ...tiers import BY_NAME, ORDER, Tier
+from ...tiers.metal import compiler
 from ...timing import Call
 from .workloads import Inputs, Workload
 
@@ -36,9 +35,11 @@ class Contender(NamedTuple):
 
 def contenders(device_type: str, full: bool, hub: bool) -> list[Contender]:
     """Those that there are on this machine. `full`: the scalar tier too. `hub`: kernels that have to be downloaded."""
-    tiers = [reference, cpu] if device_type == "cpu" else [reference]
-    if device_type in compiler.device_types:
-        tiers = [simdgroup, *([scalar] if full else []), *tiers]
+    tiers = [
+        tier
+        for tier in (BY_NAME.values() if full else ORDER)
+        if (device_type in compiler.device_types if tier.metal else tier.name != "cpu" or device_type == "cpu")
+    ]
     found = [Contender(f"mtlflashattn {tier.name}", lambda w, x, tier=tier: _ours(tier, w, x), True) for tier in tiers]
     found.append(Contender(STOCK, _stock))
     if device_type == "mps":
@@ -63,7 +64,7 @@ def build(workload: Workload, x: Inputs) -> problem.AttentionProblem:
     return problem.dense(x.q, x.k, x.v, options)
 
 
-def _ours(tier: ModuleType, workload: Workload, x: Inputs) -> Call:
+def _ours(tier: Tier, workload: Workload, x: Inputs) -> Call:
     reasons = tier.unsupported_reasons(build(workload, x))
     if reasons:
         raise Unsupported("; ".join(reasons))

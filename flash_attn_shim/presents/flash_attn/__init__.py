@@ -4,7 +4,9 @@
 Importing this package does not import torch; taking a function from it does.
 """
 
-__version__ = "2.8.3"
+from flash_attn_shim import policy as _policy
+
+__version__ = _policy.FLASH_ATTN_VERSION
 
 __all__ = [
     "flash_attn_func",

@@ -24,7 +24,7 @@ from flash_attn_mps.frontends.fa2_private import (
     _flash_attn_varlen_backward,
     _flash_attn_varlen_forward,
 )
-from flash_attn_shim.own import own as _own
+from flash_attn_shim.rehome import rehome as _rehome
 
 __all__ = [
     "flash_attn_func",
@@ -36,7 +36,7 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
-_own(globals())
+_rehome(globals())
 
 # diffusers calls these.
 _wrapped_flash_attn_forward = _flash_attn_forward
