@@ -94,6 +94,7 @@ def _forward(*arguments: Any) -> Any:
         result = tiers.run(p)
         lse = result.lse if p.want_lse else p.q.new_empty(0, dtype=torch.float32)
         probs = result.probs if p.want_probs else p.q.new_empty(0)
+        assert lse is not None and probs is not None
         return contiguous(result.out), contiguous(lse), contiguous(probs)
 
 
@@ -176,10 +177,12 @@ def _longest(p: AttentionProblem) -> tuple[int, int]:
     if p.cu_seqlens_q is None:
         return p.max_seqlen_q, p.max_seqlen_k
     rows_k = p.k.shape[0] if p.block_table is None else p.block_table.shape[1] * p.k.shape[1]
-    given = ((p.max_seqlen_q, p.q.shape[0], p.max_seqlen_q_tensor), (p.max_seqlen_k, rows_k, p.max_seqlen_k_tensor))
-    return tuple(
-        torch.sym_min(most, rows) if longest is None else torch.library.get_ctx().new_dynamic_size()
-        for most, rows, longest in given
+
+    def known(most: int, rows: int, longest: torch.Tensor | None) -> Any:
+        return torch.sym_min(most, rows) if longest is None else torch.library.get_ctx().new_dynamic_size()
+
+    return known(p.max_seqlen_q, p.q.shape[0], p.max_seqlen_q_tensor), known(
+        p.max_seqlen_k, rows_k, p.max_seqlen_k_tensor
     )
 
 

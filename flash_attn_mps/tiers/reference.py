@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -98,7 +99,8 @@ def backward(
     p = p.resolved()
     q, k, v = p.q, p.k, p.v
     if q.is_meta:
-        return *(torch.empty_like(t) for t in (q, k, v)), None if p.sinks is None else torch.empty_like(p.sinks)
+        dsinks = None if p.sinks is None else torch.empty_like(p.sinks)
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
     queries, keys = QueryRows(p), KeyRows(p)
     dq = queries.new(q, q.shape[-2:], 0.0, q.dtype)
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
@@ -195,7 +197,7 @@ class _Dropout:
 
     def __init__(self, p: AttentionProblem) -> None:
         self.p = p.dropout_p
-        self.generator = torch.Generator(p.q.device).manual_seed(p.seed) if p.dropout_p else None
+        self.generator = torch.Generator(p.q.device).manual_seed(int(p.seed)) if p.dropout_p else None
 
     def keep(self, prob: torch.Tensor) -> torch.Tensor:
         return torch.rand(prob.shape, generator=self.generator, dtype=torch.float32, device=prob.device) >= self.p
@@ -249,6 +251,7 @@ class _Block:
         positioned = p.alibi_slopes is not None or self.left >= 0 or self.right >= 0
         distance = self._distance() if positioned else None
         if p.alibi_slopes is not None:
+            assert distance is not None
             slopes = p.alibi_slopes.unflatten(-1, (p.heads_k, -1))[..., None, None]
             slopes = slopes[self.group.seqs] if p.alibi_slopes.dim() == 2 else slopes
             s.sub_(slopes * distance.abs()[:, None, None])
@@ -284,20 +287,20 @@ class _Block:
     def _diagonal(self) -> torch.Tensor:
         """`(g or 1, c, 1)`: i + offset, the key that a query is aligned with."""
         i = torch.arange(self.first, self.last, device=self.p.q.device)[None, :, None]
-        offset = self.group.seqlen_k - self.group.seqlen_q
+        offset: int | torch.Tensor = self.group.seqlen_k - self.group.seqlen_q
         if self.keys.lengths is not None or self.queries.lengths is not None:
             seqs = self.group.seqs
-            seqlen_k = self.group.seqlen_k if self.keys.lengths is None else self.keys.lengths[seqs]
-            seqlen_q = self.group.seqlen_q if self.queries.lengths is None else self.queries.lengths[seqs]
+            seqlen_k: Any = self.group.seqlen_k if self.keys.lengths is None else self.keys.lengths[seqs]
+            seqlen_q: Any = self.group.seqlen_q if self.queries.lengths is None else self.queries.lengths[seqs]
             offset = (seqlen_k - seqlen_q)[:, None, None]
         return i + offset
 
     def _hidden(self, distance: torch.Tensor | None) -> torch.Tensor | None:
         """`(g or 1, c, n)`: which scores do not count; None if all do."""
-        hidden = []
-        if self.right >= 0:
+        hidden: list[torch.Tensor] = []
+        if distance is not None and self.right >= 0:
             hidden.append(distance > self.right)
-        if self.left >= 0:
+        if distance is not None and self.left >= 0:
             hidden.append(distance < -self.left)
         if self.p.attention_chunk:
             chunks = self._diagonal().div(self.p.attention_chunk, rounding_mode="floor")
