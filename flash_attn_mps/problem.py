@@ -15,7 +15,7 @@ strides and indices. The semantics are FlashAttention's (version 2.1 and later):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,15 +150,15 @@ class Result:
 class CallOptions:
     """The arguments that every function shares, as the caller gave them."""
 
-    softmax_scale: Any = None
-    causal: Any = False
-    window_size: Any = (-1, -1)
-    softcap: Any = 0.0
-    alibi_slopes: Any = None
-    dropout_p: Any = 0.0
-    want_lse: Any = False
-    attention_chunk: Any = 0
-    want_probs: Any = None  # None: with the log-sum-exp; counts under dropout alone
+    softmax_scale: float | torch.Tensor | None = None
+    causal: bool = False
+    window_size: Sequence[int] | torch.Tensor = (-1, -1)
+    softcap: float = 0.0
+    alibi_slopes: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    want_lse: bool = False
+    attention_chunk: int = 0
+    want_probs: bool | None = None  # None: with the log-sum-exp; counts under dropout alone
     seed: int | torch.Tensor | None = None  # None: from torch's default generator, if there is dropout
 
     def checked(self, q: torch.Tensor, batch: int) -> dict[str, Any]:
@@ -261,9 +261,7 @@ def with_qv(p: AttentionProblem, qv: Any, softmax_scale: Any) -> AttentionProble
 
     The scale defaults to `1 / sqrt(head_dim + head_dim of v)`, as upstream's does.
     """
-    checks.tensor(qv, "qv", ", ".join(["rows"] * (p.q.dim() - 2) + ["heads", "head_dim of v"]), p.q)
-    if qv.shape != p.out_shape or qv.dtype != p.q.dtype:
-        raise checks.malformed("qv", qv, f"a tensor {p.out_shape}, {p.q.dtype}")
+    checks.qv(qv, p.out_shape, p.q)
     q, k = torch.cat([p.q, qv], -1), torch.cat([p.k, p.v], -1)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else p.softmax_scale
     return dataclasses.replace(p, q=q, k=k, softmax_scale=scale)

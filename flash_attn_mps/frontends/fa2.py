@@ -27,6 +27,7 @@ import torch
 from .. import checks, dispatch
 from ..problem import AttentionProblem, CallOptions, dense, varlen
 from . import kvcache
+from .cache_call import CacheCall
 
 _QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
 _KV = {"k": "kv", "v": "kv"}
@@ -202,7 +203,7 @@ def flash_attn_with_kvcache(
     """
     checks.integer(num_splits, "num_splits", "an integer")
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, want_lse=return_softmax_lse)
-    result = kvcache.attention(
+    call = CacheCall(
         q,
         k_cache,
         v_cache,
@@ -217,6 +218,7 @@ def flash_attn_with_kvcache(
         cache_leftpad=cache_leftpad,
         block_table=block_table,
     )
+    result = kvcache.attention(call)
     return (result.out, result.lse) if return_softmax_lse else result.out
 
 

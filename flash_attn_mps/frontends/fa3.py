@@ -13,6 +13,7 @@ import torch
 from .. import checks, dispatch
 from ..problem import AttentionProblem, CallOptions, dense, varlen, with_qv
 from . import kvcache
+from .cache_call import CacheCall
 from .fa2 import unpack
 
 _QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
@@ -163,7 +164,7 @@ def flash_attn_with_kvcache(
     """
     checks.integer(num_splits, "num_splits", "an integer")
     reject(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    result = kvcache.attention(
+    call = CacheCall(
         q,
         k_cache,
         v_cache,
@@ -186,6 +187,7 @@ def flash_attn_with_kvcache(
         cu_seqlens_k_new=cu_seqlens_k_new,
         max_seqlen_q=max_seqlen_q,
     )
+    result = kvcache.attention(call)
     return (result.out, result.lse, *accumulators(result.out)) if return_softmax_lse else result.out
 
 

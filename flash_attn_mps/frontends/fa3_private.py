@@ -12,6 +12,7 @@ import torch
 from .. import checks, dispatch
 from ..problem import CallOptions, dense, varlen, with_qv
 from . import kvcache
+from .cache_call import CacheCall
 from .fa2_private import backward
 from .fa3 import accumulators, reject
 
@@ -59,7 +60,7 @@ def _flash_attn_forward(
     with torch.no_grad():
         if cu_seqlens_k is None and (seqused_k is not None or k_new is not None or page_table is not None):
             _reject("with a key-value cache", seqused_q=seqused_q)
-            result = kvcache.attention(
+            call = CacheCall(
                 q,
                 k,
                 v,
@@ -80,6 +81,7 @@ def _flash_attn_forward(
                 cu_seqlens_k_new=cu_seqlens_k_new,
                 max_seqlen_q=max_seqlen_q,
             )
+            result = kvcache.attention(call)
         else:
             _reject(
                 "without a key-value cache (seqused_k, and no cu_seqlens_k)",
