@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -165,11 +165,11 @@ def integer(value: Any, name: str, accepted: str) -> int:
     if isinstance(value, torch.Tensor):
         if value.dim() > 0 or value.is_floating_point() or value.dtype == torch.bool:
             raise malformed(name, value, accepted)
-        return value.item()
+        return cast(int, value.item())
     if isinstance(value, bool):
         raise malformed(name, value, accepted)
     if isinstance(value, torch.SymInt):
-        return value
+        return cast(int, value)  # stands for an int in a graph
     try:
         return operator.index(value)
     except TypeError:

@@ -1,8 +1,8 @@
 """`AttentionProblem`: one validated description of any attention call.
 
-Every public function builds one of these and hands it to `dispatch`. It holds views, never copies: a dense batch, a
-slice of a packed qkv tensor, a packed batch of ragged sequences and a paged cache are the same problem with other
-strides and indices. The semantics are FlashAttention's (version 2.1 and later):
+Every public function builds one of these (`describe`) and hands it to `dispatch`. It holds views, never copies: a dense
+batch, a slice of a packed qkv tensor, a packed batch of ragged sequences and a paged cache are the same problem with
+other strides and indices. The semantics are FlashAttention's (version 2.1 and later):
 
 * With `offset = seqlen_k - seqlen_q`, query i sees key j iff `i + offset - left <= j <= i + offset + right`; a side
   that is -1 is open. Causal is right = 0.
@@ -15,14 +15,12 @@ strides and indices. The semantics are FlashAttention's (version 2.1 and later):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from . import checks
-from .lengths import packed_lengths
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +30,9 @@ class AttentionProblem:
     Queries and outputs are dense, `(batch, seqlen_q, heads, head_dim)`, or packed, `(total_q, heads, head_dim)` with
     `cu_seqlens_q`. Keys and values are dense, packed with `cu_seqlens_k`, or paged, `(num_blocks, block, heads_k,
     head_dim)` with `block_table`. All lengths and indices are int32 tensors on the device of the queries.
+
+    The basic fields are those that every tier must honour. Each other one makes a call need a feature, and a call goes
+    only to tiers that name all of its `features`: what a tier has never heard of it is never given.
     """
 
     q: torch.Tensor
@@ -41,31 +42,43 @@ class AttentionProblem:
     max_seqlen_q: int
     max_seqlen_k: int
     softmax_scale: float | torch.Tensor
+    want_lse: bool = False  # is the log-sum-exp wanted too?
+    lengths_q: list[int] | None = None  # the lengths, where the host can read them for free; None where it cannot
+    lengths_k: list[int] | None = None
+    # From here on each field belongs to a feature: see `_features_of`.
     window_left: int = -1
     window_right: int = -1
-    attention_chunk: int = 0  # 0: off
+    attention_chunk: int = 0
     softcap: float = 0.0
     alibi_slopes: torch.Tensor | None = None  # (heads,) or (batch, heads), float32
     dropout_p: float = 0.0
-    seed: int | torch.Tensor = 0  # what dropout drops; a tensor in a graph alone, which draws it anew in each run
+    seed: int | torch.Tensor = 0  # in a graph a tensor, drawn anew in each run
+    want_probs: bool = False  # are the probabilities wanted too?
     cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,): rows of q of each sequence
-    cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): rows of k and v, or lengths alone where they are paged
-    seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
-    seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
+    cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): rows of k and v, or lengths where paged
     # 0-d: max_seqlen_q and max_seqlen_k where only the device knows them; the ints above are then upper bounds.
     max_seqlen_q_tensor: torch.Tensor | None = None
     max_seqlen_k_tensor: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
+    seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
     block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
-    kv_batch_idx: torch.Tensor | None = None  # (batch,): which batch entry of k and v a sequence reads
+    kv_batch_idx: torch.Tensor | None = None  # (batch,): the entry of k and v a sequence reads
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
-    want_lse: bool = False  # is the log-sum-exp wanted too?
-    want_probs: bool = False  # and the probabilities? Only under dropout
-    mask: torch.Tensor | None = (
-        None  # broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added
-    )
-    sinks: torch.Tensor | None = None  # (heads,), float32: a score that every query of the head has besides its keys
-    lengths_q: list[int] | None = None  # the lengths, where the host can read them for free; None where it cannot
-    lengths_k: list[int] | None = None
+    # Broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added.
+    mask: torch.Tensor | None = None
+    # (heads,), float32: a score that every query of the head has besides its keys.
+    sinks: torch.Tensor | None = None
+    # Will the output be differentiated? want_lse is set then: every backward pass needs the log-sum-exp.
+    needs_grad: bool = False
+    _features: frozenset[str] | None = dataclasses.field(default=None, init=False, repr=False)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What of `FEATURES` this call needs besides plain attention. Computed once."""
+        found = self._features
+        if found is None:
+            found = self._features = _features_of(self)
+        return found
 
     @property
     def heads(self) -> int:
@@ -122,6 +135,7 @@ class AttentionProblem:
 
     @property
     def requires_grad(self) -> bool:
+        """Does autograd want to know what is computed from this problem's tensors?"""
         if not torch.is_grad_enabled():
             return False
         sinks = self.sinks
@@ -131,6 +145,64 @@ class AttentionProblem:
             or self.v.requires_grad
             or (sinks is not None and sinks.requires_grad)
         )
+
+
+# Every feature, in the order in which people read them.
+FEATURES = (
+    "causal",
+    "window",
+    "attention_chunk",
+    "softcap",
+    "alibi",
+    "dropout",
+    "varlen",
+    "seqused",
+    "paged",
+    "kv_batch_idx",
+    "leftpad_k",
+    "mask",
+    "sinks",
+    "scale_tensor",
+    "gradients",
+)
+
+
+def _features_of(p: AttentionProblem) -> frozenset[str]:
+    """Written out, as every call comes through here. tests/attention/test_features.py sees that no field is missed."""
+    found = []
+    if p.window_left >= 0 or p.window_right >= 0:
+        left, right = p.window  # what it comes to at these lengths
+        if left >= 0 or right > 0:
+            found.append("window")
+        elif right == 0:  # more tiers serve this alone
+            found.append("causal")
+    if p.attention_chunk:
+        found.append("attention_chunk")
+    if p.softcap:
+        found.append("softcap")
+    if p.alibi_slopes is not None:
+        found.append("alibi")
+    if p.dropout_p:
+        found.append("dropout")
+    if p.cu_seqlens_q is not None or p.cu_seqlens_k is not None:
+        found.append("varlen")
+    if p.seqused_q is not None or p.seqused_k is not None:
+        found.append("seqused")
+    if p.block_table is not None:
+        found.append("paged")
+    if p.kv_batch_idx is not None:
+        found.append("kv_batch_idx")
+    if p.leftpad_k is not None:
+        found.append("leftpad_k")
+    if p.mask is not None:
+        found.append("mask")
+    if p.sinks is not None:
+        found.append("sinks")
+    if type(p.softmax_scale) is not float and isinstance(p.softmax_scale, torch.Tensor):
+        found.append("scale_tensor")
+    if p.needs_grad:
+        found.append("gradients")
+    return frozenset(found)
 
 
 @dataclass(slots=True, eq=False)
@@ -144,116 +216,6 @@ class Result:
     out: torch.Tensor
     lse: torch.Tensor | None = None
     probs: torch.Tensor | None = None
-
-
-@dataclass(slots=True, eq=False)
-class CallOptions:
-    """The arguments that every function shares, as the caller gave them."""
-
-    softmax_scale: float | torch.Tensor | None = None
-    causal: bool = False
-    window_size: Sequence[int] | torch.Tensor = (-1, -1)
-    softcap: float = 0.0
-    alibi_slopes: torch.Tensor | None = None
-    dropout_p: float = 0.0
-    want_lse: bool = False
-    attention_chunk: int = 0
-    want_probs: bool | None = None  # None: with the log-sum-exp; counts under dropout alone
-    seed: int | torch.Tensor | None = None  # None: from torch's default generator, if there is dropout
-
-    def checked(self, q: torch.Tensor, batch: int) -> dict[str, Any]:
-        left, right = checks.window(self.window_size, self.causal)
-        dropout_p = checks.dropout_p(self.dropout_p)
-        fields = {
-            "softmax_scale": checks.softmax_scale(self.softmax_scale, q.shape[-1], q),
-            "window_left": left,
-            "window_right": right,
-            "softcap": checks.softcap(self.softcap),
-            "alibi_slopes": checks.alibi_slopes(self.alibi_slopes, batch, q.shape[-2], q),
-            "dropout_p": dropout_p,
-            "want_lse": bool(self.want_lse),
-            "attention_chunk": checks.attention_chunk(self.attention_chunk),
-        }
-        if dropout_p:
-            fields["seed"] = _draw_seed() if self.seed is None else self.seed
-            fields["want_probs"] = bool(self.want_lse if self.want_probs is None else self.want_probs)
-        return fields
-
-
-def _draw_seed() -> int | torch.Tensor:
-    """From torch's default generator: `torch.manual_seed` makes it reproducible, and no device is waited for.
-
-    `randint` because compilers know it for random: two of them in a graph are never taken for one.
-    """
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-    return seed if torch.compiler.is_compiling() else int(seed)
-
-
-def dense(q: Any, k: Any, v: Any, options: CallOptions, names: Mapping[str, str] = checks.NO_NAMES) -> AttentionProblem:
-    """q `(batch, seqlen_q, heads, head_dim)`; k, v `(batch, seqlen_k, heads_k, head_dim)`; v's head_dim may differ."""
-    checks.qkv(q, k, v, ("batch, seqlen_q, heads, head_dim", "batch, seqlen_k, heads_k, head_dim"), names)
-    batch, seqlen_q = q.shape[:2]
-    if k.shape[0] != batch:
-        raise checks.malformed(names.get("k", "k"), k, f"a batch of {batch}, that of {names.get('q', 'q')}")
-    seqlen_k = k.shape[1]
-    return AttentionProblem(q, k, v, batch, seqlen_q, seqlen_k, **options.checked(q, batch))
-
-
-def varlen(
-    q: Any,
-    k: Any,
-    v: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    options: CallOptions,
-    *,
-    seqused_q: Any = None,
-    seqused_k: Any = None,
-    block_table: Any = None,
-    names: Mapping[str, str] = checks.NO_NAMES,
-) -> AttentionProblem:
-    """q `(total_q, heads, head_dim)`; k, v `(total_k, heads_k, head_dim)`, or paged with `block_table`."""
-    paged = block_table is not None
-    kv_dims = "num_blocks, block_size, heads_k, head_dim" if paged else "total_k, heads_k, head_dim"
-    checks.qkv(q, k, v, ("total_q, heads, head_dim", kv_dims), names)
-    cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-    queries, keys = packed_lengths((q, k), cu_seqlens, max_seqlens, (seqused_q, seqused_k), block_table, names)
-    batch = cu_seqlens_q.shape[0] - 1
-    return AttentionProblem(
-        q,
-        k,
-        v,
-        batch,
-        queries.max_seqlen,
-        keys.max_seqlen,
-        **options.checked(q, batch),
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        block_table=block_table,
-        max_seqlen_q_tensor=queries.max_seqlen_tensor,
-        max_seqlen_k_tensor=keys.max_seqlen_tensor,
-        lengths_q=queries.lengths,
-        lengths_k=keys.lengths,
-    )
-
-
-def with_lengths(p: AttentionProblem) -> AttentionProblem:
-    """`p` with the lengths that the host can read for free, checked: what `varlen` leaves out of a graph."""
-    if p.cu_seqlens_q is None:
-        return p
-    cu_seqlens, max_seqlens = (p.cu_seqlens_q, p.cu_seqlens_k), (p.max_seqlen_q, p.max_seqlen_k)
-    queries, keys = packed_lengths((p.q, p.k), cu_seqlens, max_seqlens, (p.seqused_q, p.seqused_k), p.block_table)
-    return dataclasses.replace(
-        p,
-        max_seqlen_q=queries.max_seqlen,
-        max_seqlen_k=keys.max_seqlen,
-        lengths_q=queries.lengths,
-        lengths_k=keys.lengths,
-    )
 
 
 def with_qv(p: AttentionProblem, qv: Any, softmax_scale: Any) -> AttentionProblem:

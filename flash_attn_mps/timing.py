@@ -47,8 +47,9 @@ def rounds(
     """
     batch = {name: max(1, min(1000, round(batch_seconds / max(watch(call, 1), 1e-7)))) for name, call in calls.items()}
     times: dict[Name, list[float]] = {name: [] for name in calls}
+    names = list(calls)
     for turn in range(count):
-        for name in calls if turn % 2 == 0 else reversed(calls):
+        for name in names if turn % 2 == 0 else reversed(names):
             times[name].append(watch(calls[name], batch[name]))
             tick()
     return times

@@ -18,7 +18,7 @@ _SOURCE_OR_EXTENSION = (".py", ".pyc", ".so", ".pyd")
 # A finder that we ask may look the name up again and so arrive here in the same thread.
 _asking = _local()
 
-_warned = set()
+_warned: set[str] = set()
 
 
 def environment():
@@ -43,6 +43,11 @@ def find_spec(fullname, path, target):
     if found is None:
         found = presented_spec(fullname)
         _warn_of_early_libraries()
+    elif found.origin is None and not found.submodule_search_locations:
+        _warn_once(
+            f"{fullname} comes from the import hook {_hook(found)} ({_file_of_hook(found)}), which is not this "
+            "project's. `mtlflashattn doctor` says more."
+        )
     return found
 
 
@@ -93,7 +98,10 @@ def locate(name):
         return False, getattr(module, "__file__", None), "another module of that name is imported already"
     real = find_elsewhere(name)
     if real is not None:
-        return False, real.origin or next(iter(real.submodule_search_locations), None), "a real installation has it"
+        file = real.origin or next(iter(real.submodule_search_locations or ()), None)
+        if file is None:
+            return False, _file_of_hook(real), f"the import hook {_hook(real)} presents it, which is not this project's"
+        return False, file, "a real installation has it"
     refused = policy.refusal(name, environment())
     if refused:
         return False, None, refused
@@ -138,12 +146,25 @@ def _holds_modules(directories):
     return False
 
 
+def _hook(spec):
+    """The class that loads a module which no file belongs to: another project's import hook."""
+    return f"{type(spec.loader).__module__}.{type(spec.loader).__qualname__}"
+
+
+def _file_of_hook(spec):
+    return getattr(sys.modules.get(type(spec.loader).__module__), "__file__", None)
+
+
 def _warn_once_about_switch(env):
     value = policy.unknown_mode(env)
-    if value is None or value in _warned:
-        return
-    _warned.add(value)
-    warn(f"{policy.SWITCH}={value} is not known; it is taken for auto. Known: off, auto, on.")
+    if value is not None:
+        _warn_once(f"{policy.SWITCH}={value} is not a known value and counts as auto. Known: off, auto, on.")
+
+
+def _warn_once(text):
+    if text not in _warned:
+        _warned.add(text)
+        warn(text)
 
 
 def _warn_of_early_libraries():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..problem import CallOptions
+from ..describe import CallOptions
 
 
 @dataclass(slots=True, eq=False)

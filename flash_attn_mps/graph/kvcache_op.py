@@ -14,9 +14,10 @@ import torch
 from torch.library import custom_op
 
 from .. import checks
+from ..describe import CallOptions
 from ..frontends.cache_call import CacheCall
 from ..frontends.cache_plan import describe, run
-from ..problem import CallOptions, Result
+from ..problem import Result
 from .attention_op import NAMESPACE, contiguous
 from .schema import fields_of, flatten, schema_of, unflatten
 

@@ -8,7 +8,8 @@ Tried with 0.38.0 and 0.42.1. At its import, diffusers asks once for the module 
 import sys
 from importlib import import_module
 
-from flash_attn_shim.adjust import Misfit
+from flash_attn_shim import policy
+from flash_attn_shim.adjust.changes import Misfit
 
 UTILS = "diffusers.utils.import_utils"
 DISPATCH = "diffusers.models.attention_dispatch"
@@ -33,10 +34,8 @@ def catch_up(undo):
         missing = [name for name in names if module is not None and name not in vars(module)]
         if missing:
             raise Misfit(f"{module.__name__} has no {', '.join(missing)}")
-    from flash_attn_shim.metadata import VERSION
-
     undo.set(utils, "_flash_attn_available", True)
-    undo.set(utils, "_flash_attn_version", VERSION)
+    undo.set(utils, "_flash_attn_version", policy.FLASH_ATTN_VERSION)
     if dispatch is not None:
         undo.set(dispatch, "_CAN_USE_FLASH_ATTN", True)
         for name, module in _FUNCTIONS.items():

@@ -6,8 +6,9 @@ there, but switched off, nobody may call `install()`: the first look-up of flash
 
 import sys
 
-from flash_attn_shim import adjust, finder
-from flash_attn_shim.adjust import Misfit, diffusers, transformers
+from flash_attn_shim import finder
+from flash_attn_shim.adjust import diffusers, transformers
+from flash_attn_shim.adjust.changes import Misfit, journal
 
 _PROBES = ("is_flash_attn_available", "is_flash_attn_2_available")
 
@@ -19,7 +20,7 @@ _BEHIND_PROBES = {
 
 _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 
-_warned = set()
+_warned: set[str] = set()
 
 
 def mend(undo):
@@ -61,7 +62,7 @@ def warn(modules):
 def warn_of_libraries():
     """flash_attn is being looked up: say once which libraries asked before it was there and were not adjusted."""
     early = []
-    if transformers.PROBES in sys.modules and transformers.PROBES not in adjust.journal:
+    if transformers.PROBES in sys.modules and transformers.PROBES not in journal:
         early.append("transformers")
     if vars(sys.modules.get(diffusers.UTILS, sys)).get("_flash_attn_available") is False:
         early.append("diffusers")

@@ -10,12 +10,12 @@ import os
 import sys
 
 from flash_attn_shim import finder, policy
-from flash_attn_shim.adjust import Misfit
+from flash_attn_shim.adjust.changes import Misfit, journal
 from flash_attn_shim.adjust.flags import FA2, FA3, TABLE, Flag
 
 _VALUES = {"True": True, "False": False, "None": None}
 
-_warned = set()
+_warned: set[str] = set()
 
 
 def refusal():
@@ -51,7 +51,7 @@ def adjust(module, undo):
     return "; ".join(done)
 
 
-def catch_up(undo, journal):
+def catch_up(undo):
     """Set the flags of modules that were imported while the shim was not there."""
     if refusal():
         return

@@ -27,7 +27,7 @@ import inspect
 import sys
 
 from flash_attn_shim import finder, policy
-from flash_attn_shim.adjust import Misfit
+from flash_attn_shim.adjust.changes import Misfit
 from flash_attn_shim.autoload import PRESENTED
 
 PROBES = "transformers.utils.import_utils"
@@ -228,7 +228,7 @@ def _without_dropping_sinks(original):
 
 def adjust_cpu_check(modeling_utils, undo):
     if refusal():
-        return _refuse(modeling_utils, undo)
+        return _refuse_flash_attention_2(modeling_utils, undo)
     model_class = vars(modeling_utils).get("PreTrainedModel")
     original = vars(model_class).get("_flash_attn_2_can_dispatch") if model_class else None
     if original is None:
@@ -248,7 +248,7 @@ def adjust_cpu_check(modeling_utils, undo):
     undo.set(model_class, "_flash_attn_2_can_dispatch", can_dispatch)
 
 
-def _refuse(modeling_utils, undo):
+def _refuse_flash_attention_2(modeling_utils, undo):
     """4.x looks for the package by itself, and then reads metadata that are not there."""
     model_class = vars(modeling_utils).get("PreTrainedModel")
     for name in ("_flash_attn_2_can_dispatch", "_check_and_enable_flash_attn_2"):

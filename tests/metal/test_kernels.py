@@ -8,8 +8,8 @@ import pytest
 
 from flash_attn_mps.tiers.metal import launch
 from flash_attn_mps.tiers.metal.scalar import _VARIANT as SCALAR
+from metal_host import observe
 from tests.attention.pairwise import case_id
-from tests.metal_host import observe
 
 from . import grid
 from .calls import draw

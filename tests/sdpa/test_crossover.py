@@ -14,7 +14,7 @@ from flash_attn_mps.sdpa.settings import NEVER, Class
 from flash_attn_mps.tiers.metal import compiler, gpu, store, variants
 from flash_attn_mps.tiers.metal.specialization import Variant
 from flash_attn_shim.commands import main
-from tests.metal_host import compile_shader
+from metal_host import compile_shader
 
 KIND = Kind("float16", 64, True, False)
 CLASS = Class("float16", 64, True, False, "prefill")

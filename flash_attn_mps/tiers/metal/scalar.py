@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from ...problem import AttentionProblem, Result
+from ..tier import Tier
 from . import launch
 from .specialization import Variant
 
-name = "scalar"
-unsupported_reasons = launch.unsupported_reasons
 _VARIANT = Variant(rows=1, simdgroups=1, keys=1, staged=False)
 
 
-def run(p: AttentionProblem) -> Result | None:
+def _run(p: AttentionProblem) -> Result | None:
     return launch.run(p, "attention_scalar", _VARIANT)
+
+
+TIER = Tier("scalar", launch.FEATURES, launch.limits, _run, metal=True)

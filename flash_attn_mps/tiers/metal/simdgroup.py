@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from ...problem import AttentionProblem, Result
+from ..tier import Tier
 from . import launch, variants
 
-name = "simdgroup"
 ENTRY = "attention_forward"
-unsupported_reasons = launch.unsupported_reasons
 
 
-def run(p: AttentionProblem) -> Result | None:
+def _run(p: AttentionProblem) -> Result | None:
     return launch.run(p, ENTRY, variants.chosen(p))
+
+
+TIER = Tier("simdgroup", launch.FEATURES, launch.limits, _run, metal=True)

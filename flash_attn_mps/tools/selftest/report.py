@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...tiers import BY_NAME
 from ...tiers.metal import compiler
 from ..text_table import aligned
 from . import run
@@ -19,8 +20,8 @@ _SHOWN = 10
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """How many cases of each tier and dtype came out how, and the largest error in percent of what is allowed."""
-    rows = [("tier", "dtype", *_STATUSES, "largest error, % of allowed")]
-    for tier in run.TIERS:
+    rows: list[tuple[object, ...]] = [("tier", "dtype", *_STATUSES, "largest error, % of allowed")]
+    for tier in BY_NAME:
         for dtype in DTYPES:
             some = [o for o in outcomes if (o.case.tier, o.case.dtype) == (tier, dtype)]
             counts = Counter(o.status for o in some)

@@ -7,12 +7,11 @@ from typing import NamedTuple
 import torch
 
 from ...problem import AttentionProblem, Result
-from ...tiers import cpu, reference
-from ...tiers.metal import compiler, launch, scalar, simdgroup, variants
+from ...tiers import BY_NAME
+from ...tiers.metal import compiler, launch, simdgroup, variants
 from .build import Built, build
 from .cases import Case
 
-TIERS = {tier.name: tier for tier in (simdgroup, scalar, reference, cpu)}
 # What may come of a case. That the cpu tier does not serve it is no failure: PyTorch decides what it does.
 RIGHT, WRONG, NOT_COMPILED, RAISED, NOT_SERVED = "right", "wrong", "not compiled", "raised", "not served"
 
@@ -27,14 +26,14 @@ class Outcome(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        return self.status != RIGHT and not (self.status == NOT_SERVED and self.case.tier == cpu.name)
+        return self.status != RIGHT and not (self.status == NOT_SERVED and self.case.tier == "cpu")
 
 
 def run(case: Case, device: torch.device | str) -> Outcome:
     """Run one case on `device`; never raises."""
     try:
         built = build(case, device)
-        tier = TIERS[case.tier]
+        tier = BY_NAME[case.tier]
         reasons = tier.unsupported_reasons(built.problem)
         if reasons:
             return Outcome(case, NOT_SERVED, detail="; ".join(reasons))
@@ -50,7 +49,7 @@ def run(case: Case, device: torch.device | str) -> Outcome:
 
 def _result(case: Case, p: AttentionProblem) -> Result | None:
     if not case.variant:
-        return TIERS[case.tier].run(p)
+        return BY_NAME[case.tier].run(p)
     found = variants.all_variants(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
     return launch.run(p, simdgroup.ENTRY, next(v for v in found if str(v) == case.variant))
 

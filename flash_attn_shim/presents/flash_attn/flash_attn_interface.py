@@ -1,6 +1,5 @@
-"""`flash_attn.flash_attn_interface`: the FlashAttention 2 functions, and the private ones that others build on.
-
-See `flash_attn_mps.frontends.fa2` and `flash_attn_mps.frontends.fa2_private`.
+"""The FlashAttention 2 functions, and the private ones that others build on: presented by mtlflashattn, served by
+`flash_attn_mps.frontends.fa2` and `fa2_private`. `help(flash_attn_func)` has the semantics.
 """
 
 import inspect
@@ -25,7 +24,7 @@ from flash_attn_mps.frontends.fa2_private import (
     _flash_attn_varlen_backward,
     _flash_attn_varlen_forward,
 )
-from flash_attn_shim.own import own as _own
+from flash_attn_shim.rehome import rehome as _rehome
 
 __all__ = [
     "flash_attn_func",
@@ -37,7 +36,7 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
-_own(globals())
+_rehome(globals())
 
 # diffusers calls these.
 _wrapped_flash_attn_forward = _flash_attn_forward
