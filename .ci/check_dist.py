@@ -30,7 +30,7 @@ def main(directory: Path) -> None:
     assert needed <= names, sorted(needed - names)
     with tarfile.open(sdist) as archive:
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    tracked = {"README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "pyproject.toml", *HOOKS}
+    tracked = {"README.md", "CONTRIBUTING.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "pyproject.toml", *HOOKS}
     tracked.add("metal_host/README.md")
     assert tracked <= held, sorted(tracked - held)
     print(f"{wheel.name}: {len(names)} files; {sdist.name}: {len(held)} files")

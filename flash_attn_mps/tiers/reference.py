@@ -13,8 +13,8 @@ query heads per kv head, `c` queries, `n` keys.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -248,10 +248,10 @@ class _Block:
         if p.softcap:
             s = s.div_(p.softcap).tanh_().mul_(p.softcap)
             capped = s.clone() if keep_capped else None
-        positioned = p.alibi_slopes is not None or self.left >= 0 or self.right >= 0
-        distance = self._distance() if positioned else None
-        if p.alibi_slopes is not None:
-            assert distance is not None
+        distance = None
+        if p.alibi_slopes is not None or self.left >= 0 or self.right >= 0:
+            distance = self._keys() - self._diagonal()  # (g or 1, c, n): of a key from the query's diagonal
+        if p.alibi_slopes is not None and distance is not None:
             slopes = p.alibi_slopes.unflatten(-1, (p.heads_k, -1))[..., None, None]
             slopes = slopes[self.group.seqs] if p.alibi_slopes.dim() == 2 else slopes
             s.sub_(slopes * distance.abs()[:, None, None])
@@ -276,10 +276,6 @@ class _Block:
             total += (sinks - base).exp_()
         return s.div_(total.masked_fill(total == 0.0, 1.0)), m + total.log()
 
-    def _distance(self) -> torch.Tensor:
-        """`(g or 1, c, n)`: j - (i + offset), the distance of a key from the query's diagonal."""
-        return self._keys() - self._diagonal()
-
     def _keys(self) -> torch.Tensor:
         """`(n,)`: j."""
         return torch.arange(self.lo, self.hi, device=self.p.q.device)
@@ -287,13 +283,12 @@ class _Block:
     def _diagonal(self) -> torch.Tensor:
         """`(g or 1, c, 1)`: i + offset, the key that a query is aligned with."""
         i = torch.arange(self.first, self.last, device=self.p.q.device)[None, :, None]
-        offset: int | torch.Tensor = self.group.seqlen_k - self.group.seqlen_q
-        if self.keys.lengths is not None or self.queries.lengths is not None:
-            seqs = self.group.seqs
-            seqlen_k: Any = self.group.seqlen_k if self.keys.lengths is None else self.keys.lengths[seqs]
-            seqlen_q: Any = self.group.seqlen_q if self.queries.lengths is None else self.queries.lengths[seqs]
-            offset = (seqlen_k - seqlen_q)[:, None, None]
-        return i + offset
+        group, seqlens_k, seqlens_q = self.group, self.keys.lengths, self.queries.lengths
+        if seqlens_k is None and seqlens_q is None:
+            return i + (group.seqlen_k - group.seqlen_q)
+        seqlen_k = group.seqlen_k if seqlens_k is None else seqlens_k[group.seqs][:, None, None]
+        seqlen_q = group.seqlen_q if seqlens_q is None else seqlens_q[group.seqs][:, None, None]
+        return i + (seqlen_k - seqlen_q)
 
     def _hidden(self, distance: torch.Tensor | None) -> torch.Tensor | None:
         """`(g or 1, c, n)`: which scores do not count; None if all do."""
@@ -309,7 +304,7 @@ class _Block:
             hidden.append(~valid[:, None, self.lo : self.hi])
         if (valid := self.queries.valid(self.group, self.first, self.last)) is not None:
             hidden.append(~valid[:, :, None])
-        return functools.reduce(torch.logical_or, hidden) if hidden else None
+        return functools.reduce(operator.or_, hidden) if hidden else None
 
 
 def _blocks(p: AttentionProblem, group: Group, queries: QueryRows, keys: KeyRows) -> Iterator[_Block]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ... import problem
+from ... import describe, problem
 from ...frontends import fa2
 from ...tiers import BY_NAME, ORDER, Tier
 from ...tiers.metal import compiler
@@ -61,10 +61,10 @@ def contenders(device_type: str, full: bool, hub: bool) -> list[Contender]:
 
 def build(workload: Workload, x: Inputs) -> problem.AttentionProblem:
     """The workload as every public function of this project describes it."""
-    options = problem.CallOptions(causal=workload.causal, window_size=(workload.window, -1))
+    options = describe.CallOptions(causal=workload.causal, window_size=(workload.window, -1))
     if workload.packed:
-        return problem.varlen(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, options)
-    return problem.dense(x.q, x.k, x.v, options)
+        return describe.varlen(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, options)
+    return describe.dense(x.q, x.k, x.v, options)
 
 
 def _ours(tier: Tier, workload: Workload, x: Inputs) -> Call:
