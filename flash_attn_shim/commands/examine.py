@@ -101,7 +101,7 @@ def _attention():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # who owns the names is said under Names
         from flash_attn_mps import dispatch
-        from flash_attn_mps.problem import CallOptions, dense
+        from flash_attn_mps.describe import CallOptions, dense
 
     device = "mps" if mps.is_available() else "cpu"
     q = torch.empty(1, 64, 4, 64, dtype=torch.float16, device=device)
