@@ -47,7 +47,7 @@ def test_doctor_names_the_switch_that_is_off():
 def test_doctor_in_plain_words_and_its_advice():
     text = mtlflashattn("doctor", MTLFLASHATTN_SHIM="perhaps").stdout
     assert text.startswith("import flash_attn  ->  ")
-    assert "MTLFLASHATTN_SHIM=perhaps is not known and counts as auto" in text
+    assert "MTLFLASHATTN_SHIM=perhaps is not a known value and counts as auto" in text
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="on a Mac the platform is no obstacle")
