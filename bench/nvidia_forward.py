@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from flash_attn_mps import problem
+from flash_attn_mps import describe, problem
 from flash_attn_mps.tiers.metal import launch
 from flash_attn_mps.tiers.metal.specialization import Specialization, Variant
 from flash_attn_mps.tiers.metal.variants import fits
@@ -70,8 +70,8 @@ def tensors(dtype: str, head_dim: int, batch: int, length: int, device: str) -> 
 
 
 def described(dtype: str, head_dim: int, mask: str, q, k, v) -> problem.AttentionProblem:
-    options = problem.CallOptions(window_size=MASKS[mask], want_lse=True)
-    return problem.dense(q, k, v, options)
+    options = describe.CallOptions(window_size=MASKS[mask], want_lse=True)
+    return describe.dense(q, k, v, options)
 
 
 def specialization(p: problem.AttentionProblem, variant: Variant) -> Specialization:
@@ -204,8 +204,8 @@ def our_launch(kernel: Kernel, variant: Variant, p, out, lse):
 def packed(dtype: str, mask: str, head_dim: int, lengths: list[int], device: str) -> problem.AttentionProblem:
     q, k, v = (t.flatten(0, 1) for t in tensors(dtype, head_dim, 1, sum(lengths), device))
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    options = problem.CallOptions(window_size=MASKS[mask], want_lse=True)
-    return problem.varlen(q, k, v, ends, ends.clone(), max(lengths), max(lengths), options)
+    options = describe.CallOptions(window_size=MASKS[mask], want_lse=True)
+    return describe.varlen(q, k, v, ends, ends.clone(), max(lengths), max(lengths), options)
 
 
 def blocks(lengths: list[int], variant: Variant, causal: bool) -> int:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import nvidia_forward as forward
 import torch
 
-from flash_attn_mps import problem
+from flash_attn_mps import describe, problem
 from flash_attn_mps.tiers.metal import launch
 from flash_attn_mps.tiers.metal.specialization import Variant
 from metal_host import nvidia
@@ -81,7 +81,7 @@ def mask_of(name: str, length: int, device: str) -> tuple[int, torch.Tensor]:
 
 def described(dim: int, batch: int, length: int, plain: str, device: str) -> problem.AttentionProblem:
     q, k, v = forward.tensors("half", dim, batch, length, device)
-    return problem.dense(q, k, v, problem.CallOptions(window_size=PLAIN[plain], want_lse=True))
+    return describe.dense(q, k, v, describe.CallOptions(window_size=PLAIN[plain], want_lse=True))
 
 
 def name_of(what: str, dim: int, variant: Variant) -> str:

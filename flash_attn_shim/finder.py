@@ -18,7 +18,7 @@ _SOURCE_OR_EXTENSION = (".py", ".pyc", ".so", ".pyd")
 # A finder that we ask may look the name up again and so arrive here in the same thread.
 _asking = _local()
 
-_warned = set()
+_warned: set[str] = set()
 
 
 def environment():

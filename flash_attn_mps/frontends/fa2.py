@@ -15,7 +15,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from ..problem import CallOptions, dense, varlen
+from ..describe import CallOptions, dense, varlen
 from .fa2_kvcache import flash_attn_with_kvcache
 from .fa2_packed import (
     flash_attn_kvpacked_func,

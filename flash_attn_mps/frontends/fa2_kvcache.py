@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import checks
-from ..problem import CallOptions
+from ..describe import CallOptions
 from . import kvcache
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..problem import CallOptions, dense, varlen
+from ..describe import CallOptions, dense, varlen
 from .shared import KV, QKV, finish, unpack
 
 _ONE_LENGTH = {

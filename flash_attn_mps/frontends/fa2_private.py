@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..problem import AttentionProblem, CallOptions, dense, varlen
+from ..describe import CallOptions, dense, varlen
+from ..problem import AttentionProblem
 
 
 def _flash_attn_forward(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..problem import AttentionProblem, CallOptions, dense, varlen, with_qv
+from ..describe import CallOptions, dense, varlen
+from ..problem import AttentionProblem, with_qv
 from .fa3_kvcache import flash_attn_combine, flash_attn_with_kvcache, get_scheduler_metadata
 from .shared import QKV, reject_descales, unpack
 

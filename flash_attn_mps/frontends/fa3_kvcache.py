@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..problem import CallOptions
+from ..describe import CallOptions
 from . import kvcache
 from .shared import accumulators, reject_descales
 

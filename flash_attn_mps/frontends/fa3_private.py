@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..problem import AttentionProblem, CallOptions, dense, varlen, with_qv
+from ..describe import CallOptions, dense, varlen
+from ..problem import AttentionProblem, with_qv
 from . import kvcache
 from .fa2_private import backward
 from .shared import accumulators, reject_descales

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from .. import checks, dispatch
+from ..describe import CallOptions
 from ..graph import attention_op, kvcache_op
 from ..lengths import check_pages
-from ..problem import AttentionProblem, CallOptions, Result, with_qv
+from ..problem import AttentionProblem, Result, with_qv
 from .rotary import apply_rotary
 
 _Q = "batch, seqlen_q, heads, head_dim"

@@ -20,7 +20,8 @@ import torch
 from torch.library import custom_op
 
 from .. import tiers
-from ..problem import AttentionProblem, Result, with_lengths
+from ..describe import with_lengths
+from ..problem import AttentionProblem, Result
 from ..tiers import Gradients
 
 NAMESPACE = "mtlflashattn"
@@ -92,8 +93,8 @@ def _forward(*arguments: Any) -> Any:
     with torch.no_grad():
         p = _computed(arguments)
         result = tiers.run(p)
-        lse = result.lse if p.want_lse else p.q.new_empty(0, dtype=torch.float32)
-        probs = result.probs if p.want_probs else p.q.new_empty(0)
+        lse = p.q.new_empty(0, dtype=torch.float32) if result.lse is None or not p.want_lse else result.lse
+        probs = p.q.new_empty(0) if result.probs is None or not p.want_probs else result.probs
         return contiguous(result.out), contiguous(lse), contiguous(probs)
 
 
@@ -171,16 +172,17 @@ def _(_dout: torch.Tensor, x: torch.Tensor, _reason: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def _longest(p: AttentionProblem) -> tuple[int, int]:
+def _longest(p: AttentionProblem) -> tuple[int | torch.SymInt, int | torch.SymInt]:
     """`(max_seqlen_q, max_seqlen_k)` as the kernel will know them: sizes unknown where only a tensor has them."""
     if p.cu_seqlens_q is None:
         return p.max_seqlen_q, p.max_seqlen_k
     rows_k = p.k.shape[0] if p.block_table is None else p.block_table.shape[1] * p.k.shape[1]
     given = ((p.max_seqlen_q, p.q.shape[0], p.max_seqlen_q_tensor), (p.max_seqlen_k, rows_k, p.max_seqlen_k_tensor))
-    return tuple(
+    longest_q, longest_k = (
         torch.sym_min(most, rows) if longest is None else torch.library.get_ctx().new_dynamic_size()
         for most, rows, longest in given
     )
+    return longest_q, longest_k
 
 
 def contiguous(t: torch.Tensor) -> torch.Tensor:

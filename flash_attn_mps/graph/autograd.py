@@ -30,7 +30,8 @@ class _Attention(torch.autograd.Function):
         # Every tensor goes through save_for_backward, so that checkpointing and offloading hooks see it.
         ctx.names = [name for name in _TENSORS if isinstance(getattr(p, name), torch.Tensor)]
         ctx.save_for_backward(result.out, result.lse, *(getattr(p, name) for name in ctx.names))
-        ctx.problem = dataclasses.replace(p, **dict.fromkeys(ctx.names))
+        without_tensors: dict[str, Any] = dict.fromkeys(ctx.names)
+        ctx.problem = dataclasses.replace(p, **without_tensors)
         ctx.set_materialize_grads(False)
         if result.probs is not None:
             ctx.mark_non_differentiable(result.probs)

@@ -14,7 +14,8 @@ import torch
 from torch.library import custom_op
 
 from .. import checks
-from ..problem import CallOptions, Result
+from ..describe import CallOptions
+from ..problem import Result
 from .attention_op import NAMESPACE, contiguous
 
 _TENSORS = (

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch
-from ..problem import CallOptions, dense, varlen, with_mask, with_sinks
+from ..describe import CallOptions, dense, varlen
+from ..problem import with_mask, with_sinks
 
 NAME = "mps_fa"
 

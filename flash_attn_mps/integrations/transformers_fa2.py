@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..describe import CallOptions, dense, varlen
 from ..frontends.shared import finish
-from ..problem import AttentionProblem, CallOptions, dense, varlen, with_sinks
+from ..problem import AttentionProblem, with_sinks
 
 
 def flash_attn_func(

@@ -33,6 +33,7 @@ def _limits(p: AttentionProblem) -> list[str]:
 
 def _is_flash(p: AttentionProblem, causal: bool) -> bool:
     q, k, v = (t.transpose(1, 2) for t in (p.q, p.k, p.v))
+    assert isinstance(p.softmax_scale, float)  # a tensor is a feature that this tier does not serve
     choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=p.softmax_scale, enable_gqa=p.heads != p.heads_k)
     return choice == SDPBackend.FLASH_ATTENTION.value
 

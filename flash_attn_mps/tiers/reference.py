@@ -13,6 +13,7 @@ query heads per kv head, `c` queries, `n` keys.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -98,7 +99,8 @@ def backward(
     p = p.resolved()
     q, k, v = p.q, p.k, p.v
     if q.is_meta:
-        return *(torch.empty_like(t) for t in (q, k, v)), None if p.sinks is None else torch.empty_like(p.sinks)
+        dsinks = None if p.sinks is None else torch.empty_like(p.sinks)
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
     queries, keys = QueryRows(p), KeyRows(p)
     dq = queries.new(q, q.shape[-2:], 0.0, q.dtype)
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
@@ -195,7 +197,7 @@ class _Dropout:
 
     def __init__(self, p: AttentionProblem) -> None:
         self.p = p.dropout_p
-        self.generator = torch.Generator(p.q.device).manual_seed(p.seed) if p.dropout_p else None
+        self.generator = torch.Generator(p.q.device).manual_seed(int(p.seed)) if p.dropout_p else None
 
     def keep(self, prob: torch.Tensor) -> torch.Tensor:
         return torch.rand(prob.shape, generator=self.generator, dtype=torch.float32, device=prob.device) >= self.p
@@ -246,9 +248,10 @@ class _Block:
         if p.softcap:
             s = s.div_(p.softcap).tanh_().mul_(p.softcap)
             capped = s.clone() if keep_capped else None
-        positioned = p.alibi_slopes is not None or self.left >= 0 or self.right >= 0
-        distance = self._distance() if positioned else None
-        if p.alibi_slopes is not None:
+        distance = None
+        if p.alibi_slopes is not None or self.left >= 0 or self.right >= 0:
+            distance = self._keys() - self._diagonal()  # (g or 1, c, n): of a key from the query's diagonal
+        if p.alibi_slopes is not None and distance is not None:
             slopes = p.alibi_slopes.unflatten(-1, (p.heads_k, -1))[..., None, None]
             slopes = slopes[self.group.seqs] if p.alibi_slopes.dim() == 2 else slopes
             s.sub_(slopes * distance.abs()[:, None, None])
@@ -273,10 +276,6 @@ class _Block:
             total += (sinks - base).exp_()
         return s.div_(total.masked_fill(total == 0.0, 1.0)), m + total.log()
 
-    def _distance(self) -> torch.Tensor:
-        """`(g or 1, c, n)`: j - (i + offset), the distance of a key from the query's diagonal."""
-        return self._keys() - self._diagonal()
-
     def _keys(self) -> torch.Tensor:
         """`(n,)`: j."""
         return torch.arange(self.lo, self.hi, device=self.p.q.device)
@@ -284,20 +283,19 @@ class _Block:
     def _diagonal(self) -> torch.Tensor:
         """`(g or 1, c, 1)`: i + offset, the key that a query is aligned with."""
         i = torch.arange(self.first, self.last, device=self.p.q.device)[None, :, None]
-        offset = self.group.seqlen_k - self.group.seqlen_q
-        if self.keys.lengths is not None or self.queries.lengths is not None:
-            seqs = self.group.seqs
-            seqlen_k = self.group.seqlen_k if self.keys.lengths is None else self.keys.lengths[seqs]
-            seqlen_q = self.group.seqlen_q if self.queries.lengths is None else self.queries.lengths[seqs]
-            offset = (seqlen_k - seqlen_q)[:, None, None]
-        return i + offset
+        group, seqlens_k, seqlens_q = self.group, self.keys.lengths, self.queries.lengths
+        if seqlens_k is None and seqlens_q is None:
+            return i + (group.seqlen_k - group.seqlen_q)
+        seqlen_k = group.seqlen_k if seqlens_k is None else seqlens_k[group.seqs][:, None, None]
+        seqlen_q = group.seqlen_q if seqlens_q is None else seqlens_q[group.seqs][:, None, None]
+        return i + (seqlen_k - seqlen_q)
 
     def _hidden(self, distance: torch.Tensor | None) -> torch.Tensor | None:
         """`(g or 1, c, n)`: which scores do not count; None if all do."""
-        hidden = []
-        if self.right >= 0:
+        hidden: list[torch.Tensor] = []
+        if distance is not None and self.right >= 0:
             hidden.append(distance > self.right)
-        if self.left >= 0:
+        if distance is not None and self.left >= 0:
             hidden.append(distance < -self.left)
         if self.p.attention_chunk:
             chunks = self._diagonal().div(self.p.attention_chunk, rounding_mode="floor")
@@ -306,7 +304,7 @@ class _Block:
             hidden.append(~valid[:, None, self.lo : self.hi])
         if (valid := self.queries.valid(self.group, self.first, self.last)) is not None:
             hidden.append(~valid[:, :, None])
-        return functools.reduce(torch.logical_or, hidden) if hidden else None
+        return functools.reduce(operator.or_, hidden) if hidden else None
 
 
 def _blocks(p: AttentionProblem, group: Group, queries: QueryRows, keys: KeyRows) -> Iterator[_Block]:

@@ -4,7 +4,7 @@ PENDING = "is being imported"
 APPLIED = "adjusted"
 
 #: Module name -> PENDING, APPLIED, what was set (programs), or why it was left alone.
-journal = {}
+journal: dict[str, str] = {}
 
 
 class Misfit(Exception):

@@ -20,7 +20,7 @@ _BEHIND_PROBES = {
 
 _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 
-_warned = set()
+_warned: set[str] = set()
 
 
 def mend(undo):

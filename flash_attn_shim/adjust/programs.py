@@ -15,7 +15,7 @@ from flash_attn_shim.adjust.flags import FA2, FA3, TABLE, Flag
 
 _VALUES = {"True": True, "False": False, "None": None}
 
-_warned = set()
+_warned: set[str] = set()
 
 
 def refusal():

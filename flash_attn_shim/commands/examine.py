@@ -38,7 +38,7 @@ def everything():
         "programs": _programs(status),
     }
     findings["sdpa"] = _sdpa()  # after the libraries are imported: some take torch's function when they are
-    findings["advice"] = list(_advice(status, findings))
+    findings["advice"] = [*owners.advice(), *_advice(status, findings)]
     return findings
 
 
@@ -101,7 +101,7 @@ def _attention():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # who owns the names is said under Names
         from flash_attn_mps import dispatch
-        from flash_attn_mps.problem import CallOptions, dense
+        from flash_attn_mps.describe import CallOptions, dense
 
     device = "mps" if mps.is_available() else "cpu"
     q = torch.empty(1, 64, 4, 64, dtype=torch.float16, device=device)
@@ -215,7 +215,6 @@ def _version(distribution):
 
 def _advice(status, findings):
     """What to do about each thing that stands in the way, one sentence each."""
-    yield from owners.advice()
     if status.unknown_mode is not None:
         yield f"{policy.SWITCH}={status.unknown_mode} is not known and counts as auto. Known: off, auto, on."
     files = findings["hook"]["start-up files"]

@@ -9,9 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_mps import dispatch, trace
+from flash_attn_mps.describe import CallOptions, dense, varlen
 from flash_attn_mps.frontends import fa2, fa2_private, fa3, fa3_private
 from flash_attn_mps.graph import attention_op
-from flash_attn_mps.problem import CallOptions, dense, varlen, with_mask, with_sinks
+from flash_attn_mps.problem import with_mask, with_sinks
 from tests.compiled import assert_one_graph, compiled, outcome
 
 from . import oracle

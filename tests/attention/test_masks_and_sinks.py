@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flash_attn_mps import dispatch
-from flash_attn_mps.problem import CallOptions, dense, varlen, with_mask, with_sinks
+from flash_attn_mps.describe import CallOptions, dense, varlen
+from flash_attn_mps.problem import with_mask, with_sinks
 from flash_attn_mps.tiers import reference
 
 from . import oracle

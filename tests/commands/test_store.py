@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from flash_attn_mps import problem
+from flash_attn_mps import describe
 from flash_attn_mps.tiers.metal import gpu, store, tune, variants
 from flash_attn_mps.tiers.metal.specialization import Variant
 from flash_attn_shim.commands import examine
@@ -18,7 +18,7 @@ TUNED = store.Winner(Variant(8, 2, 16, False), 1e-3, 2e-3)
 
 def call(length=300, dtype=torch.float16, head_dim=64, **options):
     q = torch.empty(1, length, 2, head_dim, dtype=dtype)
-    return problem.dense(q, q, q, problem.CallOptions(**options))
+    return describe.dense(q, q, q, describe.CallOptions(**options))
 
 
 def default(p):

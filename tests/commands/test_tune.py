@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_attn_mps import problem, timing
+from flash_attn_mps import describe, timing
 from flash_attn_mps.tiers.metal import compiler, gpu, launch, store, tune, variants
 from flash_attn_mps.tiers.metal.specialization import Variant
 from flash_attn_shim.commands import main
@@ -105,7 +105,7 @@ COMMAND += ["--what", "variants"]
 
 def test_the_command_stores_what_later_calls_use(a_mac, capsys):
     q = torch.randn(1, 100, 2, 64).half()
-    p = problem.dense(q, q, q, problem.CallOptions())
+    p = describe.dense(q, q, q, describe.CallOptions())
     assert variants.chosen(p) == DEFAULT
     assert main(COMMAND) == 0
     printed = capsys.readouterr().out
@@ -121,7 +121,7 @@ def test_auto_stores_too(a_mac, monkeypatch):
     monkeypatch.setenv("MTLFLASHATTN_TUNE", "auto")
     monkeypatch.setattr(tune, "_neighbours", lambda variant, key: [WIDE])
     q = torch.empty(1, 3000, 1, 64).half()
-    p = problem.dense(q, q, q, problem.CallOptions())
+    p = describe.dense(q, q, q, describe.CallOptions())
     assert variants.chosen(p) == WIDE
     assert store.load()[store.key_of(p)].variant == WIDE
 

@@ -10,7 +10,8 @@ import argparse
 
 import torch
 
-from flash_attn_mps.problem import AttentionProblem, CallOptions, dense
+from flash_attn_mps.describe import CallOptions, dense
+from flash_attn_mps.problem import AttentionProblem
 from flash_attn_mps.tiers.metal import compiler, launch, variants
 from flash_attn_mps.tiers.metal.specialization import Variant
 from metal_host import compile_shader, observe

@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flash_attn_mps.describe import CallOptions, dense
 from flash_attn_mps.frontends import fa2
-from flash_attn_mps.problem import CallOptions, dense, with_mask
+from flash_attn_mps.problem import with_mask
 from flash_attn_mps.tiers.metal import compiler, launch, variants
 from flash_attn_mps.tiers.metal.specialization import Mask, Variant
 from metal_host import observe

@@ -6,21 +6,24 @@ q. Masks that its interface wants are made beforehand and cost it nothing. `Unsu
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ... import problem
+from ... import describe, problem
 from ...frontends import fa2
 from ...tiers import BY_NAME, ORDER, Tier
 from ...tiers.metal import compiler
-from ...timing import Call
 from .workloads import Inputs, Workload
 
 STOCK = "stock SDPA"
+
+#: The output, in the layout of q.
+Call = Callable[[], torch.Tensor]
 
 
 class Unsupported(Exception):
@@ -40,7 +43,7 @@ def contenders(device_type: str, full: bool, hub: bool) -> list[Contender]:
         for tier in (BY_NAME.values() if full else ORDER)
         if (device_type in compiler.device_types if tier.metal else tier.name != "cpu" or device_type == "cpu")
     ]
-    found = [Contender(f"mtlflashattn {tier.name}", lambda w, x, tier=tier: _ours(tier, w, x), True) for tier in tiers]
+    found = [Contender(f"mtlflashattn {tier.name}", functools.partial(_ours, tier), True) for tier in tiers]
     found.append(Contender(STOCK, _stock))
     if device_type == "mps":
         for name, prepare in (
@@ -58,10 +61,10 @@ def contenders(device_type: str, full: bool, hub: bool) -> list[Contender]:
 
 def build(workload: Workload, x: Inputs) -> problem.AttentionProblem:
     """The workload as every public function of this project describes it."""
-    options = problem.CallOptions(causal=workload.causal, window_size=(workload.window, -1))
+    options = describe.CallOptions(causal=workload.causal, window_size=(workload.window, -1))
     if workload.packed:
-        return problem.varlen(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, options)
-    return problem.dense(x.q, x.k, x.v, options)
+        return describe.varlen(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, options)
+    return describe.dense(x.q, x.k, x.v, options)
 
 
 def _ours(tier: Tier, workload: Workload, x: Inputs) -> Call:
@@ -84,10 +87,9 @@ def _stock(workload: Workload, x: Inputs) -> Call:
         q, k, v = (t.split([length for length, _ in workload.lengths]) for t in (x.q, x.k, x.v))
 
         def one(*qkv: torch.Tensor) -> torch.Tensor:
-            heads_first = (t.transpose(0, 1)[None] for t in qkv)
-            return F.scaled_dot_product_attention(*heads_first, is_causal=workload.causal, enable_gqa=gqa)[0].transpose(
-                0, 1
-            )
+            q, k, v = (t.transpose(0, 1)[None] for t in qkv)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=workload.causal, enable_gqa=gqa)
+            return out[0].transpose(0, 1)
 
         return lambda: torch.cat([one(*qkv) for qkv in zip(q, k, v, strict=True)])
     q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
@@ -115,10 +117,10 @@ def _flash_attn_like(name: str, hub: bool = False) -> Callable[[Workload, Inputs
         function = getattr(module, wanted.__name__, None)
         if function is None:
             raise Unsupported(f"it has no {wanted.__name__}")
-        how = {"causal": workload.causal}
+        how: dict[str, Any] = {"causal": workload.causal}
         if workload.window >= 0:
             how["window_size"] = (workload.window, 0)
-        if workload.packed:
+        if x.cu_seqlens is not None:
             cu_seqlens = x.cu_seqlens, x.cu_seqlens.clone()
             return lambda: function(x.q, x.k, x.v, *cu_seqlens, x.max_seqlen, x.max_seqlen, **how)
         return lambda: function(x.q, x.k, x.v, **how)

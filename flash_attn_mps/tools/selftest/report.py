@@ -20,7 +20,7 @@ _SHOWN = 10
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """How many cases of each tier and dtype came out how, and the largest error in percent of what is allowed."""
-    rows = [("tier", "dtype", *_STATUSES, "largest error, % of allowed")]
+    rows: list[tuple[object, ...]] = [("tier", "dtype", *_STATUSES, "largest error, % of allowed")]
     for tier in BY_NAME:
         for dtype in DTYPES:
             some = [o for o in outcomes if (o.case.tier, o.case.dtype) == (tier, dtype)]

@@ -57,7 +57,7 @@ class ParallelMLP(nn.Module):
         hidden_features=None,
         out_features=None,
         activation=F.gelu,
-        process_group: "dist.ProcessGroup" = None,
+        process_group: "dist.ProcessGroup | None" = None,
         sequence_parallel=True,
         bias1=True,
         bias2=True,

@@ -276,7 +276,7 @@ class ParallelFusedMLP(nn.Module):
         hidden_features=None,
         out_features=None,
         activation="gelu_approx",
-        process_group: "dist.ProcessGroup" = None,
+        process_group: "dist.ProcessGroup | None" = None,
         bias1=True,
         bias2=True,
         sequence_parallel=True,
