@@ -6,7 +6,7 @@ Masks, sinks and `qv` are put on top by `problem.with_mask`, `with_sinks` and `w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +21,15 @@ from .problem import AttentionProblem
 class CallOptions:
     """The arguments that every function shares, as the caller gave them."""
 
-    softmax_scale: Any = None
-    causal: Any = False
-    window_size: Any = (-1, -1)
-    softcap: Any = 0.0
-    alibi_slopes: Any = None
-    dropout_p: Any = 0.0
-    want_lse: Any = False
-    attention_chunk: Any = 0
-    want_probs: Any = None  # None: with the log-sum-exp; counts under dropout alone
+    softmax_scale: float | torch.Tensor | None = None
+    causal: bool = False
+    window_size: Sequence[int] | torch.Tensor = (-1, -1)
+    softcap: float = 0.0
+    alibi_slopes: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    want_lse: bool = False
+    attention_chunk: int = 0
+    want_probs: bool | None = None  # None: with the log-sum-exp; counts under dropout alone
     seed: int | torch.Tensor | None = None  # None: from torch's default generator, if there is dropout
 
     def checked(self, q: torch.Tensor, batch: int) -> dict[str, Any]:

@@ -223,9 +223,7 @@ def with_qv(p: AttentionProblem, qv: Any, softmax_scale: Any) -> AttentionProble
 
     The scale defaults to `1 / sqrt(head_dim + head_dim of v)`, as upstream's does.
     """
-    checks.tensor(qv, "qv", ", ".join(["rows"] * (p.q.dim() - 2) + ["heads", "head_dim of v"]), p.q)
-    if qv.shape != p.out_shape or qv.dtype != p.q.dtype:
-        raise checks.malformed("qv", qv, f"a tensor {p.out_shape}, {p.q.dtype}")
+    checks.qv(qv, p.out_shape, p.q)
     q, k = torch.cat([p.q, qv], -1), torch.cat([p.k, p.v], -1)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else p.softmax_scale
     return dataclasses.replace(p, q=q, k=k, softmax_scale=scale)
