@@ -110,7 +110,7 @@ def _attention():
     found[f"tier for a causal float16 call on {device}"] = serving
     for name, reasons in refusals.items():
         if reasons:
-            found[f"tier {name} cannot"] = "; ".join(reasons)
+            found[f"tier {name} not used"] = "; ".join(reasons)
     found["tuned variants"] = _tuned()
     return found
 

@@ -170,7 +170,7 @@ def test_trace_counts_calls_by_shape_and_tier():
         "fa.flash_attn_func(q, q, q, causal=True)\n"
         "fa.flash_attn_func(q, q, q, causal=True)\n"
         "fa.flash_attn_func(q, q, q, softcap=5.0, window_size=(3, 0))\n"
-        "from flash_attn_mps import dispatch, problem\n"
+        "from flash_attn_mps import describe, dispatch, problem\n"
         "p = describe.dense(q, q, q, describe.CallOptions())\n"
         "p = problem.with_sinks(problem.with_mask(p, torch.ones(8, 8, dtype=torch.bool)), torch.zeros(2))\n"
         "dispatch.attention(p)\n"
