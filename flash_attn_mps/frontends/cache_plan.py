@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import checks, tiers
+from .. import checks, dispatch
 from ..lengths import Lengths, check_pages
 from ..problem import AttentionProblem, Result, with_qv
 from .cache_call import CacheCall
@@ -104,7 +104,7 @@ def run(plan: CachePlan) -> Result:
         call.v_cache[where] = new.v
     if call.qv is not None:
         problem = with_qv(problem, call.qv, call.options.softmax_scale)
-    return tiers.run(problem)
+    return dispatch.attention(problem)
 
 
 def _packed_queries(call: CacheCall, cu_seqlens: torch.Tensor) -> Lengths:
