@@ -70,6 +70,7 @@ class AttentionProblem:
     sinks: torch.Tensor | None = None
     # Will the output be differentiated? want_lse is set then: every backward pass needs the log-sum-exp.
     needs_grad: bool = False
+    forward_mode: bool = False  # do tensors carry tangents, which the result must carry on?
     _features: frozenset[str] | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
@@ -164,6 +165,7 @@ FEATURES = (
     "sinks",
     "scale_tensor",
     "gradients",
+    "forward_mode",
 )
 
 
@@ -202,6 +204,8 @@ def _features_of(p: AttentionProblem) -> frozenset[str]:
         found.append("scale_tensor")
     if p.needs_grad:
         found.append("gradients")
+    if p.forward_mode:
+        found.append("forward_mode")
     return frozenset(found)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import checks, dispatch
+from .. import checks, tiers
 from ..lengths import Lengths, check_pages
 from ..problem import AttentionProblem, Result, with_qv
 from .cache_call import CacheCall
@@ -91,7 +91,10 @@ def describe(call: CacheCall) -> CachePlan:
 
 
 def run(plan: CachePlan) -> Result:
-    """Rotate the queries and the new keys, append the new keys and values to the caches, and attend."""
+    """Rotate the queries and the new keys, append the new keys and values to the caches, and attend.
+
+    Computes at once and without gradients: whether there is a graph or a gradient is `kvcache.attention`'s business.
+    """
     call, problem, _, new, rotary = plan
     if rotary is not None:
         problem = dataclasses.replace(problem, q=_rotated_queries(rotary, problem))
@@ -101,7 +104,7 @@ def run(plan: CachePlan) -> Result:
         call.v_cache[where] = new.v
     if call.qv is not None:
         problem = with_qv(problem, call.qv, call.options.softmax_scale)
-    return dispatch.attention(problem)
+    return tiers.run(problem)
 
 
 def _packed_queries(call: CacheCall, cu_seqlens: torch.Tensor) -> Lengths:

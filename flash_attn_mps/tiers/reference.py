@@ -38,6 +38,7 @@ _FEATURES = frozenset(
         "sinks",
         "scale_tensor",
         "gradients",
+        "forward_mode",
     }
 )
 
