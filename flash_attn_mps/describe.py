@@ -29,7 +29,7 @@ class CallOptions:
     dropout_p: float = 0.0
     want_lse: bool = False
     attention_chunk: int = 0
-    want_probs: bool | None = None  # None: with the log-sum-exp; counts under dropout alone
+    want_probs: bool | None = None  # None: if want_lse; only has an effect with dropout
     seed: int | torch.Tensor | None = None  # None: from torch's default generator, if there is dropout
 
     def checked(self, q: torch.Tensor, batch: int) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class CallOptions:
 def _draw_seed() -> int | torch.Tensor:
     """From torch's default generator: `torch.manual_seed` makes it reproducible, and no device is waited for.
 
-    `randint` because compilers know it for random: two of them in a graph are never taken for one.
+    `randint`, because compilers know that it is random and never merge two of them into one.
     """
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
     return seed if torch.compiler.is_compiling() else int(seed)
