@@ -18,6 +18,8 @@ _TYPES = {
     "bool | None": ("bool? {}",),
     "str": ("str {}",),
     "Sequence[int] | torch.Tensor": ("SymInt[] {}",),
+    "int | torch.Tensor": ("SymInt? {}", "Tensor? {}_tensor"),
+    "float | torch.Tensor": ("float? {}", "Tensor? {}_tensor"),
     "int | torch.Tensor | None": ("SymInt? {}", "Tensor? {}_tensor"),
     "float | torch.Tensor | None": ("float? {}", "Tensor? {}_tensor"),
 }
