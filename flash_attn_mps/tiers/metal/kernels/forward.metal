@@ -62,7 +62,7 @@ METAL_FUNC void soften(
         m = max(m, x);
       }
     }
-#if MASK_KIND
+#if HAS_MASK
     if (MASKED) {
       m = -INFINITY;
       UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
@@ -161,38 +161,30 @@ template <typename AnyKeys>
 METAL_FUNC void visit(bool changed, thread State& state, AnyKeys keys, Scoring scoring, Range range, int first, Lane lane) {
   Masking masking;
   bool inner = range.holds(first);
-#if MASK_KIND
+#if HAS_MASK
   if (changed) masking.load(!inner, scoring, state.first_row, first, keys.seqlen, lane);
 #endif
-  if (inner && !(MASK_KIND && changed)) {
+  if (inner && !(HAS_MASK && changed)) {
     attend<false, false>(state, keys, scoring, masking, first, lane);
-  } else if (MASK_KIND && inner) {
-    attend<false, MASK_KIND != 0>(state, keys, scoring, masking, first, lane);
+  } else if (HAS_MASK && inner) {
+    attend<false, HAS_MASK != 0>(state, keys, scoring, masking, first, lane);
   } else {
-    attend<true, MASK_KIND != 0>(state, keys, scoring, masking, first, lane);
+    attend<true, HAS_MASK != 0>(state, keys, scoring, masking, first, lane);
   }
 }
 
 [[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
 kernel void attention_forward(
-    device const T* q [[buffer(0)]],
-    device const T* k [[buffer(1)]],
-    device const T* v [[buffer(2)]],
-    device T* out [[buffer(3)]],
-    device float* lse [[buffer(4)]],
-    constant long* p [[buffer(5)]],
-    OPTIONAL_BUFFERS
+    BUFFERS
     uint3 group [[threadgroup_position_in_grid]],
     uint3 groups [[threadgroups_per_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort index [[thread_index_in_simdgroup]]) {
-  Inputs in;
-  in.p = p;
-  TAKE_OPTIONAL_BUFFERS
+  Inputs in = INPUTS;
   Lane lane = lane_of(index);
   int head = int(group.y);
   // The queries that see most keys come first, so that no long tile is left for the end.
-  int turn = HAS_RIGHT && !PACKED_Q ? int(groups.x - 1 - group.x) : int(group.x);
+  int turn = HAS_WINDOW_RIGHT && !HAS_CU_SEQLENS_Q ? int(groups.x - 1 - group.x) : int(group.x);
   Tile tile = tile_of(turn, int(group.z), ROWS * SIMDGROUPS, in);
   Sequence sequence = tile.sequence;
   Scoring scoring = scoring_of(sequence, head, in);
@@ -202,10 +194,10 @@ kernel void attention_forward(
   State state;
   state.first_row = group_first + simdgroup * ROWS;
   int last_row = min(state.first_row + ROWS, sequence.seqlen_q) - 1;
-  device const T* q_head = q + sequence.batch * p[Q_BATCH] + sequence.first_q * p[Q_ROW] + head * p[Q_HEAD];
+  device const T* q_head = q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = min(state.first_row + 8 * r + lane.row, sequence.seqlen_q - 1);
-    SlabD::load_left(state.q[r], q_head + row * p[Q_ROW], scoring.sign, lane);
+    SlabD::load_left(state.q[r], q_head + row * params[Q_ROW], scoring.sign, lane);
     UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
 #if HAS_SINKS
     state.m[r] = in.sinks[head] * UNIT;
@@ -222,7 +214,7 @@ kernel void attention_forward(
   bool has_rows = state.first_row < sequence.seqlen_q;
   threadgroup Staging staging;
   Range group_range = range_of(scoring, group_first, min(group_first + ROWS * SIMDGROUPS, sequence.seqlen_q) - 1, sequence.seqlen_k);
-#if MASK_KIND
+#if HAS_MASK
   for (int run = group_range.some_begin; run < group_range.some_end; run += OUTLOOK * KEYS) {
     Outlook outlook;
     outlook.some = outlook.changed = 0;
@@ -244,7 +236,7 @@ kernel void attention_forward(
 #endif
 #else
   if (state.first_row >= sequence.seqlen_q) return;
-#if MASK_KIND
+#if HAS_MASK
   for (int run = range.some_begin; run < range.some_end; run += OUTLOOK * KEYS) {
     Outlook outlook = outlook_of(range, scoring, state.first_row, run, keys.seqlen, lane);
     for (; outlook.some; outlook.some &= outlook.some - 1) {
@@ -259,15 +251,15 @@ kernel void attention_forward(
 #endif
 #endif
 
-  device T* out_head = out + sequence.batch * p[O_BATCH] + sequence.first_q * p[O_ROW] + head * p[O_HEAD];
+  device T* out_head = out + sequence.batch * params[OUT_BATCH] + sequence.first_q * params[OUT_ROW] + head * params[OUT_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = state.first_row + 8 * r + lane.row;
     float sum = row_sum(state.l[r]);
     if (row < sequence.seqlen_q) {
-      SlabV::store(out_head + row * p[O_ROW], state.o[r], sum > 0.0f ? 1.0f / sum : 0.0f, lane);
-#if WANT_LSE
+      SlabV::store(out_head + row * params[OUT_ROW], state.o[r], sum > 0.0f ? 1.0f / sum : 0.0f, lane);
+#if HAS_LSE
       if (lane.column == 0)
-        lse[sequence.batch * p[LSE_BATCH] + sequence.first_q + head * p[LSE_HEAD] + row] = log_sum(state.m[r], sum);
+        lse[sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD] + row] = log_sum(state.m[r], sum);
 #endif
     }
   }

@@ -8,20 +8,20 @@
 
 // The key that column `column + e` of fragment n stands for.
 METAL_FUNC int key_of(int first, int n, int column, int e) {
-#if MASK_KIND
+#if HAS_MASK
   return first + KEY_FRAGMENTS * (column + e) + n;
 #else
   return first + 8 * n + column + e;
 #endif
 }
 
-#if MASK_KIND
+#if HAS_MASK
 constant constexpr int MASK_BYTES = int(sizeof(MASK_T));
 constant constexpr int MASK_ELEMENTS = 2 * KEY_FRAGMENTS;  // of a lane in a row
 constant constexpr int MASK_WORDS = (MASK_ELEMENTS * MASK_BYTES + 3) / 4;
 constant constexpr bool MASK_IN_VECTORS = MASK_ALIGNED >= 4 && MASK_ELEMENTS * MASK_BYTES >= 4;
 
-#if MASK_KIND == 1
+#if MASK_IS_BOOL
 METAL_FUNC uint bits_of(MASK_T x) { return x ? 1 : 0; }
 METAL_FUNC MASK_T from_bits(uint bits) { return MASK_T(bits & 255); }
 #elif MASK_T_BYTES == 2
@@ -88,7 +88,7 @@ struct Masking {
       UNROLL for (int i = 0; i < MASK_ELEMENTS; ++i) {
         int key = key_of(first, i, lane.column, 0);
         MASK_T x = *scoring.mask_at(min(row, scoring.seqlen_q - 1), EDGE ? min(key, seqlen - 1) : key);
-        if (EDGE && !is_seen(scoring, row, key, seqlen)) x = MASK_KIND == 1 ? MASK_T(0) : MASK_T(-INFINITY);
+        if (EDGE && !is_seen(scoring, row, key, seqlen)) x = MASK_IS_BOOL ? MASK_T(0) : MASK_T(-INFINITY);
         words[r][i * MASK_BYTES / 4] |= bits_of(x) << (8 * (i * MASK_BYTES % 4));
       }
     }
@@ -108,7 +108,7 @@ struct Masking {
   // Is any score of the block seen, for all the simdgroup knows?
   METAL_FUNC bool some() const thread {
     bool any = false;
-#if MASK_KIND == 1
+#if MASK_IS_BOOL
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) UNROLL for (int w = 0; w < MASK_WORDS; ++w) any = any || words[r][w] != 0;
 #else
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
@@ -120,7 +120,7 @@ struct Masking {
   // Is any score other than without the mask?
   METAL_FUNC bool changed() const thread {
     bool any = false;
-#if MASK_KIND == 1
+#if MASK_IS_BOOL
     // True is 1. If some program has it otherwise, its elements are looked at one by one.
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
       UNROLL for (int w = 0; w < MASK_WORDS; ++w) any = any || words[r][w] != (MASK_ELEMENTS >= 4 ? 0x01010101u : 0x0101u);

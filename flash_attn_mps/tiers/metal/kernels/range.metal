@@ -13,15 +13,15 @@ METAL_FUNC Range range_of(Scoring scoring, int first_row, int last_row, int seql
   Range range;
   range.some_begin = range.all_begin = 0;
   range.some_end = range.all_end = seqlen_k;
-#if HAS_RIGHT
+#if HAS_WINDOW_RIGHT
   range.some_end = min(seqlen_k, last_row + scoring.offset + scoring.right + 1);
   range.all_end = min(seqlen_k, first_row + scoring.offset + scoring.right + 1);
 #endif
-#if HAS_LEFT
+#if HAS_WINDOW_LEFT
   range.some_begin = max(0, first_row + scoring.offset - scoring.left);
   range.all_begin = max(0, last_row + scoring.offset - scoring.left);
 #endif
-#if MASK_KIND
+#if HAS_MASK
   range.some_begin -= range.some_begin % KEYS;  // where vectors of the mask begin
 #endif
   return range;

@@ -1,27 +1,19 @@
 // One thread for one query of one head: exact, every feature, nothing shared. For debugging.
 
-[[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
+[[max_total_threads_per_threadgroup(THREADS)]]
 kernel void attention_scalar(
-    device const T* q [[buffer(0)]],
-    device const T* k [[buffer(1)]],
-    device const T* v [[buffer(2)]],
-    device T* out [[buffer(3)]],
-    device float* lse [[buffer(4)]],
-    constant long* p [[buffer(5)]],
-    OPTIONAL_BUFFERS
+    BUFFERS
     uint3 group [[threadgroup_position_in_grid]],
     uint3 thread_index [[thread_position_in_threadgroup]]) {
-  Inputs in;
-  in.p = p;
-  TAKE_OPTIONAL_BUFFERS
+  Inputs in = INPUTS;
   int head = int(group.y);
-  Tile tile = tile_of(int(group.x), int(group.z), 32 * SIMDGROUPS, in);
+  Tile tile = tile_of(int(group.x), int(group.z), THREADS, in);
   Sequence sequence = tile.sequence;
   Scoring scoring = scoring_of(sequence, head, in);
   Keys keys = keys_of(sequence, head, k, v, in);
-  int row = tile.index * 32 * SIMDGROUPS + int(thread_index.x);
+  int row = tile.index * THREADS + int(thread_index.x);
   if (row >= sequence.seqlen_q) return;
-  device const T* query = q + sequence.batch * p[Q_BATCH] + (sequence.first_q + row) * p[Q_ROW] + head * p[Q_HEAD];
+  device const T* query = q + sequence.batch * params[Q_BATCH] + (sequence.first_q + row) * params[Q_ROW] + head * params[Q_HEAD];
 
   float o[HEAD_DIM_V];
   for (int d = 0; d < HEAD_DIM_V; ++d) o[d] = 0.0f;
@@ -35,7 +27,7 @@ kernel void attention_scalar(
     float s = 0.0f;
     for (int d = 0; d < HEAD_DIM; ++d) s = fma(float(query[d]), float(keys.k.at(key)[d]), s);
     s = score_of(s * scoring.sign, scoring, row, key);
-#if MASK_KIND
+#if HAS_MASK
     s = masked(s, *scoring.mask_at(row, key));
 #endif
     if (s == -INFINITY) continue;  // masked
@@ -46,9 +38,9 @@ kernel void attention_scalar(
     m = largest;
     for (int d = 0; d < HEAD_DIM_V; ++d) o[d] = fma(x, float(keys.v.at(key)[d]), o[d] * shrink);
   }
-  device T* to = out + sequence.batch * p[O_BATCH] + (sequence.first_q + row) * p[O_ROW] + head * p[O_HEAD];
+  device T* to = out + sequence.batch * params[OUT_BATCH] + (sequence.first_q + row) * params[OUT_ROW] + head * params[OUT_HEAD];
   for (int d = 0; d < HEAD_DIM_V; ++d) to[d] = T(l == 0.0f ? 0.0f : o[d] / l);  // l may be NaN
-#if WANT_LSE
-  lse[sequence.batch * p[LSE_BATCH] + sequence.first_q + head * p[LSE_HEAD] + row] = log_sum(m, l);
+#if HAS_LSE
+  lse[sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD] + row] = log_sum(m, l);
 #endif
 }

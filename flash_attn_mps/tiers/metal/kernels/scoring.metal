@@ -3,27 +3,15 @@
 constant constexpr float LOG2E = 1.44269504088896341f;
 
 // Soft-capping, ALiBi and additive masks need the scaled score; without them the scale is folded into the exponent.
-#define SCORES_ARE_SCALED (HAS_SOFTCAP || HAS_ALIBI || MASK_KIND == 2)
+#define SCORES_ARE_SCALED (HAS_SOFTCAP || HAS_ALIBI_SLOPES || MASK_IS_ADDED)
 
 // Scores are in base 2, but beside an additive mask: LOG2E times the least finite number, a common way to hide, is -inf.
-#define IN_BASE_E (MASK_KIND == 2)
+#define IN_BASE_E (MASK_IS_ADDED)
 constant constexpr float UNIT = IN_BASE_E ? 1.0f : LOG2E;
 
-// The buffers that not every call has. The host declares those of a kernel (OPTIONAL_BUFFERS) and takes them in here.
-struct Inputs {
-  constant long* p;
-  device const int* cu_seqlens_q;
-  device const int* cu_seqlens_k;
-  device const int* seqused_q;
-  device const int* seqused_k;
-  device const int* kv_batch_idx;
-  device const int* leftpad_k;
-  device const int* block_table;
-  device const float* alibi_slopes;
-  device const float* sinks;
-  device const MASK_T* mask;
-  device const SCALE_T* softmax_scale;
-};
+METAL_FUNC float as_float(long bits) {
+  return as_type<float>(int(bits));
+}
 
 // One sequence of the batch.
 struct Sequence {
@@ -45,10 +33,10 @@ struct Scoring {
   float inner;   // scale / softcap
   float outer;   // softcap, in the scores' base
 #endif
-#if HAS_ALIBI
+#if HAS_ALIBI_SLOPES
   float slope;   // in the scores' base
 #endif
-#if MASK_KIND
+#if HAS_MASK
   device const MASK_T* mask;  // of this sequence and head
   long mask_row;
   long mask_column;
@@ -58,32 +46,32 @@ struct Scoring {
 };
 
 METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
-  constant long* p = in.p;
-#if SCALE_IS_TENSOR
+  constant long* params = in.params;
+#if HAS_SOFTMAX_SCALE
   float scale = float(in.softmax_scale[0]);
 #else
-  float scale = as_float(p[SCALE]);
+  float scale = as_float(params[SOFTMAX_SCALE]);
 #endif
   Scoring scoring;
   scoring.seqlen_q = sequence.seqlen_q;
   scoring.offset = sequence.seqlen_k - sequence.seqlen_q;
-  scoring.left = int(p[LEFT]);
-  scoring.right = int(p[RIGHT]);
+  scoring.left = int(params[WINDOW_LEFT]);
+  scoring.right = int(params[WINDOW_RIGHT]);
   scoring.sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
   scale = scale == 0.0f ? 1.0f : abs(scale);
   scoring.factor = scale * UNIT;
 #if HAS_SOFTCAP
-  scoring.inner = scale / as_float(p[SOFTCAP]);
-  scoring.outer = as_float(p[SOFTCAP]) * UNIT;
+  scoring.inner = scale / as_float(params[SOFTCAP]);
+  scoring.outer = as_float(params[SOFTCAP]) * UNIT;
 #endif
-#if HAS_ALIBI
-  scoring.slope = in.alibi_slopes[sequence.batch * p[ALIBI_BATCH] + head] * UNIT;
+#if HAS_ALIBI_SLOPES
+  scoring.slope = in.alibi_slopes[sequence.batch * params[ALIBI_BATCH] + head] * UNIT;
 #endif
-#if MASK_KIND
-  scoring.mask = in.mask + sequence.batch * p[MASK_BATCH] + head * p[MASK_HEAD];
+#if HAS_MASK
+  scoring.mask = in.mask + sequence.batch * params[MASK_BATCH] + head * params[MASK_HEAD];
   // What these strides are is compiled in where it matters: elements that are one are then read once.
-  scoring.mask_row = MASK_ROWS_ARE_ONE ? 0 : p[MASK_ROW];
-  scoring.mask_column = MASK_COLUMNS_ARE_ONE ? 0 : MASK_ALIGNED ? 1 : p[MASK_COLUMN];
+  scoring.mask_row = MASK_ROWS_ARE_ONE ? 0 : params[MASK_ROW];
+  scoring.mask_column = MASK_COLUMNS_ARE_ONE ? 0 : MASK_ALIGNED ? 1 : params[MASK_COLUMN];
 #endif
   return scoring;
 }
@@ -91,10 +79,10 @@ METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
 // Does the query see the key, as far as its position tells?
 METAL_FUNC bool is_seen(Scoring scoring, int row, int key, int seqlen_k) {
   bool seen = key < seqlen_k;
-#if HAS_RIGHT
+#if HAS_WINDOW_RIGHT
   seen = seen && key <= row + scoring.offset + scoring.right;
 #endif
-#if HAS_LEFT
+#if HAS_WINDOW_LEFT
   seen = seen && key >= row + scoring.offset - scoring.left;
 #endif
   return seen;
@@ -117,7 +105,7 @@ METAL_FUNC float score_of(float product, Scoring scoring, int row, int key) {
 #elif SCORES_ARE_SCALED
   s *= scoring.factor;
 #endif
-#if HAS_ALIBI
+#if HAS_ALIBI_SLOPES
   s -= scoring.slope * float(abs(row + scoring.offset - key));
 #endif
   return s;
@@ -125,7 +113,7 @@ METAL_FUNC float score_of(float product, Scoring scoring, int row, int key) {
 
 // A score under its element of the mask. What is hidden is so even if the score is NaN.
 METAL_FUNC float masked(float s, MASK_T x) {
-#if MASK_KIND == 1
+#if MASK_IS_BOOL
   return x ? s : -INFINITY;
 #else
   return float(x) == -INFINITY ? -INFINITY : s + float(x);
@@ -156,16 +144,16 @@ struct Tile {
 };
 
 METAL_FUNC Tile tile_of(int group, int batch, int rows, Inputs in) {
-  constant long* p = in.p;
+  constant long* params = in.params;
   Tile tile;
   tile.index = group;
   tile.sequence.batch = batch;
   tile.sequence.first_q = 0;
   tile.sequence.first_k = 0;
-  tile.sequence.seqlen_q = int(p[SEQLEN_Q]);
-  tile.sequence.seqlen_k = int(p[SEQLEN_K]);
-#if PACKED_Q
-  int low = 0, high = int(p[BATCH]) - 1;
+  tile.sequence.seqlen_q = int(params[SEQLEN_Q]);
+  tile.sequence.seqlen_k = int(params[SEQLEN_K]);
+#if HAS_CU_SEQLENS_Q
+  int low = 0, high = int(params[BATCH]) - 1;
   while (low < high) {
     int middle = (low + high + 1) / 2;
     if (in.cu_seqlens_q[middle] / rows + middle <= group) {
@@ -179,14 +167,14 @@ METAL_FUNC Tile tile_of(int group, int batch, int rows, Inputs in) {
   tile.sequence.seqlen_q = in.cu_seqlens_q[low + 1] - in.cu_seqlens_q[low];
   tile.index = group - (in.cu_seqlens_q[low] / rows + low);
 #endif
-#if PACKED_K
+#if HAS_CU_SEQLENS_K
   tile.sequence.first_k = in.cu_seqlens_k[tile.sequence.batch];
   tile.sequence.seqlen_k = in.cu_seqlens_k[tile.sequence.batch + 1] - in.cu_seqlens_k[tile.sequence.batch];
 #endif
-#if USED_Q
+#if HAS_SEQUSED_Q
   tile.sequence.seqlen_q = min(tile.sequence.seqlen_q, in.seqused_q[tile.sequence.batch]);
 #endif
-#if USED_K
+#if HAS_SEQUSED_K
   tile.sequence.seqlen_k = min(tile.sequence.seqlen_k, in.seqused_k[tile.sequence.batch]);
 #endif
   return tile;

@@ -7,7 +7,7 @@ constant constexpr int STAGED_V_ROW = (HEAD_DIM_V + 7) / 8 * 8 + 16 / ELEMENT_BY
 
 // The row in which a block keeps its key: those of a fragment are neighbours, lest they meet on the same banks.
 METAL_FUNC int slot_of(uint key) {
-#if MASK_KIND
+#if HAS_MASK
   return key % KEY_FRAGMENTS * 8 + key / KEY_FRAGMENTS;
 #else
   return key;
@@ -31,12 +31,12 @@ struct StagedKeys {
 struct Staging {
   alignas(16) T k[KEYS * STAGED_K_ROW];
   alignas(16) T v[KEYS * STAGED_V_ROW];
-#if MASK_KIND
+#if HAS_MASK
   uint wanted[2][SIMDGROUPS];  // of two runs of blocks by turns, so that one barrier is enough
 #endif
 };
 
-#if MASK_KIND
+#if HAS_MASK
 // Of a run of blocks those, a bit each, that any simdgroup sees something of. Called by all, once for each run.
 METAL_FUNC uint wanted_by_any(threadgroup Staging& staging, uint wanted_here, int turn, ushort simdgroup, ushort index) {
   if (index == 0) staging.wanted[turn][simdgroup] = wanted_here;
