@@ -2,10 +2,10 @@
 
 struct Rows {
   device const T* rows;
-  long row;     // stride
+  long row;                 // stride
 #if HAS_BLOCK_TABLE
-  long page;    // stride
-  device const int* pages;
+  long page;                // stride
+  device const int* pages;  // this sequence's row of block_table
   int page_size;
 
   METAL_FUNC device const T* at(int key) const thread {
