@@ -1,4 +1,4 @@
-"""Inspect the built distributions in a directory: the hook files are at the root and recorded, nothing else is."""
+"""Inspect the built distributions in a directory: hook files and stubs are at the root, recorded, nothing else is."""
 
 import sys
 import tarfile
@@ -7,6 +7,7 @@ from pathlib import Path
 
 PACKAGES = {"flash_attn_mps", "flash_attn_shim"}
 HOOKS = {"mtlflashattn.pth", "mtlflashattn.start"}
+STUBS = {"flash_attn-stubs", "flash_attn_interface-stubs"}
 
 
 def main(directory: Path) -> None:
@@ -17,13 +18,20 @@ def main(directory: Path) -> None:
         names = set(archive.namelist())
         info = next(name.split("/")[0] for name in names if name.endswith(".dist-info/RECORD"))
         recorded = {line.rsplit(",", 2)[0] for line in archive.read(f"{info}/RECORD").decode().splitlines()}
-    assert {name.split("/")[0] for name in names} == PACKAGES | HOOKS | {info}, sorted(names)
+    assert {name.split("/")[0] for name in names} == PACKAGES | HOOKS | STUBS | {info}, sorted(names)
     assert recorded == names, sorted(recorded ^ names)
-    needed = {"flash_attn_mps/py.typed", "flash_attn_shim/presents/flash_attn/__init__.py", f"{info}/licenses/LICENSE"}
+    needed = {
+        "flash_attn_mps/py.typed",
+        "flash_attn_shim/presents/flash_attn/__init__.py",
+        "flash_attn-stubs/__init__.pyi",
+        "flash_attn_interface-stubs/__init__.pyi",
+        f"{info}/licenses/LICENSE",
+    }
     assert needed <= names, sorted(needed - names)
     with tarfile.open(sdist) as archive:
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    tracked = {"README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "pyproject.toml", *HOOKS}
+    tracked = {"README.md", "CONTRIBUTING.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "pyproject.toml", *HOOKS}
+    tracked.add("metal_host/README.md")
     assert tracked <= held, sorted(tracked - held)
     print(f"{wheel.name}: {len(names)} files; {sdist.name}: {len(held)} files")
 

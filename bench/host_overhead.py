@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from flash_attn_mps import checks, problem
+from flash_attn_mps import checks, describe, problem
 from flash_attn_mps.frontends import fa2
 from flash_attn_mps.tiers.metal import compiler, launch, simdgroup
 
@@ -46,24 +46,24 @@ def scenarios(device):
     packed_q, packed_k = tensor(64, 4, 64), tensor(64, 2, 64)
     cu = torch.arange(0, 65, 16, dtype=torch.int32, device=device)
     one, used = tensor(2, 1, 4, 64), torch.full((2,), 30, dtype=torch.int32, device=device)
-    options = problem.CallOptions
+    options = describe.CallOptions
 
     return {
         "dense": (
             lambda: fa2.flash_attn_func(q, k, k),
-            lambda: problem.dense(q, k, k, options()),
+            lambda: describe.dense(q, k, k, options()),
         ),
         "dense, causal": (
             lambda: fa2.flash_attn_func(q, k, k, causal=True),
-            lambda: problem.dense(q, k, k, options(causal=True)),
+            lambda: describe.dense(q, k, k, options(causal=True)),
         ),
         "dense, all features, lse": (
             lambda: fa2.flash_attn_func(q, k, k, 0.0, 0.1, True, (10, 0), 30.0, slopes, return_attn_probs=True),
-            lambda: problem.dense(q, k, k, options(0.1, True, (10, 0), 30.0, slopes, want_lse=True)),
+            lambda: describe.dense(q, k, k, options(0.1, True, (10, 0), 30.0, slopes, want_lse=True)),
         ),
         "varlen, causal": (
             lambda: fa2.flash_attn_varlen_func(packed_q, packed_k, packed_k, cu, cu, 16, 16, causal=True),
-            lambda: problem.varlen(packed_q, packed_k, packed_k, cu, cu, 16, 16, options(causal=True)),
+            lambda: describe.varlen(packed_q, packed_k, packed_k, cu, cu, 16, 16, options(causal=True)),
         ),
         "KV cache, one query": (
             lambda: fa2.flash_attn_with_kvcache(one, k, k, cache_seqlens=used, causal=True),
@@ -81,7 +81,7 @@ def parts(build, calls):
     specialization, _ = launch.arguments(KERNEL, p, variant, tensors)
     return {
         "problem": median_microseconds(build, calls),
-        "refuse": median_microseconds(lambda: simdgroup.unsupported_reasons(p), calls),
+        "tier": median_microseconds(lambda: (problem._features_of(p), simdgroup.TIER.limits(p)), calls),
         "arguments": median_microseconds(lambda: launch.arguments(KERNEL, p, variant, tensors), calls),
         "kernel": median_microseconds(lambda: compiler.kernel(specialization), calls),
         "outputs": median_microseconds(lambda: launch.outputs(p), calls),

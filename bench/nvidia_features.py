@@ -19,9 +19,9 @@ import nvidia_forward as forward
 import torch
 from nvidia_masks import VARIANTS, our_launch
 
-from flash_attn_mps import problem
+from flash_attn_mps import describe, problem
 from flash_attn_mps.tiers.metal.simdgroup import Variant
-from tests.metal_host import nvidia
+from metal_host import nvidia
 
 LENGTHS = (2048, 8192)
 FEATURES = {"none": (), "softcap": ("softcap",), "ALiBi": ("alibi",), "both": ("softcap", "alibi"), "sinks": ("sinks",)}
@@ -31,13 +31,13 @@ KERNELS = list(itertools.product(VARIANTS, FEATURES, (False, True)))  # head_dim
 def described(head_dim: int, length: int, feature: str, causal: bool, device: str) -> problem.AttentionProblem:
     q, k, v = forward.tensors("half", head_dim, 1, length, device)
     wanted, per_head = FEATURES[feature], torch.rand(forward.HEADS, device=device)
-    options = problem.CallOptions(
+    options = describe.CallOptions(
         causal=causal,
         softcap=30.0 if "softcap" in wanted else 0.0,
         alibi_slopes=per_head if "alibi" in wanted else None,
         want_lse=True,
     )
-    p = problem.dense(q, k, v, options)
+    p = describe.dense(q, k, v, options)
     return problem.with_sinks(p, per_head) if "sinks" in wanted else p
 
 
@@ -46,7 +46,7 @@ def name_of(head_dim: int, feature: str, causal: bool, variant: Variant) -> str:
 
 
 def prepare(directory: Path) -> None:
-    from tests.metal_host import compile_shader
+    from metal_host import compile_shader
 
     os.environ["METAL_HOST_FAST_MATRICES"] = "1"
     directory.mkdir(parents=True, exist_ok=True)

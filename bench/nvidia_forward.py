@@ -26,11 +26,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from flash_attn_mps import problem
+from flash_attn_mps import describe, problem
 from flash_attn_mps.tiers.metal import launch
 from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant, fits
 from flash_attn_mps.tiers.metal.specialization import Specialization
-from tests.metal_host import nvidia
+from metal_host import nvidia
 
 HEADS, HEADS_K = 16, 8
 DTYPES = {"half": torch.float16, "bfloat": torch.bfloat16, "float": torch.float32}
@@ -70,8 +70,8 @@ def tensors(dtype: str, head_dim: int, batch: int, length: int, device: str) -> 
 
 
 def described(dtype: str, head_dim: int, mask: str, q, k, v) -> problem.AttentionProblem:
-    options = problem.CallOptions(window_size=MASKS[mask], want_lse=True)
-    return problem.dense(q, k, v, options)
+    options = describe.CallOptions(window_size=MASKS[mask], want_lse=True)
+    return describe.dense(q, k, v, options)
 
 
 def arguments(p: problem.AttentionProblem, variant: Variant, out: torch.Tensor, lse: torch.Tensor):
@@ -102,7 +102,7 @@ def torch_name(dtype: str, head_dim: int, causal: bool) -> str:
 
 
 def prepare(directory: Path) -> None:
-    from tests.metal_host import compile_shader
+    from metal_host import compile_shader
 
     # PyTorch's kernel multiplies in float: three products in tf32 for each of its own would flatter ours.
     os.environ["METAL_HOST_FAST_MATRICES"] = "1"
@@ -204,8 +204,8 @@ def our_launch(kernel: Kernel, variant: Variant, p, out, lse):
 def packed(dtype: str, mask: str, head_dim: int, lengths: list[int], device: str) -> problem.AttentionProblem:
     q, k, v = (t.flatten(0, 1) for t in tensors(dtype, head_dim, 1, sum(lengths), device))
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    options = problem.CallOptions(window_size=MASKS[mask], want_lse=True)
-    return problem.varlen(q, k, v, ends, ends.clone(), max(lengths), max(lengths), options)
+    options = describe.CallOptions(window_size=MASKS[mask], want_lse=True)
+    return describe.varlen(q, k, v, ends, ends.clone(), max(lengths), max(lengths), options)
 
 
 def blocks(lengths: list[int], variant: Variant, causal: bool) -> int:

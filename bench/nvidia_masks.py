@@ -21,9 +21,9 @@ from typing import NamedTuple
 import nvidia_forward as forward
 import torch
 
-from flash_attn_mps import problem
+from flash_attn_mps import describe, problem
 from flash_attn_mps.tiers.metal.simdgroup import Variant
-from tests.metal_host import nvidia
+from metal_host import nvidia
 
 DIMS, LENGTHS = (64, 128), (2048, 8192)
 WINDOW = 1024
@@ -80,7 +80,7 @@ def mask_of(name: str, length: int, device: str) -> tuple[int, torch.Tensor]:
 
 def described(dim: int, batch: int, length: int, plain: str, device: str) -> problem.AttentionProblem:
     q, k, v = forward.tensors("half", dim, batch, length, device)
-    return problem.dense(q, k, v, problem.CallOptions(window_size=PLAIN[plain], want_lse=True))
+    return describe.dense(q, k, v, describe.CallOptions(window_size=PLAIN[plain], want_lse=True))
 
 
 def name_of(what: str, dim: int, variant: Variant) -> str:
@@ -94,7 +94,7 @@ def torch_name(dim: int, case: Case) -> str:
 
 
 def prepare(directory: Path) -> None:
-    from tests.metal_host import compile_shader
+    from metal_host import compile_shader
 
     os.environ["METAL_HOST_FAST_MATRICES"] = "1"
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """FlashAttention for PyTorch on Apple silicon: the FlashAttention-2 functions, on MPS, CPU and CUDA tensors."""
 
-from . import mha, sdpa
+import warnings as _warnings
+
+from . import mha, project, sdpa
 from .frontends.fa2 import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -13,6 +15,7 @@ from .frontends.fa2 import (
 from .frontends.heads_first import flash_attention
 
 __version__ = "0.1.0"
+__distribution__ = "mtlflashattn"  # flash_attn_shim/owners.py knows this package by this line
 __all__ = [
     "flash_attention",
     "flash_attn_func",
@@ -25,6 +28,9 @@ __all__ = [
     "mha",
     "sdpa",
 ]
+
+if _taken := project.name_taken():
+    _warnings.warn(_taken, stacklevel=2)
 
 if sdpa.wanted():
     sdpa.install()

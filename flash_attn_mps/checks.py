@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -87,16 +87,17 @@ def qkv(q: Any, k: Any, v: Any, dims: tuple[str, str], names: Mapping[str, str])
         raise malformed(k_name, f"dtype {k.dtype}", f"{q.dtype}, the dtype of {q_name}")
     if v.dtype != q.dtype:
         raise malformed(v_name, f"dtype {v.dtype}", f"{q.dtype}, the dtype of {q_name}")
-    heads, head_dim = q.shape[-2:]
-    heads_k, head_dim_v = v.shape[-2:]
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape  # read once: reading is what costs here
+    heads, head_dim = q_shape[-2], q_shape[-1]
+    heads_k, head_dim_v = v_shape[-2], v_shape[-1]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise unsupported(q_name, f"head_dim {head_dim}", f"1 to {MAX_HEAD_DIM}")
     if not 1 <= head_dim_v <= MAX_HEAD_DIM:
         raise unsupported(v_name, f"head_dim {head_dim_v}", f"1 to {MAX_HEAD_DIM}")
-    if k.shape[-1] != head_dim:
-        raise malformed(k_name, f"head_dim {k.shape[-1]}", f"{head_dim}, the head_dim of {q_name}")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise malformed(v_name, v, f"the shape of {k_name}, {tuple(k.shape)}, up to head_dim")
+    if k_shape[-1] != head_dim:
+        raise malformed(k_name, f"head_dim {k_shape[-1]}", f"{head_dim}, the head_dim of {q_name}")
+    if v_shape[:-1] != k_shape[:-1]:
+        raise malformed(v_name, v, f"the shape of {k_name}, {tuple(k_shape)}, up to head_dim")
     if heads == 0:
         raise malformed(q_name, "no heads", "at least one")
     if heads_k == 0 or heads % heads_k:
@@ -164,11 +165,11 @@ def integer(value: Any, name: str, accepted: str) -> int:
     if isinstance(value, torch.Tensor):
         if value.dim() > 0 or value.is_floating_point() or value.dtype == torch.bool:
             raise malformed(name, value, accepted)
-        return value.item()
+        return cast(int, value.item())
     if isinstance(value, bool):
         raise malformed(name, value, accepted)
     if isinstance(value, torch.SymInt):
-        return value
+        return cast(int, value)  # stands for an int in a graph
     try:
         return operator.index(value)
     except TypeError:
@@ -224,6 +225,14 @@ def sinks(value: Any, name: str, heads: int, like: torch.Tensor) -> torch.Tensor
     if value.shape != (heads,) or not value.is_floating_point():
         raise malformed(name, value, f"a tensor ({heads},) of a floating dtype, one score for each query head")
     return value.to(torch.float32)
+
+
+def qv(value: Any, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A query for the values: of the shape of the output and the dtype of q."""
+    tensor(value, "qv", ", ".join(["rows"] * (len(shape) - 2) + ["heads", "head_dim of v"]), like)
+    if value.shape != shape or value.dtype != like.dtype:
+        raise malformed("qv", value, f"a tensor {shape}, {like.dtype}")
+    return value
 
 
 def cu_seqlens(value: Any, name: str, total: int | None, total_of: str, like: torch.Tensor) -> list[int] | None:

@@ -1,8 +1,8 @@
 """`AttentionProblem`: one validated description of any attention call.
 
-Every public function builds one of these and hands it to `dispatch`. It holds views, never copies: a dense batch, a
-slice of a packed qkv tensor, a packed batch of ragged sequences and a paged cache are the same problem with other
-strides and indices. The semantics are FlashAttention's (version 2.1 and later):
+Every public function builds one of these (`describe`) and hands it to `dispatch`. It holds views, never copies: a dense
+batch, a slice of a packed qkv tensor, a packed batch of ragged sequences and a paged cache are the same problem with
+other strides and indices. The semantics are FlashAttention's (version 2.1 and later):
 
 * With `offset = seqlen_k - seqlen_q`, query i sees key j iff `i + offset - left <= j <= i + offset + right`; a side
   that is -1 is open. Causal is right = 0.
@@ -15,7 +15,6 @@ strides and indices. The semantics are FlashAttention's (version 2.1 and later):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +30,9 @@ class AttentionProblem:
     Queries and outputs are dense, `(batch, seqlen_q, heads, head_dim)`, or packed, `(total_q, heads, head_dim)` with
     `cu_seqlens_q`. Keys and values are dense, packed with `cu_seqlens_k`, or paged, `(num_blocks, block, heads_k,
     head_dim)` with `block_table`. All lengths and indices are int32 tensors on the device of the queries.
+
+    The basic fields are those that every tier must honour. Each other one makes a call need a feature, and a call goes
+    only to tiers that name all of its `features`: what a tier has never heard of it is never given.
     """
 
     q: torch.Tensor
@@ -40,31 +42,43 @@ class AttentionProblem:
     max_seqlen_q: int
     max_seqlen_k: int
     softmax_scale: float | torch.Tensor
+    want_lse: bool = False  # is the log-sum-exp wanted too?
+    lengths_q: list[int] | None = None  # the lengths, where the host can read them for free; None where it cannot
+    lengths_k: list[int] | None = None
+    # From here on each field belongs to a feature: see `_features_of`.
     window_left: int = -1
     window_right: int = -1
-    attention_chunk: int = 0  # 0: off
+    attention_chunk: int = 0
     softcap: float = 0.0
     alibi_slopes: torch.Tensor | None = None  # (heads,) or (batch, heads), float32
     dropout_p: float = 0.0
-    seed: int | torch.Tensor = 0  # what dropout drops; a tensor in a graph alone, which draws it anew in each run
+    seed: int | torch.Tensor = 0  # in a graph a tensor, drawn anew in each run
+    want_probs: bool = False  # are the probabilities wanted too?
     cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,): rows of q of each sequence
-    cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): rows of k and v, or lengths alone where they are paged
-    seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
-    seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
+    cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,): rows of k and v, or lengths where paged
     # 0-d: max_seqlen_q and max_seqlen_k where only the device knows them; the ints above are then upper bounds.
     max_seqlen_q_tensor: torch.Tensor | None = None
     max_seqlen_k_tensor: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
+    seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
     block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
-    kv_batch_idx: torch.Tensor | None = None  # (batch,): which batch entry of k and v a sequence reads
+    kv_batch_idx: torch.Tensor | None = None  # (batch,): the entry of k and v a sequence reads
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
-    want_lse: bool = False  # is the log-sum-exp wanted too?
-    want_probs: bool = False  # and the probabilities? Only under dropout
-    mask: torch.Tensor | None = (
-        None  # broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added
-    )
-    sinks: torch.Tensor | None = None  # (heads,), float32: a score that every query of the head has besides its keys
-    lengths_q: list[int] | None = None  # the lengths, where the host can read them for free; None where it cannot
-    lengths_k: list[int] | None = None
+    # Broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added.
+    mask: torch.Tensor | None = None
+    # (heads,), float32: a score that every query of the head has besides its keys.
+    sinks: torch.Tensor | None = None
+    # Will the output be differentiated? want_lse is set then: every backward pass needs the log-sum-exp.
+    needs_grad: bool = False
+    _features: frozenset[str] | None = dataclasses.field(default=None, init=False, repr=False)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What of `FEATURES` this call needs besides plain attention. Computed once."""
+        found = self._features
+        if found is None:
+            found = self._features = _features_of(self)
+        return found
 
     @property
     def heads(self) -> int:
@@ -121,6 +135,7 @@ class AttentionProblem:
 
     @property
     def requires_grad(self) -> bool:
+        """Does autograd want to know what is computed from this problem's tensors?"""
         if not torch.is_grad_enabled():
             return False
         sinks = self.sinks
@@ -130,6 +145,64 @@ class AttentionProblem:
             or self.v.requires_grad
             or (sinks is not None and sinks.requires_grad)
         )
+
+
+# Every feature, in the order in which people read them.
+FEATURES = (
+    "causal",
+    "window",
+    "attention_chunk",
+    "softcap",
+    "alibi",
+    "dropout",
+    "varlen",
+    "seqused",
+    "paged",
+    "kv_batch_idx",
+    "leftpad_k",
+    "mask",
+    "sinks",
+    "scale_tensor",
+    "gradients",
+)
+
+
+def _features_of(p: AttentionProblem) -> frozenset[str]:
+    """Written out, as every call comes through here. tests/attention/test_features.py sees that no field is missed."""
+    found = []
+    if p.window_left >= 0 or p.window_right >= 0:
+        left, right = p.window  # what it comes to at these lengths
+        if left >= 0 or right > 0:
+            found.append("window")
+        elif right == 0:  # more tiers serve this alone
+            found.append("causal")
+    if p.attention_chunk:
+        found.append("attention_chunk")
+    if p.softcap:
+        found.append("softcap")
+    if p.alibi_slopes is not None:
+        found.append("alibi")
+    if p.dropout_p:
+        found.append("dropout")
+    if p.cu_seqlens_q is not None or p.cu_seqlens_k is not None:
+        found.append("varlen")
+    if p.seqused_q is not None or p.seqused_k is not None:
+        found.append("seqused")
+    if p.block_table is not None:
+        found.append("paged")
+    if p.kv_batch_idx is not None:
+        found.append("kv_batch_idx")
+    if p.leftpad_k is not None:
+        found.append("leftpad_k")
+    if p.mask is not None:
+        found.append("mask")
+    if p.sinks is not None:
+        found.append("sinks")
+    if type(p.softmax_scale) is not float and isinstance(p.softmax_scale, torch.Tensor):
+        found.append("scale_tensor")
+    if p.needs_grad:
+        found.append("gradients")
+    return frozenset(found)
 
 
 @dataclass(slots=True, eq=False)
@@ -145,175 +218,12 @@ class Result:
     probs: torch.Tensor | None = None
 
 
-@dataclass(slots=True, eq=False)
-class CallOptions:
-    """The arguments that every function shares, as the caller gave them."""
-
-    softmax_scale: Any = None
-    causal: Any = False
-    window_size: Any = (-1, -1)
-    softcap: Any = 0.0
-    alibi_slopes: Any = None
-    dropout_p: Any = 0.0
-    want_lse: Any = False
-    attention_chunk: Any = 0
-    want_probs: Any = None  # None: with the log-sum-exp; counts under dropout alone
-    seed: int | torch.Tensor | None = None  # None: from torch's default generator, if there is dropout
-
-    def checked(self, q: torch.Tensor, batch: int) -> dict[str, Any]:
-        left, right = checks.window(self.window_size, self.causal)
-        dropout_p = checks.dropout_p(self.dropout_p)
-        fields = {
-            "softmax_scale": checks.softmax_scale(self.softmax_scale, q.shape[-1], q),
-            "window_left": left,
-            "window_right": right,
-            "softcap": checks.softcap(self.softcap),
-            "alibi_slopes": checks.alibi_slopes(self.alibi_slopes, batch, q.shape[-2], q),
-            "dropout_p": dropout_p,
-            "want_lse": bool(self.want_lse),
-            "attention_chunk": checks.attention_chunk(self.attention_chunk),
-        }
-        if dropout_p:
-            fields["seed"] = _draw_seed() if self.seed is None else self.seed
-            fields["want_probs"] = bool(self.want_lse if self.want_probs is None else self.want_probs)
-        return fields
-
-
-def _draw_seed() -> int | torch.Tensor:
-    """From torch's default generator: `torch.manual_seed` makes it reproducible, and no device is waited for.
-
-    `randint` because compilers know it for random: two of them in a graph are never taken for one.
-    """
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-    return seed if torch.compiler.is_compiling() else int(seed)
-
-
-def dense(q: Any, k: Any, v: Any, options: CallOptions, names: Mapping[str, str] = checks.NO_NAMES) -> AttentionProblem:
-    """q `(batch, seqlen_q, heads, head_dim)`; k, v `(batch, seqlen_k, heads_k, head_dim)`; v's head_dim may differ."""
-    checks.qkv(q, k, v, ("batch, seqlen_q, heads, head_dim", "batch, seqlen_k, heads_k, head_dim"), names)
-    batch, seqlen_q = q.shape[:2]
-    if k.shape[0] != batch:
-        raise checks.malformed(names.get("k", "k"), k, f"a batch of {batch}, that of {names.get('q', 'q')}")
-    seqlen_k = k.shape[1]
-    return AttentionProblem(q, k, v, batch, seqlen_q, seqlen_k, **options.checked(q, batch))
-
-
-def varlen(
-    q: Any,
-    k: Any,
-    v: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    options: CallOptions,
-    *,
-    seqused_q: Any = None,
-    seqused_k: Any = None,
-    block_table: Any = None,
-    names: Mapping[str, str] = checks.NO_NAMES,
-) -> AttentionProblem:
-    """q `(total_q, heads, head_dim)`; k, v `(total_k, heads_k, head_dim)`, or paged with `block_table`."""
-    paged = block_table is not None
-    kv_dims = "num_blocks, block_size, heads_k, head_dim" if paged else "total_k, heads_k, head_dim"
-    checks.qkv(q, k, v, ("total_q, heads, head_dim", kv_dims), names)
-    max_seqlen_q, max_seqlen_q_tensor, lengths_q, max_seqlen_k, max_seqlen_k_tensor, lengths_k = _lengths(
-        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table, names
-    )
-    batch = cu_seqlens_q.shape[0] - 1
-    return AttentionProblem(
-        q,
-        k,
-        v,
-        batch,
-        max_seqlen_q,
-        max_seqlen_k,
-        **options.checked(q, batch),
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        block_table=block_table,
-        max_seqlen_q_tensor=max_seqlen_q_tensor,
-        max_seqlen_k_tensor=max_seqlen_k_tensor,
-        lengths_q=lengths_q,
-        lengths_k=lengths_k,
-    )
-
-
-def with_lengths(p: AttentionProblem) -> AttentionProblem:
-    """`p` with the lengths that the host can read for free, checked: what `varlen` leaves out of a graph."""
-    if p.cu_seqlens_q is None:
-        return p
-    max_seqlen_q, _, lengths_q, max_seqlen_k, _, lengths_k = _lengths(
-        p.q,
-        p.k,
-        p.cu_seqlens_q,
-        p.cu_seqlens_k,
-        p.max_seqlen_q,
-        p.max_seqlen_k,
-        p.seqused_q,
-        p.seqused_k,
-        p.block_table,
-        checks.NO_NAMES,
-    )
-    return dataclasses.replace(
-        p, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, lengths_q=lengths_q, lengths_k=lengths_k
-    )
-
-
-def _lengths(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    seqused_q: Any,
-    seqused_k: Any,
-    block_table: Any,
-    names: Mapping[str, str],
-) -> tuple[int, torch.Tensor | None, list[int] | None, int, torch.Tensor | None, list[int] | None]:
-    """`max_seqlen`, `longest` and `lengths` of the queries and of the keys, as in `AttentionProblem`."""
-    paged = block_table is not None
-    name = names.get
-    cu_q_name, cu_k_name = name("cu_seqlens_q", "cu_seqlens_q"), name("cu_seqlens_k", "cu_seqlens_k")
-    total_q, room = q.shape[0], k.shape[0]
-    lengths_q = checks.cu_seqlens(cu_seqlens_q, cu_q_name, total_q, name("q", "q"), q)
-    batch = cu_seqlens_q.shape[0] - 1
-    if paged:
-        checks.int32(block_table, "block_table", "batch, blocks per sequence", batch, q)
-        room = block_table.shape[1] * k.shape[1]
-    if cu_seqlens_k is cu_seqlens_q and not paged and room == total_q:
-        lengths_k = lengths_q
-    else:
-        total_k = None if paged else room
-        lengths_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, total_k, name("k", "k"), q)
-        if cu_seqlens_k.shape[0] != batch + 1:
-            raise checks.malformed(cu_k_name, cu_seqlens_k, f"{batch + 1} values, as many as {cu_q_name}")
-    max_seqlen_q, max_seqlen_q_tensor = checks.max_seqlen(
-        max_seqlen_q, name("max_seqlen_q", "max_seqlen_q"), lengths_q, total_q
-    )
-    max_seqlen_k, max_seqlen_k_tensor = checks.max_seqlen(
-        max_seqlen_k, name("max_seqlen_k", "max_seqlen_k"), lengths_k, room
-    )
-    if paged:
-        pages(block_table, k, lengths_k, cu_k_name)
-    if seqused_q is not None:
-        lengths_q = checks.lengths(seqused_q, "seqused_q", batch, lengths_q or max_seqlen_q, q)
-    if seqused_k is not None:
-        lengths_k = checks.lengths(seqused_k, "seqused_k", batch, lengths_k or max_seqlen_k, q)
-    return max_seqlen_q, max_seqlen_q_tensor, lengths_q, max_seqlen_k, max_seqlen_k_tensor, lengths_k
-
-
 def with_qv(p: AttentionProblem, qv: Any, softmax_scale: Any) -> AttentionProblem:
     """`p` with scores `q k^T + qv v^T`: one product over both head dims. qv has the shape of the output.
 
     The scale defaults to `1 / sqrt(head_dim + head_dim of v)`, as upstream's does.
     """
-    checks.tensor(qv, "qv", ", ".join(["rows"] * (p.q.dim() - 2) + ["heads", "head_dim of v"]), p.q)
-    if qv.shape != p.out_shape or qv.dtype != p.q.dtype:
-        raise checks.malformed("qv", qv, f"a tensor {p.out_shape}, {p.q.dtype}")
+    checks.qv(qv, p.out_shape, p.q)
     q, k = torch.cat([p.q, qv], -1), torch.cat([p.k, p.v], -1)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else p.softmax_scale
     return dataclasses.replace(p, q=q, k=k, softmax_scale=scale)
@@ -345,25 +255,3 @@ def with_sinks(p: AttentionProblem, sinks: Any, name: str = "sinks") -> Attentio
     computed in float32. Gradients reach it. A query that sees no key gives zeros, and the sink as log-sum-exp.
     """
     return dataclasses.replace(p, sinks=checks.sinks(sinks, name, p.heads, p.q))
-
-
-def pages(
-    block_table: torch.Tensor,
-    k: torch.Tensor,
-    lengths: list[int] | None,
-    lengths_name: str,
-    name: str = "block_table",
-) -> None:
-    """Check `block_table` `(batch, blocks per sequence)` against the pages of k and the lengths that it must hold."""
-    num_blocks, block_size = k.shape[:2]
-    if lengths is None or not checks.readable(block_table):
-        return
-    room = block_table.shape[1] * block_size
-    if lengths and max(lengths) > room:
-        raise checks.malformed(
-            lengths_name, f"a sequence of {max(lengths)} keys", f"at most {room}, the room of {name}"
-        )
-    # Only blocks that hold keys are looked at.
-    needed = torch.tensor([-(-n // block_size) for n in lengths], device="cpu")
-    used = torch.arange(block_table.shape[1], device="cpu") < needed[:, None]
-    checks.indices(block_table, name, num_blocks, "the blocks of k", used)

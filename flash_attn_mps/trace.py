@@ -1,4 +1,4 @@
-"""`MTLFLASHATTN_TRACE=1`: prints at exit how often attention was called, per dtype, head dim, lengths, mask, tier."""
+"""`MTLFLASHATTN_TRACE=1`: prints at exit how often attention was called: dtype, head dim, lengths, features, tier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .problem import AttentionProblem
+from .problem import FEATURES, AttentionProblem
 from .tools.text_table import aligned
 
 
@@ -18,7 +18,7 @@ class Call(NamedTuple):
     head_dim: str
     seqlen_q: int
     seqlen_k: int
-    mask: str
+    features: str
     tier: str
 
 
@@ -38,25 +38,16 @@ def record(p: AttentionProblem, tier: str) -> None:
         return
     head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
     dims = str(head_dim) if head_dim == head_dim_v else f"{head_dim}/{head_dim_v}"
-    calls[Call(str(p.q.dtype).removeprefix("torch."), dims, p.max_seqlen_q, p.max_seqlen_k, _mask(p), tier)] += 1
+    calls[Call(str(p.q.dtype).removeprefix("torch."), dims, p.max_seqlen_q, p.max_seqlen_k, _features(p), tier)] += 1
 
 
-def _mask(p: AttentionProblem) -> str:
+def _features(p: AttentionProblem) -> str:
+    """Like "causal+varlen+softcap"; "full" where nothing is hidden by position."""
     left, right = p.window
-    parts = {
-        "full": (left, right) == (-1, -1),
-        "causal": (left, right) == (-1, 0),
-        f"window({left},{right})": left >= 0 or right > 0,
-        "varlen": p.cu_seqlens_q is not None,
-        "kvcache": p.cu_seqlens_q is None and p.seqused_k is not None,
-        "paged": p.block_table is not None,
-        "chunk": p.attention_chunk > 0,
-        "softcap": p.softcap > 0,
-        "alibi": p.alibi_slopes is not None,
-        "dropout": p.dropout_p > 0,
-        "grad": p.requires_grad,
-    }
-    return "+".join(part for part, applies in parts.items() if applies)
+    words = {"window": f"window({left},{right})"}
+    named = [words.get(name, name) for name in FEATURES if name in p.features]
+    positional = p.features & {"causal", "window"}
+    return "+".join(named if positional else ["full", *named])
 
 
 def table() -> str:

@@ -1,8 +1,13 @@
 """What `mtlflashattn.pth` and `mtlflashattn.start` call in every interpreter of the environment.
 
-Imports `sys` and `os` alone, which are there: a start-up file that took 2 ms was too slow for others
-(astral-sh/uv#20222). All work waits until one of the names below is asked for; so do the switch and the platform check,
+Imports only `sys` and `os`, which Python has loaded already: a start-up file that took 2 ms was too slow for others
+(astral-sh/uv#20222). All work waits until one of the names below is looked up; so do the switch and the platform check,
 because a program may set its environment first.
+
+So the gate's imports stay inside its functions: `autoload` -> `finder` (a presented name) -> `adjust` (a library) ->
+`adjust.transformers` and the rest. Moving them to the top of the modules would make a tidier drawing and break three
+things: start-up would load more than two modules, a name looked up while `finder` itself is being imported would
+re-enter a half-initialised module, and threads that import at the same time would wait for each other forever.
 """
 
 import os

@@ -15,14 +15,14 @@ PRESENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "presents")
 
 _SOURCE_OR_EXTENSION = (".py", ".pyc", ".so", ".pyd")
 
-# A finder that we ask may look the name up again and so arrive here in the same thread.
+# A finder that we ask may look the name up again, and so end up here in the same thread.
 _asking = _local()
 
-_warned = set()
+_warned: set[str] = set()
 
 
 def environment():
-    """The `policy.Environment` of this process. Tests replace this function to be on another machine."""
+    """The `policy.Environment` of this process. Tests replace this function to run as on another machine."""
     uname = getattr(os, "uname", None)  # Windows has none
     return policy.Environment(os.environ, sys.platform, uname().machine if uname else "unknown", is_installed)
 
@@ -43,6 +43,11 @@ def find_spec(fullname, path, target):
     if found is None:
         found = presented_spec(fullname)
         _warn_of_early_libraries()
+    elif found.origin is None and not found.submodule_search_locations:
+        _warn_once(
+            f"{fullname} comes from the import hook {_hook(found)} ({_file_of_hook(found)}), which is not this "
+            "project's. `mtlflashattn doctor` says more."
+        )
     return found
 
 
@@ -55,7 +60,7 @@ def find_elsewhere(name, path=None, target=None):
     """The spec of a real installation of the name, found by the other finders on `sys.meta_path`, or None.
 
     A namespace package without modules in it is what an uninstall leaves (pip keeps directories with foreign files)
-    and does not count. Asks the finders themselves: `importlib.util.find_spec` takes import locks
+    and does not count. Asks the finders directly: `importlib.util.find_spec` takes import locks
     (DataDog/dd-trace-py#17742).
     """
     names = _names_being_asked()
@@ -87,13 +92,16 @@ def locate(name):
     if name in sys.modules:
         module = sys.modules[name]
         if module is None:
-            return False, None, f'sys.modules["{name}"] is None: somebody blocks the import'
+            return False, None, f'sys.modules["{name}"] is None: something blocks the import'
         if is_ours(module):
             return _ours_while_switched_on(name, module)
-        return False, getattr(module, "__file__", None), "another module of that name is imported already"
+        return False, getattr(module, "__file__", None), "another module of that name is already imported"
     real = find_elsewhere(name)
     if real is not None:
-        return False, real.origin or next(iter(real.submodule_search_locations), None), "a real installation has it"
+        file = real.origin or next(iter(real.submodule_search_locations or ()), None)
+        if file is None:
+            return False, _file_of_hook(real), f"the import hook {_hook(real)} presents it, which is not this project's"
+        return False, file, "a real installation has it"
     refused = policy.refusal(name, environment())
     if refused:
         return False, None, refused
@@ -118,8 +126,8 @@ def forget():
 def _ours_while_switched_on(name, module):
     refused = policy.refusal(name, environment())
     if refused:
-        return False, module.__file__, f"imported from the shim before, but {refused}"
-    return True, module.__file__, "presented by the shim, imported already"
+        return False, module.__file__, f"imported from the shim earlier, but {refused}"
+    return True, module.__file__, "presented by the shim, already imported"
 
 
 def _names_being_asked():
@@ -138,12 +146,25 @@ def _holds_modules(directories):
     return False
 
 
+def _hook(spec):
+    """The class that loads a module which no file belongs to: another project's import hook."""
+    return f"{type(spec.loader).__module__}.{type(spec.loader).__qualname__}"
+
+
+def _file_of_hook(spec):
+    return getattr(sys.modules.get(type(spec.loader).__module__), "__file__", None)
+
+
 def _warn_once_about_switch(env):
     value = policy.unknown_mode(env)
-    if value is None or value in _warned:
-        return
-    _warned.add(value)
-    warn(f"{policy.SWITCH}={value} is not known; it is taken for auto. Known: off, auto, on.")
+    if value is not None:
+        _warn_once(f"{policy.SWITCH}={value} is not a known value and counts as auto. Known: off, auto, on.")
+
+
+def _warn_once(text):
+    if text not in _warned:
+        _warned.add(text)
+        warn(text)
 
 
 def _warn_of_early_libraries():
@@ -154,7 +175,7 @@ def _warn_of_early_libraries():
 
 
 def warn(text):
-    """A UserWarning that can be filtered but never raises: an import must not fail for it."""
+    """A UserWarning that can be filtered but never raises: no import may fail because of it."""
     import warnings
 
     try:

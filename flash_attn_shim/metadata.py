@@ -10,17 +10,16 @@ import sys
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
 
-from flash_attn_shim import adjust, finder
+from flash_attn_shim import adjust, finder, policy
 from flash_attn_shim.adjust import transformers
 from flash_attn_shim.autoload import PRESENTED, gate
 
 NAME = "flash-attn"
-VERSION = "2.8.3"
 
 _METADATA = f"""\
 Metadata-Version: 2.1
 Name: {NAME}
-Version: {VERSION}
+Version: {policy.FLASH_ATTN_VERSION}
 Summary: The FlashAttention 2 interface, presented by mtlflashattn; nothing is installed under this name
 """
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from flash_attn_shim import adjust, finder, metadata, policy
 from flash_attn_shim.adjust import programs, transformers
+from flash_attn_shim.adjust.changes import journal
 from flash_attn_shim.autoload import ADJUSTED, PRESENTED, gate
 
 
@@ -76,6 +77,6 @@ def status():
 
 
 def _adjustments():
-    for name in (*ADJUSTED, *(name for name in adjust.journal if name not in ADJUSTED)):
+    for name in (*ADJUSTED, *(name for name in journal if name not in ADJUSTED)):
         if name in sys.modules:
-            yield name, adjust.journal.get(name, "not adjusted")
+            yield name, journal.get(name, "not adjusted")

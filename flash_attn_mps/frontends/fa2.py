@@ -1,237 +1,299 @@
 """The FlashAttention-2 functions (version 2.8): names, parameters, order and defaults are upstream's.
 
-Shapes: q `(batch, seqlen_q, heads, head_dim)`, k and v `(batch, seqlen_k, heads_k, head_dim)`; packed ("varlen") calls
-join the sequences of a batch into `(total, heads, head_dim)` with `cu_seqlens` `(batch + 1,)` int32. `heads` must be a
-multiple of `heads_k`; the head_dim of v may differ from that of q and k. dtypes: float16, bfloat16, float32; all
-softmax arithmetic is float32. The semantics of masks, ALiBi and soft-capping are in `flash_attn_mps.problem`.
+`flash_attn_func` takes a dense batch, `flash_attn_varlen_func` sequences of different lengths joined into one tensor.
+The others, which are exported here too, are these two on packed tensors (`fa2_packed`) and attention against a
+key-value cache (`fa2_kvcache`). Softmax and accumulation are float32 for every dtype. `flash_attn_mps.problem` has the
+semantics of masks, ALiBi and soft-capping in full.
 
-Parameters that all functions share:
-
-* `dropout_p`: probability with which an attention weight is dropped; reproducible by `torch.manual_seed`.
-* `softmax_scale`: None for `1 / sqrt(head_dim)`, a number, or a 0-d tensor.
-* `causal`, `window_size` `(left, right)`: which keys a query sees, counted from the bottom right; -1 is open.
-* `softcap`: scores become `softcap * tanh(score / softcap)`; 0 is off.
-* `alibi_slopes`: float32 `(heads,)` or `(batch, heads)`; adds `- slope * distance` to each score.
-* `deterministic`: accepted; results always are.
-* `return_attn_probs`: return `(out, softmax_lse, S_dmask)`: the output, the natural log-sum-exp of the scores, float32
-  `(batch, heads, seqlen_q)` or `(heads, total_q)`, and, under dropout, the probabilities `(batch, heads, seqlen_q,
-  seqlen_k)`, negative where dropped; else an empty tensor.
-
-Errors: `ValueError` for a malformed call and `NotImplementedError` for what no tier serves; both name the argument.
+A function that may return a tuple is annotated `Tensor | Any`, unless it has overloads: type checkers then let a caller
+use the result as either.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Literal, overload
 
-from .. import checks, dispatch
-from ..problem import AttentionProblem, CallOptions, dense, varlen
-from . import kvcache
+from torch import Tensor
 
-_QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
-_KV = {"k": "kv", "v": "kv"}
-_ONE_LENGTH = {
-    "cu_seqlens_q": "cu_seqlens",
-    "cu_seqlens_k": "cu_seqlens",
-    "max_seqlen_q": "max_seqlen",
-    "max_seqlen_k": "max_seqlen",
-}
+from ..describe import CallOptions, dense, varlen
+from .fa2_kvcache import flash_attn_with_kvcache
+from .fa2_packed import (
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from .shared import finish
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
+
+
+@overload
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    *,
+    return_attn_probs: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
 
 
 def flash_attn_func(
-    q,
-    k,
-    v,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-):
-    """Attention of a dense batch.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Attention of a dense batch: `softmax(q k^T * softmax_scale) v` for every head. Differentiable.
 
-    Returns `(batch, seqlen_q, heads, head_dim of v)`. See the module for the parameters.
+    A score is scaled, soft-capped, biased by ALiBi and masked, in this order. Positions are counted from the end: the
+    last query stands at the last key, so masks are aligned to the bottom right. An x is a key (column) that a query
+    (row) sees:
+
+        seqlen_q=2, seqlen_k=5    seqlen_q=5, seqlen_k=2    seqlen_q=2, seqlen_k=5
+        causal=True               causal=True               window_size=(2, 0)
+        x x x x .                 . .                       . x x x .
+        x x x x x                 . .                       . . x x x
+                                  . .
+                                  x .
+                                  x x
+
+    Args:
+        q: queries `(batch, seqlen_q, heads, head_dim)`; float16, bfloat16 or float32, head_dim up to 512.
+        k: keys `(batch, seqlen_k, heads_k, head_dim)`, dtype and device of q. heads_k divides heads: query head h reads
+            head `h // (heads // heads_k)` of k and v (grouped-query attention; multi-query where heads_k is 1).
+        v: values `(batch, seqlen_k, heads_k, head_dim_v)`, like k; head_dim_v may differ from head_dim.
+        dropout_p: probability in [0, 1) that an attention weight is dropped; 0.0 to evaluate. What is dropped follows
+            from `torch.manual_seed`.
+        softmax_scale: factor of the scores, a number or a 0-d tensor; None for `1 / sqrt(head_dim)`.
+        causal: hide what comes later: query i sees key j if `j <= i + seqlen_k - seqlen_q`.
+        window_size: two ints `(left, right)`: query i sees key j if
+            `i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right`. A side that is -1 is open. With
+            `causal`, right is 0.
+        softcap: scores become `softcap * tanh(score / softcap)`; 0.0 for none.
+        alibi_slopes: float32 `(heads,)` or `(batch, heads)`: `slope * |i + seqlen_k - seqlen_q - j|` is subtracted from
+            the score of query i and key j. Gets no gradient.
+        deterministic: no effect: results always are.
+        return_attn_probs: return a tuple, see below.
+
+    Returns:
+        out: `(batch, seqlen_q, heads, head_dim_v)`, dtype of q, contiguous. A query that sees no key gives zeros.
+        With `return_attn_probs`, the tuple `(out, softmax_lse, S_dmask)`. softmax_lse, float32 `(batch, heads,
+        seqlen_q)`, is the natural logarithm of the sum of a query's exponentiated scores; -inf where it sees no key.
+        S_dmask, for tests: under dropout the probabilities `(batch, heads, seqlen_q, seqlen_k)`, dtype of q, before
+        they are divided by `1 - dropout_p`, negative where dropped; else an empty tensor.
+
+    Raises:
+        ValueError: a malformed argument. The message says which, what came and what would be accepted.
+        NotImplementedError: a call that nothing here computes, such as another dtype, a larger head_dim, or
+            alibi_slopes or softmax_scale that require a gradient.
+
+    Example:
+        >>> import torch
+        >>> from flash_attn import flash_attn_func
+        >>> device = "mps" if torch.backends.mps.is_available() else "cpu"
+        >>> q = torch.randn(2, 128, 8, 64, dtype=torch.float16, device=device)
+        >>> k, v = torch.randn(2, 2, 128, 4, 64, dtype=torch.float16, device=device)
+        >>> flash_attn_func(q, k, v, causal=True).shape
+        torch.Size([2, 128, 8, 64])
     """
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     return finish(dense(q, k, v, options))
 
 
-def flash_attn_kvpacked_func(
-    q,
-    kv,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-):
-    """`flash_attn_func` with keys and values in one tensor, `kv` `(batch, seqlen_k, 2, heads_k, head_dim)`."""
-    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
-    k, v = unpack(kv, "kv", "batch, seqlen_k, 2, heads_k, head_dim", 2)
-    return finish(dense(q, k, v, options, _KV))
+@overload
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: Literal[False] = False,
+    block_table: Tensor | None = None,
+) -> Tensor: ...
 
 
-def flash_attn_qkvpacked_func(
-    qkv,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-):
-    """`flash_attn_func` with queries, keys and values in one tensor, `qkv` `(batch, seqlen, 3, heads, head_dim)`."""
-    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
-    q, k, v = unpack(qkv, "qkv", "batch, seqlen, 3, heads, head_dim", 3)
-    return finish(dense(q, k, v, options, _QKV))
+@overload
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    *,
+    return_attn_probs: Literal[True],
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
 
 
 def flash_attn_varlen_func(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-    block_table=None,
-):
-    """Attention of packed sequences. Returns `(total_q, heads, head_dim of v)`.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Attention of packed sequences: as `flash_attn_func`, for a batch of different lengths without padding.
 
-    q `(total_q, heads, head_dim)`, k and v `(total_k, heads_k, head_dim)`; `max_seqlen_q` and `max_seqlen_k` are ints
-    or 0-d tensors. With `block_table` `(batch, blocks per sequence)` int32, k and v are pages `(num_blocks, block_size,
-    heads_k, head_dim)` and `cu_seqlens_k` gives the lengths. `cu_seqlens` stay on the device.
+    Sequence b has the queries `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]` of q, and likewise its keys and values; it
+    attends to itself alone. Masks are aligned to the bottom right of each sequence. An x is a key (column) that a query
+    (row) sees, by the lengths of a sequence:
+
+        seqlen_q=2, seqlen_k=5    seqlen_q=5, seqlen_k=2    seqlen_q=2, seqlen_k=5
+        causal=True               causal=True               window_size=(2, 0)
+        x x x x .                 . .                       . x x x .
+        x x x x x                 . .                       . . x x x
+                                  . .
+                                  x .
+                                  x x
+
+    Args:
+        q: queries `(total_q, heads, head_dim)`; float16, bfloat16 or float32, head_dim up to 512.
+        k: keys `(total_k, heads_k, head_dim)`, dtype and device of q; heads_k divides heads. With `block_table`, pages
+            `(num_blocks, block_size, heads_k, head_dim)`.
+        v: values `(total_k, heads_k, head_dim_v)`, or pages like k; head_dim_v may differ from head_dim.
+        cu_seqlens_q: int32 `(batch + 1,)`, from 0 to total_q: where the queries of each sequence start. Stays on the
+            device, as all lengths do.
+        cu_seqlens_k: int32 `(batch + 1,)`, from 0 to total_k, for the keys. With `block_table` its differences are the
+            lengths.
+        max_seqlen_q: the longest sequence of queries, or more: an int or a 0-d integer tensor.
+        max_seqlen_k: the longest sequence of keys, or more: an int or a 0-d integer tensor.
+        dropout_p: probability in [0, 1) that an attention weight is dropped; 0.0 to evaluate.
+        softmax_scale: factor of the scores, a number or a 0-d tensor; None for `1 / sqrt(head_dim)`.
+        causal: hide what comes later: query i sees key j if `j <= i + seqlen_k - seqlen_q`.
+        window_size: two ints `(left, right)`, how many keys before and after its own position a query sees; -1 is
+            open. With `causal`, right is 0.
+        softcap: scores become `softcap * tanh(score / softcap)`; 0.0 for none.
+        alibi_slopes: float32 `(heads,)` or `(batch, heads)`: `slope * |i + seqlen_k - seqlen_q - j|` is subtracted from
+            the score of query i and key j. Gets no gradient.
+        deterministic: no effect: results always are.
+        return_attn_probs: return a tuple, see below.
+        block_table: int32 `(batch, blocks per sequence)`: which pages of k and v hold the keys of each sequence, in
+            order; None if k and v are packed.
+
+    Returns:
+        out: `(total_q, heads, head_dim_v)`, dtype of q, contiguous. A query that sees no key gives zeros.
+        With `return_attn_probs`, the tuple `(out, softmax_lse, S_dmask)`: softmax_lse is float32 `(heads, total_q)`;
+        S_dmask under dropout `(batch, heads, max_seqlen_q, max_seqlen_k)`, as in `flash_attn_func`.
+
+    Raises:
+        ValueError: a malformed argument, such as lengths that do not add up to total_q, where they can be read without
+            waiting for a device. The message says which, what came and what would be accepted.
+        NotImplementedError: a call that nothing here computes, as in `flash_attn_func`.
+
+    Example:
+        >>> import torch
+        >>> from flash_attn import flash_attn_varlen_func
+        >>> device = "mps" if torch.backends.mps.is_available() else "cpu"
+        >>> q, k, v = torch.randn(3, 7, 8, 64, device=device)  # a sequence of 2 tokens and one of 5
+        >>> cu_seqlens = torch.tensor([0, 2, 7], dtype=torch.int32, device=device)
+        >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 5, 5, causal=True).shape
+        torch.Size([7, 8, 64])
     """
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return finish(varlen(q, k, v, *lengths, options, block_table=block_table))
-
-
-def flash_attn_varlen_kvpacked_func(
-    q,
-    kv,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-):
-    """`flash_attn_varlen_func` with keys and values in one tensor, `kv` `(total_k, 2, heads_k, head_dim)`."""
-    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
-    k, v = unpack(kv, "kv", "total_k, 2, heads_k, head_dim", 2)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return finish(varlen(q, k, v, *lengths, options, names=_KV))
-
-
-def flash_attn_varlen_qkvpacked_func(
-    qkv,
-    cu_seqlens,
-    max_seqlen,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-):
-    """`flash_attn_varlen_func` with queries, keys and values in one tensor, `qkv` `(total, 3, heads, head_dim)`."""
-    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
-    q, k, v = unpack(qkv, "qkv", "total, 3, heads, head_dim", 3)
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return finish(varlen(q, k, v, *lengths, options, names={**_QKV, **_ONE_LENGTH}))
-
-
-def flash_attn_with_kvcache(
-    q,
-    k_cache,
-    v_cache,
-    k=None,
-    v=None,
-    rotary_cos=None,
-    rotary_sin=None,
-    cache_seqlens=None,
-    cache_batch_idx=None,
-    cache_leftpad=None,
-    block_table=None,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    rotary_interleaved=True,
-    alibi_slopes=None,
-    num_splits=0,
-    return_softmax_lse=False,
-):
-    """Attention of a few new tokens against a cache. Returns `out`, or `(out, softmax_lse)` with `return_softmax_lse`.
-
-    q `(batch, seqlen_q, heads, head_dim)`. `k_cache`, `v_cache` `(batch_cache, seqlen_cache, heads_k, head_dim)`, or
-    pages `(num_blocks, block_size, heads_k, head_dim)` with `block_table` `(batch, blocks per sequence)` int32.
-    `cache_seqlens`, an int or `(batch,)` int32, is how many keys each sequence has. `k` and `v` `(batch, seqlen_new,
-    heads_k, head_dim)` are written behind them, in place, before attention. `rotary_cos`, `rotary_sin` `(seqlen_ro,
-    rotary_dim / 2)` rotate q and the new k (adjacent pairs if `rotary_interleaved`, else halves): k at positions
-    `cache_seqlens + 0, 1, ...`, q likewise if causal or windowed, else all at `cache_seqlens`. `cache_batch_idx`
-    `(batch,)` int32 says which entry of the cache a sequence uses, `cache_leftpad` `(batch,)` int32 at which row it
-    starts. `num_splits` is a hint that is ignored.
-
-    Not differentiable: backward raises `NotImplementedError`.
-    """
-    checks.integer(num_splits, "num_splits", "an integer")
-    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, want_lse=return_softmax_lse)
-    result = kvcache.attention(
-        q,
-        k_cache,
-        v_cache,
-        options,
-        k=k,
-        v=v,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
-        cache_seqlens=cache_seqlens,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        block_table=block_table,
-    )
-    return (result.out, result.lse) if return_softmax_lse else result.out
-
-
-def finish(p: AttentionProblem):
-    """Compute `p`; the output, or with `want_lse` what `return_attn_probs` promises."""
-    result = dispatch.attention(p)
-    if not p.want_lse:
-        return result.out
-    probs = result.out.new_empty(0) if result.probs is None else result.probs
-    return result.out, result.lse, probs
-
-
-def unpack(packed, name: str, dims: str, parts: int) -> tuple[torch.Tensor, ...]:
-    """Views of the parts of a packed tensor, along its third dimension from the end."""
-    checks.tensor(packed, name, dims)
-    if packed.shape[-3] != parts:
-        raise checks.malformed(name, packed, f"a tensor ({dims})")
-    return packed.unbind(-3)

@@ -11,25 +11,30 @@ keys than `k` holds; the gradients are then those of that attention.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .. import checks, dispatch
-from ..problem import AttentionProblem, CallOptions, dense, varlen
+from ..describe import CallOptions, dense, varlen
+from ..problem import AttentionProblem
 
 
 def _flash_attn_forward(
-    q,
-    k,
-    v,
-    dropout_p,
-    softmax_scale,
-    causal,
-    window_size_left,
-    window_size_right,
-    softcap,
-    alibi_slopes,
-    return_softmax,
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | Tensor | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     window_size = (window_size_left, window_size_right)
     options = CallOptions(
         softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True, want_probs=return_softmax
@@ -38,26 +43,26 @@ def _flash_attn_forward(
 
 
 def _flash_attn_varlen_forward(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p,
-    softmax_scale,
-    causal,
-    window_size_left=-1,
-    window_size_right=-1,
-    softcap=0.0,
-    alibi_slopes=None,
-    return_softmax=False,
-    block_table=None,
-    leftpad_k=None,
-    seqused_k=None,
-    zero_tensors=False,
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float,
+    softmax_scale: float | Tensor | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if leftpad_k is not None:
         raise checks.unsupported("leftpad_k", leftpad_k, "None; flash_attn_with_kvcache takes cache_leftpad")
     window_size = (window_size_left, window_size_right)
@@ -70,25 +75,25 @@ def _flash_attn_varlen_forward(
 
 
 def _flash_attn_backward(
-    dout,
-    q,
-    k,
-    v,
-    out,
-    softmax_lse,
-    dq,
-    dk,
-    dv,
-    dropout_p,
-    softmax_scale,
-    causal,
-    window_size_left,
-    window_size_right,
-    softcap,
-    alibi_slopes,
-    deterministic,
-    rng_state=None,
-):
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float | Tensor | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+) -> Tensor:
     window_size = (window_size_left, window_size_right)
     seed = _seed(dropout_p, rng_state)
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
@@ -96,30 +101,30 @@ def _flash_attn_backward(
 
 
 def _flash_attn_varlen_backward(
-    dout,
-    q,
-    k,
-    v,
-    out,
-    softmax_lse,
-    dq,
-    dk,
-    dv,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p,
-    softmax_scale,
-    causal,
-    window_size_left,
-    window_size_right,
-    softcap,
-    alibi_slopes,
-    deterministic,
-    rng_state=None,
-    zero_tensors=False,
-):
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float,
+    softmax_scale: float | Tensor | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> Tensor:
     window_size = (window_size_left, window_size_right)
     seed = _seed(dropout_p, rng_state)
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
@@ -128,16 +133,27 @@ def _flash_attn_varlen_backward(
 
 
 @torch.no_grad()
-def _forward(describe, tensors, layout, options: CallOptions):
+def _forward(
+    describe: Callable[..., AttentionProblem], tensors: tuple[Any, ...], layout: dict[str, Any], options: CallOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = describe(*tensors, options, **layout)
     result = dispatch.attention(p)
+    assert result.lse is not None
     probs = p.q.new_empty(0) if result.probs is None else result.probs
     seed = torch.as_tensor(p.seed, dtype=torch.int64, device="cpu")
     return result.out, result.lse, probs, torch.stack((seed, torch.zeros_like(seed)))
 
 
 @torch.no_grad()
-def backward(describe, tensors, options: CallOptions, dout, out, lse, grads):
+def backward(
+    describe: Callable[..., AttentionProblem],
+    tensors: tuple[Any, ...],
+    options: CallOptions,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grads: tuple[Tensor | None, ...],
+) -> Tensor:
     """Gradients of the problem that `describe(*tensors, options)` gives, into `grads` where they are buffers."""
     p: AttentionProblem = describe(*tensors, options)
     for name, value, shape in (
@@ -147,16 +163,17 @@ def backward(describe, tensors, options: CallOptions, dout, out, lse, grads):
     ):
         if not isinstance(value, torch.Tensor) or value.shape != shape:
             raise checks.malformed(name, value, f"a tensor {shape}")
-    for name, value, like in zip(("dq", "dk", "dv"), grads, (p.q, p.k, p.v), strict=True):
-        if value is not None and (not isinstance(value, torch.Tensor) or value.shape != like.shape):
-            raise checks.malformed(name, value, f"None or a tensor {tuple(like.shape)}")
-    for buffer, grad in zip(grads, dispatch.gradients(p, out, lse, dout), strict=False):
+    for name, buffer, like in zip(("dq", "dk", "dv"), grads, (p.q, p.k, p.v), strict=True):
+        if buffer is not None and (not isinstance(buffer, torch.Tensor) or buffer.shape != like.shape):
+            raise checks.malformed(name, buffer, f"None or a tensor {tuple(like.shape)}")
+    dq, dk, dv, _ = dispatch.gradients(p, out, lse, dout)
+    for buffer, grad in zip(grads, (dq, dk, dv), strict=True):
         if buffer is not None:
             buffer.copy_(grad)
     return (dout.float() * out.float()).sum(-1).transpose(-1, -2).contiguous()
 
 
-def _seed(dropout_p, rng_state) -> int | None:
+def _seed(dropout_p: float, rng_state: Any) -> int | Tensor | None:
     if not dropout_p:
         return None
     if not isinstance(rng_state, torch.Tensor) or rng_state.shape != (2,) or rng_state.dtype != torch.int64:

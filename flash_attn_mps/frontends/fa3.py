@@ -1,45 +1,108 @@
 """The FlashAttention-3 functions, presented as `flash_attn_interface`: names, parameters and defaults are upstream's.
 
-Shapes and semantics are those of `flash_attn_mps.frontends.fa2`. A function returns the output alone, or `(out,
-softmax_lse)` with `return_attn_probs`. `qv`, of the shape of the output, adds `qv v^T` to the scores; `attention_chunk`
-limits a query to the keys of its own chunk. `num_splits`, `pack_gqa`, `sm_margin` and `scheduler_metadata` are hints
-for Hopper GPUs: they are accepted and ignored. `deterministic` is accepted; results always are.
+`flash_attn_func` takes a dense batch, `flash_attn_varlen_func` packed sequences; those for a key-value cache are in
+`fa3_kvcache` and exported here too. Semantics are those of `fa2`, with `qv` and `attention_chunk` besides, without
+dropout and ALiBi. A result that may be a tuple is annotated as there.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .. import checks, dispatch
-from ..problem import AttentionProblem, CallOptions, dense, varlen, with_qv
-from . import kvcache
-from .fa2 import unpack
+from ..describe import CallOptions, dense, varlen
+from ..problem import AttentionProblem, with_qv
+from .fa3_kvcache import flash_attn_combine, flash_attn_with_kvcache, get_scheduler_metadata
+from .shared import QKV, reject_descales, unpack
 
-_QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
+__all__ = [
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+]
 
 
 def flash_attn_func(
-    q,
-    k,
-    v,
-    softmax_scale=None,
-    causal=False,
-    qv=None,
-    q_descale=None,
-    k_descale=None,
-    v_descale=None,
-    window_size=(-1, -1),
-    attention_chunk=0,
-    softcap=0.0,
-    num_splits=1,
-    pack_gqa=None,
-    deterministic=False,
-    sm_margin=0,
-    return_attn_probs=False,
-):
-    """Attention of a dense batch: `(batch, seqlen_q, heads, head_dim of v)`, or `(out, softmax_lse)`."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Tensor | Any:
+    """Attention of a dense batch: `softmax(q k^T * softmax_scale) v` for every head. Differentiable.
+
+    A score is scaled, soft-capped and masked, in this order. Positions are counted from the end: the last query stands
+    at the last key, so masks are aligned to the bottom right. An x is a key (column) that a query (row) sees:
+
+        seqlen_q=2, seqlen_k=5    seqlen_q=5, seqlen_k=2    seqlen_q=2, seqlen_k=5
+        causal=True               causal=True               window_size=(2, 0)
+        x x x x .                 . .                       . x x x .
+        x x x x x                 . .                       . . x x x
+                                  . .
+                                  x .
+                                  x x
+
+    Args:
+        q: queries `(batch, seqlen_q, heads, head_dim)`; float16, bfloat16 or float32, head_dim up to 512.
+        k: keys `(batch, seqlen_k, heads_k, head_dim)`, dtype and device of q. heads_k divides heads: query head h reads
+            head `h // (heads // heads_k)` of k and v.
+        v: values `(batch, seqlen_k, heads_k, head_dim_v)`, like k; head_dim_v may differ from head_dim.
+        softmax_scale: factor of the scores, a number or a 0-d tensor; None for `1 / sqrt(head_dim)`, with
+            qv for `1 / sqrt(head_dim + head_dim_v)`.
+        causal: hide what comes later: query i sees key j if `j <= i + seqlen_k - seqlen_q`.
+        qv: `(batch, seqlen_q, heads, head_dim_v)`: adds `qv v^T` to the scores, before the scale; None for nothing.
+        q_descale: None: scales of fp8 tensors, which are not supported.
+        k_descale: None, likewise.
+        v_descale: None, likewise.
+        window_size: two ints `(left, right)`, how many keys before and after its own position a query sees; -1 is
+            open. With `causal`, right is 0.
+        attention_chunk: a query sees only the keys of its own chunk of so many positions; 0 for all.
+        softcap: scores become `softcap * tanh(score / softcap)`; 0.0 for none.
+        num_splits: an int, no effect: how the keys are split between threads is decided here.
+        pack_gqa: no effect: a hint for Hopper GPUs.
+        deterministic: no effect: results always are.
+        sm_margin: no effect: a hint for Hopper GPUs.
+        return_attn_probs: return a tuple, see below.
+
+    Returns:
+        out: `(batch, seqlen_q, heads, head_dim_v)`, dtype of q, contiguous. A query that sees no key gives zeros.
+        With `return_attn_probs`, the tuple `(out, softmax_lse)`. softmax_lse, float32 `(batch, heads, seqlen_q)`, is
+        the natural logarithm of the sum of a query's exponentiated scores; -inf where it sees no key.
+
+    Raises:
+        ValueError: a malformed argument. The message says which, what came and what would be accepted.
+        NotImplementedError: a call that nothing here computes, such as float8 tensors, head_dim over 512, or a
+            softmax_scale that requires a gradient.
+
+    Example:
+        >>> import torch
+        >>> from flash_attn_interface import flash_attn_func
+        >>> device = "mps" if torch.backends.mps.is_available() else "cpu"
+        >>> q = torch.randn(2, 128, 8, 64, dtype=torch.float16, device=device)
+        >>> k, v = torch.randn(2, 2, 128, 4, 64, dtype=torch.float16, device=device)
+        >>> flash_attn_func(q, k, v, causal=True).shape
+        torch.Size([2, 128, 8, 64])
+    """
     checks.integer(num_splits, "num_splits", "an integer")
-    reject(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     options = CallOptions(
         softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
     )
@@ -47,25 +110,67 @@ def flash_attn_func(
 
 
 def flash_attn_qkvpacked_func(
-    qkv,
-    softmax_scale=None,
-    causal=False,
-    q_descale=None,
-    k_descale=None,
-    v_descale=None,
-    window_size=(-1, -1),
-    attention_chunk=0,
-    softcap=0.0,
-    deterministic=False,
-    num_heads_q=None,
-    sm_margin=0,
-    return_attn_probs=False,
-):
-    """`flash_attn_func` on one tensor.
+    qkv: Tensor,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    num_heads_q: int | None = None,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Tensor | Any:
+    """`flash_attn_func` with queries, keys and values in one tensor. Differentiable; nothing is copied.
 
-    `qkv` is `(batch, seqlen, 3, heads, head_dim)`, or `(batch, seqlen, num_heads_q + 2 * heads_k, head_dim)`.
+    An x is a key (column) that a query (row) sees:
+
+        seqlen=4       seqlen=4               seqlen=4
+        causal=True    window_size=(1, 0)     attention_chunk=2
+        x . . .        x . . .                x x . .
+        x x . .        x x . .                x x . .
+        x x x .        . x x .                . . x x
+        x x x x        . . x x                . . x x
+
+    Args:
+        qkv: queries, keys and values `(batch, seqlen, 3, heads, head_dim)`, or `(batch, seqlen, num_heads_q + 2 *
+            heads_k, head_dim)`; float16, bfloat16 or float32, head_dim up to 512.
+        softmax_scale: factor of the scores, a number or a 0-d tensor; None for `1 / sqrt(head_dim)`.
+        causal: hide what comes later: query i sees key j if `j <= i`.
+        q_descale: None: scales of fp8 tensors, which are not supported.
+        k_descale: None, likewise.
+        v_descale: None, likewise.
+        window_size: two ints `(left, right)`, how many keys before and after its own position a query sees; -1 is
+            open. With `causal`, right is 0.
+        attention_chunk: a query sees only the keys of its own chunk of so many positions; 0 for all.
+        softcap: scores become `softcap * tanh(score / softcap)`; 0.0 for none.
+        deterministic: no effect: results always are.
+        num_heads_q: how many of the heads are of queries, where qkv has 4 dimensions; half of the others are of keys.
+        sm_margin: no effect: a hint for Hopper GPUs.
+        return_attn_probs: return a tuple, see below.
+
+    Returns:
+        out: `(batch, seqlen, heads, head_dim)`, dtype of qkv, contiguous.
+        With `return_attn_probs`, the tuple `(out, softmax_lse)`. softmax_lse, float32 `(batch, heads, seqlen)`, is
+        the natural logarithm of the sum of a query's exponentiated scores.
+
+    Raises:
+        ValueError: a malformed argument. The message says which, what came and what would be accepted.
+        NotImplementedError: a call that nothing here computes, such as float8 tensors, head_dim over 512, or a
+            softmax_scale that requires a gradient.
+
+    Example:
+        >>> import torch
+        >>> from flash_attn_interface import flash_attn_qkvpacked_func
+        >>> device = "mps" if torch.backends.mps.is_available() else "cpu"
+        >>> qkv = torch.randn(2, 128, 8 + 2 * 4, 64, device=device)
+        >>> flash_attn_qkvpacked_func(qkv, causal=True, num_heads_q=8).shape
+        torch.Size([2, 128, 8, 64])
     """
-    reject(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     options = CallOptions(
         softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
     )
@@ -80,41 +185,98 @@ def flash_attn_qkvpacked_func(
         q, k, v = qkv.split([heads, left // 2, left // 2], dim=2)
     else:
         q, k, v = unpack(qkv, "qkv", "batch, seqlen, 3, heads, head_dim", 3)
-    return _finish(dense(q, k, v, options, _QKV))
+    return _finish(dense(q, k, v, options, QKV))
 
 
 def flash_attn_varlen_func(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    seqused_q=None,
-    seqused_k=None,
-    softmax_scale=None,
-    causal=False,
-    qv=None,
-    q_descale=None,
-    k_descale=None,
-    v_descale=None,
-    window_size=(-1, -1),
-    attention_chunk=0,
-    softcap=0.0,
-    num_splits=1,
-    pack_gqa=None,
-    deterministic=False,
-    sm_margin=0,
-    return_attn_probs=False,
-):
-    """Attention of packed sequences: `(total_q, heads, head_dim of v)`, or `(out, softmax_lse)`.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Tensor | Any:
+    """Attention of packed sequences: as `flash_attn_func`, for a batch of different lengths without padding.
 
-    `seqused_q`, `seqused_k` `(batch,)` int32: how many rows of each sequence count; the others give zeros and are not
-    seen.
+    Sequence b has the queries `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]` of q, and likewise its keys and values; it
+    attends to itself alone. Masks are aligned to the bottom right of each sequence, by the lengths that count. An x is
+    a key (column) that a query (row) sees:
+
+        seqlen_q=2, seqlen_k=5    seqlen_q=5, seqlen_k=2    seqlen_q=2, seqlen_k=5
+        causal=True               causal=True               window_size=(2, 0)
+        x x x x .                 . .                       . x x x .
+        x x x x x                 . .                       . . x x x
+                                  . .
+                                  x .
+                                  x x
+
+    Args:
+        q: queries `(total_q, heads, head_dim)`; float16, bfloat16 or float32, head_dim up to 512.
+        k: keys `(total_k, heads_k, head_dim)`, dtype and device of q; heads_k divides heads.
+        v: values `(total_k, heads_k, head_dim_v)`, like k; head_dim_v may differ from head_dim.
+        cu_seqlens_q: int32 `(batch + 1,)`, from 0 to total_q: where the queries of each sequence start. Stays on the
+            device, as all lengths do.
+        cu_seqlens_k: int32 `(batch + 1,)`, from 0 to total_k: where the keys of each sequence start.
+        max_seqlen_q: the longest sequence of queries, or more: an int or a 0-d integer tensor.
+        max_seqlen_k: the longest sequence of keys, or more: an int or a 0-d integer tensor.
+        seqused_q: int32 `(batch,)`: how many queries of each sequence count; the others give zeros. None for all.
+        seqused_k: int32 `(batch,)`: how many keys of each sequence count; the others are not seen. None for all.
+        softmax_scale: factor of the scores, a number or a 0-d tensor; None for `1 / sqrt(head_dim)`, with
+            qv for `1 / sqrt(head_dim + head_dim_v)`.
+        causal: hide what comes later: query i sees key j if `j <= i + seqlen_k - seqlen_q`.
+        qv: `(total_q, heads, head_dim_v)`: adds `qv v^T` to the scores, before the scale; None for nothing.
+        q_descale: None: scales of fp8 tensors, which are not supported.
+        k_descale: None, likewise.
+        v_descale: None, likewise.
+        window_size: two ints `(left, right)`, how many keys before and after its own position a query sees; -1 is
+            open. With `causal`, right is 0.
+        attention_chunk: a query sees only the keys of its own chunk of so many positions; 0 for all.
+        softcap: scores become `softcap * tanh(score / softcap)`; 0.0 for none.
+        num_splits: an int, no effect: how the keys are split between threads is decided here.
+        pack_gqa: no effect: a hint for Hopper GPUs.
+        deterministic: no effect: results always are.
+        sm_margin: no effect: a hint for Hopper GPUs.
+        return_attn_probs: return a tuple, see below.
+
+    Returns:
+        out: `(total_q, heads, head_dim_v)`, dtype of q, contiguous. A query that sees no key gives zeros.
+        With `return_attn_probs`, the tuple `(out, softmax_lse)`. softmax_lse, float32 `(heads, total_q)`, is
+        the natural logarithm of the sum of a query's exponentiated scores; -inf where it sees no key.
+
+    Raises:
+        ValueError: a malformed argument, such as lengths that do not add up to total_q, where they can be read without
+            waiting for a device. The message says which, what came and what would be accepted.
+        NotImplementedError: a call that nothing here computes, such as float8 tensors, head_dim over 512, or a
+            softmax_scale that requires a gradient.
+
+    Example:
+        >>> import torch
+        >>> from flash_attn_interface import flash_attn_varlen_func
+        >>> device = "mps" if torch.backends.mps.is_available() else "cpu"
+        >>> q, k, v = torch.randn(3, 7, 8, 64, device=device)  # a sequence of 2 tokens and one of 5
+        >>> cu_seqlens = torch.tensor([0, 2, 7], dtype=torch.int32, device=device)
+        >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 5, 5, causal=True).shape
+        torch.Size([7, 8, 64])
     """
     checks.integer(num_splits, "num_splits", "an integer")
-    reject(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     options = CallOptions(
         softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
     )
@@ -122,136 +284,6 @@ def flash_attn_varlen_func(
     return _finish(varlen(q, k, v, *lengths, options, seqused_q=seqused_q, seqused_k=seqused_k), qv, softmax_scale)
 
 
-def flash_attn_with_kvcache(
-    q,
-    k_cache,
-    v_cache,
-    k=None,
-    v=None,
-    qv=None,
-    rotary_cos=None,
-    rotary_sin=None,
-    cache_seqlens=None,
-    cache_batch_idx=None,
-    cache_leftpad=None,
-    page_table=None,
-    cu_seqlens_q=None,
-    cu_seqlens_k_new=None,
-    max_seqlen_q=None,
-    rotary_seqlens=None,
-    q_descale=None,
-    k_descale=None,
-    v_descale=None,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    attention_chunk=0,
-    softcap=0.0,
-    rotary_interleaved=True,
-    scheduler_metadata=None,
-    num_splits=0,
-    pack_gqa=None,
-    sm_margin=0,
-    return_softmax_lse=False,
-):
-    """Attention of a few new tokens against a cache, as `flash_attn_mps.frontends.fa2.flash_attn_with_kvcache`.
-
-    q may be packed, `(total_q, heads, head_dim)` with `cu_seqlens_q` and `max_seqlen_q`; new k and v likewise with
-    `cu_seqlens_k_new`. `rotary_seqlens` `(batch,)` int32 replaces `cache_seqlens` as the position where rotation
-    starts. With `return_softmax_lse` the result is `(out, softmax_lse, out_accum, softmax_lse_accum)`; the last two
-    belong to upstream's splits of the keys and are empty here.
-    """
-    checks.integer(num_splits, "num_splits", "an integer")
-    reject(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    result = kvcache.attention(
-        q,
-        k_cache,
-        v_cache,
-        CallOptions(
-            softmax_scale, causal, window_size, softcap, want_lse=return_softmax_lse, attention_chunk=attention_chunk
-        ),
-        k=k,
-        v=v,
-        qv=qv,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
-        rotary_seqlens=rotary_seqlens,
-        cache_seqlens=cache_seqlens,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        block_table=page_table,
-        block_table_name="page_table",
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k_new=cu_seqlens_k_new,
-        max_seqlen_q=max_seqlen_q,
-    )
-    return (result.out, result.lse, *accumulators(result.out)) if return_softmax_lse else result.out
-
-
-def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
-    """Merge attention over parts of the keys into attention over all of them. Returns `(out, softmax_lse)`.
-
-    `out_partial` `(parts, batch, seqlen, heads, head_dim)` or `(parts, total, heads, head_dim)`; `lse_partial`,
-    float32, `(parts, batch, seqlen, heads)` or `(parts, total, heads)`. The result has the dtype of `out`, else
-    `out_dtype`, else that of `out_partial`; `softmax_lse` is float32 in the layout of `lse_partial`.
-    """
-    checks.tensor_of_rank(out_partial, "out_partial", (4, 5), "parts, [batch,] seqlen, heads, head_dim")
-    checks.tensor_of_rank(lse_partial, "lse_partial", (out_partial.dim() - 1,), "parts, [batch,] seqlen, heads")
-    if lse_partial.shape != out_partial.shape[:-1]:
-        raise checks.malformed(
-            "lse_partial", lse_partial, f"{tuple(out_partial.shape[:-1])}, as out_partial up to head_dim"
-        )
-    lse = torch.logsumexp(lse_partial.float(), 0)
-    # A row that saw no key in any part stays zero: its weights are exp(-inf), not exp(-inf - -inf).
-    weights = torch.exp(lse_partial.float() - lse.masked_fill(lse == -torch.inf, 0.0))
-    merged = (out_partial.float() * weights[..., None]).sum(0)
-    if out is None:
-        return merged.to(out_dtype or out_partial.dtype), lse
-    if not isinstance(out, torch.Tensor) or out.shape != merged.shape:
-        raise checks.malformed("out", out, f"a tensor {tuple(merged.shape)}")
-    return out.copy_(merged), lse
-
-
-def get_scheduler_metadata(
-    batch_size,
-    max_seqlen_q,
-    max_seqlen_k,
-    num_heads_q,
-    num_heads_kv,
-    headdim,
-    cache_seqlens,
-    qkv_dtype=torch.bfloat16,
-    headdim_v=None,
-    cu_seqlens_q=None,
-    cu_seqlens_k_new=None,
-    cache_leftpad=None,
-    page_size=None,
-    max_seqlen_k_new=0,
-    causal=False,
-    window_size=(-1, -1),
-    attention_chunk=0,
-    has_softcap=False,
-    num_splits=0,
-    pack_gqa=None,
-    sm_margin=0,
-):
-    """A plan for Hopper's scheduler, which is not here: an empty int32 tensor, to pass as `scheduler_metadata`."""
-    device = cache_seqlens.device if isinstance(cache_seqlens, torch.Tensor) else None
-    return torch.empty(0, dtype=torch.int32, device=device)
-
-
-def _finish(p: AttentionProblem, qv=None, softmax_scale=None):
+def _finish(p: AttentionProblem, qv: Tensor | None = None, softmax_scale: Any = None) -> Tensor | Any:
     result = dispatch.attention(p if qv is None else with_qv(p, qv, softmax_scale))
     return (result.out, result.lse) if p.want_lse else result.out
-
-
-def accumulators(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upstream's `out_accum` and `softmax_lse_accum`, of keys that are not split: empty."""
-    return out.new_empty(0, dtype=torch.float32), out.new_empty(0, dtype=torch.float32)
-
-
-def reject(**descales) -> None:
-    for name, value in descales.items():
-        if value is not None:
-            raise checks.unsupported(name, value, "None: there is no fp8 attention here")

@@ -7,59 +7,65 @@ and are empty here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .. import checks, dispatch
-from ..problem import CallOptions, dense, varlen, with_qv
+from ..describe import CallOptions, dense, varlen
+from ..problem import AttentionProblem, with_qv
 from . import kvcache
+from .cache_call import CacheCall
 from .fa2_private import backward
-from .fa3 import accumulators, reject
+from .shared import accumulators, reject_descales
 
 
 def _flash_attn_forward(
-    q,
-    k,
-    v,
-    k_new=None,
-    v_new=None,
-    qv=None,
-    out_=None,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    cu_seqlens_k_new=None,
-    seqused_q=None,
-    seqused_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    page_table=None,
-    kv_batch_idx=None,
-    leftpad_k=None,
-    rotary_cos=None,
-    rotary_sin=None,
-    seqlens_rotary=None,
-    q_descale=None,
-    k_descale=None,
-    v_descale=None,
-    softmax_scale=None,
-    causal=False,
-    window_size_left=-1,
-    window_size_right=-1,
-    attention_chunk=0,
-    softcap=0.0,
-    rotary_interleaved=True,
-    scheduler_metadata=None,
-    num_splits=1,
-    pack_gqa=None,
-    sm_margin=0,
-):
-    reject(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    qv: Tensor | None = None,
+    out_: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    page_table: Tensor | None = None,
+    kv_batch_idx: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    seqlens_rotary: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     window_size = (window_size_left, window_size_right)
     options = CallOptions(softmax_scale, causal, window_size, softcap, want_lse=True, attention_chunk=attention_chunk)
     # Not a decorator: who builds on this function reads its arguments with inspect.getfullargspec.
     with torch.no_grad():
         if cu_seqlens_k is None and (seqused_k is not None or k_new is not None or page_table is not None):
             _reject("with a key-value cache", seqused_q=seqused_q)
-            result = kvcache.attention(
+            call = CacheCall(
                 q,
                 k,
                 v,
@@ -80,6 +86,7 @@ def _flash_attn_forward(
                 cu_seqlens_k_new=cu_seqlens_k_new,
                 max_seqlen_q=max_seqlen_q,
             )
+            result = kvcache.attention(call)
         else:
             _reject(
                 "without a key-value cache (seqused_k, and no cu_seqlens_k)",
@@ -95,51 +102,60 @@ def _flash_attn_forward(
             lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
             p = _describe(*lengths, page_table)(q, k, v, options)
             result = dispatch.attention(p if qv is None else with_qv(p, qv, softmax_scale))
+        assert result.lse is not None
         out = result.out if out_ is None else out_.copy_(result.out)
         return out, result.lse, *accumulators(out)
 
 
 def _flash_attn_backward(
-    dout,
-    q,
-    k,
-    v,
-    out,
-    softmax_lse,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    sequed_q=None,
-    sequed_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    dq=None,
-    dk=None,
-    dv=None,
-    softmax_scale=None,
-    is_causal=False,
-    window_size_left=-1,
-    window_size_right=-1,
-    softcap=0.0,
-    deterministic=False,
-    sm_margin=0,
-):
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    sequed_q: Tensor | None = None,
+    sequed_k: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+    softmax_scale: float | Tensor | None = None,
+    is_causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+) -> Tensor:
     options = CallOptions(softmax_scale, is_causal, (window_size_left, window_size_right), softcap)
     describe = _describe(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sequed_q, sequed_k, None)
     return backward(describe, (q, k, v), options, dout, out, softmax_lse, (dq, dk, dv))
 
 
-def _describe(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table):
+def _describe(
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    seqused_q: Any,
+    seqused_k: Any,
+    page_table: Any,
+) -> Callable[..., AttentionProblem]:
     """A function from q, k, v and the options to the problem: dense without `cu_seqlens_q`, else packed."""
     if cu_seqlens_q is None:
         # A dense problem has one length for all: a length that is not looked at would give wrong gradients.
         _reject("without cu_seqlens_q", cu_seqlens_k=cu_seqlens_k, sequed_q=seqused_q, sequed_k=seqused_k)
         return dense
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    layout = {"seqused_q": seqused_q, "seqused_k": seqused_k, "block_table": page_table}
+    layout: dict[str, Any] = {"seqused_q": seqused_q, "seqused_k": seqused_k, "block_table": page_table}
     return lambda q, k, v, options: varlen(q, k, v, *lengths, options, **layout)
 
 
-def _reject(where: str, **arguments) -> None:
+def _reject(where: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise checks.unsupported(name, value, f"None {where}")

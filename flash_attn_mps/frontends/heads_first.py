@@ -18,15 +18,44 @@ def flash_attention(
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """Attention by this package, whatever torch could do. Returns `(batch, heads, seqlen_q, head_dim of value)`.
+    """Attention by this package, whatever torch could do: `softmax(query key^T * scale + attn_mask) value` per head.
 
-    query `(batch, heads, seqlen_q, head_dim)`, key and value `(batch, heads_k, seqlen_k, head_dim)`, where heads_k
-    divides heads; float16, bfloat16 or float32. `is_causal`: query i sees the keys up to i, as in torch. `attn_mask`:
-    added to the scores, of any shape that broadcasts to `(batch, heads, seqlen_q, seqlen_k)`, in the dtype of query
-    or float32; -inf hides. Differentiable, but for the mask.
+    Masks are torch's: the causal one is aligned to the top left, unlike that of the `flash_attn` functions. An x is a
+    key (column) that a query (row) sees:
 
-    Errors: ValueError for a malformed call; NotImplementedError for a boolean mask, of which True means "hidden" to
-    some of these packages and "seen" to torch, and for a mask that requires a gradient.
+        seqlen_q=2, seqlen_k=5    seqlen_q=5, seqlen_k=2
+        is_causal=True            is_causal=True
+        x . . . .                 x .
+        x x . . .                 x x
+                                  x x
+                                  x x
+                                  x x
+
+    Args:
+        query: `(batch, heads, seqlen_q, head_dim)`; float16, bfloat16 or float32, head_dim up to 512.
+        key: `(batch, heads_k, seqlen_k, head_dim)`, dtype and device of query; heads_k divides heads.
+        value: `(batch, heads_k, seqlen_k, head_dim_v)`, like key; head_dim_v may differ from head_dim.
+        is_causal: hide what comes later: query i sees key j if `j <= i`.
+        scale: factor of the scores, a number; None for `1 / sqrt(head_dim)`.
+        attn_mask: added to the scores, in the dtype of query or float32; any shape that broadcasts to `(batch, heads,
+            seqlen_q, seqlen_k)`. -inf hides. Gets no gradient. None with `is_causal`.
+        dropout_p: probability in [0, 1) that an attention weight is dropped; 0.0 to evaluate.
+
+    Returns:
+        `(batch, heads, seqlen_q, head_dim_v)`, dtype of query. A query that sees no key gives zeros.
+
+    Raises:
+        ValueError: a malformed argument. The message says which, what came and what would be accepted.
+        NotImplementedError: a boolean mask, of which True means "hidden" to some of these packages and "seen" to torch;
+            a mask that requires a gradient; a call that nothing here computes.
+
+    Example:
+        >>> import torch
+        >>> from flash_attn_mps import flash_attention
+        >>> device = "mps" if torch.backends.mps.is_available() else "cpu"
+        >>> query, key, value = torch.randn(3, 2, 8, 128, 64, device=device)
+        >>> flash_attention(query, key, value, is_causal=True).shape
+        torch.Size([2, 8, 128, 64])
     """
     dims = "batch, heads, seqlen, head_dim"
     for name, tensor in (("query", query), ("key", key), ("value", value)):

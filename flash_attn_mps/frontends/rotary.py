@@ -17,9 +17,9 @@ def apply_rotary(
     seqlen_offsets: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-    interleaved=False,
-    inplace=False,
-    conjugate=False,
+    interleaved: bool = False,
+    inplace: bool = False,
+    conjugate: bool = False,
 ) -> Tensor:
     """Rotate the first `rotary_dim` elements of every head of `x` by its position.
 

@@ -14,16 +14,18 @@ checkpointing look for that in an operator's name (trl, selective_activation_che
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.library import custom_op
 
-from ..problem import AttentionProblem, Result, with_lengths
+from .. import tiers
+from ..describe import with_lengths
+from ..problem import AttentionProblem, Result
+from ..tiers import Gradients
 
 NAMESPACE = "mtlflashattn"
-_TYPES = {
+_TYPES: dict[Any, tuple[str, ...]] = {
     "torch.Tensor": ("Tensor {}",),
     "torch.Tensor | None": ("Tensor? {}",),
     "int": ("SymInt {}",),
@@ -33,10 +35,27 @@ _TYPES = {
     "int | torch.Tensor": ("SymInt? {}", "Tensor? {}_tensor"),
 }
 # The lengths that the host knows are not part of a graph: they are read when it runs.
-_FIELDS = [(f.name, _TYPES[f.type]) for f in dataclasses.fields(AttentionProblem) if f.type in _TYPES]
+_NOT_IN_A_GRAPH = ("lengths_q", "lengths_k", "_features")
+_FIELDS = [(f.name, _TYPES[f.type]) for f in dataclasses.fields(AttentionProblem) if f.name not in _NOT_IN_A_GRAPH]
 _PROBLEM = ", ".join(part.format(name) for name, parts in _FIELDS for part in parts)
 NAMES = [part.split()[1] for part in _PROBLEM.split(", ")]
 _DIFFERENTIABLE = ("q", "k", "v", "sinks")
+
+
+def attention(p: AttentionProblem) -> Result:
+    """`tiers.run(p)`, with its gradient, in the graph that is captured."""
+    needs_grad = p.requires_grad
+    differentiated = dataclasses.replace(p, needs_grad=needs_grad, want_lse=p.want_lse or needs_grad)
+    out, lse, probs = _forward(*flat(differentiated))
+    return Result(out, lse if p.want_lse else None, probs if p.want_probs else None)
+
+
+def gradients(
+    p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
+) -> Gradients:
+    """`tiers.gradients`, in the graph that is captured."""
+    dq, dk, dv, dsinks = _backward(dout, dlse, out, lse, *flat(p))
+    return dq, dk, dv, None if p.sinks is None else dsinks
 
 
 def flat(p: AttentionProblem) -> list[Any]:
@@ -69,81 +88,74 @@ def _computed(arguments: tuple[Any, ...]) -> AttentionProblem:
     return dataclasses.replace(p, seed=int(p.seed)) if isinstance(p.seed, torch.Tensor) else p
 
 
-def register(
-    forward: Callable[[AttentionProblem], Result], backward: Callable[..., tuple[torch.Tensor | None, ...]]
-) -> tuple[Callable[[AttentionProblem], Result], Callable[..., tuple[torch.Tensor | None, ...]]]:
-    """The operators whose kernels are `forward(p)` and `backward(p, out, lse, dout, dlse)`, as such functions."""
+@custom_op(f"{NAMESPACE}::flash_attn_forward", mutates_args=(), schema=f"({_PROBLEM}) -> (Tensor, Tensor, Tensor)")
+def _forward(*arguments: Any) -> Any:
+    with torch.no_grad():
+        p = _computed(arguments)
+        result = tiers.run(p)
+        lse = p.q.new_empty(0, dtype=torch.float32) if result.lse is None or not p.want_lse else result.lse
+        probs = p.q.new_empty(0) if result.probs is None or not p.want_probs else result.probs
+        return contiguous(result.out), contiguous(lse), contiguous(probs)
 
-    @custom_op(f"{NAMESPACE}::flash_attn_forward", mutates_args=(), schema=f"({_PROBLEM}) -> (Tensor, Tensor, Tensor)")
-    def forward_op(*arguments: Any):
-        with torch.no_grad():
-            p = _computed(arguments)
-            result = forward(p)
-            lse = result.lse if p.want_lse else p.q.new_empty(0, dtype=torch.float32)
-            probs = result.probs if p.want_probs else p.q.new_empty(0)
-            return contiguous(result.out), contiguous(lse), contiguous(probs)
 
-    @forward_op.register_fake
-    def _(*arguments: Any):
-        p = _problem(arguments)
-        lse_shape = p.lse_shape if p.want_lse else (0,)
-        probs = p.q.new_empty((p.batch, p.heads, *_longest(p)) if p.want_probs else (0,))
-        return p.q.new_empty(p.out_shape), p.q.new_empty(lse_shape, dtype=torch.float32), probs
+@_forward.register_fake
+def _(*arguments: Any):
+    p = _problem(arguments)
+    lse_shape = p.lse_shape if p.want_lse else (0,)
+    probs = p.q.new_empty((p.batch, p.heads, *_longest(p)) if p.want_probs else (0,))
+    return p.q.new_empty(p.out_shape), p.q.new_empty(lse_shape, dtype=torch.float32), probs
 
-    @custom_op(
-        f"{NAMESPACE}::flash_attn_backward",
-        mutates_args=(),
-        schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
-    )
-    def backward_op(dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *arguments):
-        with torch.no_grad():
-            grads = backward(_computed(arguments), out, lse, dout, dlse)
-            return tuple(lse.new_empty(0) if grad is None else contiguous(grad) for grad in grads)
 
-    @backward_op.register_fake
-    def _(_dout, _dlse, _out, lse, *arguments):
-        p = _problem(arguments)
-        tensors = (getattr(p, name) for name in _DIFFERENTIABLE)
-        return tuple(lse.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+@custom_op(
+    f"{NAMESPACE}::flash_attn_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *arguments: Any
+) -> Any:
+    with torch.no_grad():
+        grads = tiers.gradients(_computed(arguments), out, lse, dout, dlse)
+        return tuple(lse.new_empty(0) if grad is None else contiguous(grad) for grad in grads)
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        out, lse, probs = output
-        if not _problem(inputs).want_lse:
-            raise ValueError("want_lse: got False; accepted: True where a gradient is needed")
-        # Every tensor goes through save_for_backward, so that checkpointing and offloading hooks see it.
-        ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
-        ctx.save_for_backward(out, lse, *(value for value in inputs if isinstance(value, torch.Tensor)))
-        ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(probs)
 
-    def differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _dprobs: Any):
-        out, lse, *saved = ctx.saved_tensors
-        tensors = iter(saved)
-        pairs = zip(ctx.is_tensor, ctx.others, strict=True)
-        arguments = [next(tensors) if is_tensor else other for is_tensor, other in pairs]
-        if dout is None:
-            dout = torch.zeros_like(out)
-        grads = dict(zip(_DIFFERENTIABLE, backward_op(dout, dlse, out, lse, *arguments), strict=True))
-        pairs = zip(NAMES, ctx.needs_input_grad, strict=True)
-        return tuple(grads[name] if needed else None for name, needed in pairs)
+@_backward.register_fake
+def _(_dout, _dlse, _out, lse, *arguments):
+    p = _problem(arguments)
+    tensors = (getattr(p, name) for name in _DIFFERENTIABLE)
+    return tuple(lse.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
 
-    def differentiate_again(*_: Any):
-        raise NotImplementedError("flash attention has no second derivative (double backward)")
 
-    forward_op.register_autograd(differentiate, setup_context=save)
-    backward_op.register_autograd(differentiate_again)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    out, lse, probs = output
+    if not _problem(inputs).want_lse:
+        raise ValueError("want_lse: got False; accepted: True where a gradient is needed")
+    # Every tensor goes through save_for_backward, so that checkpointing and offloading hooks see it.
+    ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
+    ctx.save_for_backward(out, lse, *(value for value in inputs if isinstance(value, torch.Tensor)))
+    ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(probs)
 
-    def captured_forward(p: AttentionProblem) -> Result:
-        want_lse = p.want_lse or p.requires_grad  # the backward pass needs it
-        out, lse, probs = forward_op(*flat(dataclasses.replace(p, want_lse=want_lse)))
-        return Result(out, lse if p.want_lse else None, probs if p.want_probs else None)
 
-    def captured_backward(p: AttentionProblem, out, lse, dout, dlse):
-        *grads, dsinks = backward_op(dout, dlse, out, lse, *flat(p))
-        return *grads, None if p.sinks is None else dsinks
+def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, _dprobs: Any):
+    out, lse, *saved = ctx.saved_tensors
+    tensors = iter(saved)
+    pairs = zip(ctx.is_tensor, ctx.others, strict=True)
+    arguments = [next(tensors) if is_tensor else other for is_tensor, other in pairs]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = dict(zip(_DIFFERENTIABLE, _backward(dout, dlse, out, lse, *arguments), strict=True))
+    pairs = zip(NAMES, ctx.needs_input_grad, strict=True)
+    return tuple(grads[name] if needed else None for name, needed in pairs)
 
-    return captured_forward, captured_backward
+
+def _differentiate_again(*_: Any):
+    raise NotImplementedError("flash attention has no second derivative (double backward)")
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_differentiate_again)
 
 
 @custom_op(f"{NAMESPACE}::no_gradient", mutates_args=(), schema="(Tensor dout, Tensor x, str reason) -> Tensor")
@@ -160,16 +172,17 @@ def _(_dout: torch.Tensor, x: torch.Tensor, _reason: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def _longest(p: AttentionProblem) -> tuple[int, int]:
+def _longest(p: AttentionProblem) -> tuple[int | torch.SymInt, int | torch.SymInt]:
     """`(max_seqlen_q, max_seqlen_k)` as the kernel will know them: sizes unknown where only a tensor has them."""
     if p.cu_seqlens_q is None:
         return p.max_seqlen_q, p.max_seqlen_k
     rows_k = p.k.shape[0] if p.block_table is None else p.block_table.shape[1] * p.k.shape[1]
     given = ((p.max_seqlen_q, p.q.shape[0], p.max_seqlen_q_tensor), (p.max_seqlen_k, rows_k, p.max_seqlen_k_tensor))
-    return tuple(
+    longest_q, longest_k = (
         torch.sym_min(most, rows) if longest is None else torch.library.get_ctx().new_dynamic_size()
         for most, rows, longest in given
     )
+    return longest_q, longest_k
 
 
 def contiguous(t: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,18 @@ Tried with transformers 4.57.6 and 5.23.0. The name must not contain "flash": 5.
 its own.
 """
 
+from __future__ import annotations
+
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .. import dispatch
-from ..problem import CallOptions, dense, varlen, with_mask, with_sinks
+from ..describe import CallOptions, dense, varlen
+from ..problem import with_mask, with_sinks
 
 NAME = "mps_fa"
 
@@ -29,16 +35,16 @@ def register() -> None:
 
 
 def mask(
-    batch_size,
-    kv_length,
-    mask_function,
-    attention_mask=None,
-    q_length=None,
-    q_offset=0,
-    kv_offset=0,
-    cache_position=None,
-    **kwargs,
-):
+    batch_size: int,
+    kv_length: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    q_length: int | None = None,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    cache_position: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
     """What a layer needs to know besides `is_causal` and `sliding_window`: a mask `(batch, keys)`, or None for nothing.
 
     A bool mask tells which keys are there. An integer mask tells which packed sequence each token belongs to, from
@@ -76,7 +82,11 @@ def mask(
         return None if is_whole else attention_mask.bool()
     if "causal_mask_function" not in patterns:
         return None
-    end = int(cache_position[-1]) + 1 if cache_position is not None else int(q_offset) + q_length
+    if cache_position is not None:
+        end = int(cache_position[-1]) + 1
+    else:
+        assert q_length is not None  # 4.x passes the positions, 5.x the number
+        end = int(q_offset) + q_length
     written = end - kv_offset
     if written >= kv_length:
         return None
@@ -85,23 +95,23 @@ def mask(
 
 
 def attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    dropout=0.0,
-    scaling=None,
-    sliding_window=None,
-    softcap=None,
-    is_causal=None,
-    s_aux=None,
-    cu_seq_lens_q=None,
-    cu_seq_lens_k=None,
-    max_length_q=None,
-    max_length_k=None,
-    **kwargs,
-):
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | Tensor | None = None,
+    max_length_k: int | Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """One layer's attention, as transformers calls it.
 
     query `(batch, heads, seqlen_q, head_dim)`, key and value `(batch, heads_k, seqlen_k, head_dim)`;
@@ -118,7 +128,11 @@ def attention(
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise NotImplementedError(f"{name}: attention {NAME!r} cannot honour it; use attn_implementation='eager'")
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    rules = {"softmax_scale": scaling, "softcap": 0.0 if softcap is None else softcap, "dropout_p": dropout}
+    rules: dict[str, Any] = {
+        "softmax_scale": scaling,
+        "softcap": 0.0 if softcap is None else softcap,
+        "dropout_p": dropout,
+    }
     if attention_mask is not None and attention_mask.ndim == 4:
         attention_mask = attention_mask[..., : k.shape[1]]  # a mask for a static cache may reach further
         return _computed(with_mask(dense(q, k, v, CallOptions(**rules)), attention_mask, "attention_mask"), s_aux), None
@@ -128,7 +142,7 @@ def attention(
         return _padded(q, k, v, attention_mask, options, s_aux), None
     if cu_seq_lens_q is not None:
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        packed = varlen(*(tensor.flatten(0, 1) for tensor in (q, k, v)), *lengths, options)
+        packed = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *lengths, options)
         return _computed(packed, s_aux).unflatten(0, q.shape[:2]), None
     return _computed(dense(q, k, v, options), s_aux), None
 

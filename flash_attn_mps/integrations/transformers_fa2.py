@@ -5,53 +5,60 @@ that has a parameter of that name (GPT-OSS), and drops it in silence otherwise. 
 of `flash_attn_mps.frontends.fa2`.
 """
 
-from ..frontends.fa2 import finish
-from ..problem import CallOptions, dense, varlen, with_sinks
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..describe import CallOptions, dense, varlen
+from ..frontends.shared import finish
+from ..problem import AttentionProblem, with_sinks
 
 
 def flash_attn_func(
-    q,
-    k,
-    v,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-    s_aux=None,
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    s_aux: Tensor | None = None,
+) -> Tensor | Any:
     """`flash_attn_mps.flash_attn_func` with sinks `s_aux` `(heads,)`, not scaled; None for none."""
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     return finish(_with(dense(q, k, v, options), s_aux))
 
 
 def flash_attn_varlen_func(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-    block_table=None,
-    s_aux=None,
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor | Any:
     """`flash_attn_mps.flash_attn_varlen_func` with sinks `s_aux` `(heads,)`, not scaled; None for none."""
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return finish(_with(varlen(q, k, v, *lengths, options, block_table=block_table), s_aux))
 
 
-def _with(p, s_aux):
+def _with(p: AttentionProblem, s_aux: Tensor | None) -> AttentionProblem:
     return p if s_aux is None else with_sinks(p, s_aux, "s_aux")

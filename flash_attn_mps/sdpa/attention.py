@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..problem import AttentionProblem, CallOptions, dense, with_mask
+from ..describe import CallOptions, dense
+from ..problem import AttentionProblem, with_mask
 from .call import Arguments
 
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch.jit import _builtins
 
 from .. import dispatch
-from ..tiers import reference
-from ..tiers.metal import scalar, simdgroup
+from ..tiers import METAL
 from . import attention, compiled, counters, obstacles, settings
 from .call import Arguments, Signature, bind, describe, signature
 from .counters import FELL, LEFT, TAKEN
@@ -105,7 +104,7 @@ def _taken(arguments: Arguments, decision: Decision) -> torch.Tensor | None:
     # and a backward pass was measured with it.
     worth_it = decision.needed or attention.needs_gradient(arguments)
     failure: Exception | None = None
-    for without in ((), (simdgroup, scalar)) if worth_it else ((reference,),):
+    for without in (frozenset(), METAL) if worth_it else (frozenset({"torch"}),):
         try:
             out = dispatch.attention(attention.problem(arguments), without).out
         except Exception as error:

@@ -1,1 +1,92 @@
-"""What computes an `AttentionProblem`."""
+"""The tiers: who computes an `AttentionProblem`, in the order in which they are asked."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from contextlib import nullcontext
+
+import torch
+
+from .. import trace
+from ..problem import AttentionProblem, Result
+from . import cpu, reference
+from .metal import scalar, simdgroup
+from .tier import Gradients, Tier
+
+__all__ = ["BY_NAME", "METAL", "ORDER", "Gradients", "Tier", "explain", "gradients", "run"]
+
+ORDER: tuple[Tier, ...] = (simdgroup.TIER, cpu.TIER, reference.TIER)
+BY_NAME = {tier.name: tier for tier in (*ORDER, scalar.TIER)}  # scalar computes only where it is asked for by name
+METAL = frozenset(tier.name for tier in BY_NAME.values() if tier.metal)
+
+_FORCE = "MTLFLASHATTN_KERNEL"
+_AUTO = "auto"
+_unknown: set[str] = set()
+
+
+def run(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Result:
+    """The forward pass of `p`, without autograd, on the first tier that serves it. `without` those of these names,
+    unless one is forced. Raises NotImplementedError, with every tier's reasons, if none serves it."""
+    refusals = []
+    asked = _asked()
+    if without:
+        asked = tuple(tier for tier in asked if tier.name not in without) or asked
+    for tier in asked:
+        reasons = tier.unsupported_reasons(p)
+        if not reasons:
+            if _is_autocast(p.q.device.type):
+                with torch.autocast(p.q.device.type, enabled=False):
+                    result = tier.run(p)
+            else:
+                result = tier.run(p)
+            if result is not None:
+                trace.record(p, tier.name)
+                return result
+            reasons = ["its kernel does not compile on this machine"]
+        refusals.append(f"{tier.name}: {'; '.join(reasons)}")
+    raise NotImplementedError("no tier serves this attention call: " + " | ".join(refusals))
+
+
+def gradients(
+    p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None
+) -> Gradients:
+    """The gradients of q, k, v and sinks, whichever tier gave `out` and `lse`: the one rule about who computes them.
+
+    It is the first tier that serves them; a forced one comes first, but forcing a tier without a backward pass does not
+    leave a call without gradients. `dlse` is the gradient of the log-sum-exp, if it has one.
+    """
+    for tier in (*_asked(), *ORDER):
+        if tier.backward is not None and not tier.unsupported_backward_reasons(p, dlse is not None):
+            off = torch.autocast(p.q.device.type, enabled=False) if _is_autocast(p.q.device.type) else nullcontext()
+            with torch.no_grad(), off:
+                return tier.backward(p, out, lse, dout, dlse)
+    raise NotImplementedError("no tier computes the gradients of this attention call")
+
+
+def explain(p: AttentionProblem) -> dict[str, list[str]]:
+    """Each tier's reasons not to serve `p`, in the order in which they are asked; the first with none serves it."""
+    return {tier.name: tier.unsupported_reasons(p) for tier in _asked()}
+
+
+def _asked() -> tuple[Tier, ...]:
+    choice = os.environ.get(_FORCE)
+    if choice is None:
+        return ORDER
+    forced = BY_NAME.get(choice.lower())
+    if forced is not None:
+        return (forced,)
+    if choice.lower() != _AUTO and choice not in _unknown:
+        _unknown.add(choice)
+        known = ", ".join((*BY_NAME, _AUTO))
+        warnings.warn(f"{_FORCE}={choice} is not known; it counts as auto. Known: {known}.", stacklevel=4)
+    return ORDER
+
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
+
+
+def _is_autocast(device: str) -> bool:
+    """Is autocast on? A tier runs without: the dtypes of attention are those of its arguments, as upstream has it."""
+    return _has_autocast(device) and torch.is_autocast_enabled(device)

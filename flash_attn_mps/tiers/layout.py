@@ -99,16 +99,16 @@ class QueryRows:
         """`(sequences, rows, ...)`; rows that do not exist are zero."""
         if self.starts is None:
             return tensor[group.seqs, first:last]
-        rows = tensor[self._index(group, first, last).clamp_(max=self.total - 1)]
-        return rows.masked_fill_(~self.valid(group, first, last)[(..., *[None] * (tensor.dim() - 1))], 0.0)
+        index, valid = self._index(group, first, last)
+        valid = valid.view(*valid.shape, *[1] * (tensor.dim() - 1))
+        return tensor[index.clamp_(max=self.total - 1)].masked_fill_(~valid, 0.0)
 
     def put(self, buffer: torch.Tensor, group: Group, first: int, last: int, values: torch.Tensor) -> None:
         if self.starts is None:
             buffer[group.seqs, first:last] = values.to(buffer.dtype)
         else:
-            index = self._index(group, first, last)
-            index.masked_fill_(~self.valid(group, first, last), self.total)
-            buffer[index] = values.to(buffer.dtype)
+            index, valid = self._index(group, first, last)
+            buffer[index.masked_fill_(~valid, self.total)] = values.to(buffer.dtype)
 
     def valid(self, group: Group, first: int, last: int) -> torch.Tensor | None:
         """`(sequences, rows)`: which rows exist; None if all do."""
@@ -128,9 +128,11 @@ class QueryRows:
         seqs = (torch.searchsorted(self.starts, rows, right=True) - 1).clamp_(max=self.used.shape[0] - 1)
         return rows < (self.starts[:-1] + self.used)[seqs]
 
-    def _index(self, group: Group, first: int, last: int) -> torch.Tensor:
+    def _index(self, group: Group, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of packed queries, `(sequences, rows)`, and which of them exist."""
+        assert self.starts is not None and self.lengths is not None
         rows = torch.arange(first, last, device=self.starts.device)
-        return self.starts[:-1][group.seqs][:, None] + rows
+        return self.starts[:-1][group.seqs][:, None] + rows, rows < self.lengths[group.seqs][:, None]
 
 
 class KeyRows:
@@ -142,7 +144,7 @@ class KeyRows:
 
     def take(self, tensor: torch.Tensor, group: Group) -> torch.Tensor:
         """`(sequences, heads_k, seqlen_k, head_dim)` in float32, contiguous; rows that do not exist are zero."""
-        rows = tensor[self._index(group)].transpose(1, 2)
+        rows = tensor[self._slices(group) or self._indices(group)].transpose(1, 2)
         rows = torch.empty(rows.shape, dtype=torch.float32, device=rows.device).copy_(rows)
         valid = self.valid(group)
         # Zero, because memory past the end may hold NaN, and 0 * NaN is NaN.
@@ -150,11 +152,11 @@ class KeyRows:
 
     def add(self, buffer: torch.Tensor, group: Group, values: torch.Tensor) -> None:
         """Add the gradients of a group, laid out as `take` gives rows; they are zero for rows that do not exist."""
-        index = self._index(group)
-        if isinstance(index[0], slice):
-            buffer[index] += values.transpose(1, 2)
+        slices = self._slices(group)
+        if slices is not None:
+            buffer[slices] += values.transpose(1, 2)
         else:
-            buffer.index_put_(index, values.transpose(1, 2), accumulate=True)
+            buffer.index_put_(self._indices(group), values.transpose(1, 2), accumulate=True)
 
     def valid(self, group: Group) -> torch.Tensor | None:
         """`(sequences, seqlen_k)`: which keys exist; None if all do."""
@@ -163,11 +165,14 @@ class KeyRows:
         rows = torch.arange(group.seqlen_k, device=self.lengths.device)
         return rows < self.lengths[group.seqs][:, None]
 
-    def _index(self, group: Group) -> tuple[slice | torch.Tensor, ...]:
-        p, seqs, n = self.p, group.seqs, group.seqlen_k
+    def _slices(self, group: Group) -> tuple[slice, slice] | None:
+        """Sequences and rows of a dense k whose sequences are computed in order; else None."""
+        p = self.p
         plain = p.cu_seqlens_k is None and p.block_table is None and p.kv_batch_idx is None and p.leftpad_k is None
-        if plain and isinstance(seqs, slice):
-            return seqs, slice(0, n)
+        return (group.seqs, slice(0, group.seqlen_k)) if plain and isinstance(group.seqs, slice) else None
+
+    def _indices(self, group: Group) -> tuple[torch.Tensor, ...]:
+        p, seqs, n = self.p, group.seqs, group.seqlen_k
         rows = torch.arange(n, device=p.q.device)
         if p.block_table is not None:
             num_blocks, block_size = p.k.shape[:2]

@@ -1,71 +1,24 @@
 """Changes to other libraries right after they are executed: one file a library, with the reason and the versions it
 was tried with.
 
-An adjustment that does not fit the library's version leaves it untouched and says why in `journal`. Each file has
-`MODULES`: module name -> function that takes the executed module, changes it through an `Undo` and raises `Misfit`
-before it changed anything; `refusal()`, why the library is left alone; and `catch_up(undo)`, for what a late
-install must mend besides. `programs.py` does the same by a table, for modules of programs, which have many names.
+An adjustment that does not fit the library's version leaves it untouched and says why in `changes.journal`. Each file
+has `MODULES`: module name -> function that takes the executed module and changes it through an `Undo`, or raises
+`Misfit` before it has changed anything; `refusal()`, why the library is left alone; and `catch_up(undo)`, for what else
+a late install must mend. `programs.py` does the same from a table, for modules of programs, which have many names.
 """
 
 import sys
 from importlib import import_module
 
 from flash_attn_shim import finder
+from flash_attn_shim.adjust.changes import APPLIED, PENDING, Misfit, Undo, journal
 from flash_attn_shim.autoload import ADJUSTED
-
-PENDING = "is being imported"
-APPLIED = "adjusted"
-
-#: Module name -> PENDING, APPLIED, what was set (programs), or why it was left alone.
-journal = {}
-
-
-class Misfit(Exception):
-    """The library is not what the adjustment was written for."""
-
-
-class Undo:
-    """Sets attributes of modules and classes and items of dicts, and takes back what nobody else has changed since."""
-
-    _ABSENT = object()
-
-    def __init__(self):
-        self._steps = []
-
-    def set(self, owner, name, value):
-        before = vars(owner).get(name, self._ABSENT)
-
-        def step():
-            if vars(owner).get(name) is value:
-                delattr(owner, name) if before is self._ABSENT else setattr(owner, name, before)
-
-        self._steps.append(step)
-        setattr(owner, name, value)
-
-    def set_item(self, mapping, key, value):
-        before = mapping.get(key, self._ABSENT)
-
-        def step():
-            if mapping.get(key) is value:
-                mapping.pop(key) if before is self._ABSENT else mapping.update({key: before})
-
-        self._steps.append(step)
-        mapping[key] = value
-
-    def then(self, step):
-        """Call `step` too when everything is undone."""
-        self._steps.append(step)
-
-    def run(self):
-        while self._steps:
-            self._steps.pop()()
-
 
 _undo = Undo()
 
 
 def find_spec(name, path, target):
-    """The other finders' spec of a module; its loader will execute the module and then call the adjustment."""
+    """The other finders' spec of a module, with a loader that calls the adjustment after executing the module."""
     spec = finder.find_elsewhere(name, path, target)
     if spec is None or spec.loader is None or not _adjusts(name):
         return spec
@@ -97,13 +50,13 @@ def catch_up():
     for library in {_library(name) for name in missed}:
         if not library.refusal():
             library.catch_up(_undo)
-    _programs().catch_up(_undo, journal)
+    _programs().catch_up(_undo)
     late = import_module("flash_attn_shim.adjust.late")
     late.warn(late.mend(_undo))
 
 
 def undo():
-    """Take every adjustment back."""
+    """Undo every adjustment."""
     _undo.run()
     journal.clear()
 
@@ -113,7 +66,9 @@ def transformers_left_alone():
     probe = "transformers.utils.import_utils"
     if sys.modules.get(probe) is None:
         return None
-    state = journal.get(probe, "transformers was imported before; flash_attn_shim.install() adjusts it")
+    state = journal.get(
+        probe, "transformers was imported before the hook was active; flash_attn_shim.install() adjusts it"
+    )
     return None if state in (PENDING, APPLIED) else state
 
 

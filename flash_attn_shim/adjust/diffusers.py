@@ -1,14 +1,15 @@
-"""diffusers: needs no adjustment when it is imported after the shim; this file mends one that was imported before.
+"""diffusers needs no adjustment if it is imported after the hook is set; this file fixes one that was imported before.
 
-Tried with 0.38.0 and 0.42.1. At its import, diffusers asks once for the module and its metadata, keeps the answer in
-`diffusers.utils.import_utils`, and takes the functions of the backends "flash" and "flash_varlen" in
+Tested with 0.38.0 and 0.42.1. When it is imported, diffusers asks once for the module and its metadata, caches the
+answer in `diffusers.utils.import_utils`, and takes the functions of the backends "flash" and "flash_varlen" in
 `diffusers.models.attention_dispatch`. FlashAttention 3 stays unavailable: it asks for another distribution.
 """
 
 import sys
 from importlib import import_module
 
-from flash_attn_shim.adjust import Misfit
+from flash_attn_shim import policy
+from flash_attn_shim.adjust.changes import Misfit
 
 UTILS = "diffusers.utils.import_utils"
 DISPATCH = "diffusers.models.attention_dispatch"
@@ -33,10 +34,8 @@ def catch_up(undo):
         missing = [name for name in names if module is not None and name not in vars(module)]
         if missing:
             raise Misfit(f"{module.__name__} has no {', '.join(missing)}")
-    from flash_attn_shim.metadata import VERSION
-
     undo.set(utils, "_flash_attn_available", True)
-    undo.set(utils, "_flash_attn_version", VERSION)
+    undo.set(utils, "_flash_attn_version", policy.FLASH_ATTN_VERSION)
     if dispatch is not None:
         undo.set(dispatch, "_CAN_USE_FLASH_ATTN", True)
         for name, module in _FUNCTIONS.items():

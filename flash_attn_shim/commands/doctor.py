@@ -4,6 +4,17 @@ import json
 
 from flash_attn_shim.commands import examine
 
+_SECTIONS = (
+    ("Our names", "owners"),
+    ("Switches", "switches"),
+    ("Hook", "hook"),
+    ("System", "system"),
+    ("Attention", "attention"),
+    ("Libraries", "libraries"),
+    ("PyTorch's own attention", "sdpa"),
+    ("Programs", "programs"),
+)
+
 
 def add_arguments(parser):
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
@@ -23,11 +34,8 @@ def render(findings):
         lines += [f"import {name['name']}  ->  {outcome}", f"    {name['why']}"]
         if name["visible"]:
             lines.append(f"    {name['origin']}")
-    for title, key in (("Switches", "switches"), ("Hook", "hook"), ("System", "system"), ("Attention", "attention")):
+    for title, key in _SECTIONS:
         lines += ["", title, *_table(findings[key])]
-    lines += ["", "Libraries", *_table(findings["libraries"])]
-    lines += ["", "PyTorch's own attention", *_table(findings["sdpa"])]
-    lines += ["", "Programs", *_table(findings["programs"])]
     if findings["advice"]:
         lines += ["", "Advice", *(f"  * {advice}" for advice in findings["advice"])]
     return "\n".join(lines)

@@ -1,6 +1,5 @@
 """The findings of `mtlflashattn doctor`, as plain data."""
 
-import contextlib
 import os
 import platform
 import site
@@ -9,7 +8,7 @@ import warnings
 from importlib import import_module, metadata
 
 import flash_attn_shim
-from flash_attn_shim import policy
+from flash_attn_shim import owners, policy
 
 _HOOK_FILES = ("mtlflashattn.pth", "mtlflashattn.start")
 _UF_HIDDEN = 0x8000  # macOS: stat.UF_HIDDEN, absent from `stat` elsewhere
@@ -24,12 +23,13 @@ _SWITCHES = (
 
 
 def everything():
-    """All findings: names, switches, hook, system, attention, libraries, programs, advice."""
+    """All findings: names, owners, switches, hook, system, attention, libraries, programs, advice."""
     status = flash_attn_shim.status()  # before anything below imports a library and so changes the answer
     hook = _hook(status)
     attention = _attention()
     findings = {
         "names": [{"name": n.name, "visible": n.visible, "origin": n.origin, "why": n.why} for n in status.names],
+        "owners": owners.findings(),
         "switches": {name: os.environ.get(name, "(not set)") for name in _SWITCHES},
         "hook": hook,
         "system": _system(),
@@ -38,7 +38,7 @@ def everything():
         "programs": _programs(status),
     }
     findings["sdpa"] = _sdpa()  # after the libraries are imported: some take torch's function when they are
-    findings["advice"] = list(_advice(status, findings))
+    findings["advice"] = [*owners.advice(), *_advice(status, findings)]
     return findings
 
 
@@ -59,8 +59,8 @@ def _hook(status):
 
 def _hook_paths():
     directories = [*site.getsitepackages(), site.getusersitepackages()]
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        directories.append(str(metadata.distribution("mtlflashattn").locate_file("")))
+    if ours := owners.our_distribution():
+        directories.append(str(ours.locate_file("")))
     found = {}
     for directory in directories:
         for name in _HOOK_FILES:
@@ -74,8 +74,9 @@ def _system():
     machine = platform.machine()
     if sys.platform == "darwin" and machine == "x86_64" and "ARM64" in platform.version():
         machine += " (an Intel Python under Rosetta, on Apple silicon)"
+    ours = owners.our_distribution()
     return {
-        "mtlflashattn": _version("mtlflashattn"),
+        "mtlflashattn": ours.version if ours else "not installed as a distribution",
         "Python": f"{platform.python_version()}, {sys.executable}",
         "platform": f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(),
         "machine": machine,
@@ -95,8 +96,12 @@ def _attention():
         "MPS": state,
         "torch.mps.compile_shader": "present" if hasattr(torch.mps, "compile_shader") else "absent",
     }
-    from flash_attn_mps import dispatch
-    from flash_attn_mps.problem import CallOptions, dense
+    if foreign := owners.foreign_package():
+        return {**found, "tier": f"none: {foreign}"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # who owns the names is said under Names
+        from flash_attn_mps import dispatch
+        from flash_attn_mps.describe import CallOptions, dense
 
     device = "mps" if mps.is_available() else "cpu"
     q = torch.empty(1, 64, 4, 64, dtype=torch.float16, device=device)
@@ -105,13 +110,13 @@ def _attention():
     found[f"tier for a causal float16 call on {device}"] = serving
     for name, reasons in refusals.items():
         if reasons:
-            found[f"tier {name} is out"] = "; ".join(reasons)
+            found[f"tier {name} cannot"] = "; ".join(reasons)
     found["tuned variants"] = _tuned()
     return found
 
 
 def _tuned():
-    """How many classes of calls `mtlflashattn tune` has settled here, or why its file does not count."""
+    """For how many classes of calls `mtlflashattn tune` has saved a variant here, or why its file is ignored."""
     from flash_attn_mps.tiers.metal import store
 
     with warnings.catch_warnings(record=True) as caught:
@@ -119,18 +124,18 @@ def _tuned():
         winners = store.load()
     if caught:
         return str(caught[0].message)
-    return (
-        f"for {len(winners)} classes of calls, in {store.path()}" if winners else "none: `mtlflashattn tune` finds some"
-    )
+    return f"for {len(winners)} classes of calls, in {store.path()}" if winners else "none; run `mtlflashattn tune`"
 
 
 def _sdpa():
     """torch's own attention: is it replaced, what is known to be wrong with it, and who took it before."""
+    if owners.foreign_package():
+        return {"scaled_dot_product_attention": "not examined: flash_attn_mps is another project's"}
     try:
         from flash_attn_mps import mha, sdpa
         from flash_attn_mps.sdpa import hazards, patch
     except Exception as error:  # torch can be missing, or broken in any way
-        return {"scaled_dot_product_attention": f"cannot be asked: {type(error).__name__}: {error}"}
+        return {"scaled_dot_product_attention": f"could not be asked: {type(error).__name__}: {error}"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said above
         given = patch.current()
@@ -167,7 +172,7 @@ def _transformers(status):
         utils = import_module("transformers.utils")
         answer = utils.is_flash_attn_2_available()
     except Exception as error:
-        return f"{version}: cannot be asked: {type(error).__name__}: {error}"
+        return f"{version}: could not be asked: {type(error).__name__}: {error}"
     after = flash_attn_shim.status()
     adjusted = "adjusted" if after.transformers is None else f"left alone: {after.transformers}"
     return [
@@ -185,7 +190,7 @@ def _diffusers():
     try:
         answer = import_module("diffusers.utils.import_utils").is_flash_attn_available()
     except Exception as error:
-        return f"{version}: cannot be asked: {type(error).__name__}: {error}"
+        return f"{version}: could not be asked: {type(error).__name__}: {error}"
     return [version, f"is_flash_attn_available() is {answer}"]
 
 
@@ -209,7 +214,7 @@ def _version(distribution):
 def _advice(status, findings):
     """What to do about each thing that stands in the way, one sentence each."""
     if status.unknown_mode is not None:
-        yield f"{policy.SWITCH}={status.unknown_mode} is not known and counts as auto. Known: off, auto, on."
+        yield f"{policy.SWITCH}={status.unknown_mode} is not a known value and counts as auto. Known: off, auto, on."
     files = findings["hook"]["start-up files"]
     if isinstance(files, dict):
         for path, state in files.items():
@@ -224,7 +229,7 @@ def _advice(status, findings):
             reason = "the start-up file did not run"
         yield f"The import hook is not set: {reason}. Call flash_attn_shim.install() first, or use `mtlflashattn run`."
     if "Rosetta" in findings["system"]["machine"]:
-        yield "Install an arm64 build of Python: Metal cannot be used from one for Intel."
+        yield "Install an arm64 build of Python: an Intel build cannot use Metal."
     torch = findings["attention"]
     if torch["torch"].startswith("cannot"):
         yield "Install PyTorch: pip install torch"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flash_attn_mps.problem import CallOptions, dense, varlen, with_mask, with_sinks
+from flash_attn_mps.describe import CallOptions, dense, varlen
+from flash_attn_mps.problem import with_mask, with_sinks
 
 BATCH, HEADS, SEQLEN_Q, SEQLEN_K = 2, 4, 6, 9
 SHAPE = (BATCH, HEADS, SEQLEN_Q, SEQLEN_K)

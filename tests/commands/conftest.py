@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flash_attn_mps.tiers.metal import compiler, variants
-from tests.metal_host import compile_shader
+from metal_host import compile_shader
 
 
 @pytest.fixture(autouse=True)

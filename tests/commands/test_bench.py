@@ -286,7 +286,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_the_command_says_what_it_does_not_know(capsys):
     assert main(["bench", "training"]) == 2
-    assert "kind training is not known; known: prefill, decode, varlen, window" in capsys.readouterr().err
+    assert "unknown kind training; choose from: prefill, decode, varlen, window" in capsys.readouterr().err
 
 
 def test_a_wrong_tier_fails_the_command(monkeypatch, capsys):

@@ -47,7 +47,7 @@ def test_doctor_names_the_switch_that_is_off():
 def test_doctor_in_plain_words_and_its_advice():
     text = mtlflashattn("doctor", MTLFLASHATTN_SHIM="perhaps").stdout
     assert text.startswith("import flash_attn  ->  ")
-    assert "MTLFLASHATTN_SHIM=perhaps is not known and counts as auto" in text
+    assert "MTLFLASHATTN_SHIM=perhaps is not a known value and counts as auto" in text
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="on a Mac the platform is no obstacle")
@@ -103,6 +103,66 @@ def test_run_installs_the_hook_and_passes_arguments(tmp_path):
     assert result.stdout.strip() == "2.8.3 ['--flag', 'x'] __main__ True", result.stderr
 
 
+def cut(*arguments, together=False, **environment):
+    """The command with its output into a pipe that nobody reads any more: (exit status, what it said on stderr)."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "flash_attn_shim", *arguments],
+            env={**os.environ, **environment},
+            stdout=writer,
+            stderr=subprocess.STDOUT if together else subprocess.PIPE,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    return process.returncode, process.stderr
+
+
+COMMANDS = {
+    "doctor": ["doctor"],
+    "json": ["doctor", "--json"],
+    "selftest": ["selftest", "--device", "cpu", "--case", "torch:float16:64:64:causal"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_whose_output_is_cut_ends_quietly(command, tmp_path):
+    report = ["--json", str(tmp_path / "report.json")] if command == "selftest" else []
+    assert cut(*COMMANDS[command], *report) == (1, "")
+    assert cut(*COMMANDS[command], *report, PYTHONUNBUFFERED="1") == (1, "")
+
+
+def test_help_that_is_cut_ends_quietly():
+    """argparse itself drops what it cannot write, so where nothing is buffered it takes the status for its own."""
+    assert cut("--help")[1] == ""
+    assert cut("doctor", "--help", PYTHONUNBUFFERED="1")[1] == ""
+
+
+def test_a_cut_stderr_is_quiet_too():
+    assert cut("tune", together=True) == (1, None)
+
+
+@pytest.mark.parametrize("ending", ["", "sys.exit(3)"])
+def test_a_script_whose_output_is_cut_ends_quietly(tmp_path, ending):
+    script = tmp_path / "program.py"
+    script.write_text(f"import sys\nprint('x' * 100_000)\n{ending}")
+    assert cut("run", str(script)) == (1, "")
+    script.write_text(f"import sys\nprint('x')\n{ending}")
+    assert cut("run", str(script)) == (1, "")
+
+
+def test_another_broken_pipe_of_a_script_is_its_own(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text("import os\nr, w = os.pipe()\nos.close(r)\nos.write(w, b'x')\n")
+    result = mtlflashattn("run", str(script))
+    assert result.returncode == 1
+    assert "BrokenPipeError" in result.stderr
+
+
 def test_trace_counts_calls_by_shape_and_tier():
     program = (
         "import torch, flash_attn_mps as fa\n"
@@ -110,6 +170,10 @@ def test_trace_counts_calls_by_shape_and_tier():
         "fa.flash_attn_func(q, q, q, causal=True)\n"
         "fa.flash_attn_func(q, q, q, causal=True)\n"
         "fa.flash_attn_func(q, q, q, softcap=5.0, window_size=(3, 0))\n"
+        "from flash_attn_mps import dispatch, problem\n"
+        "p = describe.dense(q, q, q, describe.CallOptions())\n"
+        "p = problem.with_sinks(problem.with_mask(p, torch.ones(8, 8, dtype=torch.bool)), torch.zeros(2))\n"
+        "dispatch.attention(p)\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", program],
@@ -119,9 +183,10 @@ def test_trace_counts_calls_by_shape_and_tier():
         check=True,
     )
     head, *rows = [line.split() for line in run.stderr.splitlines() if not line.startswith("mtlflashattn:")]
-    assert head == ["dtype", "head", "dim", "seqlen", "q", "seqlen", "k", "mask", "tier", "calls"]
+    assert head == ["dtype", "head", "dim", "seqlen", "q", "seqlen", "k", "features", "tier", "calls"]
     assert [row for row in rows if row[-1] == "2"] == [["float32", "16", "8", "8", "causal", rows[0][-2], "2"]]
     assert ["float32", "16", "8", "8", "window(3,0)+softcap", "torch", "1"] in rows
+    assert ["float32", "16", "8", "8", "full+mask+sinks", "torch", "1"] in rows
 
 
 def test_demo_equals_eager_and_finds_the_switch():

@@ -11,8 +11,9 @@ from flash_attn_mps.tiers.metal.kernel import OPTIONAL_BUFFERS
 from flash_attn_mps.tools.selftest import build, cases, run
 from flash_attn_mps.tools.selftest.cases import FEATURES, Case
 from flash_attn_shim.commands import main
+from metal_host import compile_shader
 from tests.attention import oracle as independent
-from tests.metal_host import compile_shader
+from tests.replaced_tiers import replace_tier
 
 
 def selftest(tmp_path, *arguments):
@@ -128,7 +129,7 @@ def test_an_error_of_the_torch_tier_is_found(tmp_path, monkeypatch, capsys):
         return result
 
     reference_run = reference.run
-    monkeypatch.setattr(reference, "run", slightly_off)
+    replace_tier(monkeypatch, "torch", run=slightly_off)
     status, report = selftest(tmp_path, "--case", "torch:float32:64:64:softcap", "cpu:float32:64:64:full")
     assert status == 1
     (failure,) = report["failures"]
@@ -148,7 +149,7 @@ def test_an_error_of_the_log_sum_exp_is_found(monkeypatch):
         return result
 
     reference_run = reference.run
-    monkeypatch.setattr(reference, "run", off)
+    replace_tier(monkeypatch, "torch", run=off)
     outcome = run.run(Case("torch", "float16", 64, 64, "full"), "cpu")
     assert (outcome.status, outcome.detail) == ("wrong", "log-sum-exp of sequence 1 at (head, query) = (0, 3)")
 
@@ -199,7 +200,7 @@ def test_kernels_that_do_not_compile_are_all_reported_with_the_log(tmp_path, met
 
 
 def test_a_tier_that_raises_or_refuses_what_it_should_serve_fails(tmp_path, monkeypatch, metal):
-    monkeypatch.setattr(reference, "run", lambda p: 1 / 0)
+    replace_tier(monkeypatch, "torch", run=lambda p: 1 / 0)
     status, report = selftest(tmp_path, "--case", "torch:float16:64:64:full")
     assert status == 1
     assert report["failures"][0]["detail"] == "ZeroDivisionError: division by zero"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flash_attn_mps import problem
+from flash_attn_mps import describe
 from flash_attn_mps.tiers.metal import gpu, simdgroup, store, variants
 from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant
 from flash_attn_shim.commands import examine
@@ -19,7 +19,7 @@ TUNED = store.Winner("8x2x16-direct", 1e-3, 2e-3)
 
 def call(length=300, dtype=torch.float16, head_dim=64, **options):
     q = torch.empty(1, length, 2, head_dim, dtype=dtype)
-    return problem.dense(q, q, q, problem.CallOptions(**options))
+    return describe.dense(q, q, q, describe.CallOptions(**options))
 
 
 def chosen(p, tuned=None):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flash_attn_mps import problem, timing
+from flash_attn_mps import describe, timing
 from flash_attn_mps.tiers.metal import compiler, gpu, launch, simdgroup, store, tune, variants
 from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant
 from flash_attn_shim.commands import main
@@ -122,7 +122,7 @@ COMMAND += ["--what", "variants"]
 
 def test_the_command_stores_what_later_calls_use(a_mac, capsys):
     q = torch.randn(1, 100, 2, 64).half()
-    p = problem.dense(q, q, q, problem.CallOptions())
+    p = describe.dense(q, q, q, describe.CallOptions())
     assert variants.chosen(p, FORWARD, tune.briefly) == DEFAULT
     assert main(COMMAND) == 0
     printed = capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_auto_stores_too(a_mac, monkeypatch):
     monkeypatch.setenv("MTLFLASHATTN_TUNE", "auto")
     monkeypatch.setattr(tune, "_neighbours", lambda variant, key, kernel: [WIDE])
     q = torch.empty(1, 3000, 1, 64).half()
-    p = problem.dense(q, q, q, problem.CallOptions())
+    p = describe.dense(q, q, q, describe.CallOptions())
     assert variants.chosen(p, FORWARD, tune.briefly) == WIDE
     assert store.load()[store.key_of(p, FORWARD)].variant == str(WIDE)
 
@@ -155,7 +155,7 @@ def test_a_cache_that_cannot_be_written_is_said(a_mac, cache, monkeypatch, capsy
     (cache / "file").touch()
     monkeypatch.setenv("MTLFLASHATTN_CACHE", str(cache / "file"))
     assert main(COMMAND) == 1
-    assert "Nothing is kept" in capsys.readouterr().err
+    assert "Could not save the results" in capsys.readouterr().err
 
 
 def test_without_metal_it_says_so(cache, capsys):

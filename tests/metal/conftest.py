@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flash_attn_mps.tiers.metal import compiler, store, variants
-from tests.metal_host import compile_shader
+from metal_host import compile_shader
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -10,10 +10,11 @@ import argparse
 
 import torch
 
-from flash_attn_mps.problem import AttentionProblem, CallOptions, dense
+from flash_attn_mps.describe import CallOptions, dense
+from flash_attn_mps.problem import AttentionProblem
 from flash_attn_mps.tiers.metal import compiler, launch, simdgroup
 from flash_attn_mps.tiers.metal.simdgroup import Variant
-from tests.metal_host import compile_shader, observe
+from metal_host import compile_shader, observe
 from tests.test_metal_host import test_torch_kernels as torch_kernels
 
 MASKS = {"full": {}, "causal": {"causal": True}, "window": {"causal": True, "window_size": (64, 0)}}

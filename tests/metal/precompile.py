@@ -12,7 +12,7 @@ from flash_attn_mps.problem import AttentionProblem
 from flash_attn_mps.tiers.metal import compiler, launch
 from flash_attn_mps.tiers.metal.kernel import Kernel
 from flash_attn_mps.tiers.metal.specialization import Specialization
-from tests.metal_host import compile_shader, observe
+from metal_host import compile_shader, observe
 
 
 def specializations(launches: Iterable[tuple[AttentionProblem, Kernel, Any]]) -> list[Specialization]:

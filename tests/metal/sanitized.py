@@ -11,7 +11,7 @@ import torch
 
 import flash_attn_mps as fa
 from flash_attn_mps.tiers.metal import compiler
-from tests.metal_host import compile_shader
+from metal_host import compile_shader
 
 LENGTHS_Q, LENGTHS_K = [130, 0, 257], [200, 33, 257]
 CASES = [{}, {"causal": True}, {"window_size": (70, 10)}]

@@ -11,7 +11,7 @@ from flash_attn_mps.problem import AttentionProblem, Result
 from flash_attn_mps.tiers.metal import compiler, launch, scalar, simdgroup, specialization
 from flash_attn_mps.tiers.metal.kernel import OPTIONAL_BUFFERS, Buffer, Kernel
 from flash_attn_mps.tiers.metal.simdgroup import Variant
-from tests.metal_host import observe
+from metal_host import observe
 
 from .calls import Spec, draw, int32
 from .test_values import KERNELS

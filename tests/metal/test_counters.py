@@ -8,7 +8,7 @@ import torch
 
 from flash_attn_mps.tiers.metal import launch, simdgroup
 from flash_attn_mps.tiers.metal.simdgroup import Variant
-from tests.metal_host import observe
+from metal_host import observe
 from tests.test_metal_host import test_torch_kernels as torch_kernels
 
 from . import counters

@@ -7,26 +7,27 @@ from unittest import mock
 import pytest
 import torch
 
-from flash_attn_mps import dispatch, trace
+from flash_attn_mps import dispatch, tiers, trace
 from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_varlen_func
 from flash_attn_mps.tiers.metal import compiler, simdgroup
 from flash_attn_mps.tiers.metal.simdgroup import Variant
 from flash_attn_mps.tiers.metal.specialization import Specialization
+from metal_host import compile_shader, observe
 from tests.attention import oracle
 from tests.attention.layouts import laid_out, randn
 from tests.attention.rule import assert_within_rule
 from tests.attention.test_varlen import cumulative
-from tests.metal_host import compile_shader, observe
+from tests.replaced_tiers import leave_out
 
 
 @pytest.fixture(autouse=True)
 def _forgetful():
     """Kernels and warnings of other tests are forgotten, and so are those of these tests."""
     compiler.clear()
-    dispatch._unknown.clear()
+    tiers._unknown.clear()
     yield
     compiler.clear()
-    dispatch._unknown.clear()
+    tiers._unknown.clear()
 
 
 @pytest.fixture
@@ -71,19 +72,31 @@ def test_the_variable_forces_a_tier(force, tier, kernels, qkv, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dropout_p": 0.1}, "dropout_p"),
+        ({"dropout_p": 0.1}, "does not support dropout"),
         ({"head_dim": 264}, "head_dim above 256"),
-        ({"requires_grad": True}, "gradients are needed"),
         ({"seqlen_k": 0}, "there are no scores"),
     ],
     ids=str,
 )
 def test_a_force_that_cannot_serve_says_why(force, change, reason, monkeypatch):
     monkeypatch.setenv("MTLFLASHATTN_KERNEL", force)
-    q = torch.randn(1, 9, 2, change.get("head_dim", 16), requires_grad="requires_grad" in change)
+    q = torch.randn(1, 9, 2, change.get("head_dim", 16))
     k = torch.randn(1, change.get("seqlen_k", 9), 2, change.get("head_dim", 16))
     with pytest.raises(NotImplementedError, match=f"{force}: .*{reason}"):
         flash_attn_func(q, k, k, dropout_p=change.get("dropout_p", 0.0))
+
+
+@pytest.mark.parametrize("force", ["simdgroup", "scalar"])
+def test_a_forced_kernel_leaves_gradients_to_who_has_them(force, qkv, monkeypatch):
+    """Only the forward pass is forced: a kernel without a backward pass does not keep a program from training."""
+    q, k, v = (x.requires_grad_() for x in qkv)
+    expected = torch.autograd.grad(flash_attn_func(q, k, v, causal=True).square().sum(), (q, k, v))
+    monkeypatch.setenv("MTLFLASHATTN_KERNEL", force)
+    with observe(instrumented=False) as launches:
+        got = torch.autograd.grad(flash_attn_func(q, k, v, causal=True).square().sum(), (q, k, v))
+    assert len(launches) == 1
+    for grad, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_force_is_an_error_on_other_devices(monkeypatch, qkv):
@@ -96,10 +109,10 @@ def test_a_force_is_an_error_on_other_devices(monkeypatch, qkv):
 def test_an_unknown_value_warns_once_and_counts_as_auto(qkv, monkeypatch):
     monkeypatch.setenv("MTLFLASHATTN_KERNEL", "fastest")
     with pytest.warns(
-        UserWarning, match="MTLFLASHATTN_KERNEL=fastest is not known.*simdgroup, scalar, torch, auto"
+        UserWarning, match="MTLFLASHATTN_KERNEL=fastest is not known.*simdgroup, cpu, torch, scalar, auto"
     ) as caught:
-        tiers = [served_by(monkeypatch, *qkv)[0] for _ in range(3)]
-    assert tiers == ["simdgroup"] * 3
+        served = [served_by(monkeypatch, *qkv)[0] for _ in range(3)]
+    assert served == ["simdgroup"] * 3
     assert len(caught) == 1
 
 
@@ -121,12 +134,12 @@ def test_a_kernel_that_does_not_compile_is_replaced(refuse, qkv, monkeypatch):
     """Right results by another tier, one warning that says what to report, and no second attempt."""
     compile_ = mock.Mock(side_effect=refuse)
     monkeypatch.setattr(compiler, "compile_shader", compile_)
-    monkeypatch.setattr(dispatch, "TIERS", (dispatch.simdgroup, dispatch.reference))
+    leave_out(monkeypatch, "cpu")
     with pytest.warns(RuntimeWarning, match="attention_forward did not compile") as caught:
-        tiers = [served_by(monkeypatch, *qkv, causal=True) for _ in range(3)]
+        served = [served_by(monkeypatch, *qkv, causal=True) for _ in range(3)]
         longer = [torch.randn(1, 50, 2, 16) for _ in range(3)]
-        tiers.append(served_by(monkeypatch, *longer, causal=True))
-    assert tiers == [("torch", [])] * 4
+        served.append(served_by(monkeypatch, *longer, causal=True))
+    assert served == [("torch", [])] * 4
     assert compile_.call_count == 1
     assert len(caught) == 1
     text = str(caught[0].message)
@@ -233,7 +246,7 @@ def test_explain_gives_the_reasons_of_each_tier(qkv):
     p = dispatch.AttentionProblem(*qkv, 1, 20, 20, 0.25, dropout_p=0.5)
     reasons = dispatch.explain(p)
     assert list(reasons) == ["simdgroup", "cpu", "torch"]
-    assert reasons["simdgroup"] == ["dropout_p"]
+    assert reasons["simdgroup"] == ["does not support dropout"]
     assert reasons["torch"] == []
 
 

@@ -8,7 +8,7 @@ import torch
 
 from flash_attn_mps.tiers.metal import launch, specialization
 from flash_attn_mps.tiers.metal.kernel import Buffer, Kernel
-from tests.metal_host import KernelFault, observe
+from metal_host import KernelFault, observe
 
 from .calls import Spec, draw
 

@@ -7,8 +7,8 @@ barrier that some threads miss.
 import pytest
 
 from flash_attn_mps.tiers.metal import launch, scalar, simdgroup
+from metal_host import observe
 from tests.attention.pairwise import case_id
-from tests.metal_host import observe
 
 from . import grid
 from .calls import draw

@@ -11,7 +11,7 @@ import torch
 import flash_attn_mps as fa
 from flash_attn_mps import trace
 from flash_attn_mps.tiers.metal import compiler
-from tests.metal_host import compile_shader
+from metal_host import compile_shader
 
 pytestmark = pytest.mark.metal_full
 

@@ -11,13 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flash_attn_mps.describe import CallOptions, dense
 from flash_attn_mps.frontends import fa2
-from flash_attn_mps.problem import CallOptions, dense, with_mask
+from flash_attn_mps.problem import with_mask
 from flash_attn_mps.tiers.metal import compiler, launch, scalar, simdgroup
 from flash_attn_mps.tiers.metal.simdgroup import Variant
 from flash_attn_mps.tiers.metal.specialization import Mask
+from metal_host import observe
 from tests.attention.pairwise import case_id, pairwise
-from tests.metal_host import observe
 
 from .calls import Spec, arranged, draw
 from .precompile import precompile, specializations

@@ -7,8 +7,8 @@ import torch
 
 from flash_attn_mps.tiers.metal import launch, scalar, simdgroup
 from flash_attn_mps.tiers.metal.simdgroup import Variant
+from metal_host import observe
 from tests.attention.rule import assert_lse
-from tests.metal_host import observe
 
 from .calls import Spec, draw
 

@@ -7,7 +7,7 @@ from flash_attn_mps import mha, sdpa
 from flash_attn_mps.sdpa import obstacles, settings
 from flash_attn_mps.sdpa.settings import GIB, Settings
 from flash_attn_mps.tiers.metal import compiler, store, variants
-from tests.metal_host import compile_shader
+from metal_host import compile_shader
 
 
 @pytest.fixture(autouse=True)

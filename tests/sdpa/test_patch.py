@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn_mps import dispatch, sdpa, trace
+from flash_attn_mps import sdpa, trace
 from flash_attn_mps.sdpa import patch
 from flash_attn_mps.sdpa.call import bind
 from flash_attn_mps.sdpa.settings import Class
-from flash_attn_mps.tiers import reference
+from tests.replaced_tiers import leave_out, replace_tier
 from tests.sdpa.exact import assert_right
 
 ORIGINAL = F.scaled_dot_product_attention
@@ -102,9 +102,8 @@ def test_the_environment_installs_it_and_the_trace_prints_the_counters():
 
 
 def fails_with(error, monkeypatch, tiers=("simdgroup", "torch")):
-    for tier in dispatch.TIERS:
-        if tier.name in tiers:
-            monkeypatch.setattr(tier, "run", lambda p: (_ for _ in ()).throw(error))
+    for name in tiers:
+        replace_tier(monkeypatch, name, run=lambda p: (_ for _ in ()).throw(error))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), NotImplementedError("no"), ValueError("bad"), KeyError("k")])
@@ -137,9 +136,9 @@ def test_where_torch_is_wrong_the_torch_tier_comes_before_it(metal, monkeypatch)
 
 def test_for_speed_alone_the_torch_tier_does_not_serve(metal, given, monkeypatch):
     given(torch=(2, 13), fast_min_seq=0)
-    monkeypatch.setattr(dispatch, "TIERS", tuple(tier for tier in dispatch.TIERS if tier.name != "cpu"))
-    monkeypatch.setattr(next(t for t in dispatch.TIERS if t.name == "simdgroup"), "run", lambda p: None)
-    monkeypatch.setattr(reference, "run", lambda p: pytest.fail("slower than torch"))
+    leave_out(monkeypatch, "cpu")
+    replace_tier(monkeypatch, "simdgroup", run=lambda p: None)
+    replace_tier(monkeypatch, "torch", run=lambda p: pytest.fail("slower than torch"))
     with sdpa.installed(), pytest.warns(RuntimeWarning, match="does not compile"):
         assert torch.equal(attend(Q), ORIGINAL(Q, Q, Q, is_causal=True))
     assert sdpa.stats()["fell through"] == {"NotImplementedError": 1}

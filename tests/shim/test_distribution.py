@@ -11,6 +11,7 @@ import pytest
 from .environments import ROOT, build, make_venv
 
 HOOK = ("mtlflashattn.pth", "mtlflashattn.start")
+STUBS = ("flash_attn-stubs", "flash_attn_interface-stubs")
 
 GATES = """
 import sys
@@ -37,6 +38,7 @@ def test_wheel_holds_the_hook_and_records_it(wheel):
         "flash_attn_shim",
         "mtlflashattn-0.1.0.dist-info",
         *HOOK,
+        *STUBS,
     }
     assert len(lines) == 1
     assert lines[0].startswith("import ")
@@ -111,7 +113,7 @@ def test_an_editable_install_is_active_and_uninstalls(tmp_path):
     interpreter = make_venv(tmp_path, outer=True)
     before = files_in(interpreter)
     pip(interpreter, "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", ROOT)
-    assert set(HOOK) <= {path.name for path in files_in(interpreter)}
+    assert {*HOOK, *STUBS} <= {path.name for path in files_in(interpreter)}
     assert interpreter.run(GATES) == "1"
     found = interpreter.run("import flash_attn; print(flash_attn.__file__)", MTLFLASHATTN_SHIM="on")
     assert found == str(ROOT / "flash_attn_shim/presents/flash_attn/__init__.py")

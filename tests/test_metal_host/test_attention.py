@@ -1,10 +1,10 @@
-"""attention.metal against float64; on a GPU also what compute-sanitizer is run over (tests/metal_host/README.md)."""
+"""attention.metal against float64; on a GPU also what compute-sanitizer is run over (metal_host/README.md)."""
 
 import time
 
 import pytest
 
-from tests.metal_host import compile_shader, nvidia
+from metal_host import compile_shader, nvidia
 
 from . import attention
 

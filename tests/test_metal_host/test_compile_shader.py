@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.metal_host import compile_shader, observe
+from metal_host import compile_shader, observe
 
 HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 
@@ -258,7 +258,7 @@ def test_counters_of_a_launch():
 
 
 def test_a_compiled_kernel_comes_from_the_cache(tmp_path, monkeypatch):
-    from tests.metal_host import toolchain
+    from metal_host import toolchain
 
     monkeypatch.setenv("METAL_HOST_CACHE", str(tmp_path))
     source = f"{HEADER}kernel void cached(device float* o) {{ o[0] = 17; }}"

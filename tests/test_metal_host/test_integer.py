@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.metal_host import compile_shader
+from metal_host import compile_shader
 
 TYPES = {
     "char": torch.int8,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.metal_host import MetalSyntaxError, compile_shader
+from metal_host import MetalSyntaxError, compile_shader
 
 HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.metal_host import compile_shader
+from metal_host import compile_shader
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat": torch.bfloat16}
 # Results are computed in float (a few ulp there) and rounded once.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.metal_host import KernelFault, compile_shader, observe
+from metal_host import KernelFault, compile_shader, observe
 
 from . import attention
 

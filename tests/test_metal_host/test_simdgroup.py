@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.metal_host import compile_shader, observe
+from metal_host import compile_shader, observe
 
 HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 SHUFFLES = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.metal_host import compile_shader, observe, source
+from metal_host import compile_shader, observe, source
 
 PREFILL = "ATen/native/mps/kernels/PrefillAttention.h"
 DECODE = "ATen/native/mps/kernels/DecodeAttention.h"

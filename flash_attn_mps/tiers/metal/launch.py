@@ -27,8 +27,28 @@ _INT, _FLOAT = struct.Struct("<i"), struct.Struct("<f")
 _NO_MORE: Mapping[str, int] = MappingProxyType({})
 
 
-def unsupported_reasons(p: AttentionProblem) -> list[str]:
-    """Why no Metal kernel serves `p`, in words."""
+# What every Metal kernel for attention honours. (A kernel's gradient is another tier's.)
+FEATURES = frozenset(
+    {
+        "causal",
+        "window",
+        "softcap",
+        "alibi",
+        "varlen",
+        "seqused",
+        "paged",
+        "kv_batch_idx",
+        "leftpad_k",
+        "mask",
+        "sinks",
+        "scale_tensor",
+        "gradients",
+    }
+)
+
+
+def limits(p: AttentionProblem) -> list[str]:
+    """Why no Metal kernel serves `p` although they serve its features, in words."""
     if p.q.device.type not in compiler.device_types:
         return [f"tensors are on {p.q.device}"]
     reasons = []
@@ -36,13 +56,7 @@ def unsupported_reasons(p: AttentionProblem) -> list[str]:
         reasons.append("there are no scores")
     if p.q.shape[-1] > MAX_HEAD_DIM or p.v.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head_dim above {MAX_HEAD_DIM}")
-    if p.dropout_p > 0:
-        reasons.append("dropout_p")
-    if p.attention_chunk > 0:
-        reasons.append("attention_chunk")
-    if p.requires_grad:
-        reasons.append("gradients are needed")
-    if isinstance(p.softmax_scale, torch.Tensor) and p.softmax_scale.dtype not in _TYPES:
+    if "scale_tensor" in p.features and p.softmax_scale.dtype not in _TYPES:
         reasons.append("softmax_scale is a tensor of another dtype than float")
     return reasons
 

@@ -5,15 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ...problem import AttentionProblem, Result
+from ..tier import Tier
 from . import launch
 from .kernel import OPTIONAL_BUFFERS, Grid, Kernel
-
-name = "scalar"
-unsupported_reasons = launch.unsupported_reasons
-
-
-def run(p: AttentionProblem) -> Result | None:
-    return launch.run(p, FORWARD, VARIANT)
 
 
 class Variant(NamedTuple):
@@ -35,3 +29,10 @@ FORWARD = Kernel(
     optional=tuple(OPTIONAL_BUFFERS),
     grid=_grid,
 )
+
+
+def _run(p: AttentionProblem) -> Result | None:
+    return launch.run(p, FORWARD, VARIANT)
+
+
+TIER = Tier("scalar", launch.FEATURES, launch.limits, _run, metal=True)

@@ -6,15 +6,9 @@ import functools
 from typing import NamedTuple
 
 from ...problem import AttentionProblem, Result
+from ..tier import Tier
 from . import gpu, launch, tune, variants
 from .kernel import OPTIONAL_BUFFERS, Grid, TunedKernel
-
-name = "simdgroup"
-unsupported_reasons = launch.unsupported_reasons
-
-
-def run(p: AttentionProblem) -> Result | None:
-    return launch.run(p, FORWARD, variants.chosen(p, FORWARD, tune.briefly))
 
 
 class Variant(NamedTuple):
@@ -89,3 +83,10 @@ FORWARD = TunedKernel(
     default=default,
     variable="MTLFLASHATTN_VARIANT",
 )
+
+
+def _run(p: AttentionProblem) -> Result | None:
+    return launch.run(p, FORWARD, variants.chosen(p, FORWARD, tune.briefly))
+
+
+TIER = Tier("simdgroup", launch.FEATURES, launch.limits, _run, metal=True)

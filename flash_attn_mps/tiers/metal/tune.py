@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ... import problem, timing
+from ... import describe, timing
 from ...problem import AttentionProblem, Result
 from .. import reference
 from . import launch, store
@@ -150,8 +150,8 @@ def _problem(key: Key, device: torch.device | str, batch: int, length: int, head
 
     heads_k = max(1, heads // 4)
     window = min(_WINDOW, length // 2) if key.mask == "window" else -1
-    options = problem.CallOptions(causal=key.mask != "full", window_size=(window, -1))
-    return problem.dense(
+    options = describe.CallOptions(causal=key.mask != "full", window_size=(window, -1))
+    return describe.dense(
         randn(heads, key.head_dim), randn(heads_k, key.head_dim), randn(heads_k, key.head_dim_v), options
     )
 

@@ -1,27 +1,29 @@
 """Who computes: the tiers of this project, stock PyTorch, and other packages where they are installed.
 
 A contender turns a workload and its inputs into a call without arguments, whose result is the output in the layout of
-q. Masks that its interface wants are made beforehand and cost it nothing. `Unsupported` says why it has none.
+q. Masks that its interface needs are made beforehand and not timed. `Unsupported` says why there is no call.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ... import problem
+from ... import describe, problem
 from ...frontends import fa2
-from ...tiers import cpu, reference
-from ...tiers.metal import compiler, scalar, simdgroup
-from ...timing import Call
+from ...tiers import BY_NAME, ORDER, Tier
+from ...tiers.metal import compiler
 from .workloads import Inputs, Workload
 
 STOCK = "stock SDPA"
+
+#: The output, in the layout of q.
+Call = Callable[[], torch.Tensor]
 
 
 class Unsupported(Exception):
@@ -35,15 +37,17 @@ class Contender(NamedTuple):
 
 
 def contenders(device_type: str, full: bool, hub: bool) -> list[Contender]:
-    """Those that there are on this machine. `full`: the scalar tier too. `hub`: kernels that have to be downloaded."""
-    tiers = [reference, cpu] if device_type == "cpu" else [reference]
-    if device_type in compiler.device_types:
-        tiers = [simdgroup, *([scalar] if full else []), *tiers]
-    found = [Contender(f"mtlflashattn {tier.name}", lambda w, x, tier=tier: _ours(tier, w, x), True) for tier in tiers]
+    """Those available on this machine. `full`: the scalar tier too. `hub`: kernels that have to be downloaded."""
+    tiers = [
+        tier
+        for tier in (BY_NAME.values() if full else ORDER)
+        if (device_type in compiler.device_types if tier.metal else tier.name != "cpu" or device_type == "cpu")
+    ]
+    found = [Contender(f"mtlflashattn {tier.name}", functools.partial(_ours, tier), True) for tier in tiers]
     found.append(Contender(STOCK, _stock))
     if device_type == "mps":
         for name, prepare in (
-            ("metal_flash_attn", _flash_attn_like("metal_flash_attn")),  # mtlflashattn 0.2 and before
+            ("metal_flash_attn", _flash_attn_like("metal_flash_attn")),  # PyPI's mtlflashattn, another project
             ("mps_flash_attn", _mps_flash_attn),
         ):
             if importlib.util.find_spec(name) is not None:
@@ -57,13 +61,13 @@ def contenders(device_type: str, full: bool, hub: bool) -> list[Contender]:
 
 def build(workload: Workload, x: Inputs) -> problem.AttentionProblem:
     """The workload as every public function of this project describes it."""
-    options = problem.CallOptions(causal=workload.causal, window_size=(workload.window, -1))
+    options = describe.CallOptions(causal=workload.causal, window_size=(workload.window, -1))
     if workload.packed:
-        return problem.varlen(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, options)
-    return problem.dense(x.q, x.k, x.v, options)
+        return describe.varlen(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, options)
+    return describe.dense(x.q, x.k, x.v, options)
 
 
-def _ours(tier: ModuleType, workload: Workload, x: Inputs) -> Call:
+def _ours(tier: Tier, workload: Workload, x: Inputs) -> Call:
     reasons = tier.unsupported_reasons(build(workload, x))
     if reasons:
         raise Unsupported("; ".join(reasons))
@@ -83,10 +87,9 @@ def _stock(workload: Workload, x: Inputs) -> Call:
         q, k, v = (t.split([length for length, _ in workload.lengths]) for t in (x.q, x.k, x.v))
 
         def one(*qkv: torch.Tensor) -> torch.Tensor:
-            heads_first = (t.transpose(0, 1)[None] for t in qkv)
-            return F.scaled_dot_product_attention(*heads_first, is_causal=workload.causal, enable_gqa=gqa)[0].transpose(
-                0, 1
-            )
+            q, k, v = (t.transpose(0, 1)[None] for t in qkv)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=workload.causal, enable_gqa=gqa)
+            return out[0].transpose(0, 1)
 
         return lambda: torch.cat([one(*qkv) for qkv in zip(q, k, v, strict=True)])
     q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
@@ -113,11 +116,11 @@ def _flash_attn_like(name: str, hub: bool = False) -> Callable[[Workload, Inputs
         wanted = fa2.flash_attn_varlen_func if workload.packed else fa2.flash_attn_func
         function = getattr(module, wanted.__name__, None)
         if function is None:
-            raise Unsupported(f"it has no {wanted.__name__}")
-        how = {"causal": workload.causal}
+            raise Unsupported(f"has no {wanted.__name__}")
+        how: dict[str, Any] = {"causal": workload.causal}
         if workload.window >= 0:
             how["window_size"] = (workload.window, 0)
-        if workload.packed:
+        if x.cu_seqlens is not None:
             cu_seqlens = x.cu_seqlens, x.cu_seqlens.clone()
             return lambda: function(x.q, x.k, x.v, *cu_seqlens, x.max_seqlen, x.max_seqlen, **how)
         return lambda: function(x.q, x.k, x.v, **how)
@@ -127,7 +130,7 @@ def _flash_attn_like(name: str, hub: bool = False) -> Callable[[Workload, Inputs
 
 def _mps_flash_attn(workload: Workload, x: Inputs) -> Call:
     if workload.packed:
-        raise Unsupported("it takes no packed sequences")
+        raise Unsupported("does not support packed sequences")
     function = importlib.import_module("mps_flash_attn").flash_attention
     q, k, v = (t.transpose(1, 2).contiguous() for t in (x.q, x.k, x.v))
     how = {"window_size": workload.window} if workload.window >= 0 else {}

@@ -127,10 +127,10 @@ def _summary(by_name: Mapping[str, Sequence[Measurement]]) -> str:
     """The best tier of this project against stock PyTorch, over all workloads of the section."""
     gains = []
     for group in by_name.values():
-        ours = [report.against_stock(group, m) for m in group if m.ours and m.seconds and not m.differs]
-        ours = [gain for gain in ours if gain is not None]
-        if ours:
-            gains.append(max(ours))
+        ours = [m for m in group if m.ours and m.seconds and not m.differs]
+        found = [gain for m in ours if (gain := report.against_stock(group, m)) is not None]
+        if found:
+            gains.append(max(found))
     if not gains:
         return "No comparison with stock PyTorch."
     mean = math.exp(sum(map(math.log, gains)) / len(gains))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,16 +54,19 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
         return torch.randn(shape, generator=generator)
 
     heads, heads_k = feature.heads
-    slopes = randn(len(feature.lengths), heads).abs() / 4 if feature.alibi else None
-    if feature.alibi == "heads":
-        slopes = slopes[:1].expand_as(slopes)
+    slopes = None
+    if feature.alibi:
+        slopes = randn(len(feature.lengths), heads).abs() / 4
+        slopes = slopes[:1].expand_as(slopes) if feature.alibi == "heads" else slopes
     sinks = randn(heads) if feature.sinks else None
     scale = {"": case.head_dim**-0.5, "number": 0.15, "tensor": 0.125}[feature.scale]
     sequences = []
     for b, (seqlen_q, seqlen_k) in enumerate(feature.lengths):
         q, k = randn(seqlen_q, heads, case.head_dim).to(dtype), randn(seqlen_k, heads_k, case.head_dim).to(dtype)
-        mask = randn(heads, seqlen_q, seqlen_k) if feature.mask else None
-        if feature.mask == "bool":
+        mask = None
+        if feature.mask:
+            mask = randn(heads, seqlen_q, seqlen_k)
+        if mask is not None and feature.mask == "bool":
             mask = mask < 0.5
             mask[:, seqlen_q // 2] = False  # a query that sees nothing
         v = randn(seqlen_k, heads_k, case.head_dim_v).to(dtype)
@@ -83,11 +87,11 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
         )
         for s in sequences
     ]
-    tensors = {
+    tensors: dict[str, Any] = {
         **_laid_out(sequences, feature, generator),
-        "alibi_slopes": slopes[0] if feature.alibi == "heads" else slopes,
+        "alibi_slopes": slopes[0] if slopes is not None and feature.alibi == "heads" else slopes,
         "sinks": sinks,
-        "mask": torch.stack([s.mask for s in sequences]) if feature.mask else None,
+        "mask": torch.stack([s.mask for s in sequences if s.mask is not None]) if feature.mask else None,
         "softmax_scale": torch.tensor(scale) if feature.scale == "tensor" else None,
     }
     for name in ("q", "k", "v"):
@@ -117,9 +121,9 @@ def _laid_out(sequences: list[Sequence], feature: Feature, generator: torch.Gene
     """q, k, v and the tensors of lengths and indices that go with `feature.layout`."""
     if feature.layout in ("packed", "packed and used"):
         unused = _UNUSED if feature.layout == "packed and used" else 0
-        lengths = {"q": [q for q, _ in feature.lengths], "k": [k for _, k in feature.lengths]}
-        spans = {f"cu_seqlens_{x}": _cumulative([n + unused for n in counts]) for x, counts in lengths.items()}
-        used = {f"seqused_{x}": torch.tensor(counts, dtype=torch.int32) for x, counts in lengths.items() if unused}
+        counts = {"q": [q for q, _ in feature.lengths], "k": [k for _, k in feature.lengths]}
+        spans = {f"cu_seqlens_{x}": _cumulative([n + unused for n in of_x]) for x, of_x in counts.items()}
+        used = {f"seqused_{x}": torch.tensor(of_x, dtype=torch.int32) for x, of_x in counts.items() if unused}
         joined = {x: torch.cat([_lengthened(getattr(s, x), unused, _NAN) for s in sequences]) for x in "qkv"}
         return {**joined, **spans, **used}
     q = torch.stack([s.q for s in sequences])

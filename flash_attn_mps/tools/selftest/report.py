@@ -1,4 +1,4 @@
-"""What came of a selftest: a table, a file to attach to a bug report."""
+"""The outcome of a self-test: a table, and a file to attach to an issue."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...tiers import BY_NAME
 from ...tiers.metal import compiler
 from ..text_table import aligned
 from . import run
@@ -18,9 +19,9 @@ _SHOWN = 10
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """How many cases of each tier and dtype came out how, and the largest error in percent of what is allowed."""
-    rows = [("tier", "dtype", *_STATUSES, "largest error, % of allowed")]
-    for tier in run.TIERS:
+    """Cases by tier, dtype and outcome, and the largest error in percent of what is allowed."""
+    rows: list[tuple[object, ...]] = [("tier", "dtype", *_STATUSES, "largest error, % of allowed")]
+    for tier in BY_NAME:
         for dtype in DTYPES:
             some = [o for o in outcomes if (o.case.tier, o.case.dtype) == (tier, dtype)]
             counts = Counter(o.status for o in some)
@@ -46,7 +47,7 @@ def failures(outcomes: Sequence[Outcome]) -> str:
 def write(
     file: Path, facts: dict[str, str], level: str, metal: bool, seconds: float, outcomes: Sequence[Outcome]
 ) -> None:
-    """Everything that somebody needs who has no such machine. Raises OSError."""
+    """Everything that someone without such a machine needs. Raises OSError."""
     data = {
         "machine": facts,
         "level": level,

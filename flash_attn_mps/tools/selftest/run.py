@@ -7,13 +7,12 @@ from typing import NamedTuple
 import torch
 
 from ...problem import AttentionProblem, Result
-from ...tiers import cpu, reference
-from ...tiers.metal import compiler, launch, scalar, simdgroup
+from ...tiers import BY_NAME
+from ...tiers.metal import compiler, launch, simdgroup
 from .build import Built, build
 from .cases import Case
 
-TIERS = {tier.name: tier for tier in (simdgroup, scalar, reference, cpu)}
-# What may come of a case. That the cpu tier does not serve it is no failure: PyTorch decides what it does.
+# The outcomes of a case. If the cpu tier does not support it, that is no failure: PyTorch decides what it supports.
 RIGHT, WRONG, NOT_COMPILED, RAISED, NOT_SERVED = "right", "wrong", "not compiled", "raised", "not served"
 
 
@@ -27,14 +26,14 @@ class Outcome(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        return self.status != RIGHT and not (self.status == NOT_SERVED and self.case.tier == cpu.name)
+        return self.status != RIGHT and not (self.status == NOT_SERVED and self.case.tier == "cpu")
 
 
 def run(case: Case, device: torch.device | str) -> Outcome:
     """Run one case on `device`; never raises."""
     try:
         built = build(case, device)
-        tier = TIERS[case.tier]
+        tier = BY_NAME[case.tier]
         reasons = tier.unsupported_reasons(built.problem)
         if reasons:
             return Outcome(case, NOT_SERVED, detail="; ".join(reasons))
@@ -44,13 +43,13 @@ def run(case: Case, device: torch.device | str) -> Outcome:
             logs = [log for specialization, log in compiler.failures.items() if specialization not in known]
             return Outcome(case, NOT_COMPILED, detail=logs[0] if logs else "as in a case before")
         return _judged(case, built, result)
-    except Exception as error:  # a selftest reports whatever happens on somebody's machine
+    except Exception as error:  # whatever happens on somebody's machine belongs in the report
         return Outcome(case, RAISED, detail=f"{type(error).__name__}: {error}")
 
 
 def _result(case: Case, p: AttentionProblem) -> Result | None:
     if not case.variant:
-        return TIERS[case.tier].run(p)
+        return BY_NAME[case.tier].run(p)
     kernel = simdgroup.FORWARD
     found = kernel.fitting(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
     return launch.run(p, kernel, next(v for v in found if str(v) == case.variant))
@@ -87,7 +86,7 @@ def _largest(v: torch.Tensor) -> float:
 
 
 def _share(x: torch.Tensor, exact: torch.Tensor, allowed: float) -> tuple[float, tuple[int, ...]]:
-    """The largest error in units of `allowed`, and where it is. Not a number is infinitely wrong."""
+    """The largest error in units of `allowed`, and where it is. NaN is infinitely wrong."""
     error = (x - exact).abs().nan_to_num(nan=torch.inf)
     index = int(error.argmax())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), error.shape))

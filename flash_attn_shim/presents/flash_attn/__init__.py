@@ -1,10 +1,12 @@
-"""FlashAttention 2 for Apple silicon, under the name that programs import.
+"""FlashAttention 2 for Apple silicon, under the name that programs import: presented by mtlflashattn, served by
+`flash_attn_mps`. `help(flash_attn.flash_attn_func)` has the semantics, in full in `flash_attn_mps.problem`.
 
-Presented by mtlflashattn, served by `flash_attn_mps`. Importing this package does not import torch; taking a
-function from it does.
+Importing this package does not import torch; taking a function from it does.
 """
 
-__version__ = "2.8.3"
+from flash_attn_shim import policy as _policy
+
+__version__ = _policy.FLASH_ATTN_VERSION
 
 __all__ = [
     "flash_attn_func",

@@ -1,7 +1,8 @@
-"""`flash_attn.flash_attn_interface`: the FlashAttention 2 functions, and the private ones that others build on.
-
-See `flash_attn_mps.frontends.fa2` and `flash_attn_mps.frontends.fa2_private`.
+"""The FlashAttention 2 functions, and the private ones that others build on: presented by mtlflashattn, served by
+`flash_attn_mps.frontends.fa2` and `fa2_private`. `help(flash_attn_func)` has the semantics.
 """
+
+from __future__ import annotations
 
 import inspect
 
@@ -9,6 +10,7 @@ import flash_attn_shim.needs_torch  # noqa: F401
 
 # isort: split
 import torch
+from torch import Tensor
 
 from flash_attn_mps.frontends.fa2 import (
     flash_attn_func,
@@ -25,7 +27,7 @@ from flash_attn_mps.frontends.fa2_private import (
     _flash_attn_varlen_backward,
     _flash_attn_varlen_forward,
 )
-from flash_attn_shim.own import own as _own
+from flash_attn_shim.rehome import rehome as _rehome
 
 __all__ = [
     "flash_attn_func",
@@ -37,7 +39,7 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
-_own(globals())
+_rehome(globals())
 
 # diffusers calls these.
 _wrapped_flash_attn_forward = _flash_attn_forward
@@ -53,12 +55,12 @@ class flash_attn_gpu:
     """Upstream's compiled extension, which is not here: xformers looks for the name, and uses it on CUDA only."""
 
 
-def maybe_contiguous(x):
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     """`x`, copied if its last dimension is not contiguous; None stays None."""
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
-def round_multiple(x, m):
+def round_multiple(x: int, m: int) -> int:
     """The least multiple of `m` that is not below `x`."""
     return (x + m - 1) // m * m
 

@@ -2,8 +2,8 @@
 
 import flash_attn_shim.needs_torch  # noqa: F401
 from flash_attn_mps.frontends.rotary import apply_rotary
-from flash_attn_shim.own import own as _own
+from flash_attn_shim.rehome import rehome as _rehome
 
 __all__ = ["apply_rotary"]
 
-_own(globals())
+_rehome(globals())

@@ -4,7 +4,7 @@ import functools
 import types
 
 
-def own(namespace):
+def rehome(namespace):
     """Replace the functions of `flash_attn_mps` in the namespace of a module by ones that are defined in it.
 
     A pickle names a function by its module: made here, it then loads where upstream is installed, and the other way.

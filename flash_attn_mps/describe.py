@@ -1,0 +1,127 @@
+"""From a function's arguments to an `AttentionProblem`: dense batches and packed ones, checked once.
+
+Masks, sinks and `qv` are put on top by `problem.with_mask`, `with_sinks` and `with_qv`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import checks
+from .lengths import packed_lengths
+from .problem import AttentionProblem
+
+
+@dataclass(slots=True, eq=False)
+class CallOptions:
+    """The arguments that every function shares, as the caller gave them."""
+
+    softmax_scale: float | torch.Tensor | None = None
+    causal: bool = False
+    window_size: Sequence[int] | torch.Tensor = (-1, -1)
+    softcap: float = 0.0
+    alibi_slopes: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    want_lse: bool = False
+    attention_chunk: int = 0
+    want_probs: bool | None = None  # None: with the log-sum-exp; counts under dropout alone
+    seed: int | torch.Tensor | None = None  # None: from torch's default generator, if there is dropout
+
+    def checked(self, q: torch.Tensor, batch: int) -> dict[str, Any]:
+        left, right = checks.window(self.window_size, self.causal)
+        dropout_p = checks.dropout_p(self.dropout_p)
+        fields = {
+            "softmax_scale": checks.softmax_scale(self.softmax_scale, q.shape[-1], q),
+            "window_left": left,
+            "window_right": right,
+            "softcap": checks.softcap(self.softcap),
+            "alibi_slopes": checks.alibi_slopes(self.alibi_slopes, batch, q.shape[-2], q),
+            "dropout_p": dropout_p,
+            "want_lse": bool(self.want_lse),
+            "attention_chunk": checks.attention_chunk(self.attention_chunk),
+        }
+        if dropout_p:
+            fields["seed"] = _draw_seed() if self.seed is None else self.seed
+            fields["want_probs"] = bool(self.want_lse if self.want_probs is None else self.want_probs)
+        return fields
+
+
+def _draw_seed() -> int | torch.Tensor:
+    """From torch's default generator: `torch.manual_seed` makes it reproducible, and no device is waited for.
+
+    `randint` because compilers know it for random: two of them in a graph are never taken for one.
+    """
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return seed if torch.compiler.is_compiling() else int(seed)
+
+
+def dense(q: Any, k: Any, v: Any, options: CallOptions, names: Mapping[str, str] = checks.NO_NAMES) -> AttentionProblem:
+    """q `(batch, seqlen_q, heads, head_dim)`; k, v `(batch, seqlen_k, heads_k, head_dim)`; v's head_dim may differ."""
+    checks.qkv(q, k, v, ("batch, seqlen_q, heads, head_dim", "batch, seqlen_k, heads_k, head_dim"), names)
+    batch, seqlen_q = q.shape[:2]
+    if k.shape[0] != batch:
+        raise checks.malformed(names.get("k", "k"), k, f"a batch of {batch}, that of {names.get('q', 'q')}")
+    seqlen_k = k.shape[1]
+    return AttentionProblem(q, k, v, batch, seqlen_q, seqlen_k, **options.checked(q, batch))
+
+
+def varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    options: CallOptions,
+    *,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    block_table: Any = None,
+    names: Mapping[str, str] = checks.NO_NAMES,
+) -> AttentionProblem:
+    """q `(total_q, heads, head_dim)`; k, v `(total_k, heads_k, head_dim)`, or paged with `block_table`."""
+    paged = block_table is not None
+    kv_dims = "num_blocks, block_size, heads_k, head_dim" if paged else "total_k, heads_k, head_dim"
+    checks.qkv(q, k, v, ("total_q, heads, head_dim", kv_dims), names)
+    cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    queries, keys = packed_lengths((q, k), cu_seqlens, max_seqlens, (seqused_q, seqused_k), block_table, names)
+    batch = cu_seqlens_q.shape[0] - 1
+    return AttentionProblem(
+        q,
+        k,
+        v,
+        batch,
+        queries.max_seqlen,
+        keys.max_seqlen,
+        **options.checked(q, batch),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        block_table=block_table,
+        max_seqlen_q_tensor=queries.max_seqlen_tensor,
+        max_seqlen_k_tensor=keys.max_seqlen_tensor,
+        lengths_q=queries.lengths,
+        lengths_k=keys.lengths,
+    )
+
+
+def with_lengths(p: AttentionProblem) -> AttentionProblem:
+    """`p` with the lengths that the host can read for free, checked: what `varlen` leaves out of a graph."""
+    if p.cu_seqlens_q is None:
+        return p
+    cu_seqlens, max_seqlens = (p.cu_seqlens_q, p.cu_seqlens_k), (p.max_seqlen_q, p.max_seqlen_k)
+    queries, keys = packed_lengths((p.q, p.k), cu_seqlens, max_seqlens, (p.seqused_q, p.seqused_k), p.block_table)
+    return dataclasses.replace(
+        p,
+        max_seqlen_q=queries.max_seqlen,
+        max_seqlen_k=keys.max_seqlen,
+        lengths_q=queries.lengths,
+        lengths_k=keys.lengths,
+    )

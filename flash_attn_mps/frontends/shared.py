@@ -1,0 +1,44 @@
+"""What the front ends share: the parts of a packed tensor on the way in, upstream's tuples on the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch
+from ..problem import AttentionProblem
+
+#: The caller's names of q, k and v where they come in one tensor.
+QKV = {"q": "qkv", "k": "qkv", "v": "qkv"}
+KV = {"k": "kv", "v": "kv"}
+
+
+def unpack(packed: Any, name: str, dims: str, parts: int) -> tuple[Tensor, ...]:
+    """Views of the parts of a packed tensor, along its third dimension from the end."""
+    checks.tensor(packed, name, dims)
+    if packed.shape[-3] != parts:
+        raise checks.malformed(name, packed, f"a tensor ({dims})")
+    return packed.unbind(-3)
+
+
+def finish(p: AttentionProblem) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Compute `p`; the output, or with `want_lse` what FlashAttention 2's `return_attn_probs` promises."""
+    result = dispatch.attention(p)
+    if not p.want_lse:
+        return result.out
+    assert result.lse is not None
+    probs = result.out.new_empty(0) if result.probs is None else result.probs
+    return result.out, result.lse, probs
+
+
+def accumulators(out: Tensor) -> tuple[Tensor, Tensor]:
+    """FlashAttention 3's `out_accum` and `softmax_lse_accum`, of keys that are not split: empty."""
+    return out.new_empty(0, dtype=torch.float32), out.new_empty(0, dtype=torch.float32)
+
+
+def reject_descales(**descales: Any) -> None:
+    for name, value in descales.items():
+        if value is not None:
+            raise checks.unsupported(name, value, "None: there is no fp8 attention here")

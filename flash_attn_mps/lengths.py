@@ -1,0 +1,87 @@
+"""How long the sequences of a packed batch are: checked, and as far as the host can tell without waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from . import checks
+
+
+class Lengths(NamedTuple):
+    """How long the queries are, or the keys."""
+
+    max_seqlen: int
+    max_seqlen_tensor: torch.Tensor | None = None  # 0-d: where only the device knows it; max_seqlen is then a bound
+    lengths: list[int] | None = None  # of each sequence, where the host can read them for free
+
+
+def packed_lengths(
+    tensors: tuple[torch.Tensor, torch.Tensor],
+    cu_seqlens: tuple[Any, Any],
+    max_seqlens: tuple[Any, Any],
+    seqused: tuple[Any, Any],
+    block_table: Any,
+    names: Mapping[str, str] = checks.NO_NAMES,
+) -> tuple[Lengths, Lengths]:
+    """The lengths of packed queries and those of their keys. Each argument is a pair: of the queries, of the keys.
+
+    With `block_table`, which is checked too, the keys are pages.
+    """
+    (q, k), (cu_seqlens_q, cu_seqlens_k) = tensors, cu_seqlens
+    (max_seqlen_q, max_seqlen_k), (seqused_q, seqused_k) = max_seqlens, seqused
+    name, paged = names.get, block_table is not None
+    cu_q_name, cu_k_name = name("cu_seqlens_q", "cu_seqlens_q"), name("cu_seqlens_k", "cu_seqlens_k")
+    total_q, room = q.shape[0], k.shape[0]
+    known_q = known_k = checks.cu_seqlens(cu_seqlens_q, cu_q_name, total_q, name("q", "q"), q)
+    batch = cu_seqlens_q.shape[0] - 1
+    if paged:
+        checks.int32(block_table, "block_table", "batch, blocks per sequence", batch, q)
+        room = block_table.shape[1] * k.shape[1]
+    same = cu_seqlens_k is cu_seqlens_q and not paged and room == total_q
+    if not same:
+        known_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, None if paged else room, name("k", "k"), q)
+        if cu_seqlens_k.shape[0] != batch + 1:
+            raise checks.malformed(cu_k_name, cu_seqlens_k, f"{batch + 1} values, as many as {cu_q_name}")
+    longest, tensor = checks.max_seqlen(max_seqlen_q, name("max_seqlen_q", "max_seqlen_q"), known_q, total_q)
+    queries = keys = Lengths(longest, tensor, known_q)
+    if not same or max_seqlen_k is not max_seqlen_q:
+        longest, tensor = checks.max_seqlen(max_seqlen_k, name("max_seqlen_k", "max_seqlen_k"), known_k, room)
+        keys = Lengths(longest, tensor, known_k)
+    if paged:
+        check_pages(block_table, k, known_k, cu_k_name)
+    if seqused_q is not None:
+        queries = _used(queries, seqused_q, "seqused_q", batch, q)
+    if seqused_k is not None:
+        keys = _used(keys, seqused_k, "seqused_k", batch, q)
+    return queries, keys
+
+
+def _used(side: Lengths, seqused: Any, name: str, batch: int, like: torch.Tensor) -> Lengths:
+    """`side`, of whose rows only `seqused` count."""
+    known = checks.lengths(seqused, name, batch, side.lengths or side.max_seqlen, like)
+    return Lengths(side.max_seqlen, side.max_seqlen_tensor, known)
+
+
+def check_pages(
+    block_table: torch.Tensor,
+    k: torch.Tensor,
+    lengths: list[int] | None,
+    lengths_name: str,
+    name: str = "block_table",
+) -> None:
+    """Check `block_table` `(batch, blocks per sequence)` against the pages of k and the lengths that it must hold."""
+    num_blocks, block_size = k.shape[:2]
+    if lengths is None or not checks.readable(block_table):
+        return
+    room = block_table.shape[1] * block_size
+    if lengths and max(lengths) > room:
+        raise checks.malformed(
+            lengths_name, f"a sequence of {max(lengths)} keys", f"at most {room}, the room of {name}"
+        )
+    # Only blocks that hold keys are looked at.
+    needed = torch.tensor([-(-n // block_size) for n in lengths], device="cpu")
+    used = torch.arange(block_table.shape[1], device="cpu") < needed[:, None]
+    checks.indices(block_table, name, num_blocks, "the blocks of k", used)

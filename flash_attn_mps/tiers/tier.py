@@ -1,0 +1,58 @@
+"""What a tier is: one way to compute attention, and what it says about the calls that it can compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..problem import FEATURES, AttentionProblem, Result
+
+# Of q, k, v and sinks; None where there are no sinks.
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"]
+
+# (problem, out, lse, dout, dlse) -> gradients, whichever tier gave `out` and `lse`. dlse: the gradient of lse, if any.
+Backward = Callable[[AttentionProblem, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], Gradients]
+
+LSE_GRADIENT = "lse_gradient"  # a feature of backward passes alone
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One way to compute attention. What it does not name it does not get: no call with a feature outside of `serves`.
+
+    `name`: as `MTLFLASHATTN_KERNEL`, the trace and messages have it.
+    `serves`: the features (`problem.FEATURES`) that its forward pass honours.
+    `limits`: why it does not serve a problem with these features (device, head dims, ...), in words; empty if it does.
+    `run`: the forward pass, without autograd. None where this machine turns out unable to.
+    `serves_backward`, `backward`, `backward_limits` (None: as `limits`): likewise for gradients; without them another
+    tier computes these.
+    `metal`: does it run Metal kernels?
+    """
+
+    name: str
+    serves: frozenset[str]
+    limits: Callable[[AttentionProblem], list[str]]
+    run: Callable[[AttentionProblem], Result | None]
+    serves_backward: frozenset[str] = frozenset()
+    backward: Backward | None = None
+    backward_limits: Callable[[AttentionProblem], list[str]] | None = None
+    metal: bool = False
+
+    def unsupported_reasons(self, p: AttentionProblem) -> list[str]:
+        """Why it does not compute `p`, in words; empty if it does."""
+        if p.features <= self.serves:
+            return self.limits(p)
+        return _beyond(p.features, self.serves) + self.limits(p)
+
+    def unsupported_backward_reasons(self, p: AttentionProblem, dlse: bool) -> list[str]:
+        """Why it does not compute the gradients of `p`. `dlse`: has the log-sum-exp a gradient?"""
+        if self.backward is None:
+            return ["has no backward pass"]
+        needed = p.features | {LSE_GRADIENT} if dlse else p.features
+        return _beyond(needed, self.serves_backward) + (self.backward_limits or self.limits)(p)
+
+
+def _beyond(needed: frozenset[str], served: frozenset[str]) -> list[str]:
+    return [f"does not support {name}" for name in (*FEATURES, LSE_GRADIENT) if name in needed and name not in served]

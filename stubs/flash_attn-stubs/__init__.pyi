@@ -1,0 +1,10 @@
+# Written by stubs/make.py.
+from flash_attn import flash_attn_interface as flash_attn_interface
+from flash_attn.flash_attn_interface import flash_attn_func as flash_attn_func
+from flash_attn.flash_attn_interface import flash_attn_kvpacked_func as flash_attn_kvpacked_func
+from flash_attn.flash_attn_interface import flash_attn_qkvpacked_func as flash_attn_qkvpacked_func
+from flash_attn.flash_attn_interface import flash_attn_varlen_func as flash_attn_varlen_func
+from flash_attn.flash_attn_interface import flash_attn_varlen_kvpacked_func as flash_attn_varlen_kvpacked_func
+from flash_attn.flash_attn_interface import flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func
+from flash_attn.flash_attn_interface import flash_attn_with_kvcache as flash_attn_with_kvcache
+from flash_attn_shim.presents.flash_attn import __version__ as __version__

@@ -1,0 +1,13 @@
+# Written by stubs/make.py.
+from einops import rearrange as rearrange
+from einops import repeat as repeat
+from flash_attn_shim.presents.flash_attn.bert_padding import IndexFirstAxis as IndexFirstAxis
+from flash_attn_shim.presents.flash_attn.bert_padding import IndexFirstAxisResidual as IndexFirstAxisResidual
+from flash_attn_shim.presents.flash_attn.bert_padding import IndexPutFirstAxis as IndexPutFirstAxis
+from flash_attn_shim.presents.flash_attn.bert_padding import _pack as _pack
+from flash_attn_shim.presents.flash_attn.bert_padding import index_first_axis as index_first_axis
+from flash_attn_shim.presents.flash_attn.bert_padding import index_first_axis_residual as index_first_axis_residual
+from flash_attn_shim.presents.flash_attn.bert_padding import index_put_first_axis as index_put_first_axis
+from flash_attn_shim.presents.flash_attn.bert_padding import pad_input as pad_input
+from flash_attn_shim.presents.flash_attn.bert_padding import unpad_input as unpad_input
+from flash_attn_shim.presents.flash_attn.bert_padding import unpad_input_for_concatenated_sequences as unpad_input_for_concatenated_sequences

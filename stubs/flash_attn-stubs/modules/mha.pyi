@@ -1,0 +1,23 @@
+# Written by stubs/make.py.
+from flash_attn import flash_attn_kvpacked_func as flash_attn_kvpacked_func
+from flash_attn import flash_attn_qkvpacked_func as flash_attn_qkvpacked_func
+from flash_attn import flash_attn_varlen_kvpacked_func as flash_attn_varlen_kvpacked_func
+from flash_attn import flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func
+from flash_attn.layers.rotary import RotaryEmbedding as RotaryEmbedding
+from flash_attn.modules._cached_attention import CachedAttention as CachedAttention
+from flash_attn.ops.fused_dense import ColumnParallelLinear as ColumnParallelLinear
+from flash_attn.ops.fused_dense import RowParallelLinear as RowParallelLinear
+from flash_attn.utils.distributed import get_dim_for_local_rank as get_dim_for_local_rank
+from flash_attn_shim.presents.flash_attn.modules.mha import CrossAttention as CrossAttention
+from flash_attn_shim.presents.flash_attn.modules.mha import FlashCrossAttention as FlashCrossAttention
+from flash_attn_shim.presents.flash_attn.modules.mha import FlashSelfAttention as FlashSelfAttention
+from flash_attn_shim.presents.flash_attn.modules.mha import MHA as MHA
+from flash_attn_shim.presents.flash_attn.modules.mha import ParallelMHA as ParallelMHA
+from flash_attn_shim.presents.flash_attn.modules.mha import SelfAttention as SelfAttention
+from flash_attn_shim.presents.flash_attn.modules.mha import _attention as _attention
+from flash_attn_shim.presents.flash_attn.modules.mha import _causal_conv as _causal_conv
+from flash_attn_shim.presents.flash_attn.modules.mha import _check_heads as _check_heads
+from flash_attn_shim.presents.flash_attn.modules.mha import _convolve as _convolve
+from flash_attn_shim.presents.flash_attn.modules.mha import _flash_options as _flash_options
+from flash_attn_shim.presents.flash_attn.modules.mha import _inner as _inner
+from flash_attn_shim.presents.flash_attn.modules.mha import get_alibi_slopes as get_alibi_slopes

@@ -1,0 +1,22 @@
+# Written by stubs/make.py.
+from flash_attn.ops.activations import sqrelu_fwd as sqrelu_fwd
+from flash_attn.utils.distributed import all_gather as all_gather
+from flash_attn.utils.distributed import all_reduce as all_reduce
+from flash_attn.utils.distributed import all_reduce_raw as all_reduce_raw
+from flash_attn.utils.distributed import get_dim_for_local_rank as get_dim_for_local_rank
+from flash_attn.utils.distributed import reduce_scatter as reduce_scatter
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import ColumnParallelLinear as ColumnParallelLinear
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import FusedDense as FusedDense
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import FusedDenseFunc as FusedDenseFunc
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import FusedMLP as FusedMLP
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import FusedMLPFunc as FusedMLPFunc
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import ParallelFusedMLP as ParallelFusedMLP
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import RowParallelLinear as RowParallelLinear
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import _ACTIVATIONS as _ACTIVATIONS
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import _SumGradients as _SumGradients
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import _all_tokens as _all_tokens
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import _check_mlp as _check_mlp
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import _local_features as _local_features
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import _recompute as _recompute
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import fused_dense_func as fused_dense_func
+from flash_attn_shim.presents.flash_attn.ops.fused_dense import fused_mlp_func as fused_mlp_func

@@ -1,0 +1,10 @@
+# Written by stubs/make.py.
+from flash_attn.ops.layer_norm import DropoutAddLayerNormFn as DropoutAddLayerNormFn
+from flash_attn.ops.layer_norm import DropoutAddLayerNormParallelResidualFn as DropoutAddLayerNormParallelResidualFn
+from flash_attn.ops.layer_norm import DropoutAddLayerNormSubsetFn as DropoutAddLayerNormSubsetFn
+from flash_attn_shim.presents.flash_attn.ops.rms_norm import DropoutAddRMSNorm as DropoutAddRMSNorm
+from flash_attn_shim.presents.flash_attn.ops.rms_norm import RMSNorm as RMSNorm
+from flash_attn_shim.presents.flash_attn.ops.rms_norm import dropout_add_rms_norm as dropout_add_rms_norm
+from flash_attn_shim.presents.flash_attn.ops.rms_norm import dropout_add_rms_norm_parallel_residual as dropout_add_rms_norm_parallel_residual
+from flash_attn_shim.presents.flash_attn.ops.rms_norm import dropout_add_rms_norm_subset as dropout_add_rms_norm_subset
+from flash_attn_shim.presents.flash_attn.ops.rms_norm import rms_norm as rms_norm

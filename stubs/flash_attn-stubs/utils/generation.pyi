@@ -1,0 +1,19 @@
+# Written by stubs/make.py.
+from flash_attn_shim.presents.flash_attn.utils.generation import DecodingCGCache as DecodingCGCache
+from flash_attn_shim.presents.flash_attn.utils.generation import GenerationMixin as GenerationMixin
+from flash_attn_shim.presents.flash_attn.utils.generation import GreedySearchDecoderOnlyOutput as GreedySearchDecoderOnlyOutput
+from flash_attn_shim.presents.flash_attn.utils.generation import InferenceParams as InferenceParams
+from flash_attn_shim.presents.flash_attn.utils.generation import SampleDecoderOnlyOutput as SampleDecoderOnlyOutput
+from flash_attn_shim.presents.flash_attn.utils.generation import _check_top_p as _check_top_p
+from flash_attn_shim.presents.flash_attn.utils.generation import _logits as _logits
+from flash_attn_shim.presents.flash_attn.utils.generation import _now as _now
+from flash_attn_shim.presents.flash_attn.utils.generation import _output as _output
+from flash_attn_shim.presents.flash_attn.utils.generation import allocate_inference_cache as allocate_inference_cache
+from flash_attn_shim.presents.flash_attn.utils.generation import capture_graph as capture_graph
+from flash_attn_shim.presents.flash_attn.utils.generation import decode as decode
+from flash_attn_shim.presents.flash_attn.utils.generation import decode_speculative as decode_speculative
+from flash_attn_shim.presents.flash_attn.utils.generation import modify_logits_for_top_k_filtering as modify_logits_for_top_k_filtering
+from flash_attn_shim.presents.flash_attn.utils.generation import modify_logits_for_top_p_filtering as modify_logits_for_top_p_filtering
+from flash_attn_shim.presents.flash_attn.utils.generation import sample as sample
+from flash_attn_shim.presents.flash_attn.utils.generation import sample_speculative as sample_speculative
+from flash_attn_shim.presents.flash_attn.utils.generation import update_graph_cache as update_graph_cache

@@ -1,0 +1,14 @@
+# Written by stubs/make.py.
+from flash_attn_mps.frontends.fa3 import flash_attn_combine as flash_attn_combine
+from flash_attn_mps.frontends.fa3 import flash_attn_func as flash_attn_func
+from flash_attn_mps.frontends.fa3 import flash_attn_qkvpacked_func as flash_attn_qkvpacked_func
+from flash_attn_mps.frontends.fa3 import flash_attn_varlen_func as flash_attn_varlen_func
+from flash_attn_mps.frontends.fa3 import flash_attn_with_kvcache as flash_attn_with_kvcache
+from flash_attn_mps.frontends.fa3 import get_scheduler_metadata as get_scheduler_metadata
+from flash_attn_mps.frontends.fa3_private import _flash_attn_backward as _flash_attn_backward
+from flash_attn_mps.frontends.fa3_private import _flash_attn_forward as _flash_attn_forward
+from flash_attn_shim.presents.flash_attn_interface import FlashAttnFunc as FlashAttnFunc
+from flash_attn_shim.presents.flash_attn_interface import FlashAttnQKVPackedFunc as FlashAttnQKVPackedFunc
+from flash_attn_shim.presents.flash_attn_interface import FlashAttnVarlenFunc as FlashAttnVarlenFunc
+from flash_attn_shim.presents.flash_attn_interface import maybe_contiguous as maybe_contiguous
+from flash_attn_shim.presents.flash_attn_interface import round_multiple as round_multiple
