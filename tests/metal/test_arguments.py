@@ -58,7 +58,7 @@ def test_parameters_are_what_their_names_say():
     v = memory.as_strided((2, 13, 3, 16), (705, 52, 17, 1))
     mask = torch.zeros(10_000, dtype=torch.bool).as_strided((2, 6, 11, 13), (801, 131, 19, 4))
     dense = AttentionProblem(
-        q, k, v, 2, 11, 13, 0.3, 5, 7, softcap=1.7, alibi_slopes=torch.zeros(2, 6), mask=mask, want_lse=True
+        q, k, v, 2, 11, 13, 0.3, window_left=5, window_right=7, softcap=1.7, alibi_slopes=torch.zeros(2, 6), mask=mask, want_lse=True
     )
     of_dense = {
         "SEQLEN_Q": 11,
