@@ -75,6 +75,7 @@ def test_parameters_are_what_their_names_say():
     of_dense = {
         "SEQLEN_Q": 11,
         "SEQLEN_K": 13,
+        "TOTAL_Q": 2,
         "BATCH": 2,
         "HEADS_PER_KV_HEAD": 2,
         **{"Q_BATCH": 701, "Q_ROW": 61, "Q_HEAD": 9},
@@ -101,7 +102,7 @@ def test_parameters_are_what_their_names_say():
     )
     of_packed = {
         **of_dense,
-        **{"BATCH": 1, "Q_BATCH": 0, "OUT_BATCH": 0, "LSE_BATCH": 0, "LSE_HEAD": 11},
+        **{"TOTAL_Q": 11, "BATCH": 1, "Q_BATCH": 0, "OUT_BATCH": 0, "LSE_BATCH": 0, "LSE_HEAD": 11},
         **{"WINDOW_LEFT": -1, "WINDOW_RIGHT": -1, "SOFTCAP": 0},
         **{"ALIBI_BATCH": 0, "PAGE_SIZE": 13, "BLOCK_TABLE_ROW": 5},
         **dict.fromkeys(("MASK_BATCH", "MASK_HEAD", "MASK_ROW", "MASK_COLUMN"), 0),

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flash_attn_mps import dispatch
 from flash_attn_mps.describe import CallOptions, dense
-from flash_attn_mps.frontends import fa2
 from flash_attn_mps.problem import with_mask
 from flash_attn_mps.tiers.metal import compiler, launch, scalar, simdgroup
 from flash_attn_mps.tiers.metal.simdgroup import Variant
@@ -276,7 +276,7 @@ def test_one_launch_no_wait_and_no_tensor_but_the_outputs(shape, batch, kernel):
     mask, sinks = on_device(*shape, dtype=torch.bool), on_device(4, dtype=torch.float32)
     with Watch() as watch:
         p = with_mask(dense(q, k, k, CallOptions()), mask)
-        fa2.dispatch.attention(replace(p, sinks=sinks))
+        dispatch.attention(replace(p, sinks=sinks))
     assert kernel.call_count == 1
     assert [shape for _, shape in watch.created] == [(batch, 40, 4, 64)]
     assert kernel.call_args.args[-1].data_ptr() == mask.data_ptr()

@@ -39,6 +39,7 @@ class Parameters(NamedTuple):
 
     seqlen_q: int  # queries and keys of a sequence, where the batch is dense
     seqlen_k: int
+    total_q: int  # rows of q, where the batch is packed
     batch: int  # sequences
     heads_per_kv_head: int
     lse_batch: int  # strides of the log-sum-exp; a packed batch has none of its own
