@@ -77,7 +77,7 @@ def test_a_wrong_or_uncompilable_variant_never_wins(metal):
     outcome = tune.tune(KEY, FORWARD, "cpu", clock, candidates=[SMALL, WIDE, STAGED], run=run)
     assert outcome.winner.variant == str(DEFAULT)
     assert outcome.refused[WIDE] == "it does not compile"
-    assert outcome.refused[STAGED] == "its launch fails (Threadgroup size exceeds 512 limit)"
+    assert outcome.refused[STAGED] == "it fails to launch (Threadgroup size exceeds 512 limit)"
     assert "off by 0.05" in outcome.refused[SMALL]
 
 
