@@ -18,7 +18,7 @@ _undo = Undo()
 
 
 def find_spec(name, path, target):
-    """The other finders' spec of a module; its loader will execute the module and then call the adjustment."""
+    """The other finders' spec of a module, with a loader that calls the adjustment after executing the module."""
     spec = finder.find_elsewhere(name, path, target)
     if spec is None or spec.loader is None or not _adjusts(name):
         return spec
@@ -56,7 +56,7 @@ def catch_up():
 
 
 def undo():
-    """Take every adjustment back."""
+    """Undo every adjustment."""
     _undo.run()
     journal.clear()
 
@@ -66,7 +66,9 @@ def transformers_left_alone():
     probe = "transformers.utils.import_utils"
     if sys.modules.get(probe) is None:
         return None
-    state = journal.get(probe, "transformers was imported before; flash_attn_shim.install() adjusts it")
+    state = journal.get(
+        probe, "transformers was imported before the hook was active; flash_attn_shim.install() adjusts it"
+    )
     return None if state in (PENDING, APPLIED) else state
 
 

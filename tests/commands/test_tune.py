@@ -138,7 +138,7 @@ def test_a_cache_that_cannot_be_written_is_said(a_mac, cache, monkeypatch, capsy
     (cache / "file").touch()
     monkeypatch.setenv("MTLFLASHATTN_CACHE", str(cache / "file"))
     assert main(COMMAND) == 1
-    assert "Nothing is kept" in capsys.readouterr().err
+    assert "Could not save the results" in capsys.readouterr().err
 
 
 def test_without_metal_it_says_so(cache, capsys):

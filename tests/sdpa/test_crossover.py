@@ -150,7 +150,7 @@ def test_the_command_where_nothing_can_be_kept(a_mac, tmp_path, monkeypatch, cap
     (tmp_path / "file").touch()
     monkeypatch.setenv(store.CACHE, str(tmp_path / "file"))
     assert main(COMMAND) == 1
-    assert "Nothing is kept" in capsys.readouterr().err
+    assert "Could not save the results" in capsys.readouterr().err
 
 
 def test_a_real_measurement_on_the_runner(monkeypatch):

@@ -12,7 +12,7 @@ from ...tiers.metal import compiler, launch, simdgroup, variants
 from .build import Built, build
 from .cases import Case
 
-# What may come of a case. That the cpu tier does not serve it is no failure: PyTorch decides what it does.
+# The outcomes of a case. If the cpu tier does not support it, that is no failure: PyTorch decides what it supports.
 RIGHT, WRONG, NOT_COMPILED, RAISED, NOT_SERVED = "right", "wrong", "not compiled", "raised", "not served"
 
 
@@ -43,7 +43,7 @@ def run(case: Case, device: torch.device | str) -> Outcome:
             logs = [log for specialization, log in compiler.failures.items() if specialization not in known]
             return Outcome(case, NOT_COMPILED, detail=logs[0] if logs else "as in a case before")
         return _judged(case, built, result)
-    except Exception as error:  # a selftest reports whatever happens on somebody's machine
+    except Exception as error:  # whatever happens on somebody's machine belongs in the report
         return Outcome(case, RAISED, detail=f"{type(error).__name__}: {error}")
 
 
@@ -85,7 +85,7 @@ def _largest(v: torch.Tensor) -> float:
 
 
 def _share(x: torch.Tensor, exact: torch.Tensor, allowed: float) -> tuple[float, tuple[int, ...]]:
-    """The largest error in units of `allowed`, and where it is. Not a number is infinitely wrong."""
+    """The largest error in units of `allowed`, and where it is. NaN is infinitely wrong."""
     error = (x - exact).abs().nan_to_num(nan=torch.inf)
     index = int(error.argmax())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), error.shape))
