@@ -57,18 +57,21 @@ def run(arguments):
 def _variants(arguments, watch):
     """0 if every class of calls has a variant now."""
     from flash_attn_mps import project
-    from flash_attn_mps.tiers.metal import store, tune, variants
+    from flash_attn_mps.tiers.metal import simdgroup, store, tune, variants
     from flash_attn_mps.tools.progress import Progress
     from flash_attn_mps.tools.text_table import aligned
 
-    keys = tune.keys(arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
-    candidates = {key: tune.candidates(key) for key in keys}
+    kernel = simdgroup.FORWARD
+    keys = tune.keys(kernel, arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
+    candidates = {key: tune.candidates(key, kernel) for key in keys}
     outcomes, unkept = [], None
     with Progress(sum(map(len, candidates.values())), "tune") as progress:
         try:
             for key in keys:
                 progress.step(str(key), 0)
-                outcomes.append(tune.tune(key, arguments.device, watch, candidates=candidates[key], tick=progress.step))
+                outcomes.append(
+                    tune.tune(key, kernel, arguments.device, watch, candidates=candidates[key], tick=progress.step)
+                )
                 if outcomes[-1].winner is not None:
                     store.save({key: outcomes[-1].winner})
         except KeyboardInterrupt:
