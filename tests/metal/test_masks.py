@@ -159,6 +159,18 @@ def test_nothing_is_done_for_queries_that_see_nothing(variant):
     assert counted(p, variant)["matrix_products"] == 0
 
 
+def test_simdgroups_agree_on_the_blocks_of_run_after_run():
+    """Where a run of 32 blocks shows nothing, nothing but the votes' own barrier keeps simdgroups together: one that is
+    ahead must not write its vote of the next run where another still reads those of the last."""
+    keys = 32 * STAGED.keys
+    mask = torch.ones(1, 1, 1, 4 * keys, dtype=torch.bool)
+    mask[..., : 2 * keys + 5] = False
+    counters = counted(
+        draw(Spec([(64, 4 * keys)], (DIM, DIM), heads=(1, 1), mask=mask)).problem, STAGED, instrumented=True
+    )
+    assert counters["threadgroup_barriers"] > 0
+
+
 @pytest.mark.parametrize("variant", [DIRECT, STAGED], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float32])
 def test_how_often_a_mask_is_read(dtype, variant):
