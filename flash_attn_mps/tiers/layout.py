@@ -177,9 +177,12 @@ class KeyRows:
         rows = torch.arange(n, device=p.q.device)
         if p.block_table is not None:
             num_blocks, block_size = p.k.shape[:2]
-            columns = (rows // block_size).clamp_(max=p.block_table.shape[1] - 1)
+            table = p.block_table[seqs]
+            if p.leftpad_k is not None:
+                rows = p.leftpad_k[seqs][:, None] + rows
+            columns = (rows // block_size).clamp_(max=table.shape[1] - 1).expand(table.shape[0], n)
             # Entries past a sequence's last block may hold anything: clamp them to some block; its rows are masked.
-            return p.block_table[seqs][:, columns].clamp(0, num_blocks - 1), rows % block_size
+            return table.gather(1, columns.long()).clamp_(0, num_blocks - 1), rows % block_size
         if p.cu_seqlens_k is not None:
             return ((p.cu_seqlens_k[:-1][seqs][:, None] + rows).clamp_(max=p.k.shape[0] - 1),)
         entries = torch.arange(p.batch, device=p.q.device) if p.kv_batch_idx is None else p.kv_batch_idx

@@ -346,6 +346,7 @@ APPEND = [
     ("k without cache_seqlens", lambda a: {"cache_seqlens": None}, "cache_seqlens"),
     ("k rank 3", lambda a: {"k": a.k[0]}, "k"),
     ("k batch", lambda a: {"k": a.k[:1]}, "k"),
+    ("k and v of one sequence, for all entries", lambda a: {"k": a.k[:1], "v": a.v[:1]}, "k"),
     ("k heads", lambda a: {"k": torch.randn(2, 3, 4, 16)}, "k"),
     ("k head_dim", lambda a: {"k": a.k[..., :8]}, "k"),
     ("k dtype", lambda a: {"k": a.k.half()}, "k"),
@@ -363,7 +364,7 @@ APPEND = [
     ),
     ("cache_batch_idx too large", lambda a: {"cache_batch_idx": ints(3, 0)}, "cache_batch_idx"),
     ("cos without sin", lambda a: {"rotary_sin": None}, "rotary_sin"),
-    ("sin without cos", lambda a: {"rotary_cos": None}, "rotary_cos"),
+    ("sin without cos", lambda a: {"rotary_cos": None}, "rotary_sin"),
     ("cos rank", lambda a: {"rotary_cos": a.rotary_cos[None]}, "rotary_cos"),
     ("sin width", lambda a: {"rotary_sin": a.rotary_sin[:, :4]}, "rotary_sin"),
     ("sin length", lambda a: {"rotary_sin": a.rotary_sin[:-1]}, "rotary_sin"),
@@ -399,8 +400,12 @@ APPEND = [
 
 PAGED_KVCACHE = [
     *PAGED,
-    ("leftpad", lambda a: {"cache_leftpad": ints(0, 1)}, "cache_leftpad"),
-    ("batch_idx", lambda a: {"cache_batch_idx": ints(0, 1)}, "cache_batch_idx"),
+    ("cache_leftpad beyond the length", lambda a: {"cache_leftpad": ints(0, 10)}, "cache_leftpad"),
+    ("cache_batch_idx beyond the table", lambda a: {"cache_batch_idx": ints(0, 2)}, "cache_batch_idx"),
+    ("cache_batch_idx negative", lambda a: {"cache_batch_idx": ints(-1, 0)}, "cache_batch_idx"),
+    ("cache_batch_idx batch", lambda a: {"cache_batch_idx": ints(0)}, "cache_batch_idx"),
+    ("cache_batch_idx int64", lambda a: {"cache_batch_idx": torch.tensor([0, 1])}, "cache_batch_idx"),
+    ("entries of the table", lambda a: {"block_table": a.block_table.repeat(2, 1)}, "block_table"),
     ("cache_seqlens beyond the table", lambda a: {"cache_seqlens": ints(5, 13)}, ("cache_seqlens", "block_table")),
     ("page size of v_cache", lambda a: {"v_cache": a.v_cache[:, :2]}, "v_cache"),
     (
