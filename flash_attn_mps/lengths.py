@@ -1,4 +1,4 @@
-"""How long the sequences of a packed batch are: checked, and as far as the host can tell without waiting."""
+"""The lengths of a packed batch's sequences: checked, as far as the host can without waiting for the device."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def packed_lengths(
 
 
 def _used(side: Lengths, seqused: Any, name: str, batch: int, like: torch.Tensor) -> Lengths:
-    """`side`, of whose rows only `seqused` count."""
+    """`side` with only the first `seqused` rows of each sequence in use."""
     known = checks.lengths(seqused, name, batch, side.lengths or side.max_seqlen, like)
     return Lengths(side.max_seqlen, side.max_seqlen_tensor, known)
 

@@ -15,9 +15,9 @@ __all__ = ["install", "status", "uninstall"]
 
 
 def install() -> None:
-    """Set the import hook, and adjust libraries that were imported before it was set. Calling it again is harmless.
+    """Set the import hook, and adjust libraries that were imported before it was set. Idempotent.
 
-    Whether `flash_attn` is then seen is decided at each look-up, from `MTLFLASHATTN_SHIM` and the platform: see
+    Whether `flash_attn` is then visible is decided at each lookup, from `MTLFLASHATTN_SHIM` and the platform: see
     `status()`.
     """
     from flash_attn_shim import adjust, autoload
@@ -27,9 +27,9 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Take the hook away, undo the adjustments and forget the presented modules. Real installations are not touched.
+    """Remove the hook, undo the adjustments and drop the presented modules. Real installations are not touched.
 
-    Functions that a program already holds keep working.
+    Functions that a program has already taken keep working.
     """
     from flash_attn_shim import adjust, autoload, finder
 

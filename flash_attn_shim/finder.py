@@ -23,14 +23,14 @@ PRESENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "presents")
 
 _SOURCE_OR_EXTENSION = (".py", ".pyc", ".so", ".pyd")
 
-# A finder that we ask may look the name up again and so arrive here in the same thread.
+# A finder that we ask may look the name up again, and so end up here in the same thread.
 _asking = _local()
 
 _warned: set[str] = set()
 
 
 def environment() -> policy.Environment:
-    """The `policy.Environment` of this process. Tests replace this function to be on another machine."""
+    """The `policy.Environment` of this process. Tests replace this function to run as on another machine."""
     uname = getattr(os, "uname", None)  # Windows has none
     return policy.Environment(os.environ, sys.platform, uname().machine if uname else "unknown", is_installed)
 
@@ -68,7 +68,7 @@ def find_elsewhere(name: str, path: Sequence[str] | None = None, target: ModuleT
     """The spec of a real installation of the name, found by the other finders on `sys.meta_path`, or None.
 
     A namespace package without modules in it is what an uninstall leaves (pip keeps directories with foreign files)
-    and does not count. Asks the finders themselves: `importlib.util.find_spec` takes import locks
+    and does not count. Asks the finders directly: `importlib.util.find_spec` takes import locks
     (DataDog/dd-trace-py#17742).
     """
     names = _names_being_asked()
@@ -100,10 +100,10 @@ def locate(name: str) -> tuple[bool, str | None, str]:
     if name in sys.modules:
         module = sys.modules[name]
         if module is None:
-            return False, None, f'sys.modules["{name}"] is None: somebody blocks the import'
+            return False, None, f'sys.modules["{name}"] is None: something blocks the import'
         if is_ours(module):
             return _ours_while_switched_on(name, module)
-        return False, getattr(module, "__file__", None), "another module of that name is imported already"
+        return False, getattr(module, "__file__", None), "another module of that name is already imported"
     real = find_elsewhere(name)
     if real is not None:
         file = real.origin or next(iter(real.submodule_search_locations or ()), None)
@@ -135,8 +135,8 @@ def forget() -> None:
 def _ours_while_switched_on(name, module):
     refused = policy.refusal(name, environment())
     if refused:
-        return False, module.__file__, f"imported from the shim before, but {refused}"
-    return True, module.__file__, "presented by the shim, imported already"
+        return False, module.__file__, f"imported from the shim earlier, but {refused}"
+    return True, module.__file__, "presented by the shim, already imported"
 
 
 def _names_being_asked():
@@ -184,7 +184,7 @@ def _warn_of_early_libraries():
 
 
 def warn(text: str) -> None:
-    """A UserWarning that can be filtered but never raises: an import must not fail for it."""
+    """A UserWarning that can be filtered but never raises: no import may fail because of it."""
     import warnings
 
     try:

@@ -1,4 +1,4 @@
-"""May a presented name be seen here? Pure functions of an `Environment`, so that a test on Linux can be a Mac."""
+"""May a presented name be visible here? Pure functions of an `Environment`, so that tests on Linux can act as a Mac."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import ctypes.util
 import json
 import mmap
 import platform
+import re
 import sys
 import threading
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ FAST_STACK = 128 << 10
 _RUNTIME_FLAGS = ["-std=gnu11", "-O2", "-fPIC", "-ffreestanding", "-fno-stack-protector", "-fno-optimize-sibling-calls"]
 # Metal lets a vector be read where its elements are aligned; x86 would trap on a stricter assumption.
 _FAST = ["-O2", "-fno-optimize-sibling-calls", "-fmax-type-align=1"]
-# One callback for each access as the source has it: no vectors of the optimiser's, no access left out.
+# One callback for each access as the source has it: no vectors of the optimiser's, no access left out, no loop unrolled.
 _INSTRUMENTED = [
     *(
         "-O1",
@@ -41,6 +42,8 @@ _INSTRUMENTED = [
     ),
     *("-fsanitize=array-bounds", "-fsanitize-recover=array-bounds", "-fmax-type-align=8"),
 ]
+# What a source asks for by pragma is code of ten times the size here: a callback at each access of each copy.
+_UNROLLING = re.compile(r"(?<=#pragma clang loop unroll\()\w+(?=\))")
 
 
 def link(objects: list[Path], output: Path) -> None:
@@ -124,6 +127,8 @@ def compile_unit(unit: Unit, host_names: list[str], instrumented: bool) -> dict[
     """The kernels `host_names`, compiled into one library and loaded."""
     entries = {name: f"__mh_entry_{i}" for i, name in enumerate(host_names)}
     source = unit.render(entries)
+    if instrumented:
+        source = _UNROLLING.sub("disable", source)
     flags = [*toolchain.LANGUAGE, *toolchain.target(), *(_INSTRUMENTED if instrumented else _FAST), "-fPIC"]
     runtime()
     table = _runtime_files()[1]

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import checks
 from ..describe import CallOptions
 from . import kvcache
+from .cache_call import CacheCall
 
 
 def flash_attn_with_kvcache(
@@ -95,7 +96,7 @@ def flash_attn_with_kvcache(
     """
     checks.integer(num_splits, "num_splits", "an integer")
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, want_lse=return_softmax_lse)
-    result = kvcache.attention(
+    call = CacheCall(
         q,
         k_cache,
         v_cache,
@@ -110,4 +111,5 @@ def flash_attn_with_kvcache(
         cache_leftpad=cache_leftpad,
         block_table=block_table,
     )
+    result = kvcache.attention(call)
     return (result.out, result.lse) if return_softmax_lse else result.out

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..describe import CallOptions
 from . import kvcache
+from .cache_call import CacheCall
 from .shared import accumulators, reject_descales
 
 
@@ -124,7 +125,7 @@ def flash_attn_with_kvcache(
     """
     checks.integer(num_splits, "num_splits", "an integer")
     reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    result = kvcache.attention(
+    call = CacheCall(
         q,
         k_cache,
         v_cache,
@@ -147,6 +148,7 @@ def flash_attn_with_kvcache(
         cu_seqlens_k_new=cu_seqlens_k_new,
         max_seqlen_q=max_seqlen_q,
     )
+    result = kvcache.attention(call)
     return (result.out, result.lse, *accumulators(result.out)) if return_softmax_lse else result.out
 
 

@@ -23,7 +23,7 @@ _undo = Undo()
 
 
 def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
-    """The other finders' spec of a module; its loader will execute the module and then call the adjustment."""
+    """The other finders' spec of a module, with a loader that calls the adjustment after executing the module."""
     spec = finder.find_elsewhere(name, path, target)
     if spec is None or spec.loader is None or not _adjusts(name):
         return spec
@@ -61,7 +61,7 @@ def catch_up() -> None:
 
 
 def undo() -> None:
-    """Take every adjustment back."""
+    """Undo every adjustment."""
     _undo.run()
     journal.clear()
 
@@ -71,7 +71,9 @@ def transformers_left_alone() -> str | None:
     probe = "transformers.utils.import_utils"
     if sys.modules.get(probe) is None:
         return None
-    state = journal.get(probe, "transformers was imported before; flash_attn_shim.install() adjusts it")
+    state = journal.get(
+        probe, "transformers was imported before the hook was active; flash_attn_shim.install() adjusts it"
+    )
     return None if state in (PENDING, APPLIED) else state
 
 

@@ -17,7 +17,7 @@ class Misfit(Exception):
 
 
 class Undo:
-    """Sets attributes of modules and classes and items of dicts, and takes back what nobody else has changed since."""
+    """Sets attributes of modules and classes and items of dicts, and undoes what nobody else has changed since."""
 
     _ABSENT = object()
 

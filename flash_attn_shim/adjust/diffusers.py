@@ -1,7 +1,7 @@
-"""diffusers: needs no adjustment when it is imported after the shim; this file mends one that was imported before.
+"""diffusers needs no adjustment if it is imported after the hook is set; this file fixes one that was imported before.
 
-Tried with 0.38.0 and 0.42.1. At its import, diffusers asks once for the module and its metadata, keeps the answer in
-`diffusers.utils.import_utils`, and takes the functions of the backends "flash" and "flash_varlen" in
+Tested with 0.38.0 and 0.42.1. When it is imported, diffusers asks once for the module and its metadata, caches the
+answer in `diffusers.utils.import_utils`, and takes the functions of the backends "flash" and "flash_varlen" in
 `diffusers.models.attention_dispatch`. FlashAttention 3 stays unavailable: it asks for another distribution.
 """
 

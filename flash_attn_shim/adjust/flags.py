@@ -1,4 +1,4 @@
-"""Flags of programs that the shim would otherwise lead astray, as data. `programs.py` applies them.
+"""Flags of programs that would otherwise break because the shim is there, as data. `programs.py` applies them.
 
 * Wan's attention file, and the many copies of it, ends in `scaled_dot_product_attention` where neither flash_attn nor
   flash_attn_interface can be imported; where one can, it takes a path that asserts CUDA tensors. With the flag off it
@@ -83,8 +83,8 @@ def _cuda_only(module, source):
     )
 
 
-def _old_fa3(module, name, source, use="indexes what FlashAttention 3 returns with [0]"):
-    return Flag(module, name, False, FA3, f"{use}; without the flag it does not use it", source)
+def _old_fa3(module, name, source, use="indexes the result of FlashAttention 3 with [0]"):
+    return Flag(module, name, False, FA3, f"{use}; without the flag it does not use FlashAttention 3", source)
 
 
 _WAN = "wan/modules/attention.py of Wan-Video/Wan2.1, Wan-Video/Wan2.2 and guandeh17/Self-Forcing"
@@ -122,6 +122,6 @@ TABLE = (
         "bert_layers.attention",
         "IMPL_USE_FLASH3",
         "src/bert_layers/attention.py of AnswerDotAI/ModernBERT",
-        "unpacks what FlashAttention 3 returns into two",
+        "unpacks the result of FlashAttention 3 into two values",
     ),
 )

@@ -11,12 +11,12 @@ metadata, but then insists on CUDA (or MLU, MUSA):
   but unavailable" for "available" in a torch that has neither CUDA nor ROCm, and so would break ModernBERT's
   default attention where there is no MPS.
 
-What its path to FlashAttention 2 gets wrong, or leaves out because upstream's kernel has it not:
+What its path to FlashAttention 2 gets wrong, or leaves out because upstream's kernel does not have it:
 
-* In float32 it asks for a `torch.nn.Linear` in the attention, and GPT-2 has none: StopIteration.
-* Attention sinks (`s_aux`: GPT-OSS) are dropped without a word, since upstream's functions take none, which gives other
-  numbers. Ours take them; where a function does not, they are refused, in `_process_flash_attention_kwargs`.
-* 4.54 takes the positions of one row for those of the batch.
+* In float32 it looks for a `torch.nn.Linear` in the attention module; GPT-2 has none, which ends in StopIteration.
+* Attention sinks (`s_aux`: GPT-OSS) are dropped silently, since upstream's functions have no argument for them; the
+  numbers are then wrong. Ours take them; where a function does not, `_process_flash_attention_kwargs` raises.
+* 4.54 takes the positions of one row for those of the whole batch.
 
 Under `MTLFLASHATTN_TRANSFORMERS=off` `flash_attn` can be imported and has no metadata. transformers would trip over
 that (KeyError from 5.4 to 5.9, PackageNotFoundError in 4.x); it is told that there is no `flash_attn`.
@@ -223,8 +223,8 @@ def _without_dropping_sinks(original):
         passed_on = original(*args, **kwargs)
         if kwargs.get("s_aux") is not None and not passed_on.keys() & {"s_aux", "learnable_sink"}:
             raise NotImplementedError(
-                "s_aux: the attention sinks of this model are no argument of FlashAttention 2, and transformers would "
-                "leave them out; attn_implementation='mps_fa' (flash_attn_mps.integrations.transformers) computes them"
+                "s_aux: FlashAttention 2 has no argument for this model's attention sinks, so transformers would drop "
+                "them; use attn_implementation='mps_fa' (flash_attn_mps.integrations.transformers), which computes them"
             )
         return passed_on
 
@@ -246,7 +246,7 @@ def adjust_cpu_check(modeling_utils: ModuleType, undo: Undo) -> str | None:
         if not refusal() and not vars(modeling_utils)[_PROBE]():
             raise ImportError(
                 "FlashAttention2 has been toggled on, but it cannot be used due to the following error: "
-                "mtlflashattn serves flash_attn here, and torch.backends.mps is not available."
+                "mtlflashattn provides flash_attn here, but torch.backends.mps is not available."
             )
         return answer
 
@@ -285,7 +285,7 @@ MODULES = {
 
 
 def catch_up(undo: Undo) -> None:
-    """Mend what modules concluded while the shim was not there. Call it after the functions in `MODULES`."""
+    """Fix what modules cached while the shim was not active. Call it after the functions in `MODULES`."""
     paged = sys.modules.get("transformers.integrations.flash_paged")
     if paged is not None and hasattr(paged, "FLASH_ATTN_VARLEN_FUNC") and is_usable():
         from flash_attn import flash_attn_varlen_func

@@ -11,12 +11,12 @@ from importlib import import_module
 from flash_attn_shim import owners
 
 _COMMANDS = {
-    "doctor": "say what `import flash_attn` gives here, and why",
+    "doctor": "show what `import flash_attn` gives here, and why",
     "demo": "embed and search sentences with a real model, through flash_attention_2",
     "bench": "time this project, stock PyTorch and other packages side by side",
     "selftest": "compare every tier, and on a Mac every Metal kernel, with attention in float64",
-    "tune": "time the Metal kernel's variants on this GPU and keep the fastest",
-    "run": "run a script with the shim installed, where .pth files do not run",
+    "tune": "time the variants of the Metal kernel on this GPU and save the fastest",
+    "run": "run a script with the import hook set, where Python's start-up files do not run",
 }
 
 

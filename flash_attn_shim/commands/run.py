@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sdpa",
         action="store_true",
-        help="serve PyTorch's own attention too, in this process and its children: MTLFLASHATTN_SDPA=on",
+        help="also take over PyTorch's own attention, in this process and its children (sets MTLFLASHATTN_SDPA=on)",
     )
     parser.add_argument("script", help="path of a Python file")
     parser.add_argument("arguments", nargs="...", help="arguments of the script")

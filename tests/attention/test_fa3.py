@@ -310,6 +310,14 @@ def test_malformed_chunks_and_qv(function, extra):
         fa3(function, randn(1, 8, 2, 16, dtype=torch.float16), extra)
 
 
+def test_a_malformed_call_appends_nothing():
+    q, k_cache, k = (randn(1, rows, 2, 16, dtype=torch.float32) for rows in (2, 8, 2))
+    before = k_cache.clone()
+    with pytest.raises(ValueError, match="qv: got"):
+        flash_attn_with_kvcache(q, k_cache, k_cache, k, k, qv=q[:, :1], cache_seqlens=3)
+    assert torch.equal(k_cache, before)
+
+
 def fa3(function, q, extra):
     """A call of that FlashAttention-3 function on q (1, 8, H, D) as queries, keys and values."""
     if function == "dense":

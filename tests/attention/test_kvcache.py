@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from flash_attn_mps.describe import CallOptions
+from flash_attn_mps.frontends.cache_call import CacheCall
+from flash_attn_mps.frontends.cache_plan import describe, run
 from flash_attn_mps.frontends.fa2 import flash_attn_with_kvcache
 
 from . import oracle
@@ -224,6 +227,25 @@ def test_append_through_a_view():
     expected[0, 2, 0, 3], expected[0, 2, 1, 7] = k[0, 0], k[1, 0]
     expected[1, 2, 0, 3], expected[1, 2, 1, 7] = v[0, 0], v[1, 0]
     assert torch.equal(whole, expected)
+
+
+@pytest.mark.parametrize("where", ["rows", "pages16"])
+def test_a_plan_is_carried_out_by_run_alone(where):
+    """Describing a call writes nothing; running the plan does what the function does."""
+    case = dict(CASES[0], seqlen_q=2, seqlen_new=2, lengths="tensor", where=where, rotary="halves", mask="causal")
+    q, k_cache, v_cache, call, _ = build(case)
+    mask = {name: call.pop(name) for name in ("causal", "window_size") if name in call}
+    rules = {name: call.pop(name) for name in ("softcap", "softmax_scale", "alibi_slopes")}
+    copies = k_cache.clone(), v_cache.clone()
+    plan = describe(CacheCall(q, *copies, CallOptions(**mask, **rules), **call))
+    assert same_bits(copies[0], k_cache)
+    assert same_bits(copies[1], v_cache)
+    with pytest.raises(AttributeError):
+        plan.rotary = None
+    expected = flash_attn_with_kvcache(q, k_cache, v_cache, **call, **mask, **rules)
+    assert same_bits(run(plan).out, expected)
+    assert same_bits(copies[0], k_cache)
+    assert same_bits(copies[1], v_cache)
 
 
 def test_one_cache_row_for_many_sequences():

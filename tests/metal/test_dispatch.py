@@ -9,8 +9,9 @@ import torch
 
 from flash_attn_mps import dispatch, tiers, trace
 from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_varlen_func
-from flash_attn_mps.tiers.metal import compiler
-from flash_attn_mps.tiers.metal.specialization import Specialization, Variant
+from flash_attn_mps.tiers.metal import compiler, simdgroup
+from flash_attn_mps.tiers.metal.simdgroup import Variant
+from flash_attn_mps.tiers.metal.specialization import Specialization
 from metal_host import compile_shader, observe
 from tests.attention import oracle
 from tests.attention.layouts import laid_out, randn
@@ -222,13 +223,12 @@ def test_kernels_that_are_kept_are_limited(compilations):
     assert limit is not None
     assert 32 <= limit <= 1024
     kind = Specialization(
-        "attention_forward",
+        simdgroup.FORWARD,
         "half",
         0,
         8,
         8,
         8,
-        False,
         False,
         False,
         False,

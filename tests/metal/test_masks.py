@@ -14,20 +14,21 @@ import torch
 from flash_attn_mps.describe import CallOptions, dense
 from flash_attn_mps.frontends import fa2
 from flash_attn_mps.problem import with_mask
-from flash_attn_mps.tiers.metal import compiler, launch, variants
-from flash_attn_mps.tiers.metal.specialization import Mask, Variant
+from flash_attn_mps.tiers.metal import compiler, launch, scalar, simdgroup
+from flash_attn_mps.tiers.metal.simdgroup import Variant
+from flash_attn_mps.tiers.metal.specialization import Mask
 from metal_host import observe
 from tests.attention.pairwise import case_id, pairwise
 
 from .calls import Spec, arranged, draw
-from .precompile import precompile
+from .precompile import precompile, specializations
 from .test_host import Watch, kernel, on_device  # noqa: F401 (a fixture)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DIM = 16
 DIRECT, STAGED = Variant(16, 2, 16, False), Variant(8, 4, 16, True)
-TILED = ("attention_forward", DIRECT), ("attention_forward", STAGED)
-SCALAR = ("attention_scalar", Variant(1, 1, 1, False))
+TILED = (simdgroup.FORWARD, DIRECT), (simdgroup.FORWARD, STAGED)
+SCALAR = (scalar.FORWARD, scalar.VARIANT)
 
 PATTERNS = {  # of queries i + offset and keys j: which are seen
     "all": lambda i, j: (i >= j) | (i < j),
@@ -68,7 +69,7 @@ CASES = pairwise(
 FULL = [
     {**CASES[n % len(CASES)], "dtype": dtype, "variant": variant}
     for dtype in (torch.float16, torch.float32)
-    for n, variant in enumerate(variants.all_variants(dtype.itemsize, DIM, 24))
+    for n, variant in enumerate(simdgroup.FORWARD.fitting(dtype.itemsize, DIM, 24))
 ]
 
 
@@ -89,9 +90,7 @@ def _compiled(request):
     """The kernels of the chosen cases, compiled side by side."""
     tests = (test_structured_masks, test_structured_masks_in_every_variant)
     chosen = [item.callspec.params for item in request.session.items if item.function in tests]
-    calls = (
-        (call.problem, "attention_forward", how["case"]["variant"]) for how in chosen for _, call in calls_of(**how)
-    )
+    calls = ((call.problem, simdgroup.FORWARD, how["case"]["variant"]) for how in chosen for _, call in calls_of(**how))
     precompile(calls)
 
 
@@ -106,13 +105,13 @@ def test_structured_masks(case):
     for name, call in calls_of(case):
         print(name, tuple(call.problem.mask.shape))
         with observe():
-            result = launch.run(call.problem, "attention_forward", case["variant"])
+            result = launch.run(call.problem, simdgroup.FORWARD, case["variant"])
         call.check(result)
 
 
 def counted(p, variant, instrumented=False):
     with observe(instrumented=instrumented) as launches:
-        launch.run(p, "attention_forward", variant)
+        launch.run(p, simdgroup.FORWARD, variant)
     (one,) = launches
     return one.counters
 
@@ -257,7 +256,7 @@ def test_every_place_in_memory(dtype, offset, step):
     call = draw(Spec([(40, 48)], (DIM, DIM), torch.float16, heads=(2, 1), mask=there))
     for variant in (DIRECT, STAGED):
         with observe():
-            call.check(launch.run(call.problem, "attention_forward", variant))
+            call.check(launch.run(call.problem, simdgroup.FORWARD, variant))
 
 
 def test_what_is_compiled_depends_on_the_layout_and_not_on_the_length():
@@ -286,8 +285,9 @@ def test_one_launch_no_wait_and_no_tensor_but_the_outputs(shape, batch, kernel):
 def test_masks_do_not_change_the_kernels_of_calls_without():
     """Nothing of a mask is left in their source once it is preprocessed: no buffer, no vote."""
     p = plain(64)
-    source = launch.specialize(p, p.q, p.k, p.v, launch.optional_buffers(p), "attention_forward", STAGED).source()
-    assert re.search(r"#define MASK_KIND 0\b", source)
+    (asked,) = specializations([(p, simdgroup.FORWARD, STAGED)])
+    source = asked.source()
+    assert re.search(r"#define HAS_MASK 0\b", source)
     assert compiler.compile_shader(source).attention_forward is not None
     votes = {counter: counted(p, STAGED)[counter] for counter in ("shuffles", "threadgroup_barriers")}
     blocks = 128 // 2 // STAGED.keys
@@ -297,8 +297,7 @@ def test_masks_do_not_change_the_kernels_of_calls_without():
 def test_neighbouring_elements_are_loaded_together():
     """Instructions that load from device memory: fewer, the better the rows of the mask are aligned."""
     p = with_mask(plain(64), torch.ones(64, 64, dtype=torch.bool))
-    buffers = launch.optional_buffers(p)
-    asked = launch.specialize(p, p.q, p.k, p.v, buffers, "attention_forward", Variant(16, 2, 32, False))
+    (asked,) = specializations([(p, simdgroup.FORWARD, Variant(16, 2, 32, False))])
     loads = []
     for aligned in (16, 4, 1):
         library = compiler.compile_shader(asked._replace(mask=asked.mask._replace(aligned=aligned)).source())

@@ -42,7 +42,7 @@ def unavailable(device: str) -> str | None:
 def kernel(specialization: Specialization) -> Any | None:
     """The compiled kernel, or None, after a warning, where this machine's Metal does not take it."""
     try:
-        return getattr(compile_shader(specialization.source()), specialization.entry)
+        return getattr(compile_shader(specialization.source()), specialization.kernel.entry)
     except (SyntaxError, RuntimeError) as error:
         failures[specialization] = str(error).strip()
         _warn_once(specialization, error)
@@ -62,10 +62,11 @@ _warned: set[str] = set()
 def _warn_once(specialization: Specialization, error: Exception) -> None:
     if _warned:
         return
-    _warned.add(specialization.entry)
+    entry = specialization.kernel.entry
+    _warned.add(entry)
     reason = str(error).strip().splitlines()
     warnings.warn(
-        f"mtlflashattn: the Metal kernel {specialization.entry} did not compile on this machine, so plain PyTorch "
+        f"mtlflashattn: the Metal kernel {entry} did not compile on this machine, so plain PyTorch "
         f"serves such calls: slower, and right. Please report it with the output of `mtlflashattn doctor`. "
         f"{specialization}: {reason[0] if reason else type(error).__name__}",
         RuntimeWarning,
