@@ -1,11 +1,14 @@
 """The findings of `mtlflashattn doctor`, as plain data."""
 
+from __future__ import annotations
+
 import os
 import platform
 import site
 import sys
 import warnings
 from importlib import import_module, metadata
+from typing import Any
 
 import flash_attn_shim
 from flash_attn_shim import owners, policy
@@ -22,7 +25,7 @@ _SWITCHES = (
 )
 
 
-def everything():
+def everything() -> dict[str, Any]:
     """All findings: names, owners, switches, hook, system, attention, libraries, programs, advice."""
     status = flash_attn_shim.status()  # before anything below imports a library and so changes the answer
     hook = _hook(status)
@@ -198,7 +201,7 @@ def _programs(status):
     """The flags that are set in programs once they are imported, by module."""
     if status.programs is not None:
         return {"left alone": status.programs}
-    found = {}
+    found: dict[str, list[str]] = {}
     for flag in status.flags:
         found.setdefault(flag.module, []).append(f"{flag.name} = {flag.value}: {flag.reason}")
     return found

@@ -3,11 +3,14 @@
 That is, which variant of the Metal kernel, and from which length `flash_attn_mps.sdpa` beats torch's own attention.
 """
 
+from __future__ import annotations
+
+import argparse
 import itertools
 import sys
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", nargs="+", default=["float16", "bfloat16"], choices=("float16", "bfloat16", "float32")
     )
@@ -31,7 +34,7 @@ def add_arguments(parser):
     parser.add_argument("--forget", action="store_true", help="remove the saved results, and time nothing")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     from flash_attn_mps import sdpa, timing
     from flash_attn_mps.tiers.metal import compiler, launch, store, variants
 
@@ -146,7 +149,7 @@ def _row(outcome):
 
 
 def _reasons(outcomes):
-    counts = {}
+    counts: dict[str, int] = {}
     for outcome in outcomes:
         for reason in outcome.refused.values():
             counts[reason] = counts.get(reason, 0) + 1
