@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from flash_attn_mps import sdpa, trace
 from flash_attn_mps.sdpa import patch
 from flash_attn_mps.sdpa.call import bind
-from flash_attn_mps.sdpa.settings import Class
+from flash_attn_mps.sdpa.measured import CallClass
 from tests.replaced_tiers import leave_out, replace_tier
 from tests.sdpa.exact import assert_right
 
@@ -145,7 +145,7 @@ def test_for_speed_alone_the_torch_tier_does_not_serve(metal, given, monkeypatch
 
 
 def test_a_backward_pass_that_was_measured_to_be_faster_is_taken(metal, given):
-    given(torch=(2, 13), measured={Class("float32", 64, True, True, "math"): 33.0})
+    given(torch=(2, 13), measured={CallClass("float32", 64, True, True, "math"): 33.0})
     q = Q.float().requires_grad_()
     with sdpa.installed():
         attend(q).sum().backward()

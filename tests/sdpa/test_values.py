@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from flash_attn_mps import sdpa
-from flash_attn_mps.sdpa.settings import GIB, NEVER
+from flash_attn_mps.sdpa.measured import NEVER
+from flash_attn_mps.sdpa.settings import GIB
 from tests.sdpa.exact import assert_right, in_dtype
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
