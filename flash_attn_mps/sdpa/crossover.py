@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention as torchs  # before `install` could replace it
 
 from .. import dispatch, timing
-from . import torch_paths
+from . import serve, torch_paths
 from .attention import as_called, problem
 from .call import Arguments, describe, signature
 from .measured import NEVER, CallClass, class_of
@@ -105,4 +104,4 @@ def _ours(arguments: Arguments) -> torch.Tensor:
 
 
 def _torchs(arguments: Arguments) -> torch.Tensor:
-    return torchs(*arguments[:3], is_causal=arguments.is_causal)
+    return serve.torchs(*arguments[:3], is_causal=arguments.is_causal)

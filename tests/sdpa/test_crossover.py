@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from flash_attn_mps import sdpa, timing
 from flash_attn_mps.sdpa import crossover, measured
@@ -163,4 +162,3 @@ def test_a_real_measurement_on_the_runner(monkeypatch):
     outcome = crossover.measure(KIND, "cpu", timing.stopwatch("cpu"), lengths=[16])
     compiler.clear()
     assert all(seconds > 0 for seconds in outcome.seconds[16])
-    assert F.scaled_dot_product_attention is crossover.torchs
