@@ -6,22 +6,38 @@ What differs between the languages, and what is done about it:
   fetches its arguments; an entry is emitted for every kernel or explicit instantiation.
 * Threadgroup variables live in kernels only: each becomes a reference to storage that the back end lays out.
 * `float4(a, b)` is no constructor of a vector type in C++: it becomes a call of __mh_make<float4>.
-* A member function without an address space is `thread` in Metal, generic in OpenCL: it gets `thread`.
+* A member function without an address space is `thread` in Metal, generic in OpenCL: it gets `thread`. A constructor
+  without one makes temporaries too, which here belong to no address space: `thread` is taken from it.
+* A temporary binds to `const thread T&` in Metal, and lets its member functions be called. Here it does not: where a source
+  does that, it is compiled with RELAXED, in which such references and functions take every address space.
 * Metal copies structs out of constant memory: classes get a defaulted copy constructor for it.
 * A few words are keywords in OpenCL and names in Metal: they are renamed.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .kernels import SPACES, Instance, Kernel, Kernels, attributes, parse_arguments, string_value, template_names
+from . import toolchain, versions
+from .constants import Constants, Value
+from .errors import MetalSyntaxError
+from .kernels import SPACES, Instance, Kernel, Kernels, attributes, parse_arguments, split, string_value, template_names
 from .rewrite import drop_identifier_attributes, rewrite
-from .strictness import check_body, check_pointers, check_tokens
+from .strictness import check_body, check_kernel_calls, check_pointers, check_program_scope, check_tokens
 from .threadgroup import ThreadgroupVariable, rewrite_threadgroup_variables
 from .tokens import Tokens
 
 _QUALIFIERS = {"const", "volatile", *SPACES}
+# What clang says of a temporary; of a device object it names the address space.
+_OTHER = "(?!(?:const |volatile )*(?:device|threadgroup|constant|thread))"
+_TEMPORARY = re.compile(
+    "bind reference in default address space"
+    f"|would make '[^']*thread [^']*' equal '{_OTHER}"
+    f"|object parameter of type '[^']*thread [^']*' with an expression of type '{_OTHER}"
+)
+STRICT, RELAXED = "-D__mh_thread=__private", "-D__mh_thread="
 
 
 @dataclass
@@ -29,6 +45,9 @@ class Unit:
     """A translated source."""
 
     tokens: Tokens
+    constants: Constants
+    version: str
+    binding: str = STRICT  # or RELAXED, once the compiler has refused the other
     kernels: Kernels = field(default_factory=Kernels)
     variables: list[ThreadgroupVariable] = field(default_factory=list)
 
@@ -40,13 +59,25 @@ class Unit:
             extra[instance.at] = extra.get(instance.at, "") + instance.entry(symbol)
         return self.tokens.render(extra)
 
+    def compile(self, flags: list[str], source: str) -> str:
+        """clang's output for a rendered source; see RELAXED."""
+        while True:
+            try:
+                return toolchain.clang([*flags, self.binding, "-o", "-", "-"], input=source)
+            except MetalSyntaxError as error:
+                if self.binding == RELAXED or not _TEMPORARY.search(error.log):
+                    raise
+                self.binding = RELAXED
 
-def translate(preprocessed: str) -> Unit:
-    unit = Unit(Tokens(preprocessed))
-    check_tokens(unit.tokens)
-    rewrite(unit.tokens)
-    _declarations(unit, _Scope(0, len(unit.tokens)))
-    drop_identifier_attributes(unit.tokens)
+
+def translate(preprocessed: str, version: str, constants: Mapping[str | int, Value]) -> Unit:
+    tokens = Tokens(preprocessed)
+    check_tokens(tokens, version)
+    unit = Unit(tokens, Constants(tokens, constants), version)
+    rewrite(tokens)
+    _declarations(unit, _Scope(0, len(tokens)))
+    check_kernel_calls(tokens, unit.kernels)
+    drop_identifier_attributes(tokens)
     return unit
 
 
@@ -112,7 +143,7 @@ def _declaration(unit: Unit, i: int, scope: _Scope) -> int:
     tokens, end = unit.tokens, scope.end
     template = None
     while tokens[i] == "template":
-        close = tokens.angle_close(i + 1)
+        close = tokens.template_close(i + 1)
         template = (i, close)
         i = close + 1
     first = i
@@ -129,11 +160,11 @@ def _declaration(unit: Unit, i: int, scope: _Scope) -> int:
             i += 1
         elif t == "<" and (close := tokens.angle_close(i)) > 0:
             i = close + 1
-        elif (t == "[" and tokens[i + 1] == "[") or (
-            t == "(" and tokens[i - 1] in ("__attribute__", "alignas", "decltype")
-        ):
+        elif t == "[" or (t == "(" and tokens[i - 1] in ("__attribute__", "alignas", "decltype")):
             i = tokens.partner[i] + 1
         elif t in ("=", "{", ";", ":"):
+            if not scope.class_name:
+                check_program_scope(tokens, first, i)
             return tokens.skip_to(i, end, ";") + 1
         elif t == "operator":
             i += 1
@@ -154,9 +185,7 @@ def _function(unit: Unit, function: _Function, scope: _Scope) -> int:
     while tokens[i] in _QUALIFIERS:
         i += 1
     if scope.class_name and not specifiers & {"static", "friend"}:
-        constructs = tokens[function.name] == scope.class_name or tokens[function.name - 1] == "~"
-        if not constructs and not any(tokens[j] in SPACES for j in range(function.close + 1, i)):
-            tokens.append(i - 1, " thread ")
+        _member_function(unit, function, range(function.close + 1, i), scope)
     is_kernel = "kernel" in specifiers  # as an attribute too
     for j in range(function.first, function.name):
         if tokens[j] == "kernel":
@@ -166,11 +195,33 @@ def _function(unit: Unit, function: _Function, scope: _Scope) -> int:
         return tokens.skip_to(i, scope.end, ";") + 1
     if not is_kernel:
         check_pointers(tokens, function.first, function.name, function.parenthesis)
+        _bind_temporaries(tokens, function.parenthesis + 1, function.close)
     check_body(tokens, body)
     _local_classes(unit, body, scope)
     if is_kernel:
         _kernel(unit, function, body, scope.namespace)
     return tokens.partner[body] + 1
+
+
+def _member_function(unit: Unit, function: _Function, qualifiers: range, scope: _Scope) -> None:
+    """The address space of `this`; `qualifiers` are the tokens between the parameters and the body."""
+    tokens = unit.tokens
+    spaces = [j for j in qualifiers if tokens[j] in SPACES]
+    if tokens[function.name] == scope.class_name or tokens[function.name - 1] == "~":
+        for j in spaces:
+            tokens.text[j] = "" if tokens[j] == "thread" else tokens.text[j]
+    elif not spaces and not versions.has_generic_this(unit.version):
+        returns_member = any(tokens[j] in ("&", "*") for j in range(function.first, function.name))
+        tokens.append(qualifiers.stop - 1, " thread " if returns_member else " __mh_thread ")
+
+
+def _bind_temporaries(tokens: Tokens, start: int, end: int) -> None:
+    """`const thread T& x`, to which a temporary may be bound."""
+    for first, last in split(tokens, start, end):
+        words = [tokens[k] for k in range(first, last)]
+        if {"const", "thread", "&"} <= set(words) and not {"*", "(", "["} & set(words):
+            at = first + words.index("thread")
+            tokens.text[at] = "__mh_thread"
 
 
 def _function_body(tokens: Tokens, i: int, end: int) -> int:

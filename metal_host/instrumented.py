@@ -43,12 +43,13 @@ def launch(
     """Run a kernel of the instrumented build. Tensors are as after the launch also when it raises KernelFault."""
     arena = Arena(bindings)
     regions = list(arena.regions)
-    for variable in compiled.variables:
+    request = cpu.prepare(compiled, arena.addresses, shape, seed)
+    arguments = cpu.threadgroup_arguments(request, compiled, bindings, margin=_MARGIN)
+    for variable in [*compiled.variables, *arguments]:
         start = variable.address
         regions.append(abi.Region(start, start + variable.size, abi.SPACES.index("threadgroup"), variable.number))
     regions.append(abi.Region(*compiled.constants, abi.SPACES.index("constant"), abi.MAX_BUFFERS))
     regions.sort(key=lambda r: r.start)
-    request = cpu.prepare(compiled, arena.addresses, shape, seed)
     request.regions = (abi.Region * len(regions))(*regions)
     request.region_count = len(regions)
     request.sites, request.site_lines, request.site_count = (
@@ -204,6 +205,8 @@ class Teller:
 
     def _name(self, region: abi.Region) -> str:
         if abi.SPACES[region.space] == "threadgroup":
+            if region.id >= cpu.ARGUMENT:
+                return f"threadgroup '{self._bindings.threadgroup_name(region.id - cpu.ARGUMENT)}'"
             return f"threadgroup '{self._unit.variables[region.id].name}'"
         if region.id == abi.MAX_BUFFERS:
             return "the source's constants"

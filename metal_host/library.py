@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import abi, cpu, instrumented, nvidia, source
+from . import abi, cpu, instrumented, nvidia, source, versions
 from .bindings import Bindings
+from .constants import Value
 from .frontend import Unit, translate
-
-MAX_THREADGROUP_BYTES = 32 << 10
+from .kernels import Buffer
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,35 @@ def observe(
         _mode.reset(token)
 
 
-def compile_shader(source_text: str) -> ShaderLibrary:
-    """Compile Metal Shading Language; stands in for torch.mps.compile_shader(source).
+def compile_shader(
+    source_text: str,
+    *,
+    constants: Mapping[str | int, Value] | None = None,
+    version: str = versions.DEFAULT,
+    include: Sequence[str | Path] = (),
+) -> ShaderLibrary:
+    """Compile Metal Shading Language; stands in for torch.mps.compile_shader(source), which takes the source alone.
 
-    Headers of the installed torch may be included. Raises SyntaxError with the compiler's log for what Metal refuses.
-    Kernels that are templates are compiled when they are first looked up. Inside an instrumented `observe` only the
-    instrumented build is made at first; the other one (which also finds recursion) when it is launched.
+    constants: values of the source's function constants, by name or number. Of the others
+        is_function_constant_defined() says so, and a kernel that reads one is refused when it is looked up.
+    version: the language version, "3.0" to "4.1"; what it lacks is refused. torch passes 3.0 to 4.0, by macOS.
+    include: directories of headers. Those of the installed torch may be included without.
+
+    Raises SyntaxError with the compiler's log for what Metal refuses. Kernels that are templates are compiled when they
+    are first looked up. Inside an instrumented `observe` only the instrumented build is made at first; the other one
+    (which also finds recursion) when it is launched.
     """
+    return ShaderLibrary(front_end(source_text, constants or {}, version, include))
+
+
+def front_end(
+    source_text: str, constants: Mapping[str | int, Value], version: str, include: Sequence[str | Path]
+) -> Unit:
+    """The source, translated; see compile_shader."""
+    versions.check(version)
+    directories = [Path(d) for d in include]
     expanded = source.expand(source_text, source.include_directories())
-    unit = translate(source.preprocess(expanded))
-    return ShaderLibrary(unit)
+    return translate(source.preprocess(expanded, version, directories), version, constants)
 
 
 class ShaderLibrary:
@@ -124,11 +144,27 @@ class KernelFunction:
         self._kernel = library._unit.kernels.instances[name].kernel
         compiled = library.compiled(name, _mode.get().instrumented)
         self._threadgroup_bytes, self._max_threads = compiled.threadgroup_bytes, compiled.max_threads
-        if self._threadgroup_bytes > MAX_THREADGROUP_BYTES:
-            raise RuntimeError(
-                f"Failed to create pipeline state object, error: kernel '{name}' uses "
-                f"{self._threadgroup_bytes} bytes of threadgroup memory, the maximum is {MAX_THREADGROUP_BYTES}"
+        self._check_pipeline(compiled)
+
+    def _check_pipeline(self, compiled: cpu.Compiled) -> None:
+        """What Metal says no to when the pipeline is made."""
+        problem, name = "", self._name
+        absent = [
+            p.condition
+            for p in self._kernel.arguments
+            if isinstance(p, Buffer) and p.condition in self._library._unit.constants.unset
+        ]
+        if self._threadgroup_bytes > abi.MAX_THREADGROUP_BYTES:
+            problem = (
+                f"uses {self._threadgroup_bytes} bytes of threadgroup memory, the maximum is "
+                f"{abi.MAX_THREADGROUP_BYTES}"
             )
+        elif self._max_threads > abi.MAX_THREADS:
+            problem = f"asks for {self._max_threads} threads per threadgroup, the maximum is {abi.MAX_THREADS}"
+        elif unset := sorted({*absent, *compiled.unset}):
+            problem = f"needs function constants that have no value: {', '.join(unset)}"
+        if problem:
+            raise RuntimeError(f"Failed to create pipeline state object, error: kernel '{name}' {problem}")
 
     @property
     def max_threads_per_threadgroup(self) -> int:
@@ -145,10 +181,15 @@ class KernelFunction:
         group_size: int | Sequence[int] | None = None,
         arg_casts: str | dict[int, str] | None = None,
         error_buf_idx: int | None = None,
+        threadgroup_bytes: Mapping[int, int] | None = None,
     ) -> None:
-        bindings = Bindings(self._kernel.arguments)
+        """Launch, as torch's kernels do; two things more: None leaves a buffer unbound that a function constant may take
+        away, and threadgroup_bytes gives the length of each [[threadgroup(n)]] argument by its n."""
+        bindings = Bindings(self._kernel.arguments, self._library._unit.constants)
         for index, value in enumerate(args):
-            bindings.bind(index, value, arg_casts)
+            if value is not None or not bindings.optional(index):
+                bindings.bind(index, value, arg_casts)
+        bindings.set_threadgroup_bytes(threadgroup_bytes or {}, self._threadgroup_bytes)
         errors = None
         if error_buf_idx is not None:
             errors = torch.zeros(ErrorBuffer.size, dtype=torch.uint8, device="cuda" if bindings.on_gpu else "cpu")
@@ -170,7 +211,7 @@ class KernelFunction:
                 allow_partial_collectives=mode.allow_partial_collectives,
             )
         else:
-            counters = cpu.launch(self._library.compiled(self._name), bindings.addresses(), shape, mode.seed)
+            counters = cpu.launch(self._library.compiled(self._name), bindings, shape, mode.seed)
         if mode.log is not None:
             mode.log.append(Launch(self._name, {n: getattr(counters, n) for n in abi.COUNTERS}))
         if errors is not None:

@@ -34,10 +34,7 @@ LANGUAGE = [
         "-cl-single-precision-constant",
     ),
     *("-I", str(INCLUDE / "msl"), "-include", "prelude.h", "-fsigned-char", "-ffp-contract=off", "-fvisibility=hidden"),
-    # Metal before 4.0 is C++14.
     *(
-        "-Werror=pre-c++17-compat",
-        "-Werror=c++17-extensions",
         "-Werror=return-type",
         "-Werror=unknown-attributes",
         "-Wno-unused",

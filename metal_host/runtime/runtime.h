@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #define MH_LANES 32
+#define MH_QUAD 4
 #define MH_MAX_THREADS 1024
 #define MH_MAX_SIMDGROUPS (MH_MAX_THREADS / MH_LANES)
 #define MH_MAX_BUFFERS 31
@@ -65,7 +66,7 @@ struct mh_report {
 
 struct mh_launch {
   void (*entry)(void);
-  uint64_t arguments[MH_MAX_BUFFERS];
+  uint64_t arguments[MH_MAX_BUFFERS], threadgroup_arguments[MH_MAX_BUFFERS];
   uint32_t grid[3], group[3];
   uint64_t seed;  // 0: lanes in order
   char* stacks;

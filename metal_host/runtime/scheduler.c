@@ -194,12 +194,19 @@ uint32_t __mh_identifier(uint32_t which, uint32_t axis) {
       return t / MH_LANES;
     case 10:
       return mh.simdgroups;
+    case 12:
+      return t % MH_QUAD;
+    case 13:
+      return t / MH_QUAD;
+    case 14:
+      return (mh.threads + MH_QUAD - 1) / MH_QUAD;
     default:
       return MH_LANES;
   }
 }
 
 void* __mh_argument(uint32_t index) { return (void*)mh.launch->arguments[index]; }
+void* __mh_threadgroup_argument(uint32_t index) { return (void*)mh.launch->threadgroup_arguments[index]; }
 
 static void run_threadgroup(void) {
   struct mh_launch* launch = mh.launch;

@@ -11,6 +11,7 @@
 #include "cpu.h"
 #endif
 #include "traits.h"
+#include "matrix.h"
 #include "math.h"
 #include "integer.h"
 #include "simdgroup.h"

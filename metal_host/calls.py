@@ -1,24 +1,44 @@
-"""Metal forbids recursion, which clang takes: look for a cycle among the calls of the unoptimised LLVM code."""
+"""Who calls whom in the unoptimised LLVM code: recursion, which Metal forbids, and function constants without a value."""
 
 from __future__ import annotations
 
 import re
 
+from .constants import UNSET
 from .errors import MetalSyntaxError
 
 _DEFINE = re.compile(r'^define .*?@("[^"]+"|[\w.$]+)\(')
 _CALL = re.compile(r'\bcall [^@\n]*@("[^"]+"|[\w.$]+)\(')
+_UNSET = re.compile(rf'@"?(?:\\01)?({UNSET}\w+)')
 
 
-def check(code: str) -> None:
-    """Raise MetalSyntaxError for a function that may call itself, directly or through others."""
+def graph(code: str) -> dict[str, set[str]]:
+    """Function -> the functions that it calls, and the constants without a value that it reads."""
     calls: dict[str, set[str]] = {}
     current: set[str] = set()
     for line in code.split("\n"):
         if match := _DEFINE.match(line):
             current = calls.setdefault(match[1], set())
-        elif "call " in line:
-            current.update(_CALL.findall(line))
+        else:
+            if "call " in line:
+                current.update(_CALL.findall(line))
+            if UNSET in line:
+                current.update(_UNSET.findall(line))
+    return calls
+
+
+def unset_constants(calls: dict[str, set[str]], entry: str) -> list[str]:
+    """The names of the function constants without a value that `entry` or what it calls reads."""
+    reached, waiting = {entry}, [entry]
+    while waiting:
+        new = calls.get(waiting.pop(), set()) - reached
+        reached |= new
+        waiting += new
+    return sorted(name.removeprefix(UNSET) for name in reached if name.startswith(UNSET))
+
+
+def check_recursion(calls: dict[str, set[str]]) -> None:
+    """Raise MetalSyntaxError for a function that may call itself, directly or through others."""
     finished: set[str] = set()
     for start, called in calls.items():
         path: list[str] = []
