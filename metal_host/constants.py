@@ -72,13 +72,18 @@ class Constants:
 
     def _derived(self, tokens: Tokens) -> None:
         """A constant computed from one without a value has none either, unless it asks whether that one is defined."""
-        for i in range(len(tokens)):
+        i = -1
+        while i + 1 < len(tokens):
+            i += 1
+            if tokens[i] == "(":
+                i = tokens.partner[i]
             if tokens[i] != "constant" or tokens[i - 1] not in (";", "}", "{", "static", "constexpr", "const", ""):
                 continue
             end = tokens.skip_to(i, len(tokens), ";")
             equals = tokens.skip_to(i, end, "=")
             name = tokens[equals - 1]
-            if equals == end or tokens.kind[equals - 1] != "word":
+            pointer = any(tokens[k] in ("*", "&") for k in range(i, equals))
+            if equals == end or pointer or tokens.kind[equals - 1] != "word":
                 continue
             initial = range(equals + 1, end)
             asked = {tokens[k + 2] for k in initial if tokens[k] == "is_function_constant_defined"}
@@ -102,6 +107,8 @@ def _declare_only(tokens: Tokens, first: int, last: int, name: str) -> None:
 def _number(tokens: Tokens, start: int, end: int) -> int:
     """The n of function_constant(n), which may be a sum of numbers."""
     text = tokens.original(start, end)
+    if text.isdigit():  # also 01, which Python would not read
+        return int(text)
 
     def value(node: Any) -> int:
         if isinstance(node, ast.Constant) and type(node.value) is int:

@@ -210,6 +210,7 @@ def _member_function(unit: Unit, function: _Function, qualifiers: range, scope: 
     if tokens[function.name] == scope.class_name or tokens[function.name - 1] == "~":
         for j in spaces:
             tokens.text[j] = "" if tokens[j] == "thread" else tokens.text[j]
+            tokens.before.pop(j, None)
     elif not spaces and not versions.has_generic_this(unit.version):
         returns_member = any(tokens[j] in ("&", "*") for j in range(function.first, function.name))
         tokens.append(qualifiers.stop - 1, " thread " if returns_member else " __mh_thread ")

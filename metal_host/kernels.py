@@ -212,7 +212,7 @@ def parse_arguments(tokens: Tokens, start: int, end: int) -> list[Buffer | str]:
 
 
 def _parameter(tokens: Tokens, first: int, last: int) -> _Parameter:
-    kept = strip_attributes(tokens, first, last)
+    kept = [i for i in strip_attributes(tokens, first, last) if tokens.text[i]]
     names = [i for i in kept if tokens.kind[i] == "word"]
     name = next((i + 2 for i in kept if tokens[i] == "(" and tokens[i + 1] in "*&"), names[-1] if names else first)
     bracket = next((i for i in kept if tokens[i] == "[" and tokens[tokens.partner[i] - 1] != "]"), None)

@@ -36,6 +36,8 @@ def rewrite(tokens: Tokens) -> None:
             tokens.text[i] = _RENAMED.get(text, tokens.text[i])
             if text == "constant" and not {"const", "constexpr"} & {tokens[i - 2], tokens[i - 1], tokens[i + 1]}:
                 tokens.prepend(i, "const ")  # Metal's constant objects are; OpenCL tells the two types apart
+            if text == "coherent" and tokens[i + 1] == "(":  # how far writes are seen: here at once
+                tokens.blank(i, tokens.partner[i + 1] + 1)
             vectors.word(i)
         elif text == "(":
             if tokens[i + 1] == "*" and tokens[i + 3] == ")" and tokens[i + 4] == "(" and _is_template_parameter(tokens, i):

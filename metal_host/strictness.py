@@ -55,7 +55,7 @@ def check_tokens(tokens: Tokens, version: str) -> None:
         word = tokens[i]
         if word in _FORBIDDEN and not (word == "delete" and tokens[i - 1] == "="):
             raise tokens.error(i, _FORBIDDEN[word])
-        if word in _OPENCL or word.startswith("__builtin_"):
+        if word in _OPENCL:
             raise tokens.error(i, f"'{word}' is reserved for the compiler")
         if word in absent:
             raise tokens.error(i, absent[word])
@@ -134,7 +134,7 @@ def check_kernel_calls(tokens: Tokens, kernels: Kernels) -> None:
     names = {kernel.name for kernel in known}
     for kernel in known:
         for i in range(kernel.body + 1, kernel.end):
-            if tokens[i] in names and tokens[i + 1] == "(" and tokens[i - 1] not in (".", "->"):
+            if tokens[i] in names and tokens[i + 1] == "(" and tokens[i - 1] not in (".", "->", "::"):
                 raise tokens.error(i, f"kernel '{tokens[i]}' is called; a kernel cannot be called")
 
 

@@ -218,7 +218,6 @@ REFUSED = {
     "C library": ("float f(float x) { return expf(x); }", "expf"),
     "OpenCL function": ("uint f() { return get_global_id(0); }", "get_global_id"),
     "OpenCL keyword": ("__kernel void f() {}", "reserved for the compiler"),
-    "builtin": ("float f() { return __builtin_inff(); }", "reserved for the compiler"),
     "pointer without space": ("float f(float* p) { return *p; }", "pointer type must name its address space"),
     "reference without space": ("void f(float& x) { x = 1; }", "reference type must name its address space"),
     "local pointer without space": ("void f(device float* p) { float* q = p; }", "must name its address space"),

@@ -123,6 +123,13 @@ inline float smoothstep(float low, float high, float x) {
 }
 inline float sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : (x == 0.0f ? x : 0.0f)); }
 inline float powr(float x, float y) { return pow(x, y); }
+inline float nextafter(float x, float y) {
+  if (x != x || y != y) return x + y;
+  if (x == y) return y;
+  uint bits = __builtin_bit_cast(uint, x);
+  bits = x == 0.0f ? (y > 0.0f ? 1u : 0x80000001u) : (x < y) == (x > 0.0f) ? bits + 1 : bits - 1;
+  return __builtin_bit_cast(float, bits);
+}
 inline float sinpi(float x) { return sin(3.14159265358979323846f * (x - 2.0f * rint(0.5f * x))); }
 inline float cospi(float x) { return cos(3.14159265358979323846f * (x - 2.0f * rint(0.5f * x))); }
 inline float tanpi(float x) { return sinpi(x) / cospi(x); }
@@ -167,6 +174,8 @@ __MH_MATH1(asin) __MH_MATH1(asinh) __MH_MATH1(atan) __MH_MATH1(atanh) __MH_MATH1
     frexp(x, exponent);                                                              \
     return exponent - 1;                                                             \
   }
+
+inline float nextafter(float x, float y) { return __mh_f::nextafter(x, y); }
 
 // Relational. The bits, not comparisons: the answer must not depend on the compiler's math mode.
 #define __MH_CLASSIFY(T, _)                                                                    \
@@ -293,3 +302,6 @@ __MH_MODES
 #undef __MH_MODES
 
 }  // namespace metal
+#undef __MH_MATH1
+#undef __MH_MATH2
+#undef __MH_MATH3

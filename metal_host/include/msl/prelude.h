@@ -17,4 +17,6 @@
 #include "simdgroup.h"
 #include "simdgroup_matrix.h"
 #include "atomic.h"
+#include "logging.h"
+#include "internals.h"
 #pragma clang attribute pop

@@ -321,3 +321,17 @@ template <typename T>
 inline void __mh_clear(threadgroup T* variable) {
   for (uint i = 0; i < sizeof(T); ++i) ((threadgroup char*)variable)[i] = 0;
 }
+
+// p += c, where c is an object that converts to an integer: clang has p + c only.
+#define __MH_POINTER_UPDATE(space, sign)                                                               \
+  template <typename T, typename C>                                                                   \
+  inline typename __mh::enable_if<__is_class(C), space T * thread&>::type operator sign##=(space T * thread & p, C c) { \
+    return p = p sign c;                                                                               \
+  }
+#define __MH_POINTER_UPDATES(space) __MH_POINTER_UPDATE(space, +) __MH_POINTER_UPDATE(space, -)
+__MH_POINTER_UPDATES(thread)
+__MH_POINTER_UPDATES(device)
+__MH_POINTER_UPDATES(constant)
+__MH_POINTER_UPDATES(threadgroup)
+#undef __MH_POINTER_UPDATES
+#undef __MH_POINTER_UPDATE
