@@ -50,7 +50,11 @@ class Constants:
         first = i - 1
         while first > 0 and tokens[first - 1] not in (";", "{", "}"):
             first -= 1
-        type_ = " ".join(tokens[k] for k in range(first, i - 1) if tokens[k] not in ("constant", "const", "static"))
+        specifiers = ("constant", "const", "static", "constexpr")
+        type_ = " ".join(tokens[k] for k in range(first, i - 1) if tokens[k] not in specifiers)
+        for k in range(first, i - 1):
+            if tokens[k] in ("static", "constexpr"):
+                tokens.text[k] = ""
         tokens.blank(i, end)
         value = values.get(name, values.get(number))
         if value is None:

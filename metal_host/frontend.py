@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import toolchain, versions
 from .constants import Constants, Value
@@ -33,7 +33,7 @@ _QUALIFIERS = {"const", "volatile", *SPACES}
 # What clang says of a temporary; of a device object it names the address space.
 _OTHER = "(?!(?:const |volatile )*(?:device|threadgroup|constant|thread))"
 _TEMPORARY = re.compile(
-    "bind reference in default address space"
+    "bind reference in default address space|temporary object because of address space mismatch"
     f"|would make '[^']*thread [^']*' equal '{_OTHER}"
     f"|object parameter of type '[^']*thread [^']*' with an expression of type '{_OTHER}"
 )
@@ -319,27 +319,28 @@ def _drop_attributes(tokens: Tokens, first: int, last: int) -> None:
 
 
 def _instantiation(unit: Unit, first: int, end: int) -> int:
-    """template [[host_name("x")]] [[kernel]] decltype(f<a>) f<a>;  or  template [[...]] kernel void f<a>(...);"""
+    """template [[host_name("x")]] [[kernel]] decltype(f<a>) f<a>;  or  template [[...]] kernel void f<a>(...);
+
+    The second may leave <a> away, to be deduced from its parameters.
+    """
     tokens = unit.tokens
     stop = tokens.skip_to(first, end, ";")
     found = attributes(tokens, first, stop)
-    kernel = None
     i = first + 1
-    while i < stop:
+    while i < stop and not (tokens[i] in unit.kernels.templates and tokens[i + 1] in ("<", "(")):
         if tokens[i] == "[":
             i = tokens.partner[i]
-        elif tokens[i] == "decltype":
-            i = tokens.partner[i + 1]
-        elif tokens[i] in unit.kernels.templates and tokens[i + 1] == "<":
-            kernel = unit.kernels.templates[tokens[i]]
-            arguments = tokens.join(i + 1, tokens.angle_close(i + 1) + 1)
-            break
-        i += 1
-    if kernel is None:
+        i = tokens.partner[i + 1] if tokens[i] == "decltype" else i + 1
+    if i >= stop:
         return stop + 1  # an ordinary function's or class's
+    kernel, deduced = unit.kernels.templates[tokens[i]], tokens[i + 1] == "("
     if "host_name" not in found:
         raise tokens.error(first, f"the instantiation of kernel '{kernel.name}' needs [[host_name(\"...\")]]")
+    if deduced:
+        arguments = parse_arguments(tokens, i + 2, tokens.partner[i + 1])
+        kernel = replace(kernel, template="", template_arguments="", arguments=arguments)
+    text = "" if deduced else tokens.join(i + 1, tokens.angle_close(i + 1) + 1)
     host_name = string_value(tokens, *found["host_name"])
     tokens.blank(first, stop)
-    unit.kernels.add(tokens, Instance(host_name, kernel, arguments, stop))
+    unit.kernels.add(tokens, Instance(host_name, kernel, text, stop, deduced))
     return stop + 1

@@ -71,12 +71,18 @@ class Kernel:
 
     def wrapper(self) -> str:
         """The function that fetches the arguments and calls the kernel; it stands behind it, on its last line."""
-        values = ", ".join(a if isinstance(a, str) else a.expression() for a in self.arguments)
         instance = f"{self.name}<{self.template_arguments}>" if self.template else self.name
         return (
-            f" {self.template} inline __attribute__((always_inline))"
-            f" void __mh_call_{self.name}(const thread __mh_context_t& __mh_context) {{ {instance}({values}); }}"
+            f"{self.caller(f'__mh_call_{self.name}', instance)}"
             f" {self.template} constexpr uint __mh_max_{self.name}() {{ return {self.max_threads}; }}"
+        )
+
+    def caller(self, name: str, callee: str) -> str:
+        """A function `name` that calls `callee` with the kernel's arguments."""
+        values = ", ".join(a if isinstance(a, str) else a.expression() for a in self.arguments)
+        return (
+            f" {self.template} inline __attribute__((always_inline))"
+            f" void {name}(const thread __mh_context_t& __mh_context) {{ {callee}({values}); }}"
         )
 
 
@@ -88,9 +94,13 @@ class Instance:
     kernel: Kernel
     template_arguments: str  # "<half, 64>" or ""
     at: int  # the token behind which its entry may stand
+    deduced: bool = False  # the instantiation names its parameters' types, not the template's arguments
 
     def entry(self, symbol: str) -> str:
         """The function that the host calls, and the most threads it may have; __MH_ENTRY is the back end's."""
+        if self.deduced:
+            caller = f"__mh_deduced_{self.at}"
+            return f"{self.kernel.caller(caller, self.kernel.name)} __MH_ENTRY({symbol}, ({caller}), ({self.kernel.max_threads}))"
         call = f"{self.kernel.path}{self.template_arguments}"
         limit = f"{call.replace('__mh_call_', '__mh_max_')}()"
         return f" __MH_ENTRY({symbol}, ({call}), ({limit}))"

@@ -96,7 +96,7 @@ class ShaderLibrary:
 
     def __init__(self, unit: Unit):
         self._unit = unit
-        self._plain = [name for name, instance in unit.kernels.instances.items() if not instance.template_arguments]
+        self._plain = [name for name, instance in unit.kernels.instances.items() if not instance.template_arguments and not instance.deduced]
         self._builds: dict[tuple[str, bool], cpu.Compiled] = {}
         self._modules: dict[str, nvidia.Module] = {}
         self._compile(self._plain, _mode.get().instrumented)

@@ -25,6 +25,8 @@ class Vectors:
     def __init__(self, tokens: Tokens):
         self._tokens = tokens
         self._dependent = type_names(tokens)  # may stand for a vector type
+        if "bfloat" in tokens.text:  # clang has no cast between the two
+            self._dependent |= {"half", "bfloat"}
 
     def word(self, i: int) -> None:
         """The word at token i, if it names a type that may be a vector."""
@@ -45,7 +47,7 @@ class Vectors:
             tokens.text[i] = "__mh_make"
 
     def _variable(self, i: int) -> bool:
-        """`float2 v(a, b);` and `float4 v = {a};`, which leaves the other elements 0."""
+        """`float2 v(a, b);` and `float4 v = {a, b};`, which leaves the other elements 0."""
         tokens = self._tokens
         if tokens.kind[i + 1 : i + 2] != ["word"]:
             return False
@@ -66,8 +68,8 @@ class Vectors:
             brace = first + 1 + (tokens[first + 1] == "=")
             if tokens[brace] != "{" or tokens.partner[brace] != last - 1:
                 continue
-            if len(split(tokens, brace + 1, last - 1)) == 1:
-                tokens.text[brace] = f"{'' if tokens[first + 1] == '=' else ' = '}__mh_first<{tokens[i]}>("
+            if 0 < len(split(tokens, brace + 1, last - 1)) < int(tokens[i][-1]):
+                tokens.text[brace] = f"{'' if tokens[first + 1] == '=' else ' = '}__mh_list<{tokens[i]}>("
                 tokens.text[last - 1] = ")"
         return False
 

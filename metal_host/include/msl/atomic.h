@@ -6,7 +6,9 @@
 namespace metal {
 
 enum memory_order { memory_order_relaxed };
-enum class thread_scope { thread_scope_thread, thread_scope_simdgroup, thread_scope_threadgroup, thread_scope_device };
+// Orders of a fence only: a type of their own, so that no other function takes them.
+enum __mh_fence_order { memory_order_acquire, memory_order_release, memory_order_acq_rel, memory_order_seq_cst };
+enum thread_scope { thread_scope_thread, thread_scope_simdgroup, thread_scope_threadgroup, thread_scope_device };
 
 template <typename T>
 struct atomic {
@@ -88,5 +90,9 @@ inline void atomic_max_explicit(volatile device atomic<ulong>* object, ulong ope
 inline void atomic_min_explicit(volatile device atomic<ulong>* object, ulong operand, memory_order) {
   __mh::atomic_update<__mh::minimum>((device ulong*)&object->__value, operand);
 }
+
+// One operating-system thread runs a launch: there is nothing to order.
+inline void atomic_thread_fence(mem_flags, memory_order, thread_scope = thread_scope::thread_scope_device) {}
+inline void atomic_thread_fence(mem_flags, __mh_fence_order, thread_scope = thread_scope::thread_scope_device) {}
 
 }  // namespace metal

@@ -224,6 +224,10 @@ template <typename... T>
 struct conjunction : true_type {};
 template <typename A, typename... T>
 struct conjunction<A, T...> : bool_constant<A::value && conjunction<T...>::value> {};
+template <typename... T>
+using _disjunction = disjunction<T...>;  // Apple's names for those, which sources use
+template <typename... T>
+using _conjunction = conjunction<T...>;
 template <typename A>
 struct negation : bool_constant<!A::value> {};
 

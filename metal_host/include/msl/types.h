@@ -138,12 +138,28 @@ struct maker {
     return T(a...);
   }
 };
+template <>
+struct maker<bfloat> {  // clang wants float between the two
+  template <typename A>
+  static constexpr bfloat of(A a) {
+    return bfloat(a);
+  }
+  static constexpr bfloat of(half a) { return bfloat(float(a)); }
+};
+template <>
+struct maker<half> {
+  template <typename A>
+  static constexpr half of(A a) {
+    return half(a);
+  }
+  static constexpr half of(bfloat a) { return half(float(a)); }
+};
 template <typename E>
 struct maker<ext<E, 2>> {
   typedef ext<E, 2> V;
   template <typename A>
   static constexpr scalar_to<A, V> of(A a) {
-    return V(E(a));
+    return V(maker<E>::of(a));
   }
   template <typename A, typename B>
   static constexpr V of(A a, B b) {
@@ -164,7 +180,7 @@ struct maker<ext<E, 3>> {
   typedef ext<E, 3> V;
   template <typename A>
   static constexpr scalar_to<A, V> of(A a) {
-    return V(E(a));
+    return V(maker<E>::of(a));
   }
   template <typename A, typename B, typename C>
   static constexpr V of(A a, B b, C c) {
@@ -193,7 +209,7 @@ struct maker<ext<E, 4>> {
   typedef ext<E, 4> V;
   template <typename A>
   static constexpr scalar_to<A, V> of(A a) {
-    return V(E(a));
+    return V(maker<E>::of(a));
   }
   template <typename A, typename B, typename C, typename D>
   static constexpr V of(A a, B b, C c, D d) {
@@ -250,29 +266,41 @@ constexpr T __mh_make(A... a) {
   return __mh::maker<T>::of(a...);
 }
 
-// What it makes of `T name = {x}`: the elements that are not named are 0.
+// What it makes of `T name = {x, y}` with fewer values than elements: the other elements are 0. Vectors are as in T(...).
 namespace __mh {
-template <typename V>
-struct first;
+template <typename... A>
+struct all_scalars {
+  static constant constexpr bool value = true;
+};
+template <typename F, int N, typename... A>
+struct all_scalars<ext<F, N>, A...> {
+  static constant constexpr bool value = false;
+};
+template <typename F, typename... A>
+struct all_scalars<F, A...> : all_scalars<A...> {};
+template <typename V, bool scalars>
+struct list {
+  template <typename... A>
+  static constexpr V of(A... a) {
+    return maker<V>::of(a...);
+  }
+};
 template <typename E>
-struct first<ext<E, 2>> {
+struct list<ext<E, 2>, true> {
   static constexpr ext<E, 2> of(E a) { return ext<E, 2>{a, 0}; }
-  static constexpr ext<E, 2> of(ext<E, 2> a) { return a; }
 };
 template <typename E>
-struct first<ext<E, 3>> {
-  static constexpr ext<E, 3> of(E a) { return ext<E, 3>{a, 0, 0}; }
-  static constexpr ext<E, 3> of(ext<E, 3> a) { return a; }
+struct list<ext<E, 3>, true> {
+  static constexpr ext<E, 3> of(E a, E b = 0) { return ext<E, 3>{a, b, 0}; }
 };
 template <typename E>
-struct first<ext<E, 4>> {
-  static constexpr ext<E, 4> of(E a) { return ext<E, 4>{a, 0, 0, 0}; }
-  static constexpr ext<E, 4> of(ext<E, 4> a) { return a; }
+struct list<ext<E, 4>, true> {
+  static constexpr ext<E, 4> of(E a, E b = 0, E c = 0) { return ext<E, 4>{a, b, c, 0}; }
 };
 }  // namespace __mh
-template <typename V, typename A>
-constexpr V __mh_first(A a) {
-  return __mh::first<V>::of(a);
+template <typename V, typename... A>
+constexpr V __mh_list(A... a) {
+  return __mh::list<V, __mh::all_scalars<A...>::value>::of(a...);
 }
 
 #define __MH_VECTORS(T)                               \
