@@ -8,21 +8,18 @@ What differs between the languages, and what is done about it:
 * `float4(a, b)` is no constructor of a vector type in C++: it becomes a call of __mh_make<float4>.
 * A member function without an address space is `thread` in Metal, generic in OpenCL: it gets `thread`. A constructor
   without one makes temporaries too, which here belong to no address space: `thread` is taken from it.
-* A temporary binds to `const thread T&` in Metal, and lets its member functions be called. Here it does not: where a source
-  does that, it is compiled with RELAXED, in which such references and functions take every address space.
 * Metal copies structs out of constant memory: classes get a defaulted copy constructor for it.
 * A few words are keywords in OpenCL and names in Metal: they are renamed.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from . import toolchain, versions
+from . import versions
+from .compiler import Binding, compile_source
 from .constants import Constants, Value
-from .errors import MetalSyntaxError
 from .kernels import SPACES, Instance, Kernel, Kernels, attributes, parse_arguments, split, string_value, template_names
 from .rewrite import drop_identifier_attributes, rewrite
 from .strictness import check_body, check_kernel_calls, check_pointers, check_program_scope, check_tokens
@@ -30,16 +27,6 @@ from .threadgroup import ThreadgroupVariable, rewrite_threadgroup_variables
 from .tokens import Tokens
 
 _QUALIFIERS = {"const", "volatile", *SPACES}
-# What clang says of a temporary; of a device object it names the address space.
-_OTHER = "(?!(?:const |volatile )*(?:device|threadgroup|constant|thread))"
-_TEMPORARY = re.compile(
-    "bind reference in default address space|temporary object because of address space mismatch"
-    f"|would make '[^']*thread [^']*' equal '{_OTHER}"
-    f"|object parameter of type '[^']*thread [^']*' with an expression of type '{_OTHER}"
-)
-STRICT, RELAXED = "-D__mh_thread=__private", "-D__mh_thread="
-
-
 @dataclass
 class Unit:
     """A translated source."""
@@ -47,7 +34,7 @@ class Unit:
     tokens: Tokens
     constants: Constants
     version: str
-    binding: str = STRICT  # or RELAXED, once the compiler has refused the other
+    binding: Binding = field(default_factory=Binding)
     kernels: Kernels = field(default_factory=Kernels)
     variables: list[ThreadgroupVariable] = field(default_factory=list)
 
@@ -60,14 +47,8 @@ class Unit:
         return self.tokens.render(extra)
 
     def compile(self, flags: list[str], source: str) -> str:
-        """clang's output for a rendered source; see RELAXED."""
-        while True:
-            try:
-                return toolchain.clang([*flags, self.binding, "-o", "-", "-"], input=source)
-            except MetalSyntaxError as error:
-                if self.binding == RELAXED or not _TEMPORARY.search(error.log):
-                    raise
-                self.binding = RELAXED
+        """clang's output for a rendered source."""
+        return compile_source(flags, source, self.binding)
 
 
 def translate(preprocessed: str, version: str, constants: Mapping[str | int, Value]) -> Unit:
@@ -165,6 +146,9 @@ def _declaration(unit: Unit, i: int, scope: _Scope) -> int:
         elif t in ("=", "{", ";", ":"):
             if not scope.class_name:
                 check_program_scope(tokens, first, i)
+                words = {tokens[k] for k in range(first, i)}
+                if t == ";" and {"constant", "::", "constexpr"} <= words:
+                    tokens.blank(first, i)  # a class's constant, which has its value there
             return tokens.skip_to(i, end, ";") + 1
         elif t == "operator":
             i += 1
@@ -213,7 +197,8 @@ def _member_function(unit: Unit, function: _Function, qualifiers: range, scope: 
             tokens.before.pop(j, None)
     elif not spaces and not versions.has_generic_this(unit.version):
         returns_member = any(tokens[j] in ("&", "*") for j in range(function.first, function.name))
-        tokens.append(qualifiers.stop - 1, " thread " if returns_member else " __mh_thread ")
+        is_const = any(tokens[j] == "const" for j in qualifiers)
+        tokens.append(qualifiers.stop - 1, " __mh_this " if is_const and not returns_member else " thread ")
 
 
 def _bind_temporaries(tokens: Tokens, start: int, end: int) -> None:

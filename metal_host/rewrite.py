@@ -43,6 +43,8 @@ def rewrite(tokens: Tokens) -> None:
             if tokens[i + 1] == "*" and tokens[i + 3] == ")" and tokens[i + 4] == "(" and _is_template_parameter(tokens, i):
                 tokens.text[i + 1] = "&"  # OpenCL has references to functions as template arguments, no pointers
             vectors.parenthesis(i)
+        elif text == "{":
+            vectors.brace(i)
 
 
 def _is_template_parameter(tokens: Tokens, i: int) -> bool:

@@ -101,7 +101,30 @@ class Vectors:
         close = tokens.partner[i + 1]
         if close == i + 2 or tokens[i - 1] in ("~", "explicit", "typename", "class", "&"):
             return False
-        return tokens[i - 1] != "::" and tokens[close + 1] not in ("{", ":")
+        if tokens[i - 1] == "::":
+            return False
+        begins = tokens[i - 1] in (*_STATEMENT_STARTS, ">", "inline")
+        return not (begins and tokens[close + 1] in ("{", ":"))  # a constructor with a body or initialisers
+
+    def brace(self, i: int) -> None:
+        """f({a, b, c}), where the parameter may be a vector: clang has no such conversion."""
+        tokens = self._tokens
+        close = tokens.partner[i]
+        if tokens[i - 1] not in ("(", ",") or tokens[close + 1] not in (")", ",") or close == i + 1:
+            return
+        elements = split(tokens, i + 1, close)
+        inside = range(i + 1, close)
+        if not 2 <= len(elements) <= 4 or not self._is_argument(i) or any(tokens[k] in (";", "{") for k in inside):
+            return
+        tokens.text[i], tokens.text[close] = "__mh_braces(", ")"
+
+    def _is_argument(self, i: int) -> bool:
+        """Does token i stand in the arguments of a call?"""
+        tokens = self._tokens
+        i -= 1
+        while i >= 0 and tokens[i] not in ("(", "[", "{", ";"):
+            i = tokens.partner[i - 1] if tokens[i - 1] in (")", "]", "}") else i - 1
+        return tokens[i] == "(" and (tokens.kind[i - 1] == "word" or tokens[i - 1] == ">")
 
     def parenthesis(self, i: int) -> None:
         """(float4)x -> __mh_make<float4>(x), where token i is the first parenthesis."""

@@ -109,4 +109,12 @@ inline __attribute__((always_inline, convergent)) void simdgroup_multiply(thread
   simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<D, 8>(D(0)));
 }
 
+template <typename T>
+inline __attribute__((always_inline, convergent)) simdgroup_matrix<T, 8, 8> operator*(simdgroup_matrix<T, 8, 8> a,
+                                                                                      simdgroup_matrix<T, 8, 8> b) {
+  simdgroup_matrix<T, 8, 8> d;
+  simdgroup_multiply(d, a, b);
+  return d;
+}
+
 }  // namespace metal

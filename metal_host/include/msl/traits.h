@@ -246,12 +246,14 @@ constexpr uniform<T> make_uniform(T value) {
 }
 
 template <typename T>
-struct numeric_limits {
+struct _numeric_limits_impl {  // Apple's name, which sources specialise
   static constant constexpr bool is_specialized = false;
 };
+template <typename T>
+struct numeric_limits : _numeric_limits_impl<remove_cv_t<T>> {};
 #define __MH_FLOAT_LIMITS(T, digits_, max_exponent_, max_, min_, epsilon_, denorm_)             \
   template <>                                                                                   \
-  struct numeric_limits<T> {                                                                    \
+  struct _numeric_limits_impl<T> {                                                                    \
     static constant constexpr bool is_specialized = true, is_signed = true, is_integer = false; \
     static constant constexpr bool has_infinity = true, has_quiet_NaN = true;                   \
     static constant constexpr int digits = digits_, max_exponent = max_exponent_;               \
@@ -269,7 +271,7 @@ __MH_FLOAT_LIMITS(bfloat, 8, 128, 0x1.fep+127f, 0x1p-126f, 0x1p-7f, 0x1p-133f)
 #undef __MH_FLOAT_LIMITS
 #define __MH_INTEGER_LIMITS(T, sign, min_, max_)                                               \
   template <>                                                                                  \
-  struct numeric_limits<T> {                                                                   \
+  struct _numeric_limits_impl<T> {                                                                   \
     static constant constexpr bool is_specialized = true, is_signed = sign, is_integer = true; \
     static constant constexpr bool has_infinity = false, has_quiet_NaN = false;                \
     static constant constexpr int digits = 8 * sizeof(T) - sign;                               \

@@ -303,6 +303,82 @@ constexpr V __mh_list(A... a) {
   return __mh::list<V, __mh::all_scalars<A...>::value>::of(a...);
 }
 
+// f({a, b, c}): what a vector parameter takes.
+namespace __mh {
+template <typename... A>
+struct braces;
+template <typename A, typename B>
+struct braces<A, B> {
+  A a;
+  B b;
+  template <typename E>
+  constexpr operator ext<E, 2>() const {
+    return ext<E, 2>{E(a), E(b)};
+  }
+};
+template <typename A, typename B, typename C>
+struct braces<A, B, C> {
+  A a;
+  B b;
+  C c;
+  template <typename E>
+  constexpr operator ext<E, 3>() const {
+    return ext<E, 3>{E(a), E(b), E(c)};
+  }
+};
+template <typename A, typename B, typename C, typename D>
+struct braces<A, B, C, D> {
+  A a;
+  B b;
+  C c;
+  D d;
+  template <typename E>
+  constexpr operator ext<E, 4>() const {
+    return ext<E, 4>{E(a), E(b), E(c), E(d)};
+  }
+};
+}  // namespace __mh
+template <typename... A>
+constexpr __mh::braces<A...> __mh_braces(A... a) {
+  return __mh::braces<A...>{a...};
+}
+
+// The scalar beside a vector, where it is wider than the vector's elements.
+namespace __mh {
+template <typename T>
+struct element_of {
+  template <typename S>
+  static constexpr S of(S x) {
+    return x;
+  }
+};
+template <typename E, int N>
+struct element_of<ext<E, N>> {
+  template <typename S>
+  static constexpr E of(S x) {
+    return E(x);
+  }
+};
+#define __MH_QUALIFIED(qualified) \
+  template <typename T>           \
+  struct element_of<qualified> : element_of<T> {};
+__MH_QUALIFIED(const T)
+__MH_QUALIFIED(T&)
+__MH_QUALIFIED(thread T)
+__MH_QUALIFIED(device T)
+__MH_QUALIFIED(constant T)
+__MH_QUALIFIED(threadgroup T)
+__MH_QUALIFIED(const thread T)
+__MH_QUALIFIED(const device T)
+__MH_QUALIFIED(const threadgroup T)
+__MH_QUALIFIED(const constant T)
+#undef __MH_QUALIFIED
+}  // namespace __mh
+template <typename V, typename S>
+constexpr auto __mh_demote(S x) {
+  return __mh::element_of<V>::of(x);
+}
+
 #define __MH_VECTORS(T)                               \
   typedef T T##2 __attribute__((ext_vector_type(2))); \
   typedef T T##3 __attribute__((ext_vector_type(3))); \
