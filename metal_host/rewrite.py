@@ -40,11 +40,28 @@ def rewrite(tokens: Tokens) -> None:
                 tokens.blank(i, tokens.partner[i + 1] + 1)
             vectors.word(i)
         elif text == "(":
-            if tokens[i + 1] == "*" and tokens[i + 3] == ")" and tokens[i + 4] == "(" and _is_template_parameter(tokens, i):
-                tokens.text[i + 1] = "&"  # OpenCL has references to functions as template arguments, no pointers
+            if _is_function_parameter(tokens, i):
+                tokens.text[i + 1] = "&"
             vectors.parenthesis(i)
         elif text == "{":
             vectors.brace(i)
+
+
+def _is_function_parameter(tokens: Tokens, i: int) -> bool:
+    """The pointer to a function that is a template's parameter, `void (*f)(int)` or an alias `void (*)(int)` of one: C++
+    for OpenCL has references to functions there, and no pointers. Token i is the first parenthesis."""
+    name = i + 2 if tokens[i + 2] != ")" else i + 1
+    if tokens[i + 1] != "*" or tokens[name + 1] != ")" or tokens[name + 2] != "(":
+        return False
+    if name > i + 1:
+        return _is_template_parameter(tokens, i)
+    equals = i
+    while equals > 0 and tokens[equals] not in ("=", ";", "{", "}"):
+        equals -= 1
+    if tokens[equals - 2] != "using":
+        return False
+    uses = (k for k in range(i, len(tokens)) if tokens[k] == tokens[equals - 1])
+    return any(_is_template_parameter(tokens, k) for k in uses)
 
 
 def _is_template_parameter(tokens: Tokens, i: int) -> bool:
