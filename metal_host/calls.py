@@ -9,22 +9,45 @@ from .errors import MetalSyntaxError
 
 _DEFINE = re.compile(r'^define .*?@("[^"]+"|[\w.$]+)\(')
 _CALL = re.compile(r'\bcall [^@\n]*@("[^"]+"|[\w.$]+)\(')
+_BRANCH = re.compile(r"br label %([\w.]+)")
 _UNSET = re.compile(rf'@"?(?:\\01)?({UNSET}\w+)')
 
 
 def graph(code: str) -> dict[str, set[str]]:
-    """Function -> the functions that it calls, and the constants without a value that it reads."""
+    """Function -> the functions that it calls, and the constants without a value that it reads.
+
+    A function that calls itself last and returns nothing is left out: Metal's compiler makes a loop of it.
+    """
     calls: dict[str, set[str]] = {}
     current: set[str] = set()
-    for line in code.split("\n"):
+    name, lines = "", code.split("\n")
+    for number, line in enumerate(lines):
         if match := _DEFINE.match(line):
-            current = calls.setdefault(match[1], set())
+            name = match[1]
+            current = calls.setdefault(name, set())
         else:
             if "call " in line:
-                current.update(_CALL.findall(line))
+                found = _CALL.findall(line)
+                current.update(f for f in found if f != name or not _returns(lines, number + 1))
             if UNSET in line:
                 current.update(_UNSET.findall(line))
     return calls
+
+
+def _returns(lines: list[str], at: int) -> bool:
+    """Does the code from line `at` on do nothing but return?"""
+    for _ in range(100):
+        line = lines[at].strip()
+        if line == "ret void":
+            return True
+        if match := _BRANCH.match(line):
+            at = next((k for k in range(at, len(lines)) if lines[k].startswith(f"{match[1]}:")), -1)
+            if at < 0:
+                return False
+        elif line and "lifetime.end" not in line:
+            return False
+        at += 1
+    return False
 
 
 def unset_constants(calls: dict[str, set[str]], entry: str) -> list[str]:

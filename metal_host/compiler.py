@@ -5,6 +5,8 @@ What no rule on tokens can decide, clang's own diagnostics do: they name the pla
 * A temporary binds to `const thread T&` in Metal, and its const member functions can be called. Here temporaries belong
   to no address space. Where a source does that, such references or functions take every address space.
 * `half4 * float` converts the scalar to the vector's elements in Metal; clang wants that written out.
+* Objects of a class cannot be assigned from constant memory, nor be a side of a conditional expression beside a temporary:
+  they are read first.
 * From float to bfloat there is no implicit conversion in Metal; clang has one, with a warning.
 """
 
@@ -24,7 +26,13 @@ _REFERENCE = re.compile(
 )
 _OBJECT = re.compile(f"object parameter of type '[^']*thread [^']*' with an expression of type '{_ELSEWHERE}")
 _RANK = "scalar operand type has greater rank than the type of the vector element"
-_RANGES = re.compile(rf":\{{(\d+):(\d+)-(\d+):(\d+)\}}\{{(\d+):(\d+)-(\d+):(\d+)\}}: error: {_RANK}\D*\('([^']*)'")
+_OPERANDS = r":\{(\d+):(\d+)-(\d+):(\d+)\}\{(\d+):(\d+)-(\d+):(\d+)\}: error: "
+_RANK_RANGES = re.compile(rf"{_OPERANDS}{_RANK}\D*\('([^']*)'")
+_CONDITIONAL = "incompatible operand types \\(|conditional expression is ambiguous"
+_CONDITIONAL_RANGES = re.compile(f"{_OPERANDS}(?:{_CONDITIONAL})")
+_ASSIGNMENT = "no viable overloaded '='"
+_ASSIGNMENT_RANGES = re.compile(f"{_OPERANDS}{_ASSIGNMENT}")
+_REPAIRABLE = re.compile(f"{_RANK}|{_CONDITIONAL}|{_ASSIGNMENT}")
 _MARKER = re.compile(r"^[ \t]*#[ \t]*(?:line[ \t]+)?\d+[^\n]*", re.MULTILINE)
 _TO_BFLOAT = re.compile(
     r"^(.*?): warning: (implicit conversion (?:loses floating-point precision|changes).*?to '(?:const )?bfloat\d?'.*)$",
@@ -65,7 +73,7 @@ def compile_source(flags: list[str], source: str, binding: Binding) -> str:
         except MetalSyntaxError as error:
             if binding.relax(error.log):
                 continue
-            repaired = _demote_scalars(flags, source, binding) if _RANK in error.log else source
+            repaired = _repair(flags, source, binding) if _REPAIRABLE.search(error.log) else source
             if repaired == source:
                 raise
             source = repaired
@@ -74,24 +82,33 @@ def compile_source(flags: list[str], source: str, binding: Binding) -> str:
     return output
 
 
-def _demote_scalars(flags: list[str], source: str, binding: Binding) -> str:
-    """Wrap every scalar that clang finds too wide for its vector."""
+def _repair(flags: list[str], source: str, binding: Binding) -> str:
+    """Write out the conversions that clang misses: of scalars beside vectors, and of objects to values."""
     plain = _MARKER.sub(lambda m: " " * len(m[0]), source)  # clang's lines are the text's
     ranges = "-fdiagnostics-print-source-range-info"
     log = toolchain.clang_log([*flags, *binding.flags(), "-fsyntax-only", "-ferror-limit=0", ranges, "-"], plain)
-    starts = [0]
-    for line in source.split("\n"):
-        starts.append(starts[-1] + len(line.encode()) + 1)
     text = source.encode()
+    starts = [0]
+    for line in text.split(b"\n"):
+        starts.append(starts[-1] + len(line) + 1)
+
+    def operands(match: re.Match[str]) -> tuple[slice, slice]:
+        a, b, c, d = (starts[int(match[k]) - 1] + int(match[k + 1]) - 1 for k in (1, 3, 5, 7))
+        return slice(a, b), slice(c, d)
+
     edits: dict[tuple[int, int], str] = {}
-    for match in _RANGES.finditer(log):
-        at = [starts[int(match[k]) - 1] + int(match[k + 1]) - 1 for k in (1, 3, 5, 7)]
-        left, right = (at[0], at[1]), (at[2], at[3])
+    for match in _RANK_RANGES.finditer(log):
+        left, right = operands(match)
         vector, scalar = (left, right) if _is_vector(match[9]) else (right, left)
-        edits[scalar] = text[slice(*vector)].decode()
-    for (start, end), vector in sorted(edits.items(), reverse=True):
-        wrapped = f"__mh_demote<decltype({vector})>({text[start:end].decode()})"
-        text = text[:start] + wrapped.encode() + text[end:]
+        edits[scalar.start, scalar.stop] = f"__mh_demote<decltype({text[vector].decode()})>"
+    for match in _CONDITIONAL_RANGES.finditer(log):
+        for side in operands(match):
+            edits[side.start, side.stop] = "__mh_value"
+    for match in _ASSIGNMENT_RANGES.finditer(log):
+        side = operands(match)[1]
+        edits[side.start, side.stop] = "__mh_value"
+    for (start, end), function in sorted(edits.items(), reverse=True):
+        text = text[:start] + f"{function}({text[start:end].decode()})".encode() + text[end:]
     return text.decode()
 
 

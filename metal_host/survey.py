@@ -3,8 +3,8 @@
     python -m metal_host.survey MLX=path/to/mlx candle=path/to/candle
 
 Fetches nothing. Of every kernel function the first and the last instance that the sources themselves make are compiled,
-with function constants left without a value, to machine code. A header is looked for beside the source and in every
-folder above it.
+with function constants left without a value, to machine code. A header is looked for beside the source, in every
+folder above it and in a folder "include" of each.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class FileReport:
 def survey_file(path: Path, root: Path, version: str) -> FileReport:
     """Compile the kernels of one file below `root`."""
     report = FileReport(str(path.relative_to(root)))
-    include = [path.parent, *(p for p in path.parents if p == root or root in p.parents)]
+    folders = [p for p in path.parents if p == root or root in p.parents]
+    include = [*folders, *(p / "include" for p in folders)]
     try:
         unit = library.front_end(path.read_text(encoding="utf-8"), {}, version, include)
     except (SyntaxError, RecursionError) as error:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from .kernels import Kernel, split
 from .tokens import Tokens
 
+_ZEROS = ("", "0", "0.0", "0.0f", "0.f", "false")
+
 
 @dataclass
 class ThreadgroupVariable:
@@ -21,7 +23,7 @@ class ThreadgroupVariable:
 def rewrite_threadgroup_variables(tokens: Tokens, kernel: Kernel, variables: list[ThreadgroupVariable]) -> None:
     """Rewrite `threadgroup T name[n];` in the kernel's body, and add the variables found to `variables`.
 
-    They have no initial value but `{0}`, and each thread that passes the declaration writes it.
+    They have no initial value but zero, and each thread that passes the declaration writes it.
     """
     i = kernel.body + 1
     while i < kernel.end:
@@ -45,7 +47,7 @@ def rewrite_threadgroup_variables(tokens: Tokens, kernel: Kernel, variables: lis
         text = ""
         for first, last in split(tokens, j, end):
             stop = next((k for k in range(first, last) if tokens[k] in ("=", "{")), last)
-            if [tokens[k] for k in range(stop, last) if tokens[k] != "="] not in ([], ["{", "}"], ["{", "0", "}"]):
+            if "".join(tokens[k] for k in range(stop, last)).strip("={}") not in _ZEROS:
                 raise tokens.error(first, f"threadgroup variable '{tokens[first]}' cannot have an initial value")
             file, line = tokens.place(first)
             number = len(variables)

@@ -245,10 +245,10 @@ REFUSED = {
     ),
     "matrix of 16": ("void f() { simdgroup_matrix<float, 16, 16> m; }", "8x8"),
     "matrix of int": ("void f() { simdgroup_matrix<int, 8, 8> m; }", "no type"),
-    "matrix float into half accumulator": (
-        "void f(simdgroup_half8x8 a, simdgroup_float8x8 b, thread simdgroup_half8x8& d)"
-        "{ simdgroup_multiply_accumulate(d, a, b, d); }",
-        "accumulate in the operands' type or in float",
+    "matrix addend of another type": (
+        "void f(simdgroup_half8x8 a, simdgroup_half8x8 c, thread simdgroup_float8x8& d)"
+        "{ simdgroup_multiply_accumulate(d, a, a, c); }",
+        "the result must have the addend's type",
     ),
     "matrix load of another type": (
         "void f(thread simdgroup_half8x8& a, device float* p) { simdgroup_load(a, p); }",

@@ -88,14 +88,13 @@ __MH_MATRIX_STORES(threadgroup)
 #undef __MH_MATRIX_LOADS
 #undef __MH_MATRIX_STORES
 
-// Summed in float and rounded once. The result has the addend's type: the operands' where they have one, or float.
+// Summed in float and rounded once. The two operands and the addend may have types of their own; the result has the
+// addend's.
 template <typename D, typename A, typename B, typename C>
 inline __attribute__((always_inline, convergent)) void simdgroup_multiply_accumulate(
     thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a, simdgroup_matrix<B, 8, 8> b,
     simdgroup_matrix<C, 8, 8> c) {
   static_assert(is_same_v<D, C>, "simdgroup_multiply_accumulate: the result must have the addend's type");
-  static_assert((is_same_v<D, A> && is_same_v<D, B>) || is_same_v<D, float>,
-                "simdgroup_multiply_accumulate: accumulate in the operands' type or in float");
   __mh::ext<float, 2> addend = __builtin_convertvector(c.__elements, __mh::ext<float, 2>);
   typedef typename conditional<is_same_v<A, B>, A, float>::type Operand;
   __mh::ext<float, 2> product = __mh::matrix_product(__mh::converter<Operand, A, 2>::of(a.__elements),

@@ -374,6 +374,11 @@ __MH_QUALIFIED(const threadgroup T)
 __MH_QUALIFIED(const constant T)
 #undef __MH_QUALIFIED
 }  // namespace __mh
+// A side of a conditional expression, read from its memory.
+template <typename T>
+constexpr T __mh_value(T x) {
+  return x;
+}
 template <typename V, typename S>
 constexpr auto __mh_demote(S x) {
   return __mh::element_of<V>::of(x);
