@@ -83,7 +83,9 @@ class Launch(ctypes.Structure):
         ("site_lines", POINTER(c_uint32)),
         ("site_count", c_uint64),
         ("allow_partial_collectives", c_uint32),
+        ("lockstep", c_uint32),
         ("report_count", c_uint32),
+        ("unused", c_uint32),
         ("counters", Counters),
         ("reports", Report * MAX_REPORTS),
     ]

@@ -62,6 +62,13 @@ def _compile_c(name: str, output: Path) -> None:
     toolchain.run(["clang", *flags, "-c", "-o", str(output), str(toolchain.RUNTIME / name)])
 
 
+def _compile_with_libc(name: str, output: Path) -> None:
+    machine = "aarch64" if platform.machine().lower() in ("arm64", "aarch64") else "x86_64"
+    system = "macos" if sys.platform == "darwin" else "linux-gnu"
+    flags = ["-target", f"{machine}-{system}", "-O2", "-fPIC", "-fno-sanitize=all", "-fno-stack-protector"]
+    toolchain.run(["cc", *flags, "-c", "-o", str(output), str(toolchain.RUNTIME / name)])
+
+
 def _runtime_files() -> list[Path]:
     """The fiber runtime as a shared library, and the object that is linked into every kernel's."""
 
@@ -70,6 +77,8 @@ def _runtime_files() -> list[Path]:
         for source in ("scheduler.c", "collective.c", "faults.c", "shadow.c"):
             objects.append(directory / f"{source}.o")
             _compile_c(source, objects[-1])
+        objects.append(directory / "crash.c.o")
+        _compile_with_libc("crash.c", objects[-1])
         link(objects, directory / "runtime.so")
         _compile_c("table.c", directory / "table.o")
 
@@ -82,7 +91,7 @@ def runtime() -> ctypes.CDLL:
     if libm := ctypes.util.find_library("m"):
         ctypes.CDLL(libm, mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(_runtime_files()[0]), mode=ctypes.RTLD_GLOBAL)
-    library.__mh_launch.argtypes = [ctypes.POINTER(abi.Launch)]
+    library.__mh_guarded_launch.argtypes = [ctypes.POINTER(abi.Launch)]
     return library
 
 
@@ -196,6 +205,12 @@ def launch(compiled: Compiled, bindings: Bindings, shape: Shape, seed: int) -> a
     request = prepare(compiled, bindings.addresses(), shape, seed)
     threadgroup_arguments(request, compiled, bindings, margin=0)
     run(request)
+    if request.report_count:
+        address = request.reports[0].address
+        raise RuntimeError(
+            f"kernel {compiled.name}: an access at {address:#x}, where there is no memory; run it inside observe() to "
+            "be told the line"
+        )
     return request.counters
 
 
@@ -223,7 +238,7 @@ _running = threading.Lock()
 def run(request: abi.Launch) -> None:
     """One launch at a time: the runtime has one set of fibers, and ctypes lets other Python threads go on."""
     with _running:
-        runtime().__getattr__("__mh_launch")(ctypes.byref(request))
+        runtime().__getattr__("__mh_guarded_launch")(ctypes.byref(request))
 
 
 def prepare(compiled: Compiled, addresses: dict[int, int], shape: Shape, seed: int) -> abi.Launch:

@@ -25,7 +25,9 @@ _KINDS = {
     6: "inactive lane",
     7: "index",
     8: "misaligned",
+    9: "out of bounds",
 }
+_CRASH = 9
 _OPERATIONS = {
     1: "shuffle",
     2: "simdgroup reduction",
@@ -38,7 +40,13 @@ _NONE = 0xFFFFFFFF
 
 
 def launch(
-    compiled: cpu.Compiled, bindings: Bindings, shape: cpu.Shape, *, seed: int, allow_partial_collectives: bool
+    compiled: cpu.Compiled,
+    bindings: Bindings,
+    shape: cpu.Shape,
+    *,
+    seed: int,
+    lockstep: bool,
+    allow_partial_collectives: bool,
 ) -> abi.Counters:
     """Run a kernel of the instrumented build. Tensors are as after the launch also when it raises KernelFault."""
     arena = Arena(bindings)
@@ -57,7 +65,7 @@ def launch(
         compiled.sites.lines,
         len(compiled.sites.lines),
     )
-    request.allow_partial_collectives = allow_partial_collectives
+    request.allow_partial_collectives, request.lockstep = allow_partial_collectives, lockstep
     cell = cpu.runtime().__getattr__("__mh_shadow_bytes")()
     size = sum((r.end - r.start) * cell for r in regions if r.space != abi.SPACES.index("constant"))
     with mmap.mmap(-1, size + mmap.PAGESIZE) as shadow:
@@ -150,6 +158,10 @@ class Teller:
             where = abi.UbsanLocation.from_address(r.source)
             message = f"index {r.index} is outside the array, {self._at(r)}"
             return Fault(kind, (where.file or b"").decode(), where.line, 0, message)
+        if r.fault == _CRASH:
+            file, line = self._sites.line(r.site)
+            message = f"access at {r.address:#x}, where there is no memory, {self._at(r)}"
+            return Fault(kind, file, line, 0, message)
         file, line = self._sites.place(r.site)
         other_file, other_line = self._sites.place(r.other_site) if r.other_site else ("", 0)
         if kind == "divergent barrier" and (file, line) == (other_file, other_line) and not r.write:

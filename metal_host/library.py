@@ -24,6 +24,7 @@ class Mode:
 
     instrumented: bool = False
     seed: int = 0
+    lockstep: bool = False
     allow_partial_collectives: bool = False
     log: list[Launch] | None = None
 
@@ -42,18 +43,22 @@ _mode: ContextVar[Mode] = ContextVar("mode", default=_DEFAULT)
 
 @contextmanager
 def observe(
-    *, instrumented: bool = True, seed: int = 0, allow_partial_collectives: bool = False
+    *, instrumented: bool = True, seed: int = 0, lockstep: bool = False, allow_partial_collectives: bool = False
 ) -> Iterator[list[Launch]]:
     """Run the launches of a block under observation; yields the list that they are recorded in.
 
     instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here.
         Launches on an NVIDIA GPU are not observed: there compute-sanitizer is the tool (README.md).
     seed: 0 runs ready threads in order, every other number in an order of its own.
+    lockstep: the lanes of a simdgroup go from memory access to memory access together, as they do on Apple's GPUs,
+        and two of them do not race. For kernels that leave out simdgroup barriers; needs the instrumented build.
     allow_partial_collectives: reductions, votes and shuffles may be reached by some lanes of a simdgroup
         only, which Metal defines but our kernels never mean.
     """
+    if lockstep and (seed or not instrumented):
+        raise ValueError("lockstep is an order of its own, of instrumented launches: no seed, instrumented=True")
     log: list[Launch] = []
-    token = _mode.set(Mode(instrumented, seed, allow_partial_collectives, log))
+    token = _mode.set(Mode(instrumented, seed, lockstep, allow_partial_collectives, log))
     try:
         yield log
     finally:
@@ -208,6 +213,7 @@ class KernelFunction:
                 bindings,
                 shape,
                 seed=mode.seed,
+                lockstep=mode.lockstep,
                 allow_partial_collectives=mode.allow_partial_collectives,
             )
         else:
