@@ -71,6 +71,7 @@ def compile_shader(
     constants: Mapping[str | int, Value] | None = None,
     version: str = versions.DEFAULT,
     include: Sequence[str | Path] = (),
+    kernels: Sequence[str] | None = None,
 ) -> ShaderLibrary:
     """Compile Metal Shading Language; stands in for torch.mps.compile_shader(source), which takes the source alone.
 
@@ -78,12 +79,13 @@ def compile_shader(
         is_function_constant_defined() says so, and a kernel that reads one is refused when it is looked up.
     version: the language version, "3.0" to "4.1"; what it lacks is refused. torch passes 3.0 to 4.0, by macOS.
     include: directories of headers. Those of the installed torch may be included without.
+    kernels: names of those that are wanted, where a source has hundreds; by default all of them.
 
     Raises SyntaxError with the compiler's log for what Metal refuses. Kernels that are templates are compiled when they
     are first looked up. Inside an instrumented `observe` only the instrumented build is made at first; the other one
     (which also finds recursion) when it is launched.
     """
-    return ShaderLibrary(front_end(source_text, constants or {}, version, include))
+    return ShaderLibrary(front_end(source_text, constants or {}, version, include), kernels)
 
 
 def front_end(
@@ -99,9 +101,11 @@ def front_end(
 class ShaderLibrary:
     """The kernels of a source, as attributes."""
 
-    def __init__(self, unit: Unit):
+    def __init__(self, unit: Unit, wanted: Sequence[str] | None = None):
         self._unit = unit
-        self._plain = [name for name, instance in unit.kernels.instances.items() if not instance.template_arguments and not instance.deduced]
+        self._plain = [name for name, i in unit.kernels.instances.items() if not i.template_arguments and not i.deduced]
+        if wanted is not None:
+            self._plain = [name for name in self._plain if name in wanted]
         self._builds: dict[tuple[str, bool], cpu.Compiled] = {}
         self._modules: dict[str, nvidia.Module] = {}
         self._compile(self._plain, _mode.get().instrumented)

@@ -188,4 +188,5 @@ def library_templates() -> frozenset[str]:
     headers = Path(__file__).parent / "include" / "msl"
     text = "".join((headers / name).read_text() for name in ("traits.h", "atomic.h", "simdgroup_matrix.h"))
     declared = re.findall(r"template\s*<[^;{}()]*>\s*(?:struct|class|using)\s+([a-z]\w+)", text)
+    declared += re.findall(r"^__MH_(?:TRAIT|STRIP)\((\w+)", text, re.MULTILINE)
     return frozenset(f"{name}{suffix}" for name in declared for suffix in ("", "_t", "_v")) | {"vec"}

@@ -14,7 +14,7 @@ struct os_log {
 #define __MH_LOGS(space)      \
   __MH_LOG(_debug, space)     \
   __MH_LOG(_info, space)      \
-  __MH_LOG(_default, space)   \
+  __MH_LOG(, space)           \
   __MH_LOG(_error, space)     \
   __MH_LOG(_fault, space)     \
   template <typename... A>    \
