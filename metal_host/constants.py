@@ -33,9 +33,10 @@ class Constants:
         self.values: dict[str, Value] = {}
         self.unset: set[str] = set()  # also constants computed from one
         for i in range(len(tokens)):
-            if tokens[i] == tokens[i + 1] == "[" and tokens[tokens.partner[i] + 1] == ";":
-                if "function_constant" in (found := attributes(tokens, i, tokens.partner[i] + 1)):
-                    self._declaration(tokens, i, found["function_constant"], values)
+            if tokens[i] == tokens[i + 1] == "[" and tokens[(end := tokens.partner[i] + 1)] == ";":
+                argument = attributes(tokens, i, end).get("function_constant")
+                if argument:
+                    self._declaration(tokens, i, argument, values)
         known = {*self.numbers, *self.numbers.values()}
         if unknown := [key for key in values if key not in known]:
             names = ", ".join(f"{name} ({number})" for name, number in self.numbers.items()) or "none"
@@ -44,7 +45,9 @@ class Constants:
             self._defined(tokens)
             self._derived(tokens)
 
-    def _declaration(self, tokens: Tokens, i: int, argument: tuple[int, int], values: Mapping[str | int, Value]) -> None:
+    def _declaration(
+        self, tokens: Tokens, i: int, argument: tuple[int, int], values: Mapping[str | int, Value]
+    ) -> None:
         name, end = tokens[i - 1], tokens.partner[i] + 1
         number = self.numbers[name] = _number(tokens, *argument)
         first = i - 1

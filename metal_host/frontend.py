@@ -27,6 +27,8 @@ from .threadgroup import ThreadgroupVariable, rewrite_threadgroup_variables
 from .tokens import Tokens
 
 _QUALIFIERS = {"const", "volatile", *SPACES}
+
+
 @dataclass
 class Unit:
     """A translated source."""

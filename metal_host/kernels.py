@@ -216,7 +216,9 @@ def parse_arguments(tokens: Tokens, start: int, end: int) -> list[Buffer | str]:
             continue
         unknown = set(parameter.attributes) - {"buffer", "threadgroup", "function_constant", "maybe_unused"}
         if unknown:
-            raise tokens.error(parameter.first, f"attribute '{unknown.pop()}' of '{tokens[parameter.name]}' is not known")
+            raise tokens.error(
+                parameter.first, f"attribute '{unknown.pop()}' of '{tokens[parameter.name]}' is not known"
+            )
         arguments.append(_buffer(tokens, parameter, taken["buffer"]))
     return arguments
 

@@ -15,7 +15,7 @@ from . import abi, cpu, instrumented, nvidia, source, versions
 from .bindings import Bindings
 from .constants import Value
 from .frontend import Unit, translate
-from .kernels import Buffer
+from .kernels import Buffer, Kernel
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,10 @@ class ShaderLibrary:
         module = self.module(name)
         return nvidia.resources(module.ptx, module.entries[name], threads)
 
+    def kernel(self, name: str) -> Kernel:
+        """What the source says of the kernel `name`: its arguments, its bound of threads."""
+        return self._unit.kernels.instances[name].kernel
+
     def __getattr__(self, name: str) -> KernelFunction:
         if name.startswith("__") or name not in self._unit.kernels.instances:
             raise (AttributeError if name.startswith("__") else RuntimeError)(
@@ -150,7 +154,7 @@ class KernelFunction:
     def __init__(self, library: ShaderLibrary, name: str):
         self._library = library
         self._name = name
-        self._kernel = library._unit.kernels.instances[name].kernel
+        self._kernel = library.kernel(name)
         compiled = library.compiled(name, _mode.get().instrumented)
         self._threadgroup_bytes, self._max_threads = compiled.threadgroup_bytes, compiled.max_threads
         self._check_pipeline(compiled)

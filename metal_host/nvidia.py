@@ -63,7 +63,12 @@ def compile_ptx(unit: Unit, host_names: list[str]) -> tuple[str, dict[str, str]]
     """(PTX, host name -> entry) of the kernels `host_names`."""
     entries = {name: f"__mh_entry_{i}" for i, name in enumerate(host_names)}
     source = unit.render(entries)
-    flags = [*toolchain.LANGUAGE, *versions.flags(unit.version), *_TARGET, *(["-D__MH_FAST_MATRICES"] if fast_matrices() else [])]
+    flags = [
+        *toolchain.LANGUAGE,
+        *versions.flags(unit.version),
+        *_TARGET,
+        *(["-D__MH_FAST_MATRICES"] if fast_matrices() else []),
+    ]
 
     def build(directory: Path) -> None:
         link = ["-Xclang", "-mlink-builtin-bitcode", "-Xclang", str(libdevice()), "-Wno-linker-warnings"]

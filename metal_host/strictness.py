@@ -59,7 +59,13 @@ def check_tokens(tokens: Tokens, version: str) -> None:
             raise tokens.error(i, f"'{word}' is reserved for the compiler")
         if word in absent:
             raise tokens.error(i, absent[word])
-        if not lambdas and word == "[" and tokens[i + 1] != "[" and tokens[i - 1] in _BEFORE_LAMBDA and tokens[i - 1] != "[":
+        if (
+            not lambdas
+            and word == "["
+            and tokens[i + 1] != "["
+            and tokens[i - 1] in _BEFORE_LAMBDA
+            and tokens[i - 1] != "["
+        ):
             close = tokens.partner[i]
             if tokens[close + 1] in ("(", "{") and not (tokens[i - 1] in ("{", ",") and tokens[close + 1] == "="):
                 raise tokens.error(i, f"Metal {version} has no lambdas")
@@ -123,9 +129,17 @@ def _check_declarator(tokens: Tokens, start: int, end: int) -> None:
 def check_program_scope(tokens: Tokens, first: int, end: int) -> None:
     """Variables outside functions are constant: the declaration has its specifiers in tokens first..end-1."""
     words = [tokens[k] for k in range(first, end)]
-    declares = end - first > 1 and not {"constant", "using", "typedef", "template", "struct", "class", "union"} & set(words)
-    if declares and words[0] not in ("enum", "friend", "extern", "static_assert", "namespace") and "sampler" not in words:
-        raise tokens.error(first, f"'{' '.join(words)}': a variable of program scope must be in the constant address space")
+    declares = end - first > 1 and not {"constant", "using", "typedef", "template", "struct", "class", "union"} & set(
+        words
+    )
+    if (
+        declares
+        and words[0] not in ("enum", "friend", "extern", "static_assert", "namespace")
+        and "sampler" not in words
+    ):
+        raise tokens.error(
+            first, f"'{' '.join(words)}': a variable of program scope must be in the constant address space"
+        )
 
 
 def check_kernel_calls(tokens: Tokens, kernels: Kernels) -> None:

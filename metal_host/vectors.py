@@ -184,7 +184,11 @@ def type_names(tokens: Tokens) -> set[str]:
     """Template type parameters and aliases: names whose T(a, b) may construct a vector."""
     names = set()
     for i in range(len(tokens)):
-        if tokens[i] in ("typename", "class") and tokens[i - 1] in ("<", ",") and tokens.kind[i + 1 : i + 2] == ["word"]:
+        if (
+            tokens[i] in ("typename", "class")
+            and tokens[i - 1] in ("<", ",")
+            and tokens.kind[i + 1 : i + 2] == ["word"]
+        ):
             if tokens[i + 2] in (",", ">", "="):
                 names.add(tokens[i + 1])
         elif tokens[i] == "using" and tokens[i + 2] == "=":

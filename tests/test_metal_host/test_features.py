@@ -35,7 +35,9 @@ kernel void indirect(device float* o) { o[0] = through(); }
 
 def test_function_constants_by_name_and_number():
     given = {"causal": True, 4: -7, "scale": 0.1}
-    assert floats(CONSTANTS, 6, tensors=(torch.tensor([8.0]),), constants=given) == pytest.approx([8, -7, 0.1, 1, -14, 0])
+    assert floats(CONSTANTS, 6, tensors=(torch.tensor([8.0]),), constants=given) == pytest.approx(
+        [8, -7, 0.1, 1, -14, 0]
+    )
     given = {3: False, 4: 7, 5: -float("inf"), 6: False}
     assert floats(CONSTANTS, 6, constants=given) == [-1, 7, -float("inf"), 0, 14, 1]
 
@@ -43,11 +45,11 @@ def test_function_constants_by_name_and_number():
 def test_function_constants_without_a_value():
     lib = compile_shader(HEADER + CONSTANTS)
     lib.guarded(torch.zeros(1))
-    with pytest.raises(RuntimeError, match="'direct' needs function constants that have no value: flag$"):
+    with pytest.raises(RuntimeError, match=r"'direct' needs function constants that have no value: flag$"):
         lib.direct  # noqa: B018
-    with pytest.raises(RuntimeError, match="'indirect' needs .*: twice"):
+    with pytest.raises(RuntimeError, match=r"'indirect' needs .*: twice"):
         lib.indirect  # noqa: B018
-    with pytest.raises(RuntimeError, match="'k' needs .*: causal, n, scale"):
+    with pytest.raises(RuntimeError, match=r"'k' needs .*: causal, n, scale"):
         lib.k  # noqa: B018
 
 
@@ -251,7 +253,10 @@ def test_headers_beside_the_source(tmp_path):
 NEWER = {
     "if constexpr": ("kernel void k(device float* o) { if constexpr (sizeof(int) == 4) o[0] = 1; }", "3.2"),
     "lambda": ("kernel void k(device float* o) { auto f = [](float x) { return x + 1; }; o[0] = f(0); }", "3.2"),
-    "logging": ("#include <metal_logging>\nkernel void k(device float* o) { os_log_default.log(\"x\"); o[0] = 1; }", "3.2"),
+    "logging": (
+        '#include <metal_logging>\nkernel void k(device float* o) { os_log_default.log("x"); o[0] = 1; }',
+        "3.2",
+    ),
     "bfloat": ("kernel void k(device float* o) { bfloat b = bfloat(1.0f); o[0] = b; }", "3.1"),
     "its number": ("kernel void k(device float* o) { o[0] = __METAL_VERSION__ == 400; }", "4.0"),
 }
@@ -267,7 +272,7 @@ def test_versions(text, since):
 
 
 def test_versions_are_named():
-    with pytest.raises(ValueError, match="version must be one of 3.0, 3.1, 3.2, 4.0, 4.1, got '3'"):
+    with pytest.raises(ValueError, match=r"version must be one of 3.0, 3.1, 3.2, 4.0, 4.1, got '3'"):
         compile_shader(HEADER, version="3")
 
 
@@ -310,7 +315,9 @@ def test_refused(text, message):
 
 
 def test_more_threads_than_a_pipeline_has():
-    lib = compile_shader(HEADER + "[[max_total_threads_per_threadgroup(1025)]] kernel void k(device float* o) { o[0] = 1; }")
+    lib = compile_shader(
+        HEADER + "[[max_total_threads_per_threadgroup(1025)]] kernel void k(device float* o) { o[0] = 1; }"
+    )
     with pytest.raises(RuntimeError, match="1025 threads per threadgroup, the maximum is 1024"):
         lib.k  # noqa: B018
 
@@ -318,7 +325,7 @@ def test_more_threads_than_a_pipeline_has():
 def test_members_of_metal_4_1_take_every_address_space():
     text = "struct S { float v; thread float& at() { return v; } };\nkernel void k(device float* o) { S s; s.at() = 1; o[0] = s.v; }"
     assert floats(text, version="4.0") == [1]
-    with pytest.raises(SyntaxError, match="address space|thread"):
+    with pytest.raises(SyntaxError, match=r"address space|thread"):
         compile_shader(HEADER + text, version="4.1")
     assert floats(text.replace("at()", "at() thread", 1), version="4.1") == [1]
 
@@ -327,7 +334,10 @@ WILD = {
     "far before": ("o[0] = x[-1000000000];", r"read of 4 bytes \d+ bytes before device '[ox]'"),
     "minus four": ("o[0] = *(device float*)(ulong)-4;", r"read of 4 bytes at 0xfffffffffffffffc"),
     "null": ("*(device float*)(ulong)(n >> 40) = 1;", r"write of 4 bytes at 0x0"),
-    "a wide vector": ("*(device long4*)o = ((device long4*)x)[1 << 30];", r"access at 0x[0-9a-f]+, where there is no memory"),
+    "a wide vector": (
+        "*(device long4*)o = ((device long4*)x)[1 << 30];",
+        r"access at 0x[0-9a-f]+, where there is no memory",
+    ),
     "a local array": (
         "thread float y[4]; for (int i = 0; i < 4; ++i) y[i] = x[i]; thread float* p = y; o[0] = p[n];",
         r"access at 0x[0-9a-f]+, where there is no memory",

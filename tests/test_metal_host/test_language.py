@@ -324,5 +324,5 @@ def test_errors_speak_of_the_users_source():
 
 def test_only_comments_and_strings_hold_other_characters():
     compile_shader("// caf\u00e9\nkernel void k(device float* o) { /* \u2014 */ }")
-    with pytest.raises(SyntaxError, match="program_source:3: .*outside a comment"):
+    with pytest.raises(SyntaxError, match=r"program_source:3: .*outside a comment"):
         compile_shader("// first\n// caf\u00e9\nkernel void caf\u00e9(device float* o) {}")

@@ -34,7 +34,16 @@ def structure(fields: dict) -> torch.Tensor:
 
     class Layout(ctypes.Structure):
         _fields_ = [
-            (n, ctypes.c_float if isinstance(v, float) else ctypes.c_int64 * len(v) if isinstance(v, list) else ctypes.c_int64 if isinstance(v, tuple) else ctypes.c_int32)
+            (
+                n,
+                ctypes.c_float
+                if isinstance(v, float)
+                else ctypes.c_int64 * len(v)
+                if isinstance(v, list)
+                else ctypes.c_int64
+                if isinstance(v, tuple)
+                else ctypes.c_int32,
+            )
             for n, v in fields.items()
         ]
 
@@ -107,7 +116,9 @@ def test_mlx_steel_attention(dtype, d, kind):
         sinks = torch.randn(4).to(dtype)
     constants = {200: queries % bq == 0, 201: keys % bk == 0, 300: mask is not None, 301: kind == "causal"}
     lib = library(STEEL, "mlx", constants | {302: sinks is not None})
-    name = f"steel_attention_{NAMES[dtype]}_bq{bq}_bk{bk}_bd{d}_wm4_wn1_mask{'bool_' if kind == 'bool' else NAMES[dtype]}"
+    name = (
+        f"steel_attention_{NAMES[dtype]}_bq{bq}_bk{bk}_bd{d}_wm4_wn1_mask{'bool_' if kind == 'bool' else NAMES[dtype]}"
+    )
     params = structure(attention_params(q, k, v, out, bq, bk))
     mask_params = structure({"M": list(mask.stride()[:3])}) if mask is not None else None
     with observe(allow_partial_collectives=True):
@@ -136,7 +147,9 @@ def test_sdpa_vector(project, dtype, d, causal):
     else:
         if causal:
             pytest.skip("candle's has no mask")
-        lib = library("candle/candle-metal-kernels/src/metal_src/scaled_dot_product_attention.metal", "candle", {20: False})
+        lib = library(
+            "candle/candle-metal-kernels/src/metal_src/scaled_dot_product_attention.metal", "candle", {20: False}
+        )
         kind = {torch.float32: "float", torch.float16: "float16_t", torch.bfloat16: "bfloat16_t"}[dtype]
         arguments = [q, k, v, out, heads // heads_k, keys, strides[0], strides[2], 1 / math.sqrt(d), 1.0]
         casts = {4: "int32", 5: "int32"}
@@ -185,7 +198,9 @@ def test_llama_cpp_flash_attn_ext_vec(dtype, d):
     constants = dict.fromkeys(range(400, 405), False) | {420: d, 421: d, 422: 1, 423: 1}
     padded = -(-d // 128) * 128
     lengths = -(-(padded + 4 * 32 + 2 * padded) * 2 // 16) * 16
-    got = run_flash_attn("kernel_flash_attn_ext_vec", constants, q, k, v, (3 * 32, 2, 1), (32, 1, 1), lengths, lockstep=True)
+    got = run_flash_attn(
+        "kernel_flash_attn_ext_vec", constants, q, k, v, (3 * 32, 2, 1), (32, 1, 1), lengths, lockstep=True
+    )
     check(got, reference(q, k, v), torch.float16)
 
 
@@ -195,5 +210,7 @@ def test_llama_cpp_flash_attn_ext(d):
     k, v = k.half(), v.half()
     constants = dict.fromkeys(range(300, 305), False) | {310: False, 320: d, 321: d, 322: 4}
     lengths = -(-(8 * (d + 2 * d + 4 * 64)) * 2 // 16) * 16
-    got = run_flash_attn("kernel_flash_attn_ext", constants, q, k, v, (2 * 32, 2 * 4, 1), (32, 4, 1), lengths, lockstep=True)
+    got = run_flash_attn(
+        "kernel_flash_attn_ext", constants, q, k, v, (2 * 32, 2 * 4, 1), (32, 4, 1), lengths, lockstep=True
+    )
     check(got, reference(q, k, v), torch.float16)
