@@ -37,6 +37,15 @@ def pytest_collection_modifyitems(config, items):
         )
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--metal-device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="where tests/test_metal_host runs its Metal kernels",
+    )
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_cache_of_the_user(tmp_path_factory):
     """What was tuned on this machine changes no test, and no test changes it."""

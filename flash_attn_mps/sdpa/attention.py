@@ -12,7 +12,7 @@ _NAMES = {"q": "query", "k": "key", "v": "value", "softmax_scale": "scale"}
 
 
 def problem(arguments: Arguments) -> AttentionProblem:
-    """Arguments that `obstacles.of_arguments` found nothing wrong with.
+    """Arguments that ``obstacles`` found nothing wrong with.
 
     torch's causal mask is aligned to the top left: query i sees the keys up to i.
     """

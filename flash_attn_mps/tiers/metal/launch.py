@@ -27,26 +27,6 @@ _INT, _FLOAT = struct.Struct("<i"), struct.Struct("<f")
 _NO_MORE: Mapping[str, int] = MappingProxyType({})
 
 
-# What every Metal kernel for attention honours. (A kernel's gradient is another tier's.)
-FEATURES = frozenset(
-    {
-        "causal",
-        "window",
-        "softcap",
-        "alibi",
-        "varlen",
-        "seqused",
-        "paged",
-        "kv_batch_idx",
-        "leftpad_k",
-        "mask",
-        "sinks",
-        "scale_tensor",
-        "gradients",
-    }
-)
-
-
 def limits(p: AttentionProblem) -> list[str]:
     """Why no Metal kernel serves `p` although they serve its features, in words."""
     if p.q.device.type not in compiler.device_types:
