@@ -38,7 +38,7 @@ class _WithoutRepr:
         raise RuntimeError("no repr")
 
 
-def _quietly(make):
+def quietly(make):
     """Some layouts are announced as prototypes when one is made."""
 
     def made(*arguments):
@@ -49,11 +49,13 @@ def _quietly(make):
     return made
 
 
-def _nested(x, layout=torch.strided):
+@quietly
+def nested(x, layout=torch.strided):
     return torch.nested.nested_tensor([x, x], layout=layout)
 
 
-def _quantized(x):
+@quietly
+def quantized(x):
     return torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)
 
 
@@ -136,10 +138,10 @@ def _tensors():
         lambda: torch.ones(()).to_sparse(),
     )
     yield from (lambda: torch.ones((), requires_grad=True), lambda: torch.ones(2, dtype=torch.int64).to_sparse())
-    for make in (_nested, _quantized, lambda x: _nested(x, torch.jagged), lambda x: x.to_sparse()):
-        yield _quietly(lambda make=make: make(torch.ones(2)))
-    yield _quietly(lambda: _quantized(torch.ones(())))
-    yield _quietly(lambda: torch.ones(2, 2).to_sparse_csr())
+    for make in (nested, quantized, lambda x: nested(x, torch.jagged), lambda x: x.to_sparse()):
+        yield quietly(lambda make=make: make(torch.ones(2)))
+    yield quietly(lambda: quantized(torch.ones(())))
+    yield quietly(lambda: torch.ones(2, 2).to_sparse_csr())
     yield lambda: torch.ones(2, 2).to_mkldnn()
 
 
@@ -164,12 +166,12 @@ def _of_a_tensor():
         lambda x: x.as_subclass(_Subclass),
     )
     yield from (
-        _nested,
-        lambda x: _nested(x, torch.jagged),
-        _quantized,
+        nested,
+        lambda x: nested(x, torch.jagged),
+        quantized,
         lambda x: torch._neg_view(x.double()).to(x.dtype),
         str,
     )
 
 
-OF_A_TENSOR = [_quietly(change) for change in _of_a_tensor()]
+OF_A_TENSOR = [quietly(change) for change in _of_a_tensor()]
