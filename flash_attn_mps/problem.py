@@ -119,7 +119,13 @@ class AttentionProblem:
     @property
     def empty(self) -> bool:
         """Is there no score to compute?"""
-        return self.q.numel() == 0 or self.k.numel() == 0 or self.max_seqlen_q == 0 or self.max_seqlen_k == 0
+        return (
+            self.batch == 0
+            or self.q.numel() == 0
+            or self.k.numel() == 0
+            or self.max_seqlen_q == 0
+            or self.max_seqlen_k == 0
+        )
 
     def resolved(self) -> AttentionProblem:
         """The same problem with exact `max_seqlen_q` and `max_seqlen_k`; waits for the device if only it knows them."""

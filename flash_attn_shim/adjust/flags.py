@@ -10,13 +10,17 @@ A module is named by the end of its dotted name: copies lie under other packages
 path they were loaded from.
 """
 
+from __future__ import annotations
+
 import inspect
+from collections.abc import Callable
+from types import ModuleType
 
 FA2 = "flash_attn"
 FA3 = "flash_attn_interface"
 
 
-def asserts_cuda_before_falling_back(module):
+def asserts_cuda_before_falling_back(module: ModuleType) -> bool:
     """Does a function for flash attention ask for CUDA, while a function of the module has another way?
 
     By the names in their bytecode: copies that allow MPS say `in ("cuda", "mps")`, or have the line commented out, and
@@ -40,7 +44,17 @@ class Flag:
     repository that show it. `listed`: the user asked for it.
     """
 
-    def __init__(self, module, name, value, served, reason, source, applies=None, listed=False):
+    def __init__(
+        self,
+        module: str,
+        name: str,
+        value: object,
+        served: str | None,
+        reason: str,
+        source: str,
+        applies: Callable[[ModuleType], bool] | None = None,
+        listed: bool = False,
+    ) -> None:
         self.module = module
         self.name = name
         self.value = value
@@ -50,7 +64,7 @@ class Flag:
         self.applies = applies
         self.listed = listed
 
-    def matches(self, fullname):
+    def matches(self, fullname: str) -> bool:
         return fullname == self.module or fullname.endswith("." + self.module)
 
     def __str__(self):

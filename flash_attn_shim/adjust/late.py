@@ -4,11 +4,13 @@ What can be fixed is fixed; one warning names the other modules, and what to do.
 no program may ever call `install()`; then the first lookup of flash_attn warns about the libraries.
 """
 
+from __future__ import annotations
+
 import sys
 
 from flash_attn_shim import finder
 from flash_attn_shim.adjust import diffusers, transformers
-from flash_attn_shim.adjust.changes import Misfit, journal
+from flash_attn_shim.adjust.changes import Misfit, Undo, journal
 
 _PROBES = ("is_flash_attn_available", "is_flash_attn_2_available")
 
@@ -23,7 +25,7 @@ _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 _warned: set[str] = set()
 
 
-def mend(undo):
+def mend(undo: Undo) -> list[str]:
     """Give modules what they did not import; return the names of those that cannot be fixed."""
     from flash_attn_shim import metadata
 
@@ -47,7 +49,7 @@ def mend(undo):
     return sorted(beyond)
 
 
-def warn(modules):
+def warn(modules: list[str]) -> None:
     """Say once what could not be fixed, and what to do."""
     unsaid = [name for name in modules if name not in _warned]
     _warned.update(unsaid)
@@ -59,7 +61,7 @@ def warn(modules):
         )
 
 
-def warn_of_libraries():
+def warn_of_libraries() -> None:
     """flash_attn is being looked up: say once which libraries checked for it too early and were not adjusted."""
     early = []
     if transformers.PROBES in sys.modules and transformers.PROBES not in journal:

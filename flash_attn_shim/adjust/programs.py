@@ -6,11 +6,14 @@ adds flags, or replaces those of the table for the same module and flag; `value`
 `MTLFLASHATTN_FLAGS=off` leaves all programs alone.
 """
 
+from __future__ import annotations
+
 import os
 import sys
+from types import ModuleType
 
 from flash_attn_shim import finder, policy
-from flash_attn_shim.adjust.changes import Misfit, journal
+from flash_attn_shim.adjust.changes import Misfit, Undo, journal
 from flash_attn_shim.adjust.flags import FA2, FA3, TABLE, Flag
 
 _VALUES = {"True": True, "False": False, "None": None}
@@ -18,7 +21,7 @@ _VALUES = {"True": True, "False": False, "None": None}
 _warned: set[str] = set()
 
 
-def refusal():
+def refusal() -> str | None:
     """Why programs are left alone right now, in words; None if their flags are set."""
     value = os.environ.get(policy.FLAGS, "")
     if value.strip().lower() in policy.OFF:
@@ -26,19 +29,19 @@ def refusal():
     return policy.refusal_here(finder.environment())
 
 
-def flags():
+def flags() -> list[Flag]:
     """The table, with the user's changes."""
     listed = _listed(os.environ.get(policy.FLAGS, ""))
     replaced = {(flag.module, flag.name) for flag in listed}
     return [*(flag for flag in TABLE if (flag.module, flag.name) not in replaced), *listed]
 
 
-def knows(fullname):
+def knows(fullname: str) -> bool:
     """Is there a flag for a module of that name?"""
     return any(flag.matches(fullname) for flag in flags())
 
 
-def adjust(module, undo):
+def adjust(module: ModuleType, undo: Undo) -> str:
     """Set the flags of an executed module; return what was set, as text. `Misfit` if nothing was."""
     ours = [flag for flag in flags() if flag.matches(module.__name__)]
     reasons = {flag: _why_not(flag, module) for flag in ours}
@@ -51,7 +54,7 @@ def adjust(module, undo):
     return "; ".join(done)
 
 
-def catch_up(undo):
+def catch_up(undo: Undo) -> None:
     """Set the flags of modules that were imported while the shim was not there."""
     if refusal():
         return

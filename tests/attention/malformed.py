@@ -174,7 +174,6 @@ def cu_rows(name, other=None):
         (f"{name} begins at 1", lambda a: {name: getattr(a, name) + ints(1, 0, 0)}, name),
         (f"{name} decreases", lambda a: {name: torch.stack((ints(0)[0], ints(9)[0], getattr(a, name)[-1] - 1))}, name),
         (f"{name} negative", lambda a: {name: getattr(a, name) + ints(0, -20, 0)}, name),
-        (f"{name} ends early", lambda a: {name: getattr(a, name) - ints(0, 0, 1)}, name),
         (f"{name} ends late", lambda a: {name: getattr(a, name) + ints(0, 0, 1)}, name),
         (f"{name} device", lambda a: {name: getattr(a, name).to("meta")}, name),
         *not_tensors(name),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ...tiers import BY_NAME
-from ...tiers.metal import variants
+from ...tiers.metal import simdgroup
 
 
 class Feature(NamedTuple):
@@ -132,4 +132,5 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
 
 
 def _variants(dtype: str, head_dim: int, head_dim_v: int) -> list[str]:
-    return [str(v) for v in variants.all_variants(getattr(torch, dtype).itemsize, head_dim, head_dim_v)]
+    found = simdgroup.FORWARD.fitting(getattr(torch, dtype).itemsize, head_dim, head_dim_v)
+    return list(map(str, found))

@@ -8,7 +8,7 @@ import torch
 
 from ...problem import AttentionProblem, Result
 from ...tiers import BY_NAME
-from ...tiers.metal import compiler, launch, simdgroup, variants
+from ...tiers.metal import compiler, launch, simdgroup
 from .build import Built, build
 from .cases import Case
 
@@ -50,8 +50,9 @@ def run(case: Case, device: torch.device | str) -> Outcome:
 def _result(case: Case, p: AttentionProblem) -> Result | None:
     if not case.variant:
         return BY_NAME[case.tier].run(p)
-    found = variants.all_variants(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
-    return launch.run(p, simdgroup.ENTRY, next(v for v in found if str(v) == case.variant))
+    kernel = simdgroup.FORWARD
+    found = kernel.fitting(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
+    return launch.run(p, kernel, next(v for v in found if str(v) == case.variant))
 
 
 def _judged(case: Case, built: Built, result: Result) -> Outcome:

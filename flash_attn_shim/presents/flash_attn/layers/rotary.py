@@ -251,6 +251,9 @@ class RotaryEmbedding(nn.Module):
         scale_base: if given, xPos (arXiv:2212.10554): q is scaled up and k down with the position, per frequency.
     """
 
+    inv_freq: Tensor
+    scale: Tensor | None
+
     def __init__(
         self,
         dim: int,

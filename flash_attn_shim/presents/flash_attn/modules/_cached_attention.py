@@ -6,7 +6,7 @@ The cache of a layer is one tensor `(max_batch_size, max_seqlen, 2, nheads_k, he
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 class CachedAttention(nn.Module):
     """Attention of projected q, k and v, with rotary embedding, and with a cache during inference."""
 
-    out_proj: nn.Linear
     num_heads_kv: int
     head_dim: int
+    layer_idx: int | None
+    use_flash_attn: bool
+    checkpointing: bool
+    rotary_emb_dim: int
+    rotary_emb: Any
+    inner_attn: Any
+    inner_cross_attn: Any
+    out_proj: Any
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None) -> Tensor:
         """An empty cache for this layer."""

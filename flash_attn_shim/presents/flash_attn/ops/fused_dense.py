@@ -7,6 +7,7 @@ all tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,11 @@ from flash_attn.utils.distributed import (
     reduce_scatter,
 )
 
-_ACTIVATIONS = {"gelu_approx": partial(F.gelu, approximate="tanh"), "relu": F.relu, "sqrelu": sqrelu_fwd}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_approx": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "sqrelu": sqrelu_fwd,
+}
 
 
 class _SumGradients(torch.autograd.Function):
