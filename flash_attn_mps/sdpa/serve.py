@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .. import dispatch
 from ..tiers import METAL
 from . import attention, counters, obstacles, settings
-from .call import Arguments, Signature, describe, signature
+from .call import Arguments, Call, call_of
 from .counters import FELL, LEFT, TAKEN
 from .decision import Decision, decide
 
@@ -44,13 +44,13 @@ def examine(arguments: Arguments, given: settings.Settings, as_if: bool = False)
     if obstacle is not None:
         return Decision(False, (obstacle,)), arguments
     arguments = obstacles.under_autocast(arguments)
-    return _decided(signature(arguments), given), arguments
+    return _decided(call_of(arguments), given), arguments
 
 
 @functools.lru_cache(maxsize=1024)
-def _decided(of: Signature, given: settings.Settings) -> Decision:
-    obstacle = obstacles.of_shapes(of)
-    return decide(describe(of), given) if obstacle is None else Decision(False, (obstacle,))
+def _decided(call: Call, given: settings.Settings) -> Decision:
+    obstacle = obstacles.of_shapes(call)
+    return decide(call, given) if obstacle is None else Decision(False, (obstacle,))
 
 
 def _taken(arguments: Arguments, decision: Decision) -> torch.Tensor | None:

@@ -191,7 +191,7 @@ def test_graphs_on_disk_are_told_apart(as_mps, inductor):
 
 class Block(torch.nn.Module):
     def forward(self, q):
-        return attend(q)
+        return (attend(q),)
 
 
 def test_exported_programs_do_not_need_this_package(as_mps):
