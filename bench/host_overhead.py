@@ -17,10 +17,10 @@ import torch
 
 from flash_attn_mps import checks, describe, problem
 from flash_attn_mps.frontends import fa2
-from flash_attn_mps.tiers.metal import compiler, launch, simdgroup, variants
+from flash_attn_mps.tiers.metal import compiler, launch, simdgroup
 
 GOAL = 30.0
-ENTRY = "attention_forward"
+KERNEL = simdgroup.FORWARD
 
 
 def median_microseconds(function, calls, rounds=21):
@@ -75,18 +75,17 @@ def scenarios(device):
 def parts(build, calls):
     """Name to microseconds."""
     p = build()
-    variant = variants.default(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
-    out = launch.outputs(p).out
+    variant = simdgroup.default(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
+    result = launch.outputs(p)
+    tensors = {"q": p.q, "k": p.k, "v": p.v, "out": result.out, "lse": result.lse}
+    specialization, _ = launch.arguments(KERNEL, p, variant, tensors)
     return {
         "problem": median_microseconds(build, calls),
         "tier": median_microseconds(lambda: (problem._features_of(p), simdgroup.TIER.limits(p)), calls),
-        "kernel": median_microseconds(
-            lambda: compiler.kernel(launch.specialize(p, p.q, p.k, p.v, launch.optional_buffers(p), ENTRY, variant)),
-            calls,
-        ),
-        "params": median_microseconds(lambda: launch.parameters(p, p.q, p.k, p.v, out), calls),
+        "arguments": median_microseconds(lambda: launch.arguments(KERNEL, p, variant, tensors), calls),
+        "kernel": median_microseconds(lambda: compiler.kernel(specialization), calls),
         "outputs": median_microseconds(lambda: launch.outputs(p), calls),
-        "grid": median_microseconds(lambda: launch.grid(p, ENTRY, variant), calls),
+        "grid": median_microseconds(lambda: KERNEL.grid(p, variant), calls),
     }
 
 
@@ -98,7 +97,7 @@ def main():
     torch.set_num_threads(1)
     stub = mock.patch.multiple(
         compiler,
-        compile_shader=lambda _source: type("Library", (), {ENTRY: staticmethod(lambda *_, **__: None)}),
+        compile_shader=lambda _source: type("Library", (), {KERNEL.entry: staticmethod(lambda *_, **__: None)}),
         device_types=frozenset({chosen.device}),
     )
     # As on a device, values cannot be read for free.

@@ -20,7 +20,7 @@ import torch
 from nvidia_masks import VARIANTS, our_launch
 
 from flash_attn_mps import describe, problem
-from flash_attn_mps.tiers.metal.specialization import Variant
+from flash_attn_mps.tiers.metal.simdgroup import Variant
 from metal_host import nvidia
 
 LENGTHS = (2048, 8192)

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from flash_attn_mps import describe, problem
 from flash_attn_mps.tiers.metal import launch
-from flash_attn_mps.tiers.metal.specialization import Specialization, Variant
-from flash_attn_mps.tiers.metal.variants import fits
+from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant, fits
+from flash_attn_mps.tiers.metal.specialization import Specialization
 from metal_host import nvidia
 
 HEADS, HEADS_K = 16, 8
@@ -74,9 +74,14 @@ def described(dtype: str, head_dim: int, mask: str, q, k, v) -> problem.Attentio
     return describe.dense(q, k, v, options)
 
 
+def arguments(p: problem.AttentionProblem, variant: Variant, out: torch.Tensor, lse: torch.Tensor):
+    """What the kernel is compiled for, and what it is called with."""
+    return launch.arguments(FORWARD, p, variant, {"q": p.q, "k": p.k, "v": p.v, "out": out, "lse": lse})
+
+
 def specialization(p: problem.AttentionProblem, variant: Variant) -> Specialization:
-    buffers = launch.optional_buffers(p)
-    return launch.specialize(p, p.q, p.k, p.v, buffers, "attention_forward", variant)
+    result = launch.outputs(p)
+    return arguments(p, variant, result.out, result.lse)[0]
 
 
 def shape_of(variant: Variant) -> str:
@@ -190,15 +195,10 @@ def median_ms(launches: dict[str, object], rounds: int = 5) -> dict[str, float]:
 
 
 def our_launch(kernel: Kernel, variant: Variant, p, out, lse):
-    rows = variant.rows * variant.simdgroups
-    values = torch.tensor(launch.parameters(p, p.q, p.k, p.v, out), dtype=torch.int64, device="cuda")
-    buffers = [p.q, p.k, p.v, out, lse, values]
-    if p.cu_seqlens_q is None:
-        tiles, batch = -(-p.max_seqlen_q // rows), p.batch
-    else:
-        tiles, batch = p.q.shape[0] // rows + p.batch, 1
-        buffers += [p.cu_seqlens_q, p.cu_seqlens_k]
-    return kernel.launch(buffers, (tiles * 32 * variant.simdgroups, HEADS, batch), 32 * variant.simdgroups)
+    _, values = arguments(p, variant, out, lse)
+    buffers = [torch.tensor(x, dtype=torch.int64, device="cuda") if isinstance(x, list) else x for x in values]
+    threads, (group, _, _) = FORWARD.grid(p, variant)
+    return kernel.launch(buffers, threads, group)
 
 
 def packed(dtype: str, mask: str, head_dim: int, lengths: list[int], device: str) -> problem.AttentionProblem:

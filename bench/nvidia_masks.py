@@ -22,8 +22,7 @@ import nvidia_forward as forward
 import torch
 
 from flash_attn_mps import describe, problem
-from flash_attn_mps.tiers.metal import launch
-from flash_attn_mps.tiers.metal.specialization import Variant
+from flash_attn_mps.tiers.metal.simdgroup import Variant
 from metal_host import nvidia
 
 DIMS, LENGTHS = (64, 128), (2048, 8192)
@@ -126,10 +125,7 @@ def prepare(directory: Path) -> None:
 
 def our_launch(kernel: forward.Kernel, variant: Variant, p: problem.AttentionProblem, out: torch.Tensor):
     lse = torch.empty(p.lse_shape, device="cuda")
-    values = torch.tensor(launch.parameters(p, p.q, p.k, p.v, out), dtype=torch.int64, device="cuda")
-    buffers = [p.q, p.k, p.v, out, lse, values, *launch.optional_buffers(p).values()]
-    grid, (group, _, _) = launch.grid(p, "attention_forward", variant)
-    return kernel.launch(buffers, grid, group)
+    return forward.our_launch(kernel, variant, p, out, lse)
 
 
 def torch_launch(kernel: forward.Kernel, dim: int, p: problem.AttentionProblem, out: torch.Tensor):

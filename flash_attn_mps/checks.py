@@ -37,7 +37,7 @@ def unsupported(name: str, came: Any, accepted: str) -> NotImplementedError:
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Can the values be looked at without waiting for a device (and without breaking a trace)?"""
+    """Can the values be read without waiting for a device, and without breaking a graph?"""
     return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -87,16 +87,17 @@ def qkv(q: Any, k: Any, v: Any, dims: tuple[str, str], names: Mapping[str, str])
         raise malformed(k_name, f"dtype {k.dtype}", f"{q.dtype}, the dtype of {q_name}")
     if v.dtype != q.dtype:
         raise malformed(v_name, f"dtype {v.dtype}", f"{q.dtype}, the dtype of {q_name}")
-    heads, head_dim = q.shape[-2:]
-    heads_k, head_dim_v = v.shape[-2:]
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape  # read once: reading is what costs here
+    heads, head_dim = q_shape[-2], q_shape[-1]
+    heads_k, head_dim_v = v_shape[-2], v_shape[-1]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise unsupported(q_name, f"head_dim {head_dim}", f"1 to {MAX_HEAD_DIM}")
     if not 1 <= head_dim_v <= MAX_HEAD_DIM:
         raise unsupported(v_name, f"head_dim {head_dim_v}", f"1 to {MAX_HEAD_DIM}")
-    if k.shape[-1] != head_dim:
-        raise malformed(k_name, f"head_dim {k.shape[-1]}", f"{head_dim}, the head_dim of {q_name}")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise malformed(v_name, v, f"the shape of {k_name}, {tuple(k.shape)}, up to head_dim")
+    if k_shape[-1] != head_dim:
+        raise malformed(k_name, f"head_dim {k_shape[-1]}", f"{head_dim}, the head_dim of {q_name}")
+    if v_shape[:-1] != k_shape[:-1]:
+        raise malformed(v_name, v, f"the shape of {k_name}, {tuple(k_shape)}, up to head_dim")
     if heads == 0:
         raise malformed(q_name, "no heads", "at least one")
     if heads_k == 0 or heads % heads_k:
@@ -158,7 +159,7 @@ def dropout_p(value: Any) -> float:
 
 
 def integer(value: Any, name: str, accepted: str) -> int:
-    """A Python or NumPy integer, or a 0-d integer tensor (one on a device is waited for)."""
+    """A Python or NumPy integer, or a 0-d integer tensor (reading one on a device waits for it)."""
     if type(value) is int:
         return value
     if isinstance(value, torch.Tensor):
@@ -176,7 +177,7 @@ def integer(value: Any, name: str, accepted: str) -> int:
 
 
 def window(window_size: Any, causal: Any) -> tuple[int, int]:
-    """(left, right) with -1 for an open side. Causal means right = 0, also when a larger right was asked for."""
+    """(left, right) with -1 for an open side. Causal means right = 0, even if a larger right is given."""
     accepted = "two integers (left, right), -1 for an open side"
     if isinstance(window_size, torch.Tensor):
         if window_size.dim() != 1 or window_size.is_floating_point():
@@ -194,7 +195,7 @@ def alibi_slopes(value: Any, batch: int, heads: int, like: torch.Tensor) -> torc
         return None
     fits = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.device == like.device
     if not fits or value.shape != ((heads,) if value.dim() == 1 else (batch, heads)):
-        # Only now: a graph in which a length is printed holds for that length alone.
+        # Formatted only now: a graph in which a length is formatted is specialised to that length.
         accepted = f"a float32 tensor ({heads},) or ({batch}, {heads}) on {like.device}"
         raise malformed("alibi_slopes", value, accepted)
     if value.requires_grad and torch.is_grad_enabled():
@@ -226,8 +227,19 @@ def sinks(value: Any, name: str, heads: int, like: torch.Tensor) -> torch.Tensor
     return value.to(torch.float32)
 
 
+def qv(value: Any, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A query for the values: of the shape of the output and the dtype of q."""
+    tensor(value, "qv", ", ".join(["rows"] * (len(shape) - 2) + ["heads", "head_dim of v"]), like)
+    if value.shape != shape or value.dtype != like.dtype:
+        raise malformed("qv", value, f"a tensor {shape}, {like.dtype}")
+    return value
+
+
 def cu_seqlens(value: Any, name: str, total: int | None, total_of: str, like: torch.Tensor) -> list[int] | None:
-    """Cumulative lengths (batch + 1,), from 0 to `total`. Returns the lengths where the values can be read for free."""
+    """Cumulative lengths (batch + 1,), from 0 to at most `total`: rows behind the last sequence belong to none.
+
+    Returns the lengths where the values can be read for free.
+    """
     int32(value, name, "batch + 1,", None, like)
     if value.shape[0] < 1:
         raise malformed(name, value, "batch + 1 cumulative lengths, from 0 on")
@@ -237,8 +249,8 @@ def cu_seqlens(value: Any, name: str, total: int | None, total_of: str, like: to
     lengths = [b - a for a, b in itertools.pairwise(ends)]
     if ends[0] != 0 or any(n < 0 for n in lengths):
         raise malformed(name, f"{show(ends)}", "values that start at 0 and never decrease")
-    if total is not None and ends[-1] != total:
-        raise malformed(name, f"a last value of {ends[-1]}", f"{total}, the number of rows of {total_of}")
+    if total is not None and ends[-1] > total:
+        raise malformed(name, f"a last value of {ends[-1]}", f"at most {total}, the number of rows of {total_of}")
     return lengths
 
 
@@ -257,8 +269,8 @@ def lengths(value: Any, name: str, batch: int, most: int | list[int], like: torc
 def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> tuple[int, torch.Tensor | None]:
     """The longest sequence: at least as long as every length known.
 
-    A 0-d tensor on a device is not waited for: `total` bounds it, and it is handed back for a tier that needs it. While
-    a graph is captured nothing is known, and the number is looked at when it runs.
+    A 0-d tensor on a device is not waited for: `total` bounds it, and it is returned for tiers that need it. While a
+    graph is captured nothing is known; the number is checked when the graph runs.
     """
     accepted = "an integer or a 0-d integer tensor, not negative"
     if isinstance(value, torch.Tensor) and not readable(value):
@@ -266,7 +278,7 @@ def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> tu
             raise malformed(name, value, accepted)
         return total, None if value.is_meta else value
     longest = integer(value, name, accepted)
-    if torch.compiler.is_compiling():  # bert_padding gives a number that only a run of the graph has
+    if torch.compiler.is_compiling():  # bert_padding's number is known only when the graph runs
         return longest, None
     if longest < 0 or (known and longest < max(known)):
         least = max(known) if known else 0

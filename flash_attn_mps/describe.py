@@ -6,7 +6,7 @@ Masks, sinks and `qv` are put on top by `problem.with_mask`, `with_sinks` and `w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +21,15 @@ from .problem import AttentionProblem
 class CallOptions:
     """The arguments that every function shares, as the caller gave them."""
 
-    softmax_scale: Any = None
-    causal: Any = False
-    window_size: Any = (-1, -1)
-    softcap: Any = 0.0
-    alibi_slopes: Any = None
-    dropout_p: Any = 0.0
-    want_lse: Any = False
-    attention_chunk: Any = 0
-    want_probs: Any = None  # None: with the log-sum-exp; counts under dropout alone
+    softmax_scale: float | torch.Tensor | None = None
+    causal: bool = False
+    window_size: Sequence[int] | torch.Tensor = (-1, -1)
+    softcap: float = 0.0
+    alibi_slopes: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    want_lse: bool = False
+    attention_chunk: int = 0
+    want_probs: bool | None = None  # None: if want_lse; only has an effect with dropout
     seed: int | torch.Tensor | None = None  # None: from torch's default generator, if there is dropout
 
     def checked(self, q: torch.Tensor, batch: int) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class CallOptions:
 def _draw_seed() -> int | torch.Tensor:
     """From torch's default generator: `torch.manual_seed` makes it reproducible, and no device is waited for.
 
-    `randint` because compilers know it for random: two of them in a graph are never taken for one.
+    `randint`, because compilers know that it is random and never merge two of them into one.
     """
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
     return seed if torch.compiler.is_compiling() else int(seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from . import tiers
-from .graph import attention_op, autograd
+from .graph import attention_op, autograd, transforms
 from .problem import AttentionProblem, Result
 from .tiers import Gradients, explain
 
@@ -22,6 +22,8 @@ def attention(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Res
     """
     if torch.compiler.is_compiling():
         return attention_op.attention(p)
+    if transforms.active():
+        p = transforms.honoured(p)
     if p.requires_grad:
         return autograd.attention(p, without)
     return tiers.run(p, without)
@@ -36,4 +38,6 @@ def gradients(
     """
     if torch.compiler.is_compiling():
         return attention_op.gradients(p, out, lse, dout, dlse)
+    if transforms.active():
+        p = transforms.honoured(p)
     return tiers.gradients(p, out, lse, dout, dlse)

@@ -31,8 +31,8 @@ class AttentionProblem:
     `cu_seqlens_q`. Keys and values are dense, packed with `cu_seqlens_k`, or paged, `(num_blocks, block, heads_k,
     head_dim)` with `block_table`. All lengths and indices are int32 tensors on the device of the queries.
 
-    The basic fields are those that every tier must honour. Each other one makes a call need a feature, and a call goes
-    only to tiers that name all of its `features`: what a tier has never heard of it is never given.
+    The basic fields are those that every tier must honour. Every other field belongs to a feature. A call goes only
+    to tiers that declare all of its `features`, so no tier gets a call with something that it has never heard of.
     """
 
     q: torch.Tensor
@@ -62,14 +62,15 @@ class AttentionProblem:
     seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
     seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
     block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
-    kv_batch_idx: torch.Tensor | None = None  # (batch,): the entry of k and v a sequence reads
+    kv_batch_idx: torch.Tensor | None = None  # (batch,): the entry of k and v a sequence reads; not with block_table
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
     # Broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added.
     mask: torch.Tensor | None = None
-    # (heads,), float32: a score that every query of the head has besides its keys.
+    # (heads,), float32: an extra score for every query of the head, in addition to its keys.
     sinks: torch.Tensor | None = None
     # Will the output be differentiated? want_lse is set then: every backward pass needs the log-sum-exp.
     needs_grad: bool = False
+    forward_mode: bool = False  # do tensors carry tangents, which the result must carry on?
     _features: frozenset[str] | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
@@ -118,7 +119,13 @@ class AttentionProblem:
     @property
     def empty(self) -> bool:
         """Is there no score to compute?"""
-        return self.q.numel() == 0 or self.k.numel() == 0 or self.max_seqlen_q == 0 or self.max_seqlen_k == 0
+        return (
+            self.batch == 0
+            or self.q.numel() == 0
+            or self.k.numel() == 0
+            or self.max_seqlen_q == 0
+            or self.max_seqlen_k == 0
+        )
 
     def resolved(self) -> AttentionProblem:
         """The same problem with exact `max_seqlen_q` and `max_seqlen_k`; waits for the device if only it knows them."""
@@ -164,6 +171,7 @@ FEATURES = (
     "sinks",
     "scale_tensor",
     "gradients",
+    "forward_mode",
 )
 
 
@@ -202,6 +210,8 @@ def _features_of(p: AttentionProblem) -> frozenset[str]:
         found.append("scale_tensor")
     if p.needs_grad:
         found.append("gradients")
+    if p.forward_mode:
+        found.append("forward_mode")
     return frozenset(found)
 
 
@@ -223,9 +233,7 @@ def with_qv(p: AttentionProblem, qv: Any, softmax_scale: Any) -> AttentionProble
 
     The scale defaults to `1 / sqrt(head_dim + head_dim of v)`, as upstream's does.
     """
-    checks.tensor(qv, "qv", ", ".join(["rows"] * (p.q.dim() - 2) + ["heads", "head_dim of v"]), p.q)
-    if qv.shape != p.out_shape or qv.dtype != p.q.dtype:
-        raise checks.malformed("qv", qv, f"a tensor {p.out_shape}, {p.q.dtype}")
+    checks.qv(qv, p.out_shape, p.q)
     q, k = torch.cat([p.q, qv], -1), torch.cat([p.k, p.v], -1)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else p.softmax_scale
     return dataclasses.replace(p, q=q, k=k, softmax_scale=scale)
@@ -236,10 +244,10 @@ def with_mask(p: AttentionProblem, mask: Any, name: str = "attn_mask") -> Attent
 
     mask broadcasts to `(batch, heads, seqlen_q, seqlen_k)`; fewer dimensions are the last ones, and nothing is copied.
     It comes on top of the window, after scale, softcap and ALiBi; what is added to a score of base e. An added -inf
-    hides a key; the least finite number does not: queries that see nothing else see such keys alike.
+    hides a key; an added finfo.min does not: a query whose keys all have it gives the average of their values.
 
     Rows and columns are positions in a sequence: with `seqused_k` those past its end do not matter, with `leftpad_k`
-    column 0 is its first key. A packed batch is refused, because nothing bounds its lengths by the shape of a mask.
+    column 0 is its first key. A packed batch is rejected: nothing ties its lengths to the shape of a mask.
 
     Raises ValueError for another dtype, device or shape, NotImplementedError for a packed batch or a mask that
     requires grad.
@@ -251,9 +259,9 @@ def with_mask(p: AttentionProblem, mask: Any, name: str = "attn_mask") -> Attent
 
 
 def with_sinks(p: AttentionProblem, sinks: Any, name: str = "sinks") -> AttentionProblem:
-    """`p` with attention sinks `(heads,)`: a score, not scaled, that every query of a head has besides its keys.
+    """`p` with attention sinks `(heads,)`: an extra, unscaled score for every query of a head, in addition to its keys.
 
-    Its value is zero, so it only takes part in the softmax's denominator and in the log-sum-exp. Any floating dtype;
-    computed in float32. Gradients reach it. A query that sees no key gives zeros, and the sink as log-sum-exp.
+    Its value vector is zero, so it only adds to the softmax's denominator and to the log-sum-exp. Any floating dtype;
+    computed in float32; differentiable. A query that sees no key gives zeros, and the sink as its log-sum-exp.
     """
     return dataclasses.replace(p, sinks=checks.sinks(sinks, name, p.heads, p.q))

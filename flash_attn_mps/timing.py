@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 Call = Callable[[], object]
-# (call, times to make it) -> seconds of one. Whoever times takes one as an argument: tests bring clocks of their own.
+# (call, how often to make it) -> seconds of one. An argument wherever something is timed: tests bring their own clock.
 Stopwatch = Callable[[Call, int], float]
 Name = TypeVar("Name", bound=Hashable)
 
@@ -40,10 +40,10 @@ def stopwatch(device: torch.device | str) -> Stopwatch:
 def rounds(
     calls: Mapping[Name, Call], watch: Stopwatch, count: int, batch_seconds: float, tick: Call = lambda: None
 ) -> dict[Name, list[float]]:
-    """Seconds of each call, `count` of them, after one that does not count (it may compile).
+    """Seconds of each call, `count` of them, after a warm-up (the first call may compile).
 
-    In every round each call goes once, as often in a row as makes `batch_seconds`; every other round backwards, so that
-    a clock that rises or a chip that heats up favours none. `tick` is called after each measurement.
+    In every round each call runs once, repeated for `batch_seconds`; every other round goes backwards, so that a clock
+    that rises or a chip that heats up favours none. `tick` is called after each measurement.
     """
     batch = {name: max(1, min(1000, round(batch_seconds / max(watch(call, 1), 1e-7)))) for name, call in calls.items()}
     times: dict[Name, list[float]] = {name: [] for name in calls}

@@ -7,13 +7,17 @@ An installed `mtlflashattn` does this by itself (`mtlflashattn.pth`). Where site
 
 # This module is imported in every interpreter of the environment: it imports nothing at its top.
 
+TYPE_CHECKING = False  # typing itself is not imported here
+if TYPE_CHECKING:
+    from flash_attn_shim.report import Status
+
 __all__ = ["install", "status", "uninstall"]
 
 
-def install():
-    """Set the import hook, and adjust libraries that were imported before it was set. Calling it again is harmless.
+def install() -> None:
+    """Set the import hook, and adjust libraries that were imported before it was set. Idempotent.
 
-    Whether `flash_attn` is then seen is decided at each look-up, from `MTLFLASHATTN_SHIM` and the platform: see
+    Whether `flash_attn` is then visible is decided at each lookup, from `MTLFLASHATTN_SHIM` and the platform: see
     `status()`.
     """
     from flash_attn_shim import adjust, autoload
@@ -22,10 +26,10 @@ def install():
     adjust.catch_up()
 
 
-def uninstall():
-    """Take the hook away, undo the adjustments and forget the presented modules. Real installations are not touched.
+def uninstall() -> None:
+    """Remove the hook, undo the adjustments and drop the presented modules. Real installations are not touched.
 
-    Functions that a program already holds keep working.
+    Functions that a program has already taken keep working.
     """
     from flash_attn_shim import adjust, autoload, finder
 
@@ -34,7 +38,7 @@ def uninstall():
     finder.forget()
 
 
-def status():
+def status() -> "Status":
     """Return what looking up each presented name gives right now, and why, as a `flash_attn_shim.report.Status`.
 
     Imports neither torch nor any presented module.

@@ -13,6 +13,13 @@ re-enter a half-initialised module, and threads that import at the same time wou
 import os
 import sys
 
+TYPE_CHECKING = False  # typing itself is not imported here
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from importlib.machinery import ModuleSpec
+    from importlib.metadata import Distribution, DistributionFinder
+    from types import ModuleType
+
 #: Top-level names that `flash_attn_shim/presents` holds.
 PRESENTED = ("flash_attn", "flash_attn_interface")
 
@@ -47,7 +54,9 @@ class Gate:
     not ours."""
 
     @staticmethod
-    def find_spec(fullname, path=None, target=None):
+    def find_spec(
+        fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         if (
             fullname not in _NAMES
             and not fullname.endswith(FLAGGED)
@@ -61,7 +70,7 @@ class Gate:
         return finder.find_spec(fullname, path, target)
 
     @staticmethod
-    def find_distributions(context):
+    def find_distributions(context: "DistributionFinder.Context") -> "Iterable[Distribution]":
         # pip and others ask with a path, for one directory at a time; nothing of ours lies in a directory of theirs.
         if "path" in vars(context) or (context.name is not None and context.name[:1] not in ("f", "F")):
             return ()
@@ -75,7 +84,7 @@ class Gate:
 gate = Gate()
 
 
-def install():
+def install() -> None:
     """Put the gate in front of `sys.meta_path` once: a venv runs .pth lines twice (python/cpython#75723).
 
     In front, because an empty `flash_attn` directory that an uninstall left must not win; real installations still
@@ -85,7 +94,7 @@ def install():
         sys.meta_path.insert(0, gate)
 
 
-def uninstall():
+def uninstall() -> None:
     """Take the gate out of `sys.meta_path`."""
     if gate in sys.meta_path:
         sys.meta_path.remove(gate)

@@ -3,6 +3,8 @@
 Submodules are not handled here: a presented package has an ordinary `__path__`, so adding a file adds a module.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from _frozen_importlib_external import PathFinder
@@ -11,23 +13,29 @@ from _thread import _local
 from flash_attn_shim import policy
 from flash_attn_shim.autoload import PRESENTED, gate
 
+TYPE_CHECKING = False  # typing itself is not imported here
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
 PRESENTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "presents")
 
 _SOURCE_OR_EXTENSION = (".py", ".pyc", ".so", ".pyd")
 
-# A finder that we ask may look the name up again and so arrive here in the same thread.
+# A finder that we ask may look the name up again, and so end up here in the same thread.
 _asking = _local()
 
 _warned: set[str] = set()
 
 
-def environment():
-    """The `policy.Environment` of this process. Tests replace this function to be on another machine."""
+def environment() -> policy.Environment:
+    """The `policy.Environment` of this process. Tests replace this function to run as on another machine."""
     uname = getattr(os, "uname", None)  # Windows has none
     return policy.Environment(os.environ, sys.platform, uname().machine if uname else "unknown", is_installed)
 
 
-def find_spec(fullname, path, target):
+def find_spec(fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
     """The gate's `find_spec` for one of its names."""
     if fullname in _names_being_asked() or fullname.startswith("flash_attn_shim."):  # a user's flag can be named so
         return None
@@ -51,16 +59,16 @@ def find_spec(fullname, path, target):
     return found
 
 
-def presented_spec(name):
+def presented_spec(name: str) -> ModuleSpec | None:
     """The spec of our own file for a top-level name: a real one, from the ordinary path finder."""
     return PathFinder.find_spec(name, [PRESENTS])
 
 
-def find_elsewhere(name, path=None, target=None):
+def find_elsewhere(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
     """The spec of a real installation of the name, found by the other finders on `sys.meta_path`, or None.
 
     A namespace package without modules in it is what an uninstall leaves (pip keeps directories with foreign files)
-    and does not count. Asks the finders themselves: `importlib.util.find_spec` takes import locks
+    and does not count. Asks the finders directly: `importlib.util.find_spec` takes import locks
     (DataDog/dd-trace-py#17742).
     """
     names = _names_being_asked()
@@ -80,22 +88,22 @@ def find_elsewhere(name, path=None, target=None):
     return namespace if namespace is not None and _holds_modules(namespace.submodule_search_locations) else None
 
 
-def is_installed(name):
+def is_installed(name: str) -> bool:
     """Is there a real module of that name, imported or not? Does not import it."""
     if name in sys.modules:
         return sys.modules[name] is not None
     return find_elsewhere(name) is not None
 
 
-def locate(name):
+def locate(name: str) -> tuple[bool, str | None, str]:
     """What `import name` gives right now, without importing: (is it ours?, file or None, why, in words)."""
     if name in sys.modules:
         module = sys.modules[name]
         if module is None:
-            return False, None, f'sys.modules["{name}"] is None: somebody blocks the import'
+            return False, None, f'sys.modules["{name}"] is None: something blocks the import'
         if is_ours(module):
             return _ours_while_switched_on(name, module)
-        return False, getattr(module, "__file__", None), "another module of that name is imported already"
+        return False, getattr(module, "__file__", None), "another module of that name is already imported"
     real = find_elsewhere(name)
     if real is not None:
         file = real.origin or next(iter(real.submodule_search_locations or ()), None)
@@ -107,16 +115,17 @@ def locate(name):
         return False, None, refused
     if gate not in sys.meta_path:
         return False, None, "the import hook is not set: flash_attn_shim.install() sets it"
-    return True, presented_spec(name).origin, "presented by the shim"
+    spec = presented_spec(name)
+    return True, spec.origin if spec else None, "presented by the shim"
 
 
-def is_ours(module):
+def is_ours(module: object) -> bool:
     """Was this module loaded from `presents/`?"""
     origin = getattr(getattr(module, "__spec__", None), "origin", None)
     return isinstance(origin, str) and origin.startswith(PRESENTS + os.sep)
 
 
-def forget():
+def forget() -> None:
     """Drop presented modules from `sys.modules`."""
     for name, module in list(sys.modules.items()):
         if is_ours(module):
@@ -126,8 +135,8 @@ def forget():
 def _ours_while_switched_on(name, module):
     refused = policy.refusal(name, environment())
     if refused:
-        return False, module.__file__, f"imported from the shim before, but {refused}"
-    return True, module.__file__, "presented by the shim, imported already"
+        return False, module.__file__, f"imported from the shim earlier, but {refused}"
+    return True, module.__file__, "presented by the shim, already imported"
 
 
 def _names_being_asked():
@@ -174,8 +183,8 @@ def _warn_of_early_libraries():
         late.warn_of_libraries()
 
 
-def warn(text):
-    """A UserWarning that can be filtered but never raises: an import must not fail for it."""
+def warn(text: str) -> None:
+    """A UserWarning that can be filtered but never raises: no import may fail because of it."""
     import warnings
 
     try:

@@ -6,6 +6,9 @@ others ask `importlib.metadata` before they use a module that they found, so the
 4.57 breaks ModernBERT's default attention.
 """
 
+from __future__ import annotations
+
+import os
 import sys
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
@@ -27,10 +30,10 @@ Summary: The FlashAttention 2 interface, presented by mtlflashattn; nothing is i
 class PresentedDistribution(Distribution):
     """`flash-attn` as far as a reader of metadata can tell; its files are the presented ones."""
 
-    def __init__(self, names):
+    def __init__(self, names: list[str]) -> None:
         self._names = names
 
-    def read_text(self, filename):
+    def read_text(self, filename: str) -> str | None:
         if filename == "METADATA":
             return _METADATA
         if filename == "top_level.txt":
@@ -39,7 +42,7 @@ class PresentedDistribution(Distribution):
             return "".join(f"{path.relative_to(finder.PRESENTS).as_posix()},,\n" for path in self._paths())
         return None
 
-    def locate_file(self, path):
+    def locate_file(self, path: str | os.PathLike[str]) -> Path:
         return Path(finder.PRESENTS, path)
 
     def _paths(self):
@@ -48,7 +51,7 @@ class PresentedDistribution(Distribution):
             yield from sorted(module.rglob("*.py")) if module.is_dir() else [module.with_suffix(".py")]
 
 
-def find_distributions(name):
+def find_distributions(name: str | None) -> tuple[Distribution, ...]:
     """The virtual distribution if `name` (None: any) asks for it and it is announced now."""
     if name is not None and name.lower().replace("_", "-").replace(".", "-") != NAME:
         return ()
@@ -59,7 +62,7 @@ def find_distributions(name):
     return (PresentedDistribution([name for name in PRESENTED if finder.locate(name)[0]]),)
 
 
-def refusal():
+def refusal() -> str | None:
     """Why the record is not announced right now, in words; None if it is."""
     refused = transformers.refusal() or adjust.transformers_left_alone()
     if refused is None and _is_really_recorded():

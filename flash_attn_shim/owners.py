@@ -104,7 +104,7 @@ def _records(found, path):
 def _describe(found):
     recorded = (line.partition(",")[0] for line in (found.read_text("RECORD") or "").splitlines())
     tops = {path.split("/")[0] for path in recorded if not path.startswith(("..", "_"))}
-    packages = sorted(top for top in tops if top and not top.endswith((".dist-info", ".pth", ".start")))
+    packages = sorted(top for top in tops if top and not top.endswith((".dist-info", ".pth", ".start", "-stubs")))
     held = f", with {', '.join(packages)}" if packages else ""
     return f"{found.name} {found.version} in {found.locate_file('')}{held}"
 

@@ -1,10 +1,13 @@
 """Functions of `flash_attn_mps` as functions of the presented module that has them."""
 
+from __future__ import annotations
+
 import functools
 import types
+from typing import Any
 
 
-def rehome(namespace):
+def rehome(namespace: dict[str, Any]) -> None:
     """Replace the functions of `flash_attn_mps` in the namespace of a module by ones that are defined in it.
 
     A pickle names a function by its module: made here, it then loads where upstream is installed, and the other way.

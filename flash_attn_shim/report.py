@@ -58,7 +58,7 @@ class Status:
     flags: tuple[ProgramFlag, ...]
 
 
-def status():
+def status() -> Status:
     env = finder.environment()
     return Status(
         installed=gate in sys.meta_path,

@@ -60,8 +60,9 @@ def stub(inside: Path, source: str) -> str:
 
 
 if __name__ == "__main__":
+    written = files()
     for old in STUBS.rglob("*.pyi"):
         old.unlink()
-    for path, content in files().items():
+    for path, content in written.items():
         (STUBS / path).parent.mkdir(parents=True, exist_ok=True)
         (STUBS / path).write_text(content)

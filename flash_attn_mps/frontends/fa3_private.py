@@ -17,6 +17,7 @@ from .. import checks, dispatch
 from ..describe import CallOptions, dense, varlen
 from ..problem import AttentionProblem, with_qv
 from . import kvcache
+from .cache_call import CacheCall
 from .fa2_private import backward
 from .shared import accumulators, reject_descales
 
@@ -63,8 +64,7 @@ def _flash_attn_forward(
     # Not a decorator: who builds on this function reads its arguments with inspect.getfullargspec.
     with torch.no_grad():
         if cu_seqlens_k is None and (seqused_k is not None or k_new is not None or page_table is not None):
-            _reject("with a key-value cache", seqused_q=seqused_q)
-            result = kvcache.attention(
+            call = CacheCall(
                 q,
                 k,
                 v,
@@ -84,7 +84,9 @@ def _flash_attn_forward(
                 cu_seqlens_q=cu_seqlens_q,
                 cu_seqlens_k_new=cu_seqlens_k_new,
                 max_seqlen_q=max_seqlen_q,
+                seqused_q=seqused_q,
             )
+            result = kvcache.attention(call)
         else:
             _reject(
                 "without a key-value cache (seqused_k, and no cu_seqlens_k)",

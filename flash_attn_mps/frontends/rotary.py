@@ -43,6 +43,20 @@ def apply_rotary(
         ValueError: shapes do not fit, or a position known on the host lies outside the tables.
     """
     _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    return rotated(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, inplace, conjugate)
+
+
+def rotated(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: int | Tensor,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    inplace: bool = False,
+    conjugate: bool = False,
+) -> Tensor:
+    """`apply_rotary` of arguments that have been checked."""
     if cu_seqlens is not None:
         positions, valid = _packed_positions(x.shape[0], cu_seqlens, seqlen_offsets)
         cos, sin = _rows(cos, sin, positions, valid)
@@ -84,11 +98,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inplace: boo
 
 
 def _memory(x: Tensor) -> Tensor:
-    """`x` to write to. Of a view, without the version that autograd counts for all views of one tensor together.
+    """`x` to write to; for a view, without the version counter that all views of a tensor share in autograd.
 
     Callers rotate q in its part of a qkv tensor, and then k in its own (upstream's `MHA` with fewer heads for k): the
-    second write must not make autograd refuse the first result. The kernels that they were written for do not count
-    either.
+    second write must not make autograd reject the first result. Upstream's kernels do not bump the counter either.
     """
     if not torch.compiler.is_compiling() and not x._is_view():
         return x
@@ -107,7 +120,7 @@ def _packed_positions(total: int, cu_seqlens: Tensor, seqlen_offsets: int | Tens
 
 
 def _rows(cos: Tensor, sin: Tensor, positions: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows of the tables at `positions`; where a position is not valid or has no row, the rotation by nothing."""
+    """Rows of the tables at `positions`; where a position is not valid or has no row, cos 1 and sin 0."""
     seqlen_ro = cos.shape[0]
     inside = (positions >= 0) & (positions < seqlen_ro)
     if valid is not None:

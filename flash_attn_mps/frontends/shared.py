@@ -24,7 +24,7 @@ def unpack(packed: Any, name: str, dims: str, parts: int) -> tuple[Tensor, ...]:
 
 
 def finish(p: AttentionProblem) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Compute `p`; the output, or with `want_lse` what FlashAttention 2's `return_attn_probs` promises."""
+    """Compute `p`. Returns the output, or with `want_lse` the tuple of FlashAttention 2's `return_attn_probs`."""
     result = dispatch.attention(p)
     if not p.want_lse:
         return result.out
@@ -34,7 +34,7 @@ def finish(p: AttentionProblem) -> Tensor | tuple[Tensor, Tensor, Tensor]:
 
 
 def accumulators(out: Tensor) -> tuple[Tensor, Tensor]:
-    """FlashAttention 3's `out_accum` and `softmax_lse_accum`, of keys that are not split: empty."""
+    """FlashAttention 3's `out_accum` and `softmax_lse_accum`; empty, since keys are never split here."""
     return out.new_empty(0, dtype=torch.float32), out.new_empty(0, dtype=torch.float32)
 
 

@@ -23,21 +23,12 @@ from .. import tiers
 from ..describe import with_lengths
 from ..problem import AttentionProblem, Result
 from ..tiers import Gradients
+from .schema import fields_of, flatten, schema_of, unflatten
 
 NAMESPACE = "mtlflashattn"
-_TYPES: dict[Any, tuple[str, ...]] = {
-    "torch.Tensor": ("Tensor {}",),
-    "torch.Tensor | None": ("Tensor? {}",),
-    "int": ("SymInt {}",),
-    "float": ("float {}",),
-    "bool": ("bool {}",),
-    "float | torch.Tensor": ("float? {}", "Tensor? {}_tensor"),
-    "int | torch.Tensor": ("SymInt? {}", "Tensor? {}_tensor"),
-}
 # The lengths that the host knows are not part of a graph: they are read when it runs.
-_NOT_IN_A_GRAPH = ("lengths_q", "lengths_k", "_features")
-_FIELDS = [(f.name, _TYPES[f.type]) for f in dataclasses.fields(AttentionProblem) if f.name not in _NOT_IN_A_GRAPH]
-_PROBLEM = ", ".join(part.format(name) for name, parts in _FIELDS for part in parts)
+_FIELDS = fields_of(AttentionProblem, "lengths_q", "lengths_k", "_features")
+_PROBLEM = schema_of(_FIELDS)
 NAMES = [part.split()[1] for part in _PROBLEM.split(", ")]
 _DIFFERENTIABLE = ("q", "k", "v", "sinks")
 
@@ -60,26 +51,11 @@ def gradients(
 
 def flat(p: AttentionProblem) -> list[Any]:
     """The arguments that describe `p`, in the order of the schema."""
-    arguments = []
-    for name, parts in _FIELDS:
-        value = getattr(p, name)
-        if len(parts) == 1:
-            arguments.append(value)
-        else:
-            arguments.extend((None, value) if isinstance(value, torch.Tensor) else (value, None))
-    return arguments
+    return flatten(_FIELDS, p)
 
 
 def _problem(arguments: tuple[Any, ...]) -> AttentionProblem:
-    values = iter(arguments)
-    fields = {}
-    for name, parts in _FIELDS:
-        value = next(values)
-        if len(parts) == 2:
-            tensor = next(values)
-            value = value if tensor is None else tensor
-        fields[name] = value
-    return AttentionProblem(**fields)
+    return AttentionProblem(**unflatten(_FIELDS, iter(arguments)))
 
 
 def _computed(arguments: tuple[Any, ...]) -> AttentionProblem:

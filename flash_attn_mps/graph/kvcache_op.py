@@ -7,7 +7,7 @@ operator for both would have graphs copy caches that nobody writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import torch
@@ -15,97 +15,79 @@ from torch.library import custom_op
 
 from .. import checks
 from ..describe import CallOptions
+from ..frontends.cache_call import CacheCall
+from ..frontends.cache_plan import describe, run
 from ..problem import Result
 from .attention_op import NAMESPACE, contiguous
+from .schema import fields_of, flatten, schema_of, unflatten
 
-_TENSORS = (
-    "k",
-    "v",
-    "qv",
-    "rotary_cos",
-    "rotary_sin",
-    "rotary_seqlens",
-    "cache_batch_idx",
-    "cache_leftpad",
-    "block_table",
-    "cu_seqlens_q",
-    "cu_seqlens_k_new",
-)
-_NUMBERS = ("cache_seqlens", "max_seqlen_q")  # integers or tensors
-_SCHEMA = ", ".join(
-    (
-        "(Tensor q, Tensor{} k_cache, Tensor{} v_cache",
-        "float? softmax_scale, Tensor? softmax_scale_tensor, bool causal, SymInt window_left, SymInt window_right",
-        "float softcap, Tensor? alibi_slopes, bool want_lse, SymInt attention_chunk",
-        "bool rotary_interleaved, str block_table_name",
-        *(f"SymInt? {name}, Tensor? {name}_tensor" for name in _NUMBERS),
-        *(f"Tensor? {name}" for name in _TENSORS),
+_CALL, _OPTIONS = fields_of(CacheCall, "options"), fields_of(CallOptions)
+_READS = f"({schema_of(_CALL + _OPTIONS)}) -> (Tensor, Tensor)"
+_WRITES = _READS.replace("Tensor k_cache", "Tensor(a!) k_cache").replace("Tensor v_cache", "Tensor(b!) v_cache")
+
+
+@custom_op(f"{NAMESPACE}::flash_attn_with_kvcache", mutates_args=(), schema=_READS)
+def _read(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _computed(*arguments)
+
+
+@custom_op(f"{NAMESPACE}::flash_attn_with_kvcache_append", mutates_args=("k_cache", "v_cache"), schema=_WRITES)
+def _append(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _computed(*arguments)
+
+
+def _computed(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = _call(arguments)
+    with torch.no_grad():
+        result = run(describe(call))
+        lse = result.lse if call.options.want_lse else None
+        return contiguous(result.out), call.q.new_empty(0, dtype=torch.float32) if lse is None else contiguous(lse)
+
+
+@_read.register_fake
+@_append.register_fake
+def _(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = _call(arguments)
+    q, heads_first = call.q, (0, 2, 1) if call.cu_seqlens_q is None else (1, 0)
+    lse_shape = tuple(q.shape[i] for i in heads_first) if call.options.want_lse else (0,)
+    return q.new_empty((*q.shape[:-1], call.v_cache.shape[-1])), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+def captured(call: CacheCall) -> Result:
+    """The result of `call` in a graph: that of the operator."""
+    call = _plain(call)
+    op = _read if call.k is None and call.v is None else _append
+    out, lse = op(*flatten(_CALL, call), *flatten(_OPTIONS, call.options))
+    return Result(out, lse if call.options.want_lse else None)
+
+
+def _plain(call: CacheCall) -> CacheCall:
+    """`call` with plain numbers, as an operator takes them."""
+    options, scale = call.options, call.options.softmax_scale
+    options = dataclasses.replace(
+        options,
+        softmax_scale=None if scale is None else checks.softmax_scale(scale, 1, call.q),
+        causal=bool(options.causal),
+        window_size=checks.window(options.window_size, False),
+        softcap=checks.softcap(options.softcap),
+        want_lse=bool(options.want_lse),
+        attention_chunk=checks.attention_chunk(options.attention_chunk),
     )
-)
+    return dataclasses.replace(
+        call,
+        options=options,
+        rotary_interleaved=bool(call.rotary_interleaved),
+        cache_seqlens=_number(call.cache_seqlens, "cache_seqlens"),
+        max_seqlen_q=_number(call.max_seqlen_q, "max_seqlen_q"),
+    )
 
 
-def register(attend: Callable[..., Result]) -> Callable[..., Result]:
-    """The operators whose kernel is `attend`, as a function with the same arguments: `kvcache.attention`'s."""
-
-    def kernel(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k_cache, v_cache, options, named = _call(arguments)
-        with torch.no_grad():
-            result = attend(q, k_cache, v_cache, options, **named)
-            lse = result.lse if options.want_lse else q.new_empty(0, dtype=torch.float32)
-            return contiguous(result.out), contiguous(lse)
-
-    def fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        q, _, v_cache, options, named = _call(arguments)
-        heads_first = (0, 2, 1) if named["cu_seqlens_q"] is None else (1, 0)
-        lse_shape = tuple(q.shape[i] for i in heads_first) if options.want_lse else (0,)
-        return q.new_empty((*q.shape[:-1], v_cache.shape[-1])), q.new_empty(lse_shape, dtype=torch.float32)
-
-    def define(name: str, written: tuple[str, ...], schema: str) -> Callable[..., Any]:
-        op = custom_op(f"{NAMESPACE}::{name}", kernel, mutates_args=written, schema=f"{schema}) -> (Tensor, Tensor)")
-        op.register_fake(fake)
-        return op
-
-    reads = define("flash_attn_with_kvcache", (), _SCHEMA.format("", ""))
-    writes = define("flash_attn_with_kvcache_append", ("k_cache", "v_cache"), _SCHEMA.format("(a!)", "(b!)"))
-
-    def captured(q: Any, k_cache: Any, v_cache: Any, options: CallOptions, **named: Any) -> Result:
-        op = reads if named["k"] is None and named["v"] is None else writes
-        out, lse = op(*_flat(q, k_cache, v_cache, options, named))
-        return Result(out, lse if options.want_lse else None)
-
-    return captured
+def _number(value: Any, name: str) -> int | torch.Tensor | None:
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    return checks.integer(value, name, "None, an integer or an integer tensor")
 
 
-def _flat(q: Any, k_cache: Any, v_cache: Any, options: CallOptions, named: dict[str, Any]) -> list[Any]:
-    """The arguments in the order of the schema; numbers as plain ones."""
-    scale = options.softmax_scale
-    if scale is not None:
-        scale = checks.softmax_scale(scale, 1, q)
-    arguments = [q, k_cache, v_cache, *_either(scale), bool(options.causal)]
-    arguments += checks.window(options.window_size, False)
-    arguments += [checks.softcap(options.softcap), options.alibi_slopes, bool(options.want_lse)]
-    arguments += [checks.attention_chunk(options.attention_chunk), bool(named["rotary_interleaved"])]
-    arguments.append(named["block_table_name"])
-    for name in _NUMBERS:
-        value = named[name]
-        if value is not None and not isinstance(value, torch.Tensor):
-            value = checks.integer(value, name, "None, an integer or an integer tensor")
-        arguments += _either(value)
-    return arguments + [named[name] for name in _TENSORS]
-
-
-def _either(value: Any) -> tuple[Any, Any]:
-    return (None, value) if isinstance(value, torch.Tensor) else (value, None)
-
-
-def _call(arguments: tuple[Any, ...]) -> tuple[Any, Any, Any, CallOptions, dict[str, Any]]:
-    """`(q, k_cache, v_cache, options, the arguments by name)`."""
-    q, k_cache, v_cache, scale, scale_tensor, causal, left, right, softcap, slopes, want_lse, chunk, *rest = arguments
-    scale = scale if scale_tensor is None else scale_tensor
-    options = CallOptions(scale, causal, (left, right), softcap, slopes, want_lse=want_lse, attention_chunk=chunk)
-    named = dict(zip(("rotary_interleaved", "block_table_name"), rest, strict=False))
-    numbers, tensors = rest[2 : 2 + 2 * len(_NUMBERS)], rest[2 + 2 * len(_NUMBERS) :]
-    for name, number, tensor in zip(_NUMBERS, numbers[::2], numbers[1::2], strict=True):
-        named[name] = number if tensor is None else tensor
-    named.update(zip(_TENSORS, tensors, strict=True))
-    return q, k_cache, v_cache, options, named
+def _call(arguments: tuple[Any, ...]) -> CacheCall:
+    values = iter(arguments)
+    return CacheCall(**unflatten(_CALL, values), options=CallOptions(**unflatten(_OPTIONS, values)))

@@ -1,1 +1,1 @@
-"""Ways into other libraries through the doors that they have themselves, one file a library."""
+"""Integrations that use other libraries' own extension points, one file per library."""

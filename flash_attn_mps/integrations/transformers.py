@@ -1,12 +1,12 @@
-"""transformers' own door for a new attention: `attn_implementation="mps_fa"` after `register()`. Nothing is patched.
+"""`attn_implementation="mps_fa"` for transformers, through its registry of attention functions. Nothing is patched.
 
     from flash_attn_mps.integrations.transformers import register
 
     register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="mps_fa")
 
-Tried with transformers 4.57.6 and 5.23.0. The name must not contain "flash": 5.x takes such a name for a kernel of
-its own.
+Tested with transformers 4.57.6 and 5.23.0. The name must not contain "flash": 5.x takes such a name for one of its
+own kernels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAME = "mps_fa"
 
 
 def register() -> None:
-    """Register the attention `mps_fa` and the masks that it takes with transformers. Calling it again is harmless."""
+    """Register the attention `mps_fa`, and the masks that it takes, with transformers. Idempotent."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -116,17 +116,19 @@ def attention(
 
     query `(batch, heads, seqlen_q, head_dim)`, key and value `(batch, heads_k, seqlen_k, head_dim)`;
     `attention_mask` as `mask` returns it, or of four dimensions that broadcast to `(batch, heads, seqlen_q,
-    seqlen_k)`, bool (False hides) or added to the scores. One of four dimensions says all: `is_causal` and
-    `sliding_window` do not count then, as in transformers' SDPA attention. `sliding_window` is the number of tokens
+    seqlen_k)`, bool (False hides) or added to the scores. A mask of four dimensions is complete: `is_causal` and
+    `sliding_window` are then ignored, as in transformers' SDPA attention. `sliding_window` is the number of tokens
     that a causal query sees, itself included; else it reaches `sliding_window - 1` to both sides. `s_aux` `(heads,)`
-    are attention sinks: a score, not scaled, that every query of a head has besides its keys; gradients reach them.
+    are attention sinks: an extra, unscaled score for every query of a head, in addition to its keys; differentiable.
     Returns `((batch, seqlen_q, heads, head_dim), None)`; queries that see nothing, such as padded ones, give zeros.
 
-    Raises NotImplementedError naming what else the model asks for (biases, attention weights, ...).
+    Raises NotImplementedError that names what is not supported (biases, attention weights, ...).
     """
     for name in ("head_mask", "position_bias", "cache", "output_attentions"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise NotImplementedError(f"{name}: attention {NAME!r} cannot honour it; use attn_implementation='eager'")
+            raise NotImplementedError(
+                f"{name}: attention {NAME!r} does not support it; use attn_implementation='eager'"
+            )
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     rules: dict[str, Any] = {
         "softmax_scale": scaling,
@@ -174,7 +176,9 @@ def _padded(q, k, v, keep, options, s_aux):
     rows_q, cu_seqlens_q = _pack(keep_q)
     rows_k, cu_seqlens_k = _pack(keep)
     if len(cu_seqlens_q) != len(cu_seqlens_k):
-        raise NotImplementedError("attention_mask: packed sequences whose queries are not all there")
+        raise NotImplementedError(
+            "attention_mask: packed sequences some of whose queries are missing are not supported"
+        )
     problem = varlen(
         q.flatten(0, 1)[rows_q],
         k.flatten(0, 1)[rows_k],

@@ -1,8 +1,9 @@
-"""The FlashAttention-2 functions with attention sinks: a score that each query of a head has besides its keys.
+"""The FlashAttention-2 functions with attention sinks: an extra score for each query of a head, besides its keys.
 
-Upstream's have none, so the public functions do not take them. transformers hands `s_aux` `(heads,)` to a function
-that has a parameter of that name (GPT-OSS), and drops it in silence otherwise. Parameters and shapes else are those
-of `flash_attn_mps.frontends.fa2`.
+Upstream's functions have no such argument, so the public ones have none either. transformers hands `s_aux` `(heads,)`
+to a function that has a parameter of that name (GPT-OSS), and silently drops it otherwise. These run in place of the
+presented functions there (`flash_attn_shim/adjust/transformers.py`). All other parameters are those of
+`flash_attn_mps.frontends.fa2`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,15 @@
-"""The `cpu` tier: PyTorch's own flash attention for CPU tensors, where it computes exactly the same thing.
+"""The `cpu` tier: PyTorch's own flash attention for CPU tensors, where it computes exactly the same function.
 
-Not used on MPS: stock attention there has been wrong in many releases (pytorch#195910, pytorch#174861, pytorch#176767).
+Where it does not: it hides keys by adding -inf before it scales, so that a causal mask with a negative scale shows them
+(NVIDIA/cudnn-frontend#804); what is hidden and not finite reaches the output (pytorch#101967); a NaN is lost where a
+block has fewer than 16 keys (pytorch#141128); and its backward pass sums over the query heads of a key in half
+precision. Not used on MPS: stock attention there has been wrong in many releases (pytorch#195910, pytorch#174861,
+pytorch#176767).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -12,6 +18,8 @@ from ..problem import AttentionProblem, Result
 from .tier import Gradients, Tier
 
 _FEATURES = frozenset({"causal", "gradients"})
+_LARGEST_SCORE = 1e38  # float32 ends at 3.4e38
+_LARGEST_TO_SUBTRACT_FROM = 1e4  # the backward pass takes exp(score - log-sum-exp): half an ulp of this is 5e-4
 
 
 def _limits(p: AttentionProblem) -> list[str]:
@@ -26,15 +34,45 @@ def _limits(p: AttentionProblem) -> list[str]:
     causal = "causal" in p.features
     if causal and q.shape[1] != k.shape[1]:
         return ["causal with seqlen_q != seqlen_k (PyTorch aligns it to the top left)"]
-    if p.features <= _FEATURES and not _is_flash(p, causal):
+    if not p.features <= _FEATURES:
+        return []  # it is out already
+    if causal and not _scale(p) > 0:
+        return ["causal with a softmax_scale that is not above 0"]
+    if not _is_flash(p, causal):
         return ["PyTorch would not use its flash attention for these head dims, strides or settings"]
+    if not _largest_score(p) < _LARGEST_SCORE or not _largest(p.v) < math.inf:
+        return ["values or scores are not finite"]
     return []
+
+
+def _backward_limits(p: AttentionProblem) -> list[str]:
+    if p.heads != p.heads_k and p.q.dtype != torch.float32:
+        return ["heads share keys in half precision, in which PyTorch would sum their gradients"]
+    reasons = _limits(p)
+    if not reasons and _largest_score(p) > _LARGEST_TO_SUBTRACT_FROM:
+        return ["scores are large, and whoever gave the log-sum-exp may have rounded them otherwise"]
+    return reasons
+
+
+def _largest_score(p: AttentionProblem) -> float:
+    """More than any score of `p` can be, scaled or not; NaN if a value is."""
+    return _largest(p.q) * _largest(p.k) * p.q.shape[-1] * max(1.0, abs(_scale(p)))
+
+
+def _scale(p: AttentionProblem) -> float:
+    assert isinstance(p.softmax_scale, (float, int))  # a tensor is a feature that this tier does not serve
+    return p.softmax_scale
+
+
+def _largest(t: torch.Tensor) -> float:
+    """The largest magnitude; NaN if there is one."""
+    least, most = torch.aminmax(t)
+    return torch.maximum(-least, most).item()
 
 
 def _is_flash(p: AttentionProblem, causal: bool) -> bool:
     q, k, v = (t.transpose(1, 2) for t in (p.q, p.k, p.v))
-    assert isinstance(p.softmax_scale, float)  # a tensor is a feature that this tier does not serve
-    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=p.softmax_scale, enable_gqa=p.heads != p.heads_k)
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=_scale(p), enable_gqa=p.heads != p.heads_k)
     return choice == SDPBackend.FLASH_ATTENTION.value
 
 
@@ -61,4 +99,4 @@ def _options(p: AttentionProblem) -> dict[str, object]:
     return {"dropout_p": 0.0, "is_causal": "causal" in p.features, "scale": p.softmax_scale}
 
 
-TIER = Tier("cpu", _FEATURES, _limits, _run, _FEATURES, _backward)
+TIER = Tier("cpu", _FEATURES, _limits, _run, _FEATURES, _backward, _backward_limits)

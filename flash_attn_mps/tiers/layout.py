@@ -1,7 +1,7 @@
 """Rows of any layout as padded blocks `(sequences, n, heads, head_dim)`, for the torch tier.
 
-Lengths and indices stay on the device: where the host cannot read them for free, nothing waits for them. Rows past the
-end of a sequence are read from somewhere harmless and written nowhere.
+Lengths and indices stay on the device; nothing waits for it. Rows past the end of a sequence are read from some valid
+row and masked, and never written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Group:
 
 
 def groups(p: AttentionProblem) -> Iterator[Group]:
-    """Cover the batch with groups whose padding stays in proportion to the rows that there are."""
+    """Split the batch into groups whose padding stays proportional to the number of real rows."""
     if not p.ragged_q and not p.ragged_k:
         offset = p.max_seqlen_k - p.max_seqlen_q
         yield Group(slice(0, p.batch), p.batch, p.max_seqlen_q, p.max_seqlen_k, (offset, offset))
@@ -83,12 +83,11 @@ class QueryRows:
 
     def __init__(self, p: AttentionProblem) -> None:
         self.starts = p.cu_seqlens_q
-        self.used = p.seqused_q
         self.lengths = _lengths(p.cu_seqlens_q, p.seqused_q)
         self.total, self.rows = p.q.shape[:2]  # packed: all rows; dense: those of a sequence
 
     def new(self, like: torch.Tensor, tail: tuple[int, ...], fill: float, dtype: torch.dtype) -> torch.Tensor:
-        """A buffer with the rows of q. A packed one has a row more, at its end, that takes what must go nowhere."""
+        """A buffer with the rows of q. A packed one has an extra row at its end, for values to be discarded."""
         lead = like.shape[:2] if self.starts is None else (self.total + 1,)
         return torch.full((*lead, *tail), fill, dtype=dtype, device=like.device)
 
@@ -119,14 +118,16 @@ class QueryRows:
 
     def exist(self) -> torch.Tensor | None:
         """Which rows of q are queries of some sequence, `q.shape[:-2]`; None if all are."""
-        if self.used is None:
+        if self.lengths is None:
             return None
-        device = self.used.device
+        device = self.lengths.device
         if self.starts is None:
-            return torch.arange(self.rows, device=device) < self.used[:, None]
+            return torch.arange(self.rows, device=device) < self.lengths[:, None]
         rows = torch.arange(self.total, device=device, dtype=self.starts.dtype)
-        seqs = (torch.searchsorted(self.starts, rows, right=True) - 1).clamp_(max=self.used.shape[0] - 1)
-        return rows < (self.starts[:-1] + self.used)[seqs]
+        if not self.lengths.shape[0]:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        seqs = (torch.searchsorted(self.starts, rows, right=True) - 1).clamp_(max=self.lengths.shape[0] - 1)
+        return rows < (self.starts[:-1] + self.lengths)[seqs]
 
     def _index(self, group: Group, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of packed queries, `(sequences, rows)`, and which of them exist."""
@@ -147,7 +148,7 @@ class KeyRows:
         rows = tensor[self._slices(group) or self._indices(group)].transpose(1, 2)
         rows = torch.empty(rows.shape, dtype=torch.float32, device=rows.device).copy_(rows)
         valid = self.valid(group)
-        # Zero, because memory past the end may hold NaN, and 0 * NaN is NaN.
+        # Zeroed, because memory past the end may hold NaN, and 0 * NaN is NaN.
         return rows if valid is None else rows.masked_fill(~valid[:, None, :, None], 0.0)
 
     def add(self, buffer: torch.Tensor, group: Group, values: torch.Tensor) -> None:
@@ -176,9 +177,12 @@ class KeyRows:
         rows = torch.arange(n, device=p.q.device)
         if p.block_table is not None:
             num_blocks, block_size = p.k.shape[:2]
-            columns = (rows // block_size).clamp_(max=p.block_table.shape[1] - 1)
-            # Entries past a sequence's last block may be anything: they are read as some block, and masked.
-            return p.block_table[seqs][:, columns].clamp(0, num_blocks - 1), rows % block_size
+            table = p.block_table[seqs]
+            if p.leftpad_k is not None:
+                rows = p.leftpad_k[seqs][:, None] + rows
+            columns = (rows // block_size).clamp_(max=table.shape[1] - 1).expand(table.shape[0], n)
+            # Entries past a sequence's last block may hold anything: clamp them to some block; its rows are masked.
+            return table.gather(1, columns.long()).clamp_(0, num_blocks - 1), rows % block_size
         if p.cu_seqlens_k is not None:
             return ((p.cu_seqlens_k[:-1][seqs][:, None] + rows).clamp_(max=p.k.shape[0] - 1),)
         entries = torch.arange(p.batch, device=p.q.device) if p.kv_batch_idx is None else p.kv_batch_idx

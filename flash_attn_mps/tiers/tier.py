@@ -26,7 +26,8 @@ class Tier:
     `serves`: the features (`problem.FEATURES`) that its forward pass honours.
     `limits`: why it does not serve a problem with these features (device, head dims, ...), in words; empty if it does.
     `run`: the forward pass, without autograd. None where this machine turns out unable to.
-    `serves_backward`, `backward`: likewise for gradients; without them another tier computes these.
+    `serves_backward`, `backward`, `backward_limits` (None: as `limits`): likewise for gradients; without them another
+    tier computes these.
     `metal`: does it run Metal kernels?
     """
 
@@ -36,6 +37,7 @@ class Tier:
     run: Callable[[AttentionProblem], Result | None]
     serves_backward: frozenset[str] = frozenset()
     backward: Backward | None = None
+    backward_limits: Callable[[AttentionProblem], list[str]] | None = None
     metal: bool = False
 
     def unsupported_reasons(self, p: AttentionProblem) -> list[str]:
@@ -49,7 +51,7 @@ class Tier:
         if self.backward is None:
             return ["has no backward pass"]
         needed = p.features | {LSE_GRADIENT} if dlse else p.features
-        return _beyond(needed, self.serves_backward) + self.limits(p)
+        return _beyond(needed, self.serves_backward) + (self.backward_limits or self.limits)(p)
 
 
 def _beyond(needed: frozenset[str], served: frozenset[str]) -> list[str]:

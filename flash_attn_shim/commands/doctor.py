@@ -1,6 +1,10 @@
 """`mtlflashattn doctor`: what `import flash_attn` would give right here, and why."""
 
+from __future__ import annotations
+
+import argparse
 import json
+from typing import Any
 
 from flash_attn_shim.commands import examine
 
@@ -16,17 +20,17 @@ _SECTIONS = (
 )
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     findings = examine.everything()
     print(json.dumps(findings, indent=2) if arguments.json else render(findings))
     return 0
 
 
-def render(findings):
+def render(findings: dict[str, Any]) -> str:
     """The findings as plain text."""
     lines = []
     for name in findings["names"]:

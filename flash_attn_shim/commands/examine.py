@@ -1,11 +1,14 @@
 """The findings of `mtlflashattn doctor`, as plain data."""
 
+from __future__ import annotations
+
 import os
 import platform
 import site
 import sys
 import warnings
 from importlib import import_module, metadata
+from typing import Any
 
 import flash_attn_shim
 from flash_attn_shim import owners, policy
@@ -22,7 +25,7 @@ _SWITCHES = (
 )
 
 
-def everything():
+def everything() -> dict[str, Any]:
     """All findings: names, owners, switches, hook, system, attention, libraries, programs, advice."""
     status = flash_attn_shim.status()  # before anything below imports a library and so changes the answer
     hook = _hook(status)
@@ -110,13 +113,13 @@ def _attention():
     found[f"tier for a causal float16 call on {device}"] = serving
     for name, reasons in refusals.items():
         if reasons:
-            found[f"tier {name} is out"] = "; ".join(reasons)
+            found[f"tier {name} not used"] = "; ".join(reasons)
     found["tuned variants"] = _tuned()
     return found
 
 
 def _tuned():
-    """How many classes of calls `mtlflashattn tune` has settled here, or why its file does not count."""
+    """For how many classes of calls `mtlflashattn tune` has saved a variant here, or why its file is ignored."""
     from flash_attn_mps.tiers.metal import store
 
     with warnings.catch_warnings(record=True) as caught:
@@ -124,9 +127,7 @@ def _tuned():
         winners = store.load()
     if caught:
         return str(caught[0].message)
-    return (
-        f"for {len(winners)} classes of calls, in {store.path()}" if winners else "none: `mtlflashattn tune` finds some"
-    )
+    return f"for {len(winners)} classes of calls, in {store.path()}" if winners else "none; run `mtlflashattn tune`"
 
 
 def _sdpa():
@@ -137,7 +138,7 @@ def _sdpa():
         from flash_attn_mps import mha, sdpa
         from flash_attn_mps.sdpa import hazards, serve
     except Exception as error:  # torch can be missing, or broken in any way
-        return {"scaled_dot_product_attention": f"cannot be asked: {type(error).__name__}: {error}"}
+        return {"scaled_dot_product_attention": f"could not be asked: {type(error).__name__}: {error}"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said above
         given = serve.current()
@@ -173,7 +174,7 @@ def _transformers(status):
         utils = import_module("transformers.utils")
         answer = utils.is_flash_attn_2_available()
     except Exception as error:
-        return f"{version}: cannot be asked: {type(error).__name__}: {error}"
+        return f"{version}: could not be asked: {type(error).__name__}: {error}"
     after = flash_attn_shim.status()
     adjusted = "adjusted" if after.transformers is None else f"left alone: {after.transformers}"
     return [
@@ -191,7 +192,7 @@ def _diffusers():
     try:
         answer = import_module("diffusers.utils.import_utils").is_flash_attn_available()
     except Exception as error:
-        return f"{version}: cannot be asked: {type(error).__name__}: {error}"
+        return f"{version}: could not be asked: {type(error).__name__}: {error}"
     return [version, f"is_flash_attn_available() is {answer}"]
 
 
@@ -199,7 +200,7 @@ def _programs(status):
     """The flags that are set in programs once they are imported, by module."""
     if status.programs is not None:
         return {"left alone": status.programs}
-    found = {}
+    found: dict[str, list[str]] = {}
     for flag in status.flags:
         found.setdefault(flag.module, []).append(f"{flag.name} = {flag.value}: {flag.reason}")
     return found
@@ -215,7 +216,7 @@ def _version(distribution):
 def _advice(status, findings):
     """What to do about each thing that stands in the way, one sentence each."""
     if status.unknown_mode is not None:
-        yield f"{policy.SWITCH}={status.unknown_mode} is not known and counts as auto. Known: off, auto, on."
+        yield f"{policy.SWITCH}={status.unknown_mode} is not a known value and counts as auto. Known: off, auto, on."
     files = findings["hook"]["start-up files"]
     if isinstance(files, dict):
         for path, state in files.items():
@@ -230,7 +231,7 @@ def _advice(status, findings):
             reason = "the start-up file did not run"
         yield f"The import hook is not set: {reason}. Call flash_attn_shim.install() first, or use `mtlflashattn run`."
     if "Rosetta" in findings["system"]["machine"]:
-        yield "Install an arm64 build of Python: Metal cannot be used from one for Intel."
+        yield "Install an arm64 build of Python: an Intel build cannot use Metal."
     torch = findings["attention"]
     if torch["torch"].startswith("cannot"):
         yield "Install PyTorch: pip install torch"

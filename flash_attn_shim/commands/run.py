@@ -1,5 +1,8 @@
 """`mtlflashattn run script.py ...`: the script as `__main__`, with the import hook set first."""
 
+from __future__ import annotations
+
+import argparse
 import importlib
 import os
 import runpy
@@ -8,17 +11,17 @@ import sys
 import flash_attn_shim
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sdpa",
         action="store_true",
-        help="serve PyTorch's own attention too, in this process and its children: MTLFLASHATTN_SDPA=on",
+        help="also take over PyTorch's own attention, in this process and its children (sets MTLFLASHATTN_SDPA=on)",
     )
     parser.add_argument("script", help="path of a Python file")
     parser.add_argument("arguments", nargs="...", help="arguments of the script")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     flash_attn_shim.install()
     if arguments.sdpa:
         os.environ["MTLFLASHATTN_SDPA"] = "on"

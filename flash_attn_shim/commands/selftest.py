@@ -1,16 +1,19 @@
 """`mtlflashattn selftest`: is every result right on this machine?"""
 
+from __future__ import annotations
+
+import argparse
 import sys
 import time
 import warnings
 from pathlib import Path
 
 
-def add_arguments(parser):
-    parser.add_argument("--quick", action="store_true", help="a minute or two instead of some ten on a Mac")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="one or two minutes instead of about ten on a Mac")
     parser.add_argument("--full", action="store_true", help="every head dim and variant: about an hour on a Mac")
-    parser.add_argument("--device", help="default: mps where there is one, else cpu")
-    parser.add_argument("--case", nargs="+", metavar="CASE", help="only these, by the names that a report gives")
+    parser.add_argument("--device", help="default: mps if it is available, else cpu")
+    parser.add_argument("--case", nargs="+", metavar="CASE", help="run only these cases, named as in a report")
     parser.add_argument(
         "--json",
         type=Path,
@@ -20,9 +23,10 @@ def add_arguments(parser):
     )
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     import torch
 
+    from flash_attn_mps import project
     from flash_attn_mps.tiers import BY_NAME
     from flash_attn_mps.tiers.metal import compiler
     from flash_attn_mps.tools import machine
@@ -31,7 +35,7 @@ def run(arguments):
     from flash_attn_mps.tools.selftest import run as runner
 
     if arguments.quick and arguments.full:
-        print("--quick and --full exclude each other.", file=sys.stderr)
+        print("Choose --quick or --full, not both.", file=sys.stderr)
         return 2
     device = arguments.device or ("mps" if torch.backends.mps.is_available() else "cpu")
     if unusable := machine.unusable(device):
@@ -55,7 +59,7 @@ def run(arguments):
                 outcomes.append(runner.run(case, device))
                 progress.step()
         except KeyboardInterrupt:
-            print("Interrupted: this is about the cases before.", file=sys.stderr)
+            print("Interrupted; these are the results so far.", file=sys.stderr)
     seconds = time.monotonic() - began
     metal = not without_metal and any(BY_NAME[o.case.tier].metal for o in outcomes)
     print(f"\n{report.table(outcomes)}\n")
@@ -63,7 +67,7 @@ def run(arguments):
     if failed:
         print(f"{report.failures(outcomes)}\n")
     print(
-        f"{len(outcomes)} of {len(chosen)} cases in {seconds:.0f} s: {f'{failed} FAILED' if failed else 'all right'}."
+        f"{len(outcomes)} of {len(chosen)} cases in {seconds:.0f} s: {f'{failed} FAILED' if failed else 'all passed'}."
     )
     if not metal:
         print(f"NO METAL KERNEL WAS TESTED: {without_metal or 'no case was for one'}.")
@@ -72,5 +76,6 @@ def run(arguments):
     except OSError as error:
         print(f"--json: {error}", file=sys.stderr)
         return 1
-    print(f"Written to {arguments.json}" + (": please attach it to an issue." if failed else "."))
+    asked = f"; please attach it to an issue in {project.ISSUES}" if failed else ""
+    print(f"Report: {arguments.json}{asked}.")
     return 1 if failed or len(outcomes) < len(chosen) else 0

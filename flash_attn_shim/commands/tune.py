@@ -1,13 +1,16 @@
-"""`mtlflashattn tune`: what is fastest on this GPU, measured and kept.
+"""`mtlflashattn tune`: what is fastest on this GPU, measured and saved.
 
-Which variant of the Metal kernel, and from which length on `flash_attn_mps.sdpa` beats torch's own attention.
+That is, which variant of the Metal kernel, and from which length `flash_attn_mps.sdpa` beats torch's own attention.
 """
 
+from __future__ import annotations
+
+import argparse
 import itertools
 import sys
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", nargs="+", default=["float16", "bfloat16"], choices=("float16", "bfloat16", "float32")
     )
@@ -25,13 +28,13 @@ def add_arguments(parser):
         nargs="+",
         default=["variants", "sdpa"],
         choices=("variants", "sdpa"),
-        help="the kernel's variants; the length from which on torch's attention is replaced (default: both)",
+        help="the variants of the kernel, or the length from which to replace torch's attention (default: both)",
     )
     parser.add_argument("--device", default="mps", help="default: mps")
-    parser.add_argument("--forget", action="store_true", help="remove what was stored, and time nothing")
+    parser.add_argument("--forget", action="store_true", help="remove the saved results, and time nothing")
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     from flash_attn_mps import sdpa, timing
     from flash_attn_mps.tiers.metal import compiler, launch, store, variants
 
@@ -39,7 +42,7 @@ def run(arguments):
         store.path().unlink(missing_ok=True)
         variants.forget()
         sdpa.reset()
-        print(f"{store.path()} is gone: every call gets this GPU's default variant, and sdpa its default lengths.")
+        print(f"Removed {store.path()}: calls use this GPU's default variant again, and sdpa its default lengths.")
         return 0
     refused = compiler.unavailable(arguments.device)
     too_wide = [d for d in arguments.head_dim if not 0 < d <= launch.MAX_HEAD_DIM]
@@ -56,29 +59,33 @@ def run(arguments):
 
 def _variants(arguments, watch):
     """0 if every class of calls has a variant now."""
-    from flash_attn_mps.tiers.metal import store, tune, variants
+    from flash_attn_mps import project
+    from flash_attn_mps.tiers.metal import simdgroup, store, tune, variants
     from flash_attn_mps.tools.progress import Progress
     from flash_attn_mps.tools.text_table import aligned
 
-    keys = tune.keys(arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
-    candidates = {key: tune.candidates(key) for key in keys}
+    kernel = simdgroup.FORWARD
+    keys = tune.keys(kernel, arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
+    candidates = {key: tune.candidates(key, kernel) for key in keys}
     outcomes, unkept = [], None
     with Progress(sum(map(len, candidates.values())), "tune") as progress:
         try:
             for key in keys:
                 progress.step(str(key), 0)
-                outcomes.append(tune.tune(key, arguments.device, watch, candidates=candidates[key], tick=progress.step))
+                outcomes.append(
+                    tune.tune(key, kernel, arguments.device, watch, candidates=candidates[key], tick=progress.step)
+                )
                 if outcomes[-1].winner is not None:
                     store.save({key: outcomes[-1].winner})
         except KeyboardInterrupt:
-            pass  # what is measured is stored
+            pass  # what was measured is saved
         except OSError as error:
             unkept = error
     variants.forget()
-    head = ("dtype", "head dim", "length", "mask", "fastest", "ms", "default's ms", "gain", "refused")
+    head = ("dtype", "head dim", "length", "mask", "fastest", "ms", "default's ms", "gain", "failed")
     print(aligned([head, *map(_row, outcomes)]))
     for reason, count in _reasons(outcomes).items():
-        print(f"{count} variants were refused: {reason}. Please report it with the output of `mtlflashattn selftest`.")
+        print(f"{count} variants failed: {reason}. {project.please_report('selftest')}")
     _tell_where(unkept, any(outcome.winner for outcome in outcomes))
     return 0 if unkept is None and len(outcomes) == len(keys) and all(outcome.winner for outcome in outcomes) else 1
 
@@ -100,11 +107,11 @@ def _lengths(arguments, watch):
                 outcomes.append(crossover.measure(kind, arguments.device, watch, tick=progress.step))
                 measured.save({outcomes[-1].of: outcomes[-1].shortest})
         except KeyboardInterrupt:
-            pass  # what is measured is stored
+            pass  # what was measured is saved
         except OSError as error:
             unkept = error
     sdpa.reset()
-    print("From which length on sdpa replaces torch's attention for the sake of speed:")
+    print("The length from which sdpa replaces torch's attention because it is faster:")
     head = ("kind", "torch's path", "from", *(f"{length}: ms, torch's" for length in sorted(crossover.LENGTHS)))
     print(aligned([head, *itertools.starmap(_length_row, zip(kinds, outcomes, strict=False))]))
     _tell_where(unkept, outcomes)
@@ -126,9 +133,9 @@ def _tell_where(unkept, found):
     from flash_attn_mps.tiers.metal import store
 
     if unkept is not None:
-        print(f"Nothing is kept: {unkept}. MTLFLASHATTN_CACHE names another directory.", file=sys.stderr)
+        print(f"Could not save the results: {unkept}. Set MTLFLASHATTN_CACHE to another directory.", file=sys.stderr)
     elif found:
-        print(f"Stored in {store.path()}")
+        print(f"Saved to {store.path()}")
 
 
 def _row(outcome):
@@ -142,7 +149,7 @@ def _row(outcome):
 
 
 def _reasons(outcomes):
-    counts = {}
+    counts: dict[str, int] = {}
     for outcome in outcomes:
         for reason in outcome.refused.values():
             counts[reason] = counts.get(reason, 0) + 1

@@ -2,7 +2,15 @@
 `flash_attn_mps.frontends.fa3` and `fa3_private`. `help(flash_attn_interface.flash_attn_func)` has the semantics.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import flash_attn_shim.needs_torch  # noqa: F401
+
+# isort: split
+from torch import Tensor
+
 from flash_attn_mps.frontends.fa3 import (
     flash_attn_combine,
     flash_attn_func,
@@ -26,12 +34,12 @@ __all__ = [
 _rehome(globals())
 
 
-def maybe_contiguous(x):
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     """`x`, copied if its last dimension is not contiguous; None stays None."""
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
-def round_multiple(x, m):
+def round_multiple(x: int, m: int) -> int:
     """The least multiple of `m` that is not below `x`."""
     return (x + m - 1) // m * m
 
@@ -52,7 +60,18 @@ class FlashAttnVarlenFunc:
     """What upstream's autograd function is to a caller."""
 
     @staticmethod
-    def apply(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, *scoring):
+    def apply(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        seqused_q: Tensor | None,
+        seqused_k: Tensor | None,
+        max_seqlen_q: int | Tensor,
+        max_seqlen_k: int | Tensor,
+        *scoring: Any,
+    ) -> Tensor | Any:
         """`flash_attn_varlen_func` with `seqused` before `max_seqlen`, as upstream's class has them."""
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
         return flash_attn_varlen_func(q, k, v, *lengths, *scoring)

@@ -4,6 +4,8 @@
 and that it survives AOTAutograd with dynamic shapes.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flash_attn_mps import dispatch, trace
 from flash_attn_mps.describe import CallOptions, dense, varlen
 from flash_attn_mps.frontends import fa2, fa2_private, fa3, fa3_private
-from flash_attn_mps.graph import attention_op
+from flash_attn_mps.graph import attention_op, schema
 from flash_attn_mps.problem import with_mask, with_sinks
 from tests.compiled import assert_one_graph, compiled, outcome
 
@@ -134,11 +136,62 @@ CALLS = {
         lambda q, k, v, nk, nv, n: fa2.flash_attn_with_kvcache(q, k, v, nk, nv, cache_seqlens=n, causal=True),
         cache,
     ),
+    "cache, append, elsewhere": (
+        lambda q, k, v, nk, nv, n: fa2.flash_attn_with_kvcache(
+            q,
+            k,
+            v,
+            nk,
+            nv,
+            cache_seqlens=n,
+            cache_batch_idx=(n > 0).cumsum(0, dtype=torch.int32),
+            cache_leftpad=n // 2,
+            softmax_scale=COS[1, 0],
+            window_size=[5, 1],
+            softcap=4.0,
+            alibi_slopes=SLOPES,
+            return_softmax_lse=True,
+        ),
+        cache,
+    ),
     "cache, rotary, one length": (
         lambda q, k, v, nk, nv, n: fa2.flash_attn_with_kvcache(
             q, k, v, nk, nv, COS, COS, cache_seqlens=n, window_size=(9, 0), softmax_scale=0.2
         ),
         lambda n: (*cache(n)[:-1], n),
+    ),
+    "cache, append, pages elsewhere": (
+        lambda q, pages, _2, nk, nv, n: fa2.flash_attn_with_kvcache(
+            q,
+            pages,
+            pages.clone(),
+            nk,
+            nv,
+            cache_seqlens=n,
+            cache_batch_idx=(n > 0).cumsum(0, dtype=torch.int32),
+            cache_leftpad=n // 2,
+            block_table=torch.arange(9, dtype=torch.int32).view(3, 3),
+            causal=True,
+            return_softmax_lse=True,
+        ),
+        lambda n: (*cache(n)[:1], torch.randn(9, n + 40, 2, 16), *cache(n)[2:]),
+    ),
+    "cache, FA3, packed": (
+        lambda q, k, v, nk, nv, n: fa3.flash_attn_with_kvcache(
+            q.flatten(0, 1),
+            k,
+            v,
+            nk.flatten(0, 1),
+            nv.flatten(0, 1),
+            rotary_cos=COS,
+            rotary_sin=COS,
+            cache_seqlens=n,
+            cu_seqlens_q=cumulative([2, 2, 2]),
+            cu_seqlens_k_new=cumulative([2, 2, 2]),
+            max_seqlen_q=2,
+            rotary_seqlens=n // 2,
+        ),
+        cache,
     ),
     "cache, FA3": (
         lambda q, k, v, nk, nv, n: fa3.flash_attn_with_kvcache(
@@ -328,6 +381,19 @@ def test_the_cache_has_no_gradient(backend):
     assert out.requires_grad
     with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache has no backward pass"):
         out.sum().backward()
+
+
+def test_a_field_that_no_operator_can_take_is_an_error():
+    """An argument is never left out of a graph in silence."""
+
+    @dataclasses.dataclass
+    class Call:
+        q: "torch.Tensor"
+        temperature: "complex"
+
+    assert schema.schema_of(schema.fields_of(Call, "temperature")) == "Tensor q"
+    with pytest.raises(TypeError, match=r"Call.temperature: .* complex"):
+        schema.fields_of(Call)
 
 
 def test_a_cache_that_is_only_read_is_not_copied():

@@ -44,6 +44,7 @@ USED = {
     "mask": torch.ones(1, 2, 9, 9, dtype=torch.bool),
     "sinks": torch.zeros(2),
     "needs_grad": True,
+    "forward_mode": True,
 }
 
 

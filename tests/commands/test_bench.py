@@ -264,7 +264,7 @@ def test_other_packages_are_called_as_their_interfaces_want(workload, monkeypatc
     assert "metal-flash-sdpa" not in {c.name for c in contenders.contenders("mps", full=False, hub=False)}
     found = measure.measure(workload, entrants[-3:], "cpu", 0.0, lambda call, times: 1e-3)
     assert not any(m.differs for m in found), found
-    assert [m.why_not for m in found] == ["", "it takes no packed sequences" if workload.packed else "", ""]
+    assert [m.why_not for m in found] == ["", "does not support packed sequences" if workload.packed else "", ""]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -286,7 +286,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_the_command_says_what_it_does_not_know(capsys):
     assert main(["bench", "training"]) == 2
-    assert "kind training is not known; known: prefill, decode, varlen, window" in capsys.readouterr().err
+    assert "unknown kind training; choose from: prefill, decode, varlen, window" in capsys.readouterr().err
 
 
 def test_a_wrong_tier_fails_the_command(monkeypatch, capsys):

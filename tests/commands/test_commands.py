@@ -47,7 +47,7 @@ def test_doctor_names_the_switch_that_is_off():
 def test_doctor_in_plain_words_and_its_advice():
     text = mtlflashattn("doctor", MTLFLASHATTN_SHIM="perhaps").stdout
     assert text.startswith("import flash_attn  ->  ")
-    assert "MTLFLASHATTN_SHIM=perhaps is not known and counts as auto" in text
+    assert "MTLFLASHATTN_SHIM=perhaps is not a known value and counts as auto" in text
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="on a Mac the platform is no obstacle")
@@ -170,7 +170,7 @@ def test_trace_counts_calls_by_shape_and_tier():
         "fa.flash_attn_func(q, q, q, causal=True)\n"
         "fa.flash_attn_func(q, q, q, causal=True)\n"
         "fa.flash_attn_func(q, q, q, softcap=5.0, window_size=(3, 0))\n"
-        "from flash_attn_mps import dispatch, problem\n"
+        "from flash_attn_mps import describe, dispatch, problem\n"
         "p = describe.dense(q, q, q, describe.CallOptions())\n"
         "p = problem.with_sinks(problem.with_mask(p, torch.ones(8, 8, dtype=torch.bool)), torch.zeros(2))\n"
         "dispatch.attention(p)\n"

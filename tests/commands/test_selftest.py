@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flash_attn_mps.tiers import reference
-from flash_attn_mps.tiers.metal import compiler, specialization
+from flash_attn_mps.tiers.metal import compiler, simdgroup
+from flash_attn_mps.tiers.metal.kernel import OPTIONAL_BUFFERS
 from flash_attn_mps.tools.selftest import build, cases, run
 from flash_attn_mps.tools.selftest.cases import FEATURES, Case
 from flash_attn_shim.commands import main
@@ -74,12 +75,8 @@ def test_masks_and_sinks_of_its_oracle():
 def test_the_features_reach_every_buffer_of_the_kernels():
     by_name = {name: build.build(Case("torch", "float32", 8, 8, name), "cpu").problem for name in FEATURES}
     problems = list(by_name.values())
-    reached = {
-        name
-        for name in specialization.OPTIONAL_BUFFERS
-        if any(isinstance(getattr(p, name), torch.Tensor) for p in problems)
-    }
-    assert reached == set(specialization.OPTIONAL_BUFFERS)
+    reached = {name for name in OPTIONAL_BUFFERS if any(isinstance(getattr(p, name), torch.Tensor) for p in problems)}
+    assert reached == set(OPTIONAL_BUFFERS)
     assert {p.k.stride(-1) for p in problems} == {1, 2}
     poisoned = {name for name, p in by_name.items() if p.k.isnan().any() and p.v.isnan().any()}
     assert poisoned == {"packed, used", "used keys", "left padding", "cache index", "pages"}
@@ -94,7 +91,7 @@ def test_cases_are_named_without_ambiguity(level, metal_is_there):
     assert all(cases.parse(str(case)) == case for case in found[::step])
     assert {case.tier for case in found} == ({"simdgroup", "scalar", "torch"} if metal_is_there else {"torch", "cpu"})
     tried = {case.variant for case in found if (case.tier, case.dtype, case.head_dim) == ("simdgroup", "float16", 64)}
-    fitting = set(map(str, cases.variants.all_variants(2, 64, 64)))
+    fitting = set(map(str, simdgroup.FORWARD.fitting(2, 64, 64)))
     assert tried - {""} == (fitting if metal_is_there else set())
 
 
@@ -177,7 +174,9 @@ def test_the_kernels_pass(tmp_path, metal, capsys):
 
 def test_a_kernel_that_forgets_its_mask_is_found(tmp_path, metal, monkeypatch):
     monkeypatch.setattr(
-        compiler, "compile_shader", lambda source: compile_shader(source.replace("HAS_RIGHT 1", "HAS_RIGHT 0"))
+        compiler,
+        "compile_shader",
+        lambda source: compile_shader(source.replace("HAS_WINDOW_RIGHT 1", "HAS_WINDOW_RIGHT 0")),
     )
     status, report = selftest(tmp_path, "--case", "simdgroup:float16:64:64:causal", "simdgroup:float16:64:64:full")
     assert status == 1

@@ -3,17 +3,18 @@
 import json
 import timeit
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
 from flash_attn_mps import describe
-from flash_attn_mps.tiers.metal import gpu, store, tune, variants
-from flash_attn_mps.tiers.metal.specialization import Variant
+from flash_attn_mps.tiers.metal import gpu, simdgroup, store, variants
+from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant
 from flash_attn_shim.commands import examine
 
-KEY = store.Key("float16", 64, 64, "short", "causal")
-TUNED = store.Winner(Variant(8, 2, 16, False), 1e-3, 2e-3)
+KEY = store.Key("attention_forward", "float16", 64, 64, "short", "causal")
+TUNED = store.Winner("8x2x16-direct", 1e-3, 2e-3)
 
 
 def call(length=300, dtype=torch.float16, head_dim=64, **options):
@@ -21,8 +22,13 @@ def call(length=300, dtype=torch.float16, head_dim=64, **options):
     return describe.dense(q, q, q, describe.CallOptions(**options))
 
 
+def chosen(p, tuned=None):
+    """The name of the variant that `p` gets."""
+    return str(variants.chosen(p, FORWARD, tuned))
+
+
 def default(p):
-    return variants.default(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
+    return str(simdgroup.default(p.q.itemsize, p.q.shape[-1], p.v.shape[-1]))
 
 
 @pytest.fixture(autouse=True)
@@ -34,23 +40,35 @@ def test_a_stored_winner_is_chosen_for_its_class_only():
     assert TUNED.variant != default(call())
     store.save({KEY: TUNED})
     assert store.load() == {KEY: TUNED}
-    assert variants.chosen(call(causal=True)) == TUNED.variant
+    assert chosen(call(causal=True)) == TUNED.variant
     for other in (
         call(),
         call(600, causal=True),
         call(dtype=torch.bfloat16, causal=True),
         call(head_dim=128, causal=True),
     ):
-        assert variants.chosen(other) == default(other)
+        assert chosen(other) == default(other)
+
+
+def test_kernels_do_not_share_their_winners(monkeypatch):
+    """Not even by a variable: each has its own."""
+    other = replace(FORWARD, entry="attention_other", variable="OTHER_VARIANT")
+    p = call(causal=True)
+    of_other = TUNED._replace(variant="16x2x16-direct")
+    store.save({KEY: TUNED, store.key_of(p, other): of_other})
+    assert (chosen(p), str(variants.chosen(p, other, None))) == (TUNED.variant, of_other.variant)
+    variants.forget()
+    monkeypatch.setenv("OTHER_VARIANT", "32x2x16-direct")
+    assert (chosen(p), str(variants.chosen(p, other, None))) == (TUNED.variant, "32x2x16-direct")
 
 
 def test_a_window_that_was_not_tuned_takes_what_causal_has():
     store.save({KEY: TUNED})
-    assert variants.chosen(call(causal=True, window_size=(50, 0))) == TUNED.variant
+    assert chosen(call(causal=True, window_size=(50, 0))) == TUNED.variant
     variants.forget()
-    own = TUNED._replace(variant=Variant(16, 2, 16, False))
+    own = TUNED._replace(variant="16x2x16-direct")
     store.save({KEY._replace(mask="window"): own})
-    assert variants.chosen(call(causal=True, window_size=(50, 0))) == own.variant
+    assert chosen(call(causal=True, window_size=(50, 0))) == own.variant
 
 
 @pytest.mark.parametrize(
@@ -58,19 +76,19 @@ def test_a_window_that_was_not_tuned_takes_what_causal_has():
 )
 def test_length_classes_agree_with_the_fast_look_up(length, expected):
     p = call(length)
-    assert store.key_of(p).length == expected
-    winner = TUNED._replace(variant=Variant(32, 1, 8, False))
-    store.save({store.key_of(p): winner})
-    assert variants.chosen(p) == winner.variant
+    assert store.key_of(p, FORWARD).length == expected
+    winner = TUNED._replace(variant="32x1x8-direct")
+    store.save({store.key_of(p, FORWARD): winner})
+    assert chosen(p) == winner.variant
     for other in (512, 513, 2048, 2049):
-        same = store.key_of(call(other)).length == expected
-        assert (variants.chosen(call(other)) == winner.variant) == same
+        same = store.key_of(call(other), FORWARD).length == expected
+        assert (chosen(call(other)) == winner.variant) == same
 
 
 def test_saving_adds_and_replaces():
     other = KEY._replace(mask="full")
     store.save({KEY: TUNED, other: TUNED})
-    better = TUNED._replace(variant=Variant(16, 1, 8, False))
+    better = TUNED._replace(variant="16x1x8-direct")
     store.save({KEY: better})
     assert store.load() == {KEY: better, other: TUNED}
     assert [file.name for file in store.path().parent.iterdir()] == ["variants.json"]
@@ -80,7 +98,7 @@ def test_a_failed_save_leaves_the_old_file(monkeypatch):
     store.save({KEY: TUNED})
     monkeypatch.setattr(store.json, "dump", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        store.save({KEY: TUNED._replace(variant=Variant(16, 1, 8, False))})
+        store.save({KEY: TUNED._replace(variant="16x1x8-direct")})
     assert store.load() == {KEY: TUNED}
     assert [file.name for file in store.path().parent.iterdir()] == ["variants.json"]
 
@@ -88,20 +106,21 @@ def test_a_failed_save_leaves_the_old_file(monkeypatch):
 def one_warning(match):
     p = call(causal=True)
     with pytest.warns(RuntimeWarning, match=match) as caught:
-        assert variants.chosen(p) == default(p)
-        variants.chosen(call())
-        variants.chosen(call(5000))
+        assert chosen(p) == default(p)
+        chosen(call())
+        chosen(call(5000))
     assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda data: data["machine"].update(gpu="Apple M1, 8 cores"), "holds for gpu 'Apple M1, 8 cores'"),
-        (lambda data: data["machine"].update(torch="2.7.0"), "holds for torch '2.7.0'"),
-        (lambda data: data["machine"].update(kernels="0"), "holds for kernels '0'"),
-        (lambda data: data.update(format=2), "has format 2"),
-        (lambda data: data["winners"][0]["variant"].pop("rows"), "is broken"),
+        (lambda data: data["machine"].update(gpu="Apple M1, 8 cores"), "was made with gpu 'Apple M1, 8 cores'"),
+        (lambda data: data["machine"].update(torch="2.7.0"), "was made with torch '2.7.0'"),
+        (lambda data: data["machine"].update(kernels="0"), "was made with kernels '0'"),
+        (lambda data: data.update(format=1), "has format 1"),
+        (lambda data: data["winners"][0].update(variant=[8, 2]), "is broken"),
+        (lambda data: data["winners"][0].pop("kernel"), "is broken"),
         (lambda data: data["winners"][0].update(length="endless"), "is broken"),
         (lambda data: data.update(winners=[7]), "is broken"),
         (lambda data: data.pop("machine"), "is broken"),
@@ -125,37 +144,37 @@ def test_a_broken_file_is_ignored_with_one_warning_and_replaced(content):
 
 def test_a_variant_that_does_not_exist_is_not_run():
     """7 rows would compute nonsense, and 4096 keys would not fit."""
-    for shape in (Variant(7, 4, 32, False), Variant(16, 4, 4096, True)):
-        store.save({KEY: TUNED._replace(variant=shape)})
+    for name in ("7x4x32-direct", "16x4x4096-staged"):
+        store.save({KEY: TUNED._replace(variant=name)})
         variants.forget()
-        assert variants.chosen(call(causal=True)) == default(call())
+        assert chosen(call(causal=True)) == default(call())
 
 
 def test_kernels_that_changed_make_it_stale(monkeypatch):
     store.save({KEY: TUNED})
     sources = store.specialization.sources()
     monkeypatch.setattr(store.specialization, "sources", lambda: [*sources[:-1], (sources[-1][0], "// changed")])
-    with pytest.warns(RuntimeWarning, match="holds for kernels"):
+    with pytest.warns(RuntimeWarning, match="was made with kernels"):
         assert store.load() == {}
 
 
 def test_forced_variant_wins_and_an_impossible_one_says_why(monkeypatch):
     store.save({KEY: TUNED})
     monkeypatch.setenv("MTLFLASHATTN_VARIANT", "32x2x16-direct")
-    assert variants.chosen(call(causal=True)) == Variant(32, 2, 16, False)
+    assert variants.chosen(call(causal=True), FORWARD, None) == Variant(32, 2, 16, False)
     variants.forget()
     monkeypatch.setenv("MTLFLASHATTN_VARIANT", "32x4x32-direct")
     with pytest.raises(
         NotImplementedError, match=r"MTLFLASHATTN_VARIANT=32x4x32-direct .* 256 .*there are 8x1x8-direct"
     ):
-        variants.chosen(call(head_dim=256))
+        chosen(call(head_dim=256))
 
 
 def test_without_a_file_there_is_no_warning_and_no_digest(monkeypatch):
     monkeypatch.setattr(store, "_digest", lambda: pytest.fail("the sources were read"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert variants.chosen(call()) == default(call())
+        assert chosen(call()) == default(call())
 
 
 def test_the_directory(monkeypatch):
@@ -169,15 +188,19 @@ def test_the_directory(monkeypatch):
 
 def test_auto_tunes_the_first_long_call_of_a_class(monkeypatch):
     tuned = []
-    monkeypatch.setattr(tune, "briefly", lambda p: tuned.append(store.key_of(p)) or TUNED)
-    variants.chosen(call(4000))
+
+    def tune(p, kernel):
+        tuned.append(store.key_of(p, kernel))
+        return TUNED
+
+    chosen(call(4000), tune)
     assert not tuned, "tuning is off by default"
     monkeypatch.setenv("MTLFLASHATTN_TUNE", "auto")
     variants.forget()
     for _ in range(2):
-        assert variants.chosen(call(4000)) == TUNED.variant
-        assert variants.chosen(call(100)) == default(call(100))
-    assert tuned == [store.Key("float16", 64, 64, "long", "full")]
+        assert chosen(call(4000), tune) == TUNED.variant
+        assert chosen(call(100), tune) == default(call(100))
+    assert tuned == [store.Key("attention_forward", "float16", 64, 64, "long", "full")]
 
 
 def test_the_doctor_says_what_is_tuned():
@@ -185,11 +208,11 @@ def test_the_doctor_says_what_is_tuned():
     store.save({KEY: TUNED})
     assert examine._tuned() == f"for 1 classes of calls, in {store.path()}"
     store.path().write_text("{")
-    assert "is ignored: it is broken" in examine._tuned()
+    assert f"ignoring {store.path()}: it is broken" in examine._tuned()
 
 
 def test_a_look_up_costs_a_few_microseconds():
     p = call(causal=True)
     store.save({KEY: TUNED})
-    seconds = min(timeit.repeat(lambda: variants.chosen(p), number=1000, repeat=20)) / 1000
+    seconds = min(timeit.repeat(lambda: variants.chosen(p, FORWARD, None), number=1000, repeat=20)) / 1000
     assert seconds < 5e-6

@@ -1,15 +1,17 @@
 """`mtlflashattn tune`: real kernels on the runner, with a clock of the test's own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from flash_attn_mps import describe, timing
-from flash_attn_mps.tiers.metal import compiler, gpu, launch, store, tune, variants
-from flash_attn_mps.tiers.metal.specialization import Variant
+from flash_attn_mps.tiers.metal import compiler, gpu, launch, simdgroup, store, tune, variants
+from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant
 from flash_attn_shim.commands import main
 
-KEY = store.Key("float16", 64, 64, "short", "causal")
-DEFAULT = variants.default(2, 64, 64)
+KEY = store.Key("attention_forward", "float16", 64, 64, "short", "causal")
+DEFAULT = simdgroup.default(2, 64, 64)
 SMALL, WIDE, STAGED = Variant(8, 2, 16, False), Variant(32, 2, 16, False), Variant(8, 2, 16, True)
 
 
@@ -17,53 +19,70 @@ class Clock:
     """A stopwatch that makes no call, and reads for each variant what `seconds` says."""
 
     def __init__(self, seconds):
-        self.seconds, self.asked = seconds, []
+        self.seconds, self.asked, self.kernels = seconds, [], set()
 
     def __call__(self, call, times):
-        variant = call.args[1]
+        variant = call.args[2]
         self.asked.append((variant, times))
+        self.kernels.add(call.args[1])
         return self.seconds[variant]
 
 
 def test_the_fastest_wins(metal):
     clock = Clock({DEFAULT: 3e-3, SMALL: 4e-3, WIDE: 1e-3, STAGED: 2e-3})
     ticks = []
-    outcome = tune.tune(KEY, "cpu", clock, candidates=[SMALL, WIDE, STAGED], tick=lambda: ticks.append(1))
-    assert outcome == tune.Outcome(KEY, store.Winner(WIDE, 1e-3, 3e-3), 4, {})
+    outcome = tune.tune(KEY, FORWARD, "cpu", clock, candidates=[SMALL, WIDE, STAGED], tick=lambda: ticks.append(1))
+    assert outcome == tune.Outcome(KEY, store.Winner(str(WIDE), 1e-3, 3e-3), 4, {})
     assert len(ticks) == 4
     timed = [variant for variant, _ in clock.asked]
     assert timed.count(SMALL) < timed.count(WIDE), "the slow ones drop out early"
     assert dict(clock.asked)[WIDE] == 20, "so many calls as fill a batch"
 
 
+def test_another_kernel_is_tuned_among_its_own_variants(metal):
+    other = replace(FORWARD, variants=(SMALL, WIDE), default=lambda *_shape: SMALL)
+    (key,) = tune.keys(other, ["float16"], [64], ["short"], ["causal"])
+    assert tune.candidates(key, other) == [SMALL, WIDE]
+    ran = []
+
+    def run(p, kernel, variant):
+        ran.append(kernel)
+        return launch.run(p, kernel, variant)
+
+    clock = Clock({SMALL: 3e-3, WIDE: 1e-3})
+    outcome = tune.tune(key, other, "cpu", clock, candidates=[WIDE], run=run)
+    assert outcome.winner == store.Winner(str(WIDE), 1e-3, 3e-3)
+    assert set(ran) == clock.kernels == {other}
+
+
 def test_noise_does_not_displace_the_default(metal):
     clock = Clock({DEFAULT: 1.000e-3, SMALL: 0.990e-3})
-    assert tune.tune(KEY, "cpu", clock, candidates=[SMALL]).winner.variant == DEFAULT
+    assert tune.tune(KEY, FORWARD, "cpu", clock, candidates=[SMALL]).winner.variant == str(DEFAULT)
     clock.seconds[SMALL] = 0.9e-3
-    assert tune.tune(KEY, "cpu", clock, candidates=[SMALL]).winner.variant == SMALL
+    assert tune.tune(KEY, FORWARD, "cpu", clock, candidates=[SMALL]).winner.variant == str(SMALL)
 
 
 def test_a_wrong_or_uncompilable_variant_never_wins(metal):
-    def run(p, variant):
+    def run(p, kernel, variant):
         if variant == WIDE:
             return None
         if variant == STAGED:
             raise ValueError("Threadgroup size exceeds 512 limit")
-        result = launch.run(p, "attention_forward", variant)
+        result = launch.run(p, kernel, variant)
         if variant == SMALL:
             result.out[0, -1, 0, 0] += 0.05
         return result
 
     clock = Clock({DEFAULT: 3.0})
-    outcome = tune.tune(KEY, "cpu", clock, candidates=[SMALL, WIDE, STAGED], run=run)
-    assert outcome.winner.variant == DEFAULT
+    outcome = tune.tune(KEY, FORWARD, "cpu", clock, candidates=[SMALL, WIDE, STAGED], run=run)
+    assert outcome.winner.variant == str(DEFAULT)
     assert outcome.refused[WIDE] == "it does not compile"
-    assert outcome.refused[STAGED] == "its launch fails (Threadgroup size exceeds 512 limit)"
+    assert outcome.refused[STAGED] == "it fails to launch (Threadgroup size exceeds 512 limit)"
     assert "off by 0.05" in outcome.refused[SMALL]
 
 
 def test_nothing_works(metal):
-    outcome = tune.tune(KEY, "cpu", Clock({}), candidates=[WIDE], run=lambda p, variant: None)
+    outcome = tune.tune(KEY, FORWARD, "cpu", Clock({}), candidates=[WIDE], run=lambda p, kernel, variant: None)
     assert outcome.winner is None
     assert set(outcome.refused) == {DEFAULT, WIDE}
 
@@ -71,9 +90,9 @@ def test_nothing_works(metal):
 @pytest.mark.parametrize("mask", store.MASKS)
 @pytest.mark.parametrize("length", store.LENGTHS)
 def test_what_is_timed_is_of_the_class(mask, length):
-    key = store.Key("bfloat16", 64, 32, length, mask)
+    key = store.Key("attention_forward", "bfloat16", 64, 32, length, mask)
     p = tune._problem(key, "cpu", *tune._LENGTHS[length])
-    assert store.key_of(p) == key
+    assert store.key_of(p, FORWARD) == key
     small = tune._problem(key, "cpu", 2, tune._SMALL, 2)
     assert (small.window_left >= 0, small.window_right) == (mask == "window", -1 if mask == "full" else 0)
 
@@ -96,7 +115,7 @@ def a_mac(metal, cache, monkeypatch):
     monkeypatch.setattr(gpu, "name", lambda: "Apple M3 Max, 40 cores")
     clock = Clock({DEFAULT: 3e-3, SMALL: 4e-3, WIDE: 1e-3})
     monkeypatch.setattr(timing, "stopwatch", lambda device: clock)
-    monkeypatch.setattr(tune, "candidates", lambda key: [DEFAULT, SMALL, WIDE])
+    monkeypatch.setattr(tune, "candidates", lambda key, kernel: [DEFAULT, SMALL, WIDE])
 
 
 COMMAND = ["tune", "--device", "cpu", "--dtype", "float16", "--head-dim", "64", "--length", "short", "--mask", "full"]
@@ -106,31 +125,31 @@ COMMAND += ["--what", "variants"]
 def test_the_command_stores_what_later_calls_use(a_mac, capsys):
     q = torch.randn(1, 100, 2, 64).half()
     p = describe.dense(q, q, q, describe.CallOptions())
-    assert variants.chosen(p) == DEFAULT
+    assert variants.chosen(p, FORWARD, tune.briefly) == DEFAULT
     assert main(COMMAND) == 0
     printed = capsys.readouterr().out
     assert str(WIDE) in printed
     assert "3.00x" in printed
     assert str(store.path()) in printed
-    assert variants.chosen(p) == WIDE
+    assert variants.chosen(p, FORWARD, tune.briefly) == WIDE
     assert main(["tune", "--forget"]) == 0
-    assert variants.chosen(p) == DEFAULT
+    assert variants.chosen(p, FORWARD, tune.briefly) == DEFAULT
 
 
 def test_auto_stores_too(a_mac, monkeypatch):
     monkeypatch.setenv("MTLFLASHATTN_TUNE", "auto")
-    monkeypatch.setattr(tune, "_neighbours", lambda variant, key: [WIDE])
+    monkeypatch.setattr(tune, "_neighbours", lambda variant, key, kernel: [WIDE])
     q = torch.empty(1, 3000, 1, 64).half()
     p = describe.dense(q, q, q, describe.CallOptions())
-    assert variants.chosen(p) == WIDE
-    assert store.load()[store.key_of(p)].variant == WIDE
+    assert variants.chosen(p, FORWARD, tune.briefly) == WIDE
+    assert store.load()[store.key_of(p, FORWARD)].variant == str(WIDE)
 
 
 def test_neighbours_differ_in_one_step():
-    near = tune._neighbours(DEFAULT, KEY)
+    near = tune._neighbours(DEFAULT, KEY, FORWARD)
     assert near
     assert all(sum(a != b for a, b in zip(DEFAULT, other, strict=True)) == 1 for other in near)
-    assert set(near) <= set(variants.all_variants(2, 64, 64))
+    assert set(near) <= set(FORWARD.fitting(2, 64, 64))
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be read:RuntimeWarning")
@@ -138,7 +157,7 @@ def test_a_cache_that_cannot_be_written_is_said(a_mac, cache, monkeypatch, capsy
     (cache / "file").touch()
     monkeypatch.setenv("MTLFLASHATTN_CACHE", str(cache / "file"))
     assert main(COMMAND) == 1
-    assert "Nothing is kept" in capsys.readouterr().err
+    assert "Could not save the results" in capsys.readouterr().err
 
 
 def test_without_metal_it_says_so(cache, capsys):

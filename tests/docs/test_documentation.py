@@ -55,6 +55,14 @@ def test_paths_in_maps_exist(page):
     assert missing == []
 
 
+def test_every_test_of_attention_and_kernels_is_in_the_map():
+    """There the features are; the other folders are small enough to look into."""
+    text = (ROOT / "tests/README.md").read_text()
+    files = [file for folder in ("attention", "metal") for file in (ROOT / "tests" / folder).glob("test_*.py")]
+    assert len(files) > 20
+    assert [name(file) for file in files if file.name not in text] == []
+
+
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs/README.md").read_text()
     assert [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in index] == []

@@ -12,8 +12,8 @@ import torch
 
 from flash_attn_mps.describe import CallOptions, dense
 from flash_attn_mps.problem import AttentionProblem
-from flash_attn_mps.tiers.metal import compiler, launch, variants
-from flash_attn_mps.tiers.metal.specialization import Variant
+from flash_attn_mps.tiers.metal import compiler, launch, simdgroup
+from flash_attn_mps.tiers.metal.simdgroup import Variant
 from metal_host import compile_shader, observe
 from tests.test_metal_host import test_torch_kernels as torch_kernels
 
@@ -40,7 +40,7 @@ def problem(heads: int, length: int, dim: int, mask: str) -> AttentionProblem:
 def ours(p: AttentionProblem, variant: Variant) -> tuple[torch.Tensor, dict[str, int]]:
     """(out, counters)."""
     with observe() as launches:
-        out = launch.run(p, "attention_forward", variant).out
+        out = launch.run(p, simdgroup.FORWARD, variant).out
     return out, launches[0].counters
 
 
@@ -77,7 +77,7 @@ def main():
     print(" " * 34 + "".join(f"{name.replace('_', ' '):>26}" for name in COUNTERS))
     for length in chosen.lengths:
         for dim in chosen.dims:
-            default = variants.default(2, dim, dim)
+            default = simdgroup.default(2, dim, dim)
             for mask in MASKS:
                 p = problem(chosen.heads, length, dim, mask)
                 rows = {"torch": torchs(library, p, mask)[1]}

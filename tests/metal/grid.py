@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from flash_attn_mps.tiers.metal import variants
-from flash_attn_mps.tiers.metal.specialization import Variant
+from flash_attn_mps.tiers.metal import simdgroup
+from flash_attn_mps.tiers.metal.simdgroup import Variant
 from tests.attention.pairwise import pairwise
 
 from .calls import STORAGES, Spec
@@ -97,7 +97,7 @@ def cases_of_every_variant() -> list[dict]:
     chosen = []
     for dtype in (torch.float16, torch.float32):
         for dims in ((64, 64), (20, 13), (192, 128), (256, 256)):
-            for variant in variants.all_variants(dtype.itemsize, *dims):
+            for variant in simdgroup.FORWARD.fitting(dtype.itemsize, *dims):
                 other = others[len(chosen) % len(others)]
                 chosen.append({**other, **variant._asdict(), "dtype": dtype, "dims": dims})
     return chosen
@@ -107,7 +107,7 @@ def fitting(case: dict) -> Variant:
     """The variant that a case asks for, made smaller until it fits the head dims."""
     variant = Variant(case["rows"], case["simdgroups"], case["keys"], case["staged"] and case["simdgroups"] > 1)
     element_bytes = case["dtype"].itemsize
-    while not variants.fits(variant, element_bytes, *case["dims"]):
+    while not simdgroup.fits(variant, element_bytes, *case["dims"]):
         if variant.keys > 8:
             variant = variant._replace(keys=variant.keys // 2)
         else:

@@ -2,22 +2,21 @@
 
 import mmap
 import struct
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
 from flash_attn_mps.problem import AttentionProblem, Result
-from flash_attn_mps.tiers.metal import compiler, launch, specialization
-from flash_attn_mps.tiers.metal.specialization import Variant
-from metal_host import compile_shader, observe
+from flash_attn_mps.tiers.metal import compiler, launch, scalar, simdgroup, specialization
+from flash_attn_mps.tiers.metal.kernel import OPTIONAL_BUFFERS, Buffer, Kernel
+from flash_attn_mps.tiers.metal.simdgroup import Variant
+from metal_host import observe
 
 from .calls import Spec, draw, int32
 from .test_values import KERNELS
 
-PARAMS = Path(specialization.__file__).with_name("kernels") / "params.metal"
-KERNEL = ("attention_forward", Variant(8, 2, 8, False))
+KERNEL = (simdgroup.FORWARD, Variant(8, 2, 8, False))
 
 
 def passed(problem: AttentionProblem) -> tuple[tuple, dict]:
@@ -28,16 +27,23 @@ def passed(problem: AttentionProblem) -> tuple[tuple, dict]:
     return kernel.call_args
 
 
-def as_the_kernel_reads(values: list[int], names: list[str]) -> dict[str, int]:
-    """values[name] for each name, looked up by the Metal source's own enumeration."""
-    lines = " ".join(f"out[{i}] = p[{name}];" for i, name in enumerate(names))
-    library = compile_shader(
-        f"#include <metal_stdlib>\nusing namespace metal;\n{PARAMS.read_text()}\n"
-        f"kernel void probe(constant long* p [[buffer(0)]], device long* out [[buffer(1)]]) {{ {lines} }}"
+def as_a_kernel_reads(p: AttentionProblem, values: list[str]) -> list[int]:
+    """What `values`, Metal expressions, are in a kernel that has the buffers of a forward pass and one more."""
+    probe = Kernel(
+        entry="probe",
+        headers=("metal_stdlib",),
+        sources=("probe",),
+        buffers={**launch.FORWARD_BUFFERS, "read": Buffer("long")},
+        optional=tuple(OPTIONAL_BUFFERS),
+        grid=lambda _p, _variant: ((1, 1, 1), (1, 1, 1)),
     )
-    out = torch.zeros(len(names), dtype=torch.int64)
-    library.probe(values, out, threads=1)
-    return dict(zip(names, out.tolist(), strict=True))
+    lines = " ".join(f"read[{i}] = long({value});" for i, value in enumerate(values))
+    text = f"kernel void probe(BUFFERS uint i [[thread_position_in_grid]]) {{ Inputs in = INPUTS; {lines} }}"
+    result, read = launch.outputs(p), torch.zeros(len(values), dtype=torch.int64)
+    tensors = {"q": p.q, "k": p.k, "v": p.v, "out": result.out, "lse": result.lse, "read": read}
+    with mock.patch.object(specialization, "_text", lambda _name: text):
+        assert launch.enqueue(probe, p, scalar.VARIANT, tensors)
+    return read.tolist()
 
 
 def bits(x: float) -> int:
@@ -52,20 +58,33 @@ def test_parameters_are_what_their_names_say():
     v = memory.as_strided((2, 13, 3, 16), (705, 52, 17, 1))
     mask = torch.zeros(10_000, dtype=torch.bool).as_strided((2, 6, 11, 13), (801, 131, 19, 4))
     dense = AttentionProblem(
-        q, k, v, 2, 11, 13, 0.3, 5, 7, softcap=1.7, alibi_slopes=torch.zeros(2, 6), mask=mask, want_lse=True
+        q,
+        k,
+        v,
+        2,
+        11,
+        13,
+        0.3,
+        window_left=5,
+        window_right=7,
+        softcap=1.7,
+        alibi_slopes=torch.zeros(2, 6),
+        mask=mask,
+        want_lse=True,
     )
     of_dense = {
         "SEQLEN_Q": 11,
         "SEQLEN_K": 13,
+        "TOTAL_Q": 2,
         "BATCH": 2,
-        "GROUP": 2,
+        "HEADS_PER_KV_HEAD": 2,
         **{"Q_BATCH": 701, "Q_ROW": 61, "Q_HEAD": 9},
         **{"K_BATCH": 703, "K_ROW": 51, "K_HEAD": 10},
         **{"V_BATCH": 705, "V_ROW": 52, "V_HEAD": 17},
-        **{"O_BATCH": 11 * 6 * 16, "O_ROW": 6 * 16, "O_HEAD": 16},
+        **{"OUT_BATCH": 11 * 6 * 16, "OUT_ROW": 6 * 16, "OUT_HEAD": 16},
         **{"LSE_BATCH": 66, "LSE_HEAD": 11},
-        **{"LEFT": 5, "RIGHT": 7, "SCALE": bits(0.3), "SOFTCAP": bits(1.7), "ALIBI_BATCH": 6},
-        **{"PAGE_SIZE": 0, "TABLE_ROW": 0},
+        **{"WINDOW_LEFT": 5, "WINDOW_RIGHT": 7, "SOFTMAX_SCALE": bits(0.3), "SOFTCAP": bits(1.7), "ALIBI_BATCH": 6},
+        **{"PAGE_SIZE": 0, "BLOCK_TABLE_ROW": 0},
         **{"MASK_BATCH": 801, "MASK_HEAD": 131, "MASK_ROW": 19, "MASK_COLUMN": 4},
     }
     packed = AttentionProblem(
@@ -83,15 +102,15 @@ def test_parameters_are_what_their_names_say():
     )
     of_packed = {
         **of_dense,
-        **{"BATCH": 1, "Q_BATCH": 0, "O_BATCH": 0, "LSE_BATCH": 0, "LSE_HEAD": 11, "LEFT": -1, "RIGHT": -1},
-        **{"SOFTCAP": 0, "ALIBI_BATCH": 0, "PAGE_SIZE": 13, "TABLE_ROW": 5},
+        **{"TOTAL_Q": 11, "BATCH": 1, "Q_BATCH": 0, "OUT_BATCH": 0, "LSE_BATCH": 0, "LSE_HEAD": 11},
+        **{"WINDOW_LEFT": -1, "WINDOW_RIGHT": -1, "SOFTCAP": 0},
+        **{"ALIBI_BATCH": 0, "PAGE_SIZE": 13, "BLOCK_TABLE_ROW": 5},
         **dict.fromkeys(("MASK_BATCH", "MASK_HEAD", "MASK_ROW", "MASK_COLUMN"), 0),
     }
-    assert specialization.parameters() == tuple(of_dense)
+    assert set(specialization.parameter_names(simdgroup.FORWARD)) == set(of_dense)
     for problem, expected in ((dense, of_dense), (packed, of_packed)):
-        values = passed(problem).args[5]
-        assert len(values) == len(expected)
-        assert as_the_kernel_reads(values, list(expected)) == expected
+        read = as_a_kernel_reads(problem, [f"params[{name}]" for name in expected])
+        assert dict(zip(expected, read, strict=True)) == expected
 
 
 def test_optional_buffers_arrive_in_the_order_of_their_names():
@@ -101,6 +120,25 @@ def test_optional_buffers_arrive_in_the_order_of_their_names():
     given = passed(p).args[6:]
     assert len(given) == len(expected)
     assert all(a is b for a, b in zip(given, expected, strict=True))
+
+
+def test_optional_buffers_are_what_their_names_say():
+    """The first element of each is another number."""
+    p = draw(
+        Spec([(5, 9), (5, 7)], dtype=torch.float32, storage="varlen-used", alibi="BH", sinks=True, mask="same")
+    ).problem
+    p.softmax_scale = torch.tensor(0.0)
+    first = {"cu_seqlens_q": 2, "cu_seqlens_k": 3, "seqused_q": 4, "seqused_k": 5, "alibi_slopes": 6, "sinks": 7}
+    first |= {"mask": 8, "softmax_scale": 9}
+    for name, value in first.items():
+        getattr(p, name)[(0,) * getattr(p, name).dim()] = value
+    assert as_a_kernel_reads(p, [f"in.{name}[0]" for name in first]) == list(first.values())
+    p = draw(Spec([(5, 9), (5, 7)], storage="cache")).problem
+    p.block_table = torch.tensor([[12, 1], [2, 3]], dtype=torch.int32)
+    first = {"kv_batch_idx": 10, "leftpad_k": 11, "block_table": 12, "seqused_k": 13}
+    for name, value in first.items():
+        getattr(p, name)[(0,) * getattr(p, name).dim()] = value
+    assert as_a_kernel_reads(p, [f"in.{name}[0]" for name in first]) == list(first.values())
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +178,8 @@ def test_offsets_beyond_2_to_the_31(kernel, operand, axis, far_memory):
         def call_kernel(*arguments, **how):
             arguments = list(arguments)
             arguments[3] = out
-            names = specialization.parameters()
-            for name, stride in zip(("O_BATCH", "O_ROW", "O_HEAD"), out.stride(), strict=False):
+            names = specialization.parameter_names(kernel[0])
+            for name, stride in zip(("OUT_BATCH", "OUT_ROW", "OUT_HEAD"), out.stride(), strict=False):
                 arguments[5][names.index(name)] = stride
             compiled(asked)(*arguments, **how)
 

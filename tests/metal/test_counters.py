@@ -6,8 +6,8 @@
 import pytest
 import torch
 
-from flash_attn_mps.tiers.metal import launch, variants
-from flash_attn_mps.tiers.metal.specialization import Variant
+from flash_attn_mps.tiers.metal import launch, simdgroup
+from flash_attn_mps.tiers.metal.simdgroup import Variant
 from metal_host import observe
 from tests.test_metal_host import test_torch_kernels as torch_kernels
 
@@ -27,7 +27,7 @@ def compare(library, heads, length, dim, mask):
     p = counters.problem(heads, length, dim, mask)
     expected, theirs = counters.torchs(library, p, mask)
     for staged in (True, False):
-        variant = variants.default(2, dim, dim)._replace(staged=staged)
+        variant = simdgroup.default(2, dim, dim)._replace(staged=staged)
         out, mine = counters.ours(p, variant)
         torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-3)
         together = [name for name in counters.COUNTERS if "bytes" in name]
@@ -94,7 +94,7 @@ def test_no_block_is_visited_that_nobody_sees(storage, lengths, window):
     spec = Spec(lengths, (16, 8), torch.float16, storage, window=window)
     for variant in (Variant(8, 2, 8, False), Variant(16, 2, 16, False)):
         with observe(instrumented=False) as launches:
-            launch.run(draw(spec).problem, "attention_forward", variant)
+            launch.run(draw(spec).problem, simdgroup.FORWARD, variant)
         assert launches[0].counters["matrix_products"] == products_needed(spec, variant)
 
 
@@ -103,7 +103,7 @@ def test_blocks_shared_by_simdgroups_are_skipped_by_those_that_do_not_see_them()
     spec = Spec([(128, 128)], (16, 8), torch.float16, window=(20, 0))
     variant = Variant(8, 4, 8, True)
     with observe(instrumented=False) as launches:
-        launch.run(draw(spec).problem, "attention_forward", variant)
+        launch.run(draw(spec).problem, simdgroup.FORWARD, variant)
     done = launches[0].counters["matrix_products"]
     one_block_more = 128 // 8 * spec.heads[0] * variant.keys // 8 * sum(d // 8 for d in spec.dims)
     assert products_needed(spec, variant) <= done <= products_needed(spec, variant) + one_block_more
@@ -112,6 +112,6 @@ def test_blocks_shared_by_simdgroups_are_skipped_by_those_that_do_not_see_them()
 def test_a_sequence_without_queries_or_keys_costs_nothing():
     spec = Spec([(0, 100), (0, 0), (40, 0)], (16, 8), torch.float16, "varlen")
     with observe() as launches:
-        launch.run(draw(spec).problem, "attention_forward", Variant(8, 2, 8, False))
+        launch.run(draw(spec).problem, simdgroup.FORWARD, Variant(8, 2, 8, False))
     assert launches[0].counters["matrix_products"] == 0
     assert launches[0].counters["transcendentals"] <= 40 * spec.heads[0] * 32  # log2 for the log-sum-exp

@@ -6,8 +6,7 @@ barrier that some threads miss.
 
 import pytest
 
-from flash_attn_mps.tiers.metal import launch
-from flash_attn_mps.tiers.metal.scalar import _VARIANT as SCALAR
+from flash_attn_mps.tiers.metal import launch, scalar, simdgroup
 from metal_host import observe
 from tests.attention.pairwise import case_id
 
@@ -32,24 +31,27 @@ FULL = [
 
 
 def launches(kind, number, case):
-    entry, variant = ("attention_scalar", SCALAR) if kind == "scalar" else ("attention_forward", grid.fitting(case))
+    if kind == "scalar":
+        kernel, variant = scalar.FORWARD, scalar.VARIANT
+    else:
+        kernel, variant = simdgroup.FORWARD, grid.fitting(case)
     for spec in grid.specs(case, number, SHAPES):
-        yield spec, entry, variant
+        yield spec, kernel, variant
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(request):
     """The kernels of the chosen tests, compiled side by side."""
     chosen = [item.callspec.params for item in request.session.items if item.module is request.module]
-    precompile((draw(spec).problem, entry, variant) for how in chosen for spec, entry, variant in launches(**how))
+    precompile((draw(spec).problem, kernel, variant) for how in chosen for spec, kernel, variant in launches(**how))
 
 
 def run(kind, number, case):
-    for seed, (spec, entry, variant) in enumerate(launches(kind, number, case)):
+    for seed, (spec, kernel, variant) in enumerate(launches(kind, number, case)):
         print(variant, spec)
         call = draw(spec)
         with observe(seed=seed):
-            result = launch.run(call.problem, entry, variant)
+            result = launch.run(call.problem, kernel, variant)
         call.check(result)
 
 

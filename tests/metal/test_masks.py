@@ -11,23 +11,24 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flash_attn_mps import dispatch
 from flash_attn_mps.describe import CallOptions, dense
-from flash_attn_mps.frontends import fa2
 from flash_attn_mps.problem import with_mask
-from flash_attn_mps.tiers.metal import compiler, launch, variants
-from flash_attn_mps.tiers.metal.specialization import Mask, Variant
+from flash_attn_mps.tiers.metal import compiler, launch, scalar, simdgroup
+from flash_attn_mps.tiers.metal.simdgroup import Variant
+from flash_attn_mps.tiers.metal.specialization import Mask
 from metal_host import observe
 from tests.attention.pairwise import case_id, pairwise
 
 from .calls import Spec, arranged, draw
-from .precompile import precompile
+from .precompile import precompile, specializations
 from .test_host import Watch, kernel, on_device  # noqa: F401 (a fixture)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DIM = 16
 DIRECT, STAGED = Variant(16, 2, 16, False), Variant(8, 4, 16, True)
-TILED = ("attention_forward", DIRECT), ("attention_forward", STAGED)
-SCALAR = ("attention_scalar", Variant(1, 1, 1, False))
+TILED = (simdgroup.FORWARD, DIRECT), (simdgroup.FORWARD, STAGED)
+SCALAR = (scalar.FORWARD, scalar.VARIANT)
 
 PATTERNS = {  # of queries i + offset and keys j: which are seen
     "all": lambda i, j: (i >= j) | (i < j),
@@ -68,7 +69,7 @@ CASES = pairwise(
 FULL = [
     {**CASES[n % len(CASES)], "dtype": dtype, "variant": variant}
     for dtype in (torch.float16, torch.float32)
-    for n, variant in enumerate(variants.all_variants(dtype.itemsize, DIM, 24))
+    for n, variant in enumerate(simdgroup.FORWARD.fitting(dtype.itemsize, DIM, 24))
 ]
 
 
@@ -89,9 +90,7 @@ def _compiled(request):
     """The kernels of the chosen cases, compiled side by side."""
     tests = (test_structured_masks, test_structured_masks_in_every_variant)
     chosen = [item.callspec.params for item in request.session.items if item.function in tests]
-    calls = (
-        (call.problem, "attention_forward", how["case"]["variant"]) for how in chosen for _, call in calls_of(**how)
-    )
+    calls = ((call.problem, simdgroup.FORWARD, how["case"]["variant"]) for how in chosen for _, call in calls_of(**how))
     precompile(calls)
 
 
@@ -106,13 +105,13 @@ def test_structured_masks(case):
     for name, call in calls_of(case):
         print(name, tuple(call.problem.mask.shape))
         with observe():
-            result = launch.run(call.problem, "attention_forward", case["variant"])
+            result = launch.run(call.problem, simdgroup.FORWARD, case["variant"])
         call.check(result)
 
 
 def counted(p, variant, instrumented=False):
     with observe(instrumented=instrumented) as launches:
-        launch.run(p, "attention_forward", variant)
+        launch.run(p, simdgroup.FORWARD, variant)
     (one,) = launches
     return one.counters
 
@@ -158,6 +157,18 @@ def test_padding_costs_nothing(variant):
 def test_nothing_is_done_for_queries_that_see_nothing(variant):
     p = with_mask(plain(128), torch.zeros(128, 128, dtype=torch.bool))
     assert counted(p, variant)["matrix_products"] == 0
+
+
+def test_simdgroups_agree_on_the_blocks_of_run_after_run():
+    """Where a run of 32 blocks shows nothing, nothing but the votes' own barrier keeps simdgroups together: one that is
+    ahead must not write its vote of the next run where another still reads those of the last."""
+    keys = 32 * STAGED.keys
+    mask = torch.ones(1, 1, 1, 4 * keys, dtype=torch.bool)
+    mask[..., : 2 * keys + 5] = False
+    counters = counted(
+        draw(Spec([(64, 4 * keys)], (DIM, DIM), heads=(1, 1), mask=mask)).problem, STAGED, instrumented=True
+    )
+    assert counters["threadgroup_barriers"] > 0
 
 
 @pytest.mark.parametrize("variant", [DIRECT, STAGED], ids=str)
@@ -257,7 +268,7 @@ def test_every_place_in_memory(dtype, offset, step):
     call = draw(Spec([(40, 48)], (DIM, DIM), torch.float16, heads=(2, 1), mask=there))
     for variant in (DIRECT, STAGED):
         with observe():
-            call.check(launch.run(call.problem, "attention_forward", variant))
+            call.check(launch.run(call.problem, simdgroup.FORWARD, variant))
 
 
 def test_what_is_compiled_depends_on_the_layout_and_not_on_the_length():
@@ -277,7 +288,7 @@ def test_one_launch_no_wait_and_no_tensor_but_the_outputs(shape, batch, kernel):
     mask, sinks = on_device(*shape, dtype=torch.bool), on_device(4, dtype=torch.float32)
     with Watch() as watch:
         p = with_mask(dense(q, k, k, CallOptions()), mask)
-        fa2.dispatch.attention(replace(p, sinks=sinks))
+        dispatch.attention(replace(p, sinks=sinks))
     assert kernel.call_count == 1
     assert [shape for _, shape in watch.created] == [(batch, 40, 4, 64)]
     assert kernel.call_args.args[-1].data_ptr() == mask.data_ptr()
@@ -286,8 +297,9 @@ def test_one_launch_no_wait_and_no_tensor_but_the_outputs(shape, batch, kernel):
 def test_masks_do_not_change_the_kernels_of_calls_without():
     """Nothing of a mask is left in their source once it is preprocessed: no buffer, no vote."""
     p = plain(64)
-    source = launch.specialize(p, p.q, p.k, p.v, launch.optional_buffers(p), "attention_forward", STAGED).source()
-    assert re.search(r"#define MASK_KIND 0\b", source)
+    (asked,) = specializations([(p, simdgroup.FORWARD, STAGED)])
+    source = asked.source()
+    assert re.search(r"#define HAS_MASK 0\b", source)
     assert compiler.compile_shader(source).attention_forward is not None
     votes = {counter: counted(p, STAGED)[counter] for counter in ("shuffles", "threadgroup_barriers")}
     blocks = 128 // 2 // STAGED.keys
@@ -297,8 +309,7 @@ def test_masks_do_not_change_the_kernels_of_calls_without():
 def test_neighbouring_elements_are_loaded_together():
     """Instructions that load from device memory: fewer, the better the rows of the mask are aligned."""
     p = with_mask(plain(64), torch.ones(64, 64, dtype=torch.bool))
-    buffers = launch.optional_buffers(p)
-    asked = launch.specialize(p, p.q, p.k, p.v, buffers, "attention_forward", Variant(16, 2, 32, False))
+    (asked,) = specializations([(p, simdgroup.FORWARD, Variant(16, 2, 32, False))])
     loads = []
     for aligned in (16, 4, 1):
         library = compiler.compile_shader(asked._replace(mask=asked.mask._replace(aligned=aligned)).source())

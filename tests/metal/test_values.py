@@ -5,18 +5,18 @@ import math
 import pytest
 import torch
 
-from flash_attn_mps.tiers.metal import launch
-from flash_attn_mps.tiers.metal.specialization import Variant
+from flash_attn_mps.tiers.metal import launch, scalar, simdgroup
+from flash_attn_mps.tiers.metal.simdgroup import Variant
 from metal_host import observe
 from tests.attention.rule import assert_lse
 
 from .calls import Spec, draw
 
 TILED = [
-    ("attention_forward", Variant(8, 2, 8, False)),
-    ("attention_forward", Variant(16, 2, 16, True)),
+    (simdgroup.FORWARD, Variant(8, 2, 8, False)),
+    (simdgroup.FORWARD, Variant(16, 2, 16, True)),
 ]
-KERNELS = [*TILED, ("attention_scalar", Variant(1, 1, 1, False))]
+KERNELS = [*TILED, (scalar.FORWARD, scalar.VARIANT)]
 DIM = 16
 
 

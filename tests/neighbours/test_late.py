@@ -123,7 +123,7 @@ assert utils.is_flash_attn_available() and import_utils.is_flash_attn_2_availabl
 """
     printed = hooked.run(program, PYTHONPATH=files(DIFFUSERS), **LATE)
     assert printed.startswith(
-        "transformers and diffusers asked for flash_attn before it was there, and will not use it: "
+        "transformers and diffusers checked for flash_attn before it was available, and will not use it: "
     )
 
 

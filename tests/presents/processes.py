@@ -1,5 +1,6 @@
 """A pool of processes joined by gloo, for what is computed over `torch.distributed`."""
 
+import sys
 import tempfile
 import traceback
 from datetime import timedelta
@@ -15,7 +16,9 @@ class Pool:
     """Runs one function in `n` of its processes at once; `n` is even, or all."""
 
     def __init__(self, size):
-        context = mp.get_context("spawn")
+        # Forked from a process that has imported torch with this module; on macOS, libraries do not survive a fork.
+        context = mp.get_context("spawn" if sys.platform == "darwin" else "forkserver")
+        context.set_forkserver_preload([__name__])
         self._folder = tempfile.TemporaryDirectory()
         self._tasks = [context.Queue() for _ in range(size)]
         self._results = context.Queue()

@@ -191,7 +191,7 @@ def test_a_real_package_wins(installed, tmp_path):
     assert flash_attn.__version__ == "real" and u.find_spec("flash_attn.flash_attn_interface") is None
     print([name.why for name in flash_attn_shim.status().names])
     """
-    assert "another module of that name is imported already" in installed.run(program, PYTHONPATH=tmp_path, **ON)
+    assert "another module of that name is already imported" in installed.run(program, PYTHONPATH=tmp_path, **ON)
 
 
 @pytest.mark.parametrize("real", ["flash_attn", "flash_attn_interface"])
@@ -261,7 +261,7 @@ def test_a_blocked_import_stays_blocked(installed):
         print(error)
     """
     blocked, error = installed.run(program, **ON).split("\n")
-    assert blocked == 'sys.modules["flash_attn"] is None: somebody blocks the import'
+    assert blocked == 'sys.modules["flash_attn"] is None: something blocks the import'
     assert error == "import of flash_attn halted; None in sys.modules"
 
 

@@ -3,6 +3,8 @@
 This folder must stay without an `__init__.py`: next to other tests on sys.path, it would be the package `transformers`.
 """
 
+import atexit
+import functools
 import json
 import os
 import subprocess
@@ -13,21 +15,31 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
+
+def _environment(**variables):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MTLFLASHATTN")}
+    return {**kept, **QUIET, **variables}
+
+
+@functools.cache
+def _server():
+    """The process whose forks run the programs: see forked.py."""
+    command = [sys.executable, "-W", "ignore", "forked.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(command, env=_environment(), cwd=HERE, text=True, **pipes)
+    atexit.register(process.communicate)
+    return process
 
 
 def start(*arguments, **variables):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("MTLFLASHATTN")}
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments],
-        env={**kept, **quiet, **variables},
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run a program, `"-c", source` or `file, ...`, to its end; return what it printed."""
+    server = _server()
+    print(json.dumps({"arguments": arguments, "environment": _environment(**variables)}), file=server.stdin, flush=True)
+    done = json.loads(server.stdout.readline())
+    assert done["returncode"] == 0, done["stderr"]
+    return done["stdout"]
 
 
 @pytest.fixture(scope="session")

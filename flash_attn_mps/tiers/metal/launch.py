@@ -1,15 +1,18 @@
-"""From an `AttentionProblem` to a kernel and its arguments: shared by the tiers that run in Metal."""
+"""From an `AttentionProblem` to a kernel and its arguments, for every `Kernel`."""
 
 from __future__ import annotations
 
-import operator
 import struct
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from ...problem import AttentionProblem, Result
 from . import compiler
-from .specialization import OPTIONAL_BUFFERS, Mask, Specialization, Variant
+from .kernel import Buffer, Grid, Kernel, Parameters
+from .specialization import Mask, Specialization
 
 _TYPES = {
     torch.float16: "half",
@@ -21,7 +24,7 @@ _TYPES = {
 }
 MAX_HEAD_DIM = 256
 _INT, _FLOAT = struct.Struct("<i"), struct.Struct("<f")
-_OF_PROBLEM = operator.attrgetter(*OPTIONAL_BUFFERS)
+_NO_MORE: Mapping[str, int] = MappingProxyType({})
 
 
 # What every Metal kernel for attention honours. (A kernel's gradient is another tier's.)
@@ -58,69 +61,113 @@ def limits(p: AttentionProblem) -> list[str]:
     return reasons
 
 
-def run(p: AttentionProblem, entry: str, variant: Variant) -> Result | None:
-    """One launch, without waiting for it. None where the kernel does not compile on this machine."""
-    q, k, v = _with_whole_rows(p.q), _with_whole_rows(p.k), _with_whole_rows(p.v)
-    buffers = optional_buffers(p)
-    kernel = compiler.kernel(specialize(p, q, k, v, buffers, entry, variant))
-    if kernel is None:
-        return None
+FORWARD_BUFFERS = {
+    "q": Buffer("const T", row="head_dim"),
+    "k": Buffer("const T", row="head_dim"),
+    "v": Buffer("const T", row="head_dim_v"),
+    "out": Buffer("T", row="head_dim_v"),
+    "lse": Buffer("float", optional=True),
+}
+
+
+def run(p: AttentionProblem, kernel: Kernel, variant: Any) -> Result | None:
+    """The forward pass, by a kernel of `FORWARD_BUFFERS`. None where it does not compile on this machine."""
     result = outputs(p)
-    out, lse = result.out, result.lse
-    threads, group_size = grid(p, entry, variant)
-    kernel(
-        q,
-        k,
-        v,
-        out,
-        out if lse is None else lse,  # a kernel without WANT_LSE does not look
-        parameters(p, q, k, v, out),
-        *buffers.values(),
-        threads=threads,
-        group_size=group_size,
-    )
-    return result
+    tensors = {"q": p.q, "k": p.k, "v": p.v, "out": result.out, "lse": result.lse}
+    return result if enqueue(kernel, p, variant, tensors) else None
 
 
-def _with_whole_rows(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def optional_buffers(p: AttentionProblem) -> dict[str, torch.Tensor]:
-    """Those of `OPTIONAL_BUFFERS` that `p` has. Strides of the mask are arguments; the others are contiguous."""
-    return {
-        name: t if name == "mask" or t.is_contiguous() else t.contiguous()
-        for name, t in zip(OPTIONAL_BUFFERS, _OF_PROBLEM(p), strict=True)
-        if t is not None and isinstance(t, torch.Tensor)  # softmax_scale may be a number
-    }
-
-
-def specialize(
+def enqueue(
+    kernel: Kernel,
     p: AttentionProblem,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    buffers: dict[str, torch.Tensor],
-    entry: str,
-    variant: Variant,
-) -> Specialization:
-    head_dim_v = v.shape[-1]
-    return Specialization(
-        entry,
+    variant: Any,
+    tensors: Mapping[str, torch.Tensor | None],
+    parameters: Mapping[str, int] = _NO_MORE,
+) -> bool:
+    """One launch, without waiting for it. False where the kernel does not compile on this machine.
+
+    `tensors`: the kernel's own buffers; `parameters`: the values of its own parameters, by name.
+    """
+    specialization, values = arguments(kernel, p, variant, tensors, parameters)
+    compiled = compiler.kernel(specialization)
+    if compiled is None:
+        return False
+    threads, group_size = kernel.grid(p, variant)
+    compiled(*values, threads=threads, group_size=group_size)
+    return True
+
+
+def arguments(
+    kernel: Kernel,
+    p: AttentionProblem,
+    variant: Any,
+    tensors: Mapping[str, torch.Tensor | None],
+    parameters: Mapping[str, int] = _NO_MORE,
+) -> tuple[Specialization, list[Any]]:
+    """What the kernel is compiled for, and what it is called with: see `Specialization.source`."""
+    q, scale = p.q, p.softmax_scale
+    given: list[str] = []
+    values: list[Any] = []
+    params: list[Any] = [*problem_parameters(p)]
+    # In their lowest bits: what the addresses of all rows of head_dim, and of head_dim_v, elements are multiples of.
+    aligned: Any = 16 // q.itemsize
+    aligned_v: Any = aligned
+    for name, (_, dim, optional) in kernel.buffers.items():
+        t = tensors[name]
+        if optional:
+            if t is None:
+                continue
+            given.append(name)
+        elif t is None:
+            raise ValueError(f"{kernel.entry} needs {name}, got None")
+        values.append(t)
+        if not dim:
+            continue
+        steps = t.stride()
+        if steps[-1] != 1:
+            t = values[-1] = _copied(t, name, kernel)
+            steps = t.stride()
+        batch, row, head, _ = steps if len(steps) == 4 else (0, *steps)
+        params += (batch, row, head)
+        if dim == "head_dim":
+            aligned |= t.storage_offset() | batch | row | head
+        else:
+            aligned_v |= t.storage_offset() | batch | row | head
+    for name in kernel.parameters:
+        params.append(parameters[name])
+    values.append(params)
+    for name in kernel.optional:
+        t = getattr(p, name)
+        if t is None or not isinstance(t, torch.Tensor):  # softmax_scale may be a number
+            continue
+        given.append(name)
+        # Strides of the mask are parameters; the others are contiguous.
+        values.append(t if name == "mask" or t.is_contiguous() else t.contiguous())
+    specialization = Specialization(
+        kernel,
         _TYPES[q.dtype],
         q.shape[-1],
-        head_dim_v,
-        min(_alignment(q), _alignment(k)),
-        min(_alignment(v), _lowest_bit(head_dim_v)),
+        p.v.shape[-1],
+        aligned & -aligned,
+        aligned_v & -aligned_v,
         p.window_left >= 0,
         p.window_right >= 0,
         p.softcap > 0,
-        p.want_lse,
-        tuple(buffers),
+        tuple(given),
         mask_layout(p.mask) if p.mask is not None else None,
-        _TYPES[p.softmax_scale.dtype] if "softmax_scale" in buffers else "float",
+        _TYPES[scale.dtype] if isinstance(scale, torch.Tensor) else "float",
         variant,
     )
+    return specialization, values
+
+
+def _copied(t: torch.Tensor, name: str, kernel: Kernel) -> torch.Tensor:
+    """`t` with the elements of a row next to each other."""
+    if not kernel.buffers[name].type.startswith("const"):
+        raise ValueError(
+            f"{kernel.entry} writes {name}: its last dimension must be contiguous, got strides {t.stride()}"
+        )
+    return t.contiguous()
 
 
 def mask_layout(mask: torch.Tensor) -> Mask:
@@ -128,7 +175,7 @@ def mask_layout(mask: torch.Tensor) -> Mask:
     rows, columns = (0 if n == 1 else stride for n, stride in zip(mask.shape[2:], mask.stride()[2:], strict=True))
     aligned = 0
     if columns == 1:
-        together = mask.storage_offset() | 16 // mask.itemsize
+        together: Any = mask.storage_offset() | 16 // mask.itemsize
         for n, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True):
             together |= stride if n > 1 else 0
         aligned = (together & -together) * mask.itemsize
@@ -137,75 +184,45 @@ def mask_layout(mask: torch.Tensor) -> Mask:
 
 
 def outputs(p: AttentionProblem) -> Result:
-    """Memory for the results. No kernel writes the rows that no sequence has: with seqused_q there may be some."""
-    q, lse = p.q, None
-    if p.seqused_q is None:
-        out = q.new_empty(p.out_shape)
-        if p.want_lse:
-            lse = q.new_empty(p.lse_shape, dtype=torch.float32)
-    else:
-        out = q.new_zeros(p.out_shape)
-        if p.want_lse:
-            lse = q.new_full(p.lse_shape, -torch.inf, dtype=torch.float32)
-    return Result(out, lse)
+    """Memory for the results. Kernels write every row of it, also those that no sequence has."""
+    q = p.q
+    return Result(q.new_empty(p.out_shape), q.new_empty(p.lse_shape, dtype=torch.float32) if p.want_lse else None)
 
 
-def grid(p: AttentionProblem, entry: str, variant: Variant) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Threads in all and in a group: tiles of queries, heads, sequences. scoring.metal has the other half, tile_of."""
-    threads = 32 * variant.simdgroups
-    rows = variant.rows * variant.simdgroups if entry == "attention_forward" else threads
+def tiles_of_queries(p: AttentionProblem, rows: int, threads: int) -> Grid:
+    """A group of `threads` for each tile of `rows` queries, head and sequence; the other half is tile_of in Metal."""
     if p.cu_seqlens_q is None:
         return (-(-p.max_seqlen_q // rows) * threads, p.heads, p.batch), (threads, 1, 1)
     return ((p.q.shape[0] // rows + p.batch) * threads, p.heads, 1), (threads, 1, 1)
 
 
-def parameters(p: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> list[int]:
-    """The values of `params.metal`'s names, in their order."""
+def problem_parameters(p: AttentionProblem) -> Parameters:
     seqlen_q = p.max_seqlen_q
-    heads = p.heads
-    lse_batch, lse_head = (0, q.shape[0]) if p.cu_seqlens_q is not None else (heads * seqlen_q, seqlen_q)
-    scale = 0.0 if isinstance(p.softmax_scale, torch.Tensor) else p.softmax_scale
-    alibi_batch = heads if p.alibi_slopes is not None and p.alibi_slopes.dim() == 2 else 0
-    page_size, table_row = (0, 0) if p.block_table is None else (k.shape[1], p.block_table.shape[1])
-    return [
-        seqlen_q,
-        p.max_seqlen_k,
-        p.batch,
-        heads // p.heads_k,
-        *_strides(q),
-        *_strides(k),
-        *_strides(v),
-        *_strides(out),
-        lse_batch,
-        lse_head,
+    heads, scale = p.heads, p.softmax_scale
+    lse_batch, lse_head = (0, p.q.shape[0]) if p.cu_seqlens_q is not None else (heads * seqlen_q, seqlen_q)
+    page_size, block_table_row = (0, 0) if p.block_table is None else (p.k.shape[1], p.block_table.shape[1])
+    mask_batch, mask_head, mask_row, mask_column = (0, 0, 0, 0) if p.mask is None else p.mask.stride()
+    return Parameters(
+        seqlen_q=seqlen_q,
+        seqlen_k=p.max_seqlen_k,
+        total_q=p.q.shape[0],
+        batch=p.batch,
+        heads_per_kv_head=heads // p.heads_k,
+        lse_batch=lse_batch,
+        lse_head=lse_head,
         # A side that a model's window leaves open at this length keeps its kernel: only the bound fits the length.
-        min(p.window_left, p.max_seqlen_k),
-        min(p.window_right, seqlen_q),
-        _bits(scale),
-        _bits(p.softcap),
-        alibi_batch,
-        page_size,
-        table_row,
-        *(p.mask.stride() if p.mask is not None else (0, 0, 0, 0)),
-    ]
-
-
-def _strides(t: torch.Tensor) -> tuple[int, int, int]:
-    """Of batch (0 in a packed tensor), row and head."""
-    strides = t.stride()
-    return strides[:3] if len(strides) == 4 else (0, *strides[:2])
-
-
-def _alignment(t: torch.Tensor) -> int:
-    """Elements to which every row is aligned: a power of two, 16 bytes at most."""
-    together = t.storage_offset() | 16 // t.itemsize
-    for stride in t.stride()[:-1]:
-        together |= stride
-    return together & -together
-
-
-def _lowest_bit(n: int) -> int:
-    return n & -n if n else 16
+        window_left=min(p.window_left, p.max_seqlen_k),
+        window_right=min(p.window_right, seqlen_q),
+        softmax_scale=_bits(0.0 if isinstance(scale, torch.Tensor) else scale),
+        softcap=_bits(p.softcap),
+        alibi_batch=heads if p.alibi_slopes is not None and p.alibi_slopes.dim() == 2 else 0,
+        page_size=page_size,
+        block_table_row=block_table_row,
+        mask_batch=mask_batch,
+        mask_head=mask_head,
+        mask_row=mask_row,
+        mask_column=mask_column,
+    )
 
 
 def _bits(value: float) -> int:

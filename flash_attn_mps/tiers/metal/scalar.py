@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
 from . import launch
-from .specialization import Variant
+from .kernel import OPTIONAL_BUFFERS, Grid, Kernel
 
-_VARIANT = Variant(rows=1, simdgroups=1, keys=1, staged=False)
+
+class Variant(NamedTuple):
+    threads: int  # of a group: one for each query
+
+
+VARIANT = Variant(threads=32)
+
+
+def _grid(p: AttentionProblem, variant: Variant) -> Grid:
+    return launch.tiles_of_queries(p, variant.threads, variant.threads)
+
+
+FORWARD = Kernel(
+    entry="attention_scalar",
+    headers=("metal_stdlib",),
+    sources=("scoring", "keys", "scalar"),
+    buffers=launch.FORWARD_BUFFERS,
+    optional=tuple(OPTIONAL_BUFFERS),
+    grid=_grid,
+)
 
 
 def _run(p: AttentionProblem) -> Result | None:
-    return launch.run(p, "attention_scalar", _VARIANT)
+    return launch.run(p, FORWARD, VARIANT)
 
 
 TIER = Tier("scalar", launch.FEATURES, launch.limits, _run, metal=True)

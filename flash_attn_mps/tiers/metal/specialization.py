@@ -1,48 +1,14 @@
-"""What a kernel is compiled for, and its source: the sources in `kernels/` behind a preamble of `#define`s."""
+"""What a kernel is compiled for, and its source: what both sides must agree on, then the sources in `kernels/`."""
 
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from .kernel import OPTIONAL_BUFFERS, Kernel, Parameters
 
 _KERNELS = Path(__file__).parent / "kernels"
-
-# The sources of each entry, in the order in which they build on each other.
-_SOURCES = {
-    "attention_forward": ("params", "fragment", "scoring", "range", "masking", "keys", "staging", "forward"),
-    "attention_scalar": ("params", "scoring", "keys", "scalar"),
-}
-
-# Buffers that not every call has, in the order of the arguments, and the type of their elements.
-OPTIONAL_BUFFERS = {
-    "cu_seqlens_q": "int",
-    "cu_seqlens_k": "int",
-    "seqused_q": "int",
-    "seqused_k": "int",
-    "kv_batch_idx": "int",
-    "leftpad_k": "int",
-    "block_table": "int",
-    "alibi_slopes": "float",
-    "sinks": "float",
-    "mask": "MASK_T",
-    "softmax_scale": "SCALE_T",
-}
-_FIRST_OPTIONAL = 6  # q, k, v, out, lse and params come first
-
-
-class Variant(NamedTuple):
-    """The shape of the tiled kernel: what is fastest depends on the GPU."""
-
-    rows: int  # queries of a simdgroup: a multiple of 8
-    simdgroups: int  # simdgroups of a threadgroup
-    keys: int  # keys of a block: a multiple of 8
-    staged: bool  # do the simdgroups of a group share their keys through threadgroup memory?
-
-    def __str__(self) -> str:
-        """Like "16x4x32-direct", as `MTLFLASHATTN_VARIANT` takes it."""
-        return f"{self.rows}x{self.simdgroups}x{self.keys}-{'staged' if self.staged else 'direct'}"
 
 
 class Mask(NamedTuple):
@@ -57,76 +23,84 @@ class Mask(NamedTuple):
 class Specialization(NamedTuple):
     """Everything that the compiled code depends on."""
 
-    entry: str
+    kernel: Kernel
     dtype: str  # Metal's name: half, bfloat, float
     head_dim: int
     head_dim_v: int
-    vector: int  # elements to which the rows of q and k are aligned, 16 bytes at most
-    vector_v: int  # likewise v and out
+    vector: int  # elements to which rows of head_dim elements are aligned, 16 bytes at most
+    vector_v: int  # likewise those of head_dim_v
     left: bool  # is that side of the window closed?
     right: bool
     softcap: bool
-    want_lse: bool
-    buffers: tuple[str, ...]  # the optional buffers that are given
+    buffers: tuple[str, ...]  # the optional ones that are given
     mask: Mask | None
     scale_type: str
-    variant: Variant
+    variant: Any  # of the kernel's own type
 
     def source(self) -> str:
         """The Metal source, ASCII."""
-        given = set(self.buffers)
-        element_bytes = 4 if self.dtype == "float" else 2
-        rows, simdgroups, keys, staged = self.variant
+        return "\n".join(
+            [
+                *(f"#include <{header}>" for header in self.kernel.headers),
+                "using namespace metal;",
+                *(f"#define {name} {value}" for name, value in self._defines().items()),
+                *self._declarations(),
+                *(_text(name) for name in self.kernel.sources),
+            ]
+        )
+
+    def _defines(self) -> dict[str, object]:
         mask = self.mask or Mask("uchar", 0, False, False)
-        defines = {
+        optional = [*OPTIONAL_BUFFERS, *(name for name, buffer in self.kernel.buffers.items() if buffer.optional)]
+        return {
             "T": self.dtype,
-            "ELEMENT_BYTES": element_bytes,
+            "ELEMENT_BYTES": 4 if self.dtype == "float" else 2,
             "HEAD_DIM": self.head_dim,
             "HEAD_DIM_V": self.head_dim_v,
             "VECTOR": self.vector,
             "VECTOR_V": self.vector_v,
-            "ROWS": rows,
-            "SIMDGROUPS": simdgroups,
-            "KEYS": keys,
-            "STAGED": int(staged),
-            "HAS_LEFT": int(self.left),
-            "HAS_RIGHT": int(self.right),
+            "HAS_WINDOW_LEFT": int(self.left),
+            "HAS_WINDOW_RIGHT": int(self.right),
             "HAS_SOFTCAP": int(self.softcap),
-            "HAS_ALIBI": int("alibi_slopes" in given),
-            "HAS_SINKS": int("sinks" in given),
-            "HAS_KV_BATCH_IDX": int("kv_batch_idx" in given),
-            "HAS_LEFTPAD_K": int("leftpad_k" in given),
-            "MASK_KIND": 0 if self.mask is None else 1 if mask.type == "uchar" else 2,
+            **{f"HAS_{name.upper()}": int(name in self.buffers) for name in optional},
+            "MASK_IS_BOOL": int(self.mask is not None and mask.type == "uchar"),
+            "MASK_IS_ADDED": int(self.mask is not None and mask.type != "uchar"),
             "MASK_T": mask.type,
             "MASK_T_BYTES": {"uchar": 1, "float": 4}.get(mask.type, 2),
             "MASK_ALIGNED": mask.aligned,
             "MASK_ROWS_ARE_ONE": int(mask.rows_are_one),
             "MASK_COLUMNS_ARE_ONE": int(mask.columns_are_one),
-            "SCALE_IS_TENSOR": int("softmax_scale" in given),
             "SCALE_T": self.scale_type,
-            "PACKED_Q": int("cu_seqlens_q" in given),
-            "PACKED_K": int("cu_seqlens_k" in given),
-            "USED_Q": int("seqused_q" in given),
-            "USED_K": int("seqused_k" in given),
-            "PAGED": int("block_table" in given),
-            "WANT_LSE": int(self.want_lse),
+            **{name.upper(): int(value) for name, value in self.variant._asdict().items()},
         }
-        buffers = [(name, OPTIONAL_BUFFERS[name]) for name in self.buffers]
-        declared = " ".join(
-            f"device const {kind}* {name} [[buffer({_FIRST_OPTIONAL + n})]]," for n, (name, kind) in enumerate(buffers)
-        )
-        taken = " ".join(f"in.{name} = {name};" for name, _ in buffers)
-        return "\n".join(
-            [
-                "#include <metal_stdlib>",
-                "#include <metal_simdgroup_matrix>",
-                "using namespace metal;",
-                *(f"#define {name} {value}" for name, value in defines.items()),
-                f"#define OPTIONAL_BUFFERS {declared}",
-                f"#define TAKE_OPTIONAL_BUFFERS {taken}",
-                *(_text(name) for name in _SOURCES[self.entry]),
-            ]
-        )
+
+    def _declarations(self) -> list[str]:
+        """BUFFERS, a kernel's arguments up to Metal's own; the names of its parameters; INPUTS, which fills Inputs."""
+        kernel, given = self.kernel, [name for name in self.kernel.optional if name in self.buffers]
+        types = {
+            **{
+                name: f"device {buffer.type}*"
+                for name, buffer in kernel.buffers.items()
+                if name in self.buffers or not buffer.optional
+            },
+            "params": "constant long*",
+            **{name: f"device const {OPTIONAL_BUFFERS[name]}*" for name in given},
+        }
+        inputs = ["params", *given]
+        arguments = (f"{kind} {name} [[buffer({n})]]," for n, (name, kind) in enumerate(types.items()))
+        return [
+            f"#define BUFFERS {' '.join(arguments)}",
+            f"enum Param {{ {', '.join(parameter_names(kernel))} }};",
+            f"struct Inputs {{ {' '.join(f'{types[name]} {name};' for name in inputs)} }};",
+            f"#define INPUTS {{ {', '.join(inputs)} }}",
+        ]
+
+
+def parameter_names(kernel: Kernel) -> list[str]:
+    """In the order in which `launch.arguments` lists their values."""
+    rows = [name for name, buffer in kernel.buffers.items() if buffer.row]
+    strides = [f"{name}_{axis}" for name in rows for axis in ("batch", "row", "head")]
+    return [name.upper() for name in (*Parameters._fields, *strides, *kernel.parameters)]
 
 
 @functools.cache
@@ -135,12 +109,5 @@ def _text(name: str) -> str:
 
 
 def sources() -> list[tuple[str, str]]:
-    """Name and text of every source that some kernel is made of."""
-    return [(name, _text(name)) for name in dict.fromkeys(name for names in _SOURCES.values() for name in names)]
-
-
-@functools.cache
-def parameters() -> tuple[str, ...]:
-    """The names of `params.metal`, in the order in which a launch lists their values."""
-    body = re.search(r"enum Param \{(.*?)\}", _text("params"), re.DOTALL).group(1)
-    return tuple(re.findall(r"[A-Z_]+", re.sub(r"//.*", "", body)))
+    """Name and text of every source in `kernels/`."""
+    return [(name, _text(name)) for name in sorted(file.stem for file in _KERNELS.glob("*.metal"))]

@@ -20,18 +20,19 @@ import torch
 
 from ...problem import AttentionProblem
 from . import gpu, specialization
-from .specialization import Variant
+from .kernel import Kernel
 
 CACHE = "MTLFLASHATTN_CACHE"
-_FORMAT = 1
+_FORMAT = 2
 _WINNERS = "winners"  # the section of the variants
 LENGTHS = {"short": 512, "medium": 2048, "long": 8192}  # class -> its longest (long: its typical) number of queries
 MASKS = ("full", "causal", "window")
 
 
 class Key(NamedTuple):
-    """What decides which variant is fastest: a class of calls."""
+    """What decides which variant is fastest: a kernel and a class of its calls."""
 
+    kernel: str  # its entry
     dtype: str  # torch's name, without "torch."
     head_dim: int
     head_dim_v: int
@@ -40,19 +41,19 @@ class Key(NamedTuple):
 
     def __str__(self) -> str:
         dims = str(self.head_dim) if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
-        return f"{self.dtype} {dims} {self.length} {self.mask}"
+        return f"{self.kernel} {self.dtype} {dims} {self.length} {self.mask}"
 
 
-def key_of(p: AttentionProblem) -> Key:
+def key_of(p: AttentionProblem, kernel: Kernel) -> Key:
     length = (
         "short" if p.max_seqlen_q <= LENGTHS["short"] else "medium" if p.max_seqlen_q <= LENGTHS["medium"] else "long"
     )
     mask = "window" if p.window_left >= 0 else "causal" if p.window_right >= 0 else "full"
-    return Key(str(p.q.dtype).removeprefix("torch."), p.q.shape[-1], p.v.shape[-1], length, mask)
+    return Key(kernel.entry, str(p.q.dtype).removeprefix("torch."), p.q.shape[-1], p.v.shape[-1], length, mask)
 
 
 class Winner(NamedTuple):
-    variant: Variant
+    variant: str  # its name
     seconds: float  # of one call
     default_seconds: float  # of the variant that it is better than
 
@@ -85,11 +86,11 @@ def read() -> dict[str, Any]:
     try:
         data = json.loads(text)
         if data["format"] != _FORMAT:
-            return _ignored(file, f"it has format {data['format']!r}, this version reads {_FORMAT}")
+            return _ignored(file, f"it has format {data['format']!r}, and this version reads {_FORMAT}")
         for what, here in machine().items():
             if data["machine"][what] != here:
                 there = data["machine"][what]
-                return _ignored(file, f"it holds for {what} {there!r}, this is {here!r}; run `mtlflashattn tune` again")
+                return _ignored(file, f"it was made with {what} {there!r}, not {here!r}; run `mtlflashattn tune` again")
         return data
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return broken(error)
@@ -126,11 +127,7 @@ def save(winners: dict[Key, Winner]) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what cannot be used is replaced
         merged = {**load(), **winners}
-    entries = [
-        {**key._asdict(), "variant": w.variant._asdict(), "seconds": w.seconds, "default_seconds": w.default_seconds}
-        for key, w in sorted(merged.items())
-    ]
-    return write(_WINNERS, entries)
+    return write(_WINNERS, [{**key._asdict(), **winner._asdict()} for key, winner in sorted(merged.items())])
 
 
 def _key(entry: dict) -> Key:
@@ -143,24 +140,23 @@ def _key(entry: dict) -> Key:
 
 
 def _winner(entry: dict) -> Winner:
-    shape = entry["variant"]
-    if set(shape) != set(Variant._fields) or not all(isinstance(value, int) for value in shape.values()):
-        raise ValueError(f"variant {shape!r}")
-    return Winner(Variant(**shape), float(entry["seconds"]), float(entry["default_seconds"]))
+    if not isinstance(entry["variant"], str):
+        raise ValueError(f"variant {entry['variant']!r}")
+    return Winner(entry["variant"], float(entry["seconds"]), float(entry["default_seconds"]))
 
 
 def broken(error: Exception) -> dict:
-    """Nothing, with a warning: what a section counts as whose entries raised `error`."""
+    """Nothing, with a warning, for a section whose entries raised `error`."""
     return _ignored(path(), f"it is broken ({type(error).__name__}: {error})")
 
 
 def _ignored(file: Path, reason: str) -> dict:
-    warnings.warn(f"mtlflashattn: {file} is ignored: {reason}.", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"mtlflashattn: ignoring {file}: {reason}.", RuntimeWarning, stacklevel=4)
     return {}
 
 
 def _digest() -> str:
-    """Of the kernel sources: what was fastest for others says nothing about these."""
+    """A digest of the kernel sources: what was fastest for other sources says nothing about these."""
     digest = hashlib.sha256()
     for name, text in specialization.sources():
         digest.update(f"{name}\0{text}\0".encode())

@@ -1,4 +1,4 @@
-"""Which variant of the tiled kernel is fastest on this GPU: measured, by successive halving.
+"""Which variant of a kernel is fastest on this GPU: measured, by successive halving.
 
 (Jamieson and Talwalkar, 2016, https://arxiv.org/abs/1502.07943: time all candidates briefly, drop the slower part, time
 the rest for longer.) Only a variant whose result is right takes part.
@@ -10,15 +10,15 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ... import describe, timing
 from ...problem import AttentionProblem, Result
 from .. import reference
-from . import launch, simdgroup, store, variants
-from .specialization import Variant
+from . import launch, store
+from .kernel import TunedKernel
 from .store import Key, Winner
 
 # (rounds, how many of the candidates go on). The last survivors meet the default again, whose place they must earn.
@@ -29,12 +29,8 @@ _LENGTHS = {"short": (4, 384, 16), "medium": (1, 1536, 16), "long": (1, 4096, 8)
 _WINDOW = 1024
 _SMALL = 150  # the length at which results are compared: beyond a block of any variant, and no multiple of 8
 
-Launch = Callable[[AttentionProblem, Variant], Result | None]
+Launch = Callable[[AttentionProblem, TunedKernel, Any], Result | None]
 _log = logging.getLogger(__name__)
-
-
-def run_variant(p: AttentionProblem, variant: Variant) -> Result | None:
-    return launch.run(p, simdgroup.ENTRY, variant)
 
 
 class Outcome(NamedTuple):
@@ -43,43 +39,50 @@ class Outcome(NamedTuple):
     key: Key
     winner: Winner | None  # None: not even the default works here
     tried: int
-    refused: dict[Variant, str]
+    refused: dict[Any, str]
 
 
-def keys(dtypes: Sequence[str], head_dims: Sequence[int], lengths: Sequence[str], masks: Sequence[str]) -> list[Key]:
-    """All combinations; those that share their kernels follow each other."""
-    return [Key(t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths]
+def keys(
+    kernel: TunedKernel, dtypes: Sequence[str], head_dims: Sequence[int], lengths: Sequence[str], masks: Sequence[str]
+) -> list[Key]:
+    """All combinations; those that share their compiled kernels follow each other."""
+    entry = kernel.entry
+    return [
+        Key(entry, t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths
+    ]
 
 
-def candidates(key: Key) -> list[Variant]:
+def candidates(key: Key, kernel: TunedKernel) -> list[Any]:
     """All that fit, the default first."""
-    return list(dict.fromkeys([variants.default(*_shape(key)), *variants.all_variants(*_shape(key))]))
+    shape = _shape(key)
+    return list(dict.fromkeys([kernel.default(*shape), *kernel.fitting(*shape)]))
 
 
 def tune(
     key: Key,
+    kernel: TunedKernel,
     device: torch.device | str,
     watch: timing.Stopwatch,
     *,
-    candidates: Sequence[Variant],
-    run: Launch = run_variant,
+    candidates: Sequence[Any],
+    run: Launch = launch.run,
     tick: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """The fastest of `candidates` and the default, for calls of class `key`. `tick` is called once for each."""
-    default = variants.default(*_shape(key))
+    default = kernel.default(*_shape(key))
     refused = {}
     small = _problem(key, device, 2, _SMALL, 2)
     exact = reference.run(_in_fp32(small)).out
     calls = {}
     p = _problem(key, device, *_LENGTHS[key.length])
     for variant in dict.fromkeys([default, *candidates]):
-        reason = _refusal(functools.partial(run, small, variant), exact, small)
+        reason = _refusal(functools.partial(run, small, kernel, variant), exact, small)
         if reason:
             refused[variant] = reason
             tick()
         else:
-            calls[variant] = functools.partial(run, p, variant)
-    times: dict[Variant, float] = {}
+            calls[variant] = functools.partial(run, p, kernel, variant)
+    times: dict[Any, float] = {}
     alive = list(calls)
     for heat, (count, share) in enumerate(_HEATS):
         measured = timing.rounds(
@@ -98,18 +101,19 @@ def tune(
     fastest = min(times, key=times.__getitem__)
     if default in times and times[fastest] > _GAIN * times[default]:
         fastest = default
-    winner = Winner(fastest, times[fastest], times.get(default, times[fastest]))
+    winner = Winner(str(fastest), times[fastest], times.get(default, times[fastest]))
     return Outcome(key, winner, len(calls) + len(refused), refused)
 
 
-def briefly(p: AttentionProblem) -> Winner:
+def briefly(p: AttentionProblem, kernel: TunedKernel) -> Winner:
     """Tune `p`'s class among the default's neighbours, and store what was found: a few seconds, on the way."""
-    key = store.key_of(p)
+    key = store.key_of(p, kernel)
     _log.info("tuning %s on %s", key, p.q.device)
-    default = variants.default(*_shape(key))
+    default = kernel.default(*_shape(key))
+    near = _neighbours(default, key, kernel)
     with torch.no_grad():
-        outcome = tune(key, p.q.device, timing.stopwatch(p.q.device), candidates=_neighbours(default, key))
-    winner = outcome.winner or Winner(default, 0.0, 0.0)
+        outcome = tune(key, kernel, p.q.device, timing.stopwatch(p.q.device), candidates=near)
+    winner = outcome.winner or Winner(str(default), 0.0, 0.0)
     if outcome.winner is not None:
         try:
             store.save({key: winner})
@@ -122,12 +126,16 @@ def _shape(key: Key) -> tuple[int, int, int]:
     return getattr(torch, key.dtype).itemsize, key.head_dim, key.head_dim_v
 
 
-def _neighbours(variant: Variant, key: Key) -> list[Variant]:
-    """Those that differ from `variant` in one respect, by one step."""
-    near = {field: {value, value * 2, value // 2} for field, value in variant._asdict().items() if field != "staged"}
+def _neighbours(variant: Any, key: Key, kernel: TunedKernel) -> list[Any]:
+    """Those that differ from `variant` in one respect, a number by one step."""
+    near = {
+        field: {value, value * 2, value // 2}
+        for field, value in variant._asdict().items()
+        if not isinstance(value, bool)
+    }
     return [
         other
-        for other in variants.all_variants(*_shape(key))
+        for other in kernel.fitting(*_shape(key))
         if all(getattr(other, field) in values for field, values in near.items())
         and sum(a != b for a, b in zip(variant, other, strict=True)) == 1
     ]
@@ -149,19 +157,19 @@ def _problem(key: Key, device: torch.device | str, batch: int, length: int, head
 
 
 def _in_fp32(p: AttentionProblem) -> AttentionProblem:
-    """On the CPU, since what computes beside the kernels on the GPU is under suspicion too."""
+    """On the CPU, since PyTorch's own kernels on that GPU may be wrong as well."""
     return replace(p, q=p.q.float().cpu(), k=p.k.float().cpu(), v=p.v.float().cpu())
 
 
 def _refusal(call: Callable[[], Result | None], exact: torch.Tensor, p: AttentionProblem) -> str | None:
-    """Why a variant takes no part, in words."""
+    """Why a variant is ruled out, in words; None if it is not."""
     try:
         result = call()
-    except (RuntimeError, ValueError) as error:  # a pipeline that takes fewer threads than the variant has, say
-        return f"its launch fails ({error})"
+    except (RuntimeError, ValueError) as failure:  # a pipeline that takes fewer threads than the variant has, say
+        return f"it fails to launch ({failure})"
     if result is None:
         return "it does not compile"
     error = (result.out.float().cpu() - exact).abs().max().item()
     # Probabilities and output are rounded once each to the dtype of v.
     allowed = 2 * torch.finfo(p.v.dtype).eps * p.v.abs().max().item() + 1e-5
-    return None if error <= allowed else f"its result is off by {error:.2g}, {allowed:.2g} would be rounding"
+    return None if error <= allowed else f"its result is off by {error:.2g}; rounding explains {allowed:.2g}"

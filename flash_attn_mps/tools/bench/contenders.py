@@ -1,7 +1,7 @@
 """Who computes: the tiers of this project, stock PyTorch, and other packages where they are installed.
 
 A contender turns a workload and its inputs into a call without arguments, whose result is the output in the layout of
-q. Masks that its interface wants are made beforehand and cost it nothing. `Unsupported` says why it has none.
+q. Masks that its interface needs are made beforehand and not timed. `Unsupported` says why there is no call.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Contender(NamedTuple):
 
 
 def contenders(device_type: str, full: bool, hub: bool) -> list[Contender]:
-    """Those that there are on this machine. `full`: the scalar tier too. `hub`: kernels that have to be downloaded."""
+    """Those available on this machine. `full`: the scalar tier too. `hub`: kernels that have to be downloaded."""
     tiers = [
         tier
         for tier in (BY_NAME.values() if full else ORDER)
@@ -47,7 +47,7 @@ def contenders(device_type: str, full: bool, hub: bool) -> list[Contender]:
     found.append(Contender(STOCK, _stock))
     if device_type == "mps":
         for name, prepare in (
-            ("metal_flash_attn", _flash_attn_like("metal_flash_attn")),  # mtlflashattn 0.2 and before
+            ("metal_flash_attn", _flash_attn_like("metal_flash_attn")),  # PyPI's mtlflashattn, another project
             ("mps_flash_attn", _mps_flash_attn),
         ):
             if importlib.util.find_spec(name) is not None:
@@ -116,7 +116,7 @@ def _flash_attn_like(name: str, hub: bool = False) -> Callable[[Workload, Inputs
         wanted = fa2.flash_attn_varlen_func if workload.packed else fa2.flash_attn_func
         function = getattr(module, wanted.__name__, None)
         if function is None:
-            raise Unsupported(f"it has no {wanted.__name__}")
+            raise Unsupported(f"has no {wanted.__name__}")
         how: dict[str, Any] = {"causal": workload.causal}
         if workload.window >= 0:
             how["window_size"] = (workload.window, 0)
@@ -130,7 +130,7 @@ def _flash_attn_like(name: str, hub: bool = False) -> Callable[[Workload, Inputs
 
 def _mps_flash_attn(workload: Workload, x: Inputs) -> Call:
     if workload.packed:
-        raise Unsupported("it takes no packed sequences")
+        raise Unsupported("does not support packed sequences")
     function = importlib.import_module("mps_flash_attn").flash_attention
     q, k, v = (t.transpose(1, 2).contiguous() for t in (x.q, x.k, x.v))
     how = {"window_size": workload.window} if workload.window >= 0 else {}

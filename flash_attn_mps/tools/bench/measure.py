@@ -16,7 +16,7 @@ from .workloads import Workload, inputs
 
 _BATCH_SECONDS = 0.02
 _ROUNDS = (3, 15)
-_SLOW_SECONDS = 4.0  # who takes longer goes once
+_SLOW_SECONDS = 4.0  # a slower contender runs once
 
 
 class Measurement(NamedTuple):
@@ -57,7 +57,7 @@ class Measurement(NamedTuple):
 
     @property
     def differs(self) -> bool:
-        """Is its result wrong, or far less exact than float32 arithmetic inside makes it?"""
+        """Is its result wrong, or far less accurate than with float32 arithmetic inside?"""
         return not self.error <= 1
 
 
@@ -69,7 +69,10 @@ def measure(
     watch: timing.Stopwatch,
     tick: Callable[[str], object] = lambda name: None,
 ) -> list[Measurement]:
-    """All contenders on one workload, in about `budget` seconds, three rounds at least. `tick` is told who is next."""
+    """All contenders on one workload, in about `budget` seconds and at least three rounds.
+
+    `tick` is called with the name of the next contender.
+    """
     x = inputs(workload, device)
     exact = reference.run(build(workload, x)).out.float()
     found: dict[str, Measurement] = {}

@@ -1,4 +1,4 @@
-"""What is timed: calls as programs make them, and what they cost at least."""
+"""What is timed: calls as programs make them, with their minimum of arithmetic and memory traffic."""
 
 from __future__ import annotations
 

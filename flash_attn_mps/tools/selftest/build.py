@@ -112,7 +112,7 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
     return Built(
         p,
         [_lengthened(out, unused, 0.0) for out, _ in exact],
-        # Rows that do not count see nothing.
+        # Rows past the end see nothing.
         [_lengthened(lse.T, unused, -torch.inf).T for _, lse in exact],
     )
 

@@ -1,4 +1,4 @@
-"""What the selftest runs: a case is a tier, a dtype, head dims, a feature and, for the tiled kernel, a variant.
+"""What the self-test runs: a case is a tier, a dtype, head dims, a feature and, for the tiled kernel, a variant.
 
 Its name says all of it, so that a failure on somebody's machine can be run again on another:
 "simdgroup:bfloat16:64:64:window:16x4x32-direct".
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ...tiers import BY_NAME
-from ...tiers.metal import variants
+from ...tiers.metal import simdgroup
 
 
 class Feature(NamedTuple):
@@ -124,7 +124,7 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
                 for variant in _variants(dtype, *dims):
                     yield from (Case("simdgroup", dtype, *dims, f, variant) for f in _OF_VARIANTS[:features])
     few = _USUAL if level == "full" else head_dims[:2]
-    # The tiled kernel had its turn. The cpu tier is PyTorch's: a Mac is not asked about it.
+    # The tiled kernel is covered above. The cpu tier is PyTorch's own code, which needs no test on a Mac.
     skipped = {"simdgroup", "cpu"} if metal else {"simdgroup", "scalar"}
     for name in [name for name in BY_NAME if name not in skipped]:
         for dtype in DTYPES:
@@ -132,4 +132,5 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
 
 
 def _variants(dtype: str, head_dim: int, head_dim_v: int) -> list[str]:
-    return [str(v) for v in variants.all_variants(getattr(torch, dtype).itemsize, head_dim, head_dim_v)]
+    found = simdgroup.FORWARD.fitting(getattr(torch, dtype).itemsize, head_dim, head_dim_v)
+    return list(map(str, found))

@@ -1,4 +1,4 @@
-"""What came of a selftest: a table, a file to attach to a bug report."""
+"""The outcome of a self-test: a table, and a file to attach to an issue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN = 10
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """How many cases of each tier and dtype came out how, and the largest error in percent of what is allowed."""
+    """Cases by tier, dtype and outcome, and the largest error in percent of what is allowed."""
     rows: list[tuple[object, ...]] = [("tier", "dtype", *_STATUSES, "largest error, % of allowed")]
     for tier in BY_NAME:
         for dtype in DTYPES:
@@ -47,7 +47,7 @@ def failures(outcomes: Sequence[Outcome]) -> str:
 def write(
     file: Path, facts: dict[str, str], level: str, metal: bool, seconds: float, outcomes: Sequence[Outcome]
 ) -> None:
-    """Everything that somebody needs who has no such machine. Raises OSError."""
+    """Everything that someone without such a machine needs. Raises OSError."""
     data = {
         "machine": facts,
         "level": level,

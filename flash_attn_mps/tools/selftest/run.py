@@ -8,11 +8,11 @@ import torch
 
 from ...problem import AttentionProblem, Result
 from ...tiers import BY_NAME
-from ...tiers.metal import compiler, launch, simdgroup, variants
+from ...tiers.metal import compiler, launch, simdgroup
 from .build import Built, build
 from .cases import Case
 
-# What may come of a case. That the cpu tier does not serve it is no failure: PyTorch decides what it does.
+# The outcomes of a case. If the cpu tier does not support it, that is no failure: PyTorch decides what it supports.
 RIGHT, WRONG, NOT_COMPILED, RAISED, NOT_SERVED = "right", "wrong", "not compiled", "raised", "not served"
 
 
@@ -43,15 +43,16 @@ def run(case: Case, device: torch.device | str) -> Outcome:
             logs = [log for specialization, log in compiler.failures.items() if specialization not in known]
             return Outcome(case, NOT_COMPILED, detail=logs[0] if logs else "as in a case before")
         return _judged(case, built, result)
-    except Exception as error:  # a selftest reports whatever happens on somebody's machine
+    except Exception as error:  # whatever happens on somebody's machine belongs in the report
         return Outcome(case, RAISED, detail=f"{type(error).__name__}: {error}")
 
 
 def _result(case: Case, p: AttentionProblem) -> Result | None:
     if not case.variant:
         return BY_NAME[case.tier].run(p)
-    found = variants.all_variants(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
-    return launch.run(p, simdgroup.ENTRY, next(v for v in found if str(v) == case.variant))
+    kernel = simdgroup.FORWARD
+    found = kernel.fitting(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
+    return launch.run(p, kernel, next(v for v in found if str(v) == case.variant))
 
 
 def _judged(case: Case, built: Built, result: Result) -> Outcome:
@@ -85,7 +86,7 @@ def _largest(v: torch.Tensor) -> float:
 
 
 def _share(x: torch.Tensor, exact: torch.Tensor, allowed: float) -> tuple[float, tuple[int, ...]]:
-    """The largest error in units of `allowed`, and where it is. Not a number is infinitely wrong."""
+    """The largest error in units of `allowed`, and where it is. NaN is infinitely wrong."""
     error = (x - exact).abs().nan_to_num(nan=torch.inf)
     index = int(error.argmax())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), error.shape))

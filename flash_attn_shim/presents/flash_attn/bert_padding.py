@@ -3,12 +3,17 @@
 `rearrange` and `repeat` are einops' own: callers import them from here.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import flash_attn_shim.needs_torch  # noqa: F401
 
 # isort: split
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from torch import Tensor
 
 __all__ = [
     "IndexFirstAxis",
@@ -29,13 +34,13 @@ class IndexFirstAxis(torch.autograd.Function):
     """`input[indices]` along the first axis; rows taken more than once get the sum of their gradients."""
 
     @staticmethod
-    def forward(ctx, input, indices):
+    def forward(ctx: Any, input: Tensor, indices: Tensor) -> Any:
         ctx.save_for_backward(indices)
         ctx.first_axis_dim = input.shape[0]
         return input.index_select(0, indices)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         (indices,) = ctx.saved_tensors
         grad_input = grad_output.new_zeros(ctx.first_axis_dim, *grad_output.shape[1:])
         return grad_input.index_add(0, indices, grad_output), None
@@ -45,12 +50,12 @@ class IndexPutFirstAxis(torch.autograd.Function):
     """Zeros of `first_axis_dim` rows, with `values` at the rows `indices`."""
 
     @staticmethod
-    def forward(ctx, values, indices, first_axis_dim):
+    def forward(ctx: Any, values: Tensor, indices: Tensor, first_axis_dim: int) -> Any:
         ctx.save_for_backward(indices)
         return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy_(0, indices.long(), values)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         (indices,) = ctx.saved_tensors
         return grad_output.index_select(0, indices), None, None
 
@@ -59,13 +64,13 @@ class IndexFirstAxisResidual(torch.autograd.Function):
     """`(input[indices], input)`: for a layer on some rows and a residual branch around it."""
 
     @staticmethod
-    def forward(ctx, input, indices):
+    def forward(ctx: Any, input: Tensor, indices: Tensor) -> Any:
         ctx.save_for_backward(indices)
         # Detached: a result that is a view of an argument could not be added to in place.
         return input.index_select(0, indices), input.detach()
 
     @staticmethod
-    def backward(ctx, grad_output, grad_residual):
+    def backward(ctx: Any, grad_output: Any, grad_residual: Any) -> Any:
         (indices,) = ctx.saved_tensors
         return grad_residual.index_add(0, indices, grad_output), None
 
@@ -75,7 +80,9 @@ index_put_first_axis = IndexPutFirstAxis.apply
 index_first_axis_residual = IndexFirstAxisResidual.apply
 
 
-def unpad_input(hidden_states, attention_mask, unused_mask=None):
+def unpad_input(
+    hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
     """Pack the tokens that a mask selects.
 
     Args:
@@ -95,7 +102,9 @@ def unpad_input(hidden_states, attention_mask, unused_mask=None):
     return *_pack(hidden_states, placed, seqlens), seqused
 
 
-def unpad_input_for_concatenated_sequences(hidden_states, attention_mask_in_length):
+def unpad_input_for_concatenated_sequences(
+    hidden_states: Tensor, attention_mask_in_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
     """Pack rows that each hold several sequences one after the other.
 
     Args:
@@ -114,7 +123,7 @@ def unpad_input_for_concatenated_sequences(hidden_states, attention_mask_in_leng
     return _pack(hidden_states, placed, seqlens)
 
 
-def pad_input(hidden_states, indices, batch, seqlen):
+def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """Undo `unpad_input`: tokens `(total, ...)` to `(batch, seqlen, ...)`, zeros where `indices` does not point."""
     return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
 

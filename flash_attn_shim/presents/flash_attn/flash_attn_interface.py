@@ -2,12 +2,15 @@
 `flash_attn_mps.frontends.fa2` and `fa2_private`. `help(flash_attn_func)` has the semantics.
 """
 
+from __future__ import annotations
+
 import inspect
 
 import flash_attn_shim.needs_torch  # noqa: F401
 
 # isort: split
 import torch
+from torch import Tensor
 
 from flash_attn_mps.frontends.fa2 import (
     flash_attn_func,
@@ -52,12 +55,12 @@ class flash_attn_gpu:
     """Upstream's compiled extension, which is not here: xformers looks for the name, and uses it on CUDA only."""
 
 
-def maybe_contiguous(x):
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     """`x`, copied if its last dimension is not contiguous; None stays None."""
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
-def round_multiple(x, m):
+def round_multiple(x: int, m: int) -> int:
     """The least multiple of `m` that is not below `x`."""
     return (x + m - 1) // m * m
 

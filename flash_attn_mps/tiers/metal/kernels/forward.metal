@@ -1,5 +1,9 @@
-// FlashAttention-2 forward (Dao, 2023, arXiv:2307.08691): a simdgroup takes ROWS queries of one head through all the keys
-// that they see, KEYS at a time. s, p and o never leave its registers.
+// The forward pass: FlashAttention-2, algorithm 1 (Dao, 2023, https://arxiv.org/abs/2307.08691). "Line 8" and so on are its
+// lines, and q, k, v, o, s, p, m, l are its letters.
+//
+// A simdgroup takes ROWS queries (the paper's block i) of one head through the keys that they see, KEYS at a time (block j).
+// s, p and o never leave its registers. What a score is, and how exp(s - m) is rounded: scoring.metal.
+// BUFFERS, INPUTS and the names in params[...] are declared by the host: FORWARD in simdgroup.py.
 
 constant constexpr int D_FRAGMENTS = (HEAD_DIM + 7) / 8;
 constant constexpr int DV_FRAGMENTS = (HEAD_DIM_V + 7) / 8;
@@ -7,21 +11,22 @@ constant constexpr int DV_FRAGMENTS = (HEAD_DIM_V + 7) / 8;
 typedef Slab<HEAD_DIM, VECTOR> SlabD;
 typedef Slab<HEAD_DIM_V, VECTOR_V> SlabV;
 
-// A simdgroup's queries and what is known of their attention so far.
+// A simdgroup's queries, and their attention over the blocks so far.
 struct State {
   Operand q[ROW_FRAGMENTS][D_FRAGMENTS];
-  Accumulator o[ROW_FRAGMENTS][DV_FRAGMENTS];
-  float m[ROW_FRAGMENTS];  // of each row: the largest score,
-  float l[ROW_FRAGMENTS];  // and this lane's share of the sum of exponentials
+  Accumulator o[ROW_FRAGMENTS][DV_FRAGMENTS];  // not yet divided by l
+  float m[ROW_FRAGMENTS];  // running maximum of each row's scores
+  float l[ROW_FRAGMENTS];  // this lane's part of the running sum of exp(s - m): the four lanes of a row are added at the end
   int first_row;
 };
 
-// s = q k^T. Keys past the end are read as the last one.
+// Line 8: s = q k^T. EDGE: there may be fewer keys than the block has; the last one stands for those past the end.
 template <bool EDGE, typename AnyKeys>
-METAL_FUNC void score(thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread State& state, AnyKeys keys, int first, Lane lane) {
+METAL_FUNC void compute_qk(
+    thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread State& state, AnyKeys keys, int first_key, Lane lane) {
   UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-    int key0 = key_of(first, n, lane.column, 0);
-    int key1 = key_of(first, n, lane.column, 1);
+    int key0 = key_of(first_key, n, lane.column, 0);
+    int key1 = key_of(first_key, n, lane.column, 1);
     if (EDGE) {
       key0 = min(key0, keys.seqlen - 1);
       key1 = min(key1, keys.seqlen - 1);
@@ -35,239 +40,245 @@ METAL_FUNC void score(thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], thr
   }
 }
 
-// Masks and scales s, and turns it into probabilities relative to the largest score so far; o and l follow when that grows.
+// Line 9, and of line 10 the rescaling of o: scales and masks s, then
+//   m_new = max(m, rowmax(s)),  p = exp(s - m_new),  l = exp(m - m_new) l + rowsum(p),  o = exp(m - m_new) o.
+// s stays behind with its scores in it, -inf where hidden.
 template <bool EDGE, bool MASKED>
-METAL_FUNC void soften(
+METAL_FUNC void online_softmax(
     thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
-    thread Operand (&probabilities)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+    thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread State& state,
     Scoring scoring,
-    Masking masking,
-    int first,
-    int seqlen,
+    MaskTile mask_tile,
+    int first_key,
+    int seqlen_k,
     Lane lane) {
-  const float factor = SCORES_ARE_SCALED ? 1.0f : scoring.factor;
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+    // Scale, soft-cap, ALiBi, window, mask.
     int row = state.first_row + 8 * r + lane.row;
     float m = -INFINITY;
     UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
       UNROLL for (int e = 0; e < 2; ++e) {
-        int key = key_of(first, n, lane.column, e);
+        int key = key_of(first_key, n, lane.column, e);
         float x = s[r][n].thread_elements()[e];
 #if SCORES_ARE_SCALED
-        x = score_of(x, scoring, min(row, scoring.seqlen_q - 1), EDGE ? min(key, seqlen - 1) : key);
+        x = score_mod(x, scoring, min(row, scoring.seqlen_q - 1), EDGE ? min(key, seqlen_k - 1) : key);
 #endif
-        if (EDGE && !MASKED && !is_seen(scoring, row, key, seqlen)) x = -INFINITY;
+        if (EDGE && !MASKED && !is_visible(scoring, row, key, seqlen_k)) x = -INFINITY;
         s[r][n].thread_elements()[e] = x;
         m = max(m, x);
       }
     }
-#if MASK_KIND
+#if HAS_MASK
     if (MASKED) {
       m = -INFINITY;
       UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
         UNROLL for (int e = 0; e < 2; ++e) {
-          float x = masked(s[r][n].thread_elements()[e], masking.at(r, n, e));
+          float x = apply_mask(s[r][n].thread_elements()[e], mask_tile.at(r, n, e));
           s[r][n].thread_elements()[e] = x;
           m = max(m, x);
         }
       }
     }
 #endif
-    m = max(row_max(m) * factor, state.m[r]);
-    float base = m == -INFINITY ? 0.0f : m;  // a row that has seen nothing yet: -inf - -inf is NaN
+    // m_new = max(m, rowmax(s))
+    m = max(row_max(m), state.m[r]);
+    float base = m == -INFINITY ? 0.0f : m;  // a row that has seen nothing yet: -inf - -inf would be NaN
+    // p = exp(s - m_new)
     float sum = 0.0f;
     UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
       UNROLL for (int e = 0; e < 2; ++e) {
-#if IN_BASE_E
-        float x = exp_of(s[r][n].thread_elements()[e], base);
-#else
-        float x = fast::exp2(fma(s[r][n].thread_elements()[e], factor, -base));
-#endif
-        probabilities[r][n].thread_elements()[e] = T(x);
+        float x = exp_of_difference(s[r][n].thread_elements()[e], base, scoring);
+        p[r][n].thread_elements()[e] = T(x);
         sum += x;
       }
     }
+    // o and l by alpha = exp(m - m_new), which is 1 unless the maximum of a row has grown
     if (simd_any(m > state.m[r])) {
-      float shrink = exp_of(state.m[r], base);
+      float rescale = exp_of_difference(state.m[r], base, scoring);
       UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) {
-        state.o[r][f].thread_elements()[0] *= shrink;
-        state.o[r][f].thread_elements()[1] *= shrink;
+        state.o[r][f].thread_elements()[0] *= rescale;
+        state.o[r][f].thread_elements()[1] *= rescale;
       }
-      state.l[r] *= shrink;
+      state.l[r] *= rescale;
       state.m[r] = m;
     }
+    // l += rowsum(p)
     state.l[r] += sum;
   }
 }
 
-// o += p v. Where scores may be hidden, at an edge or by a mask, a value that is not finite counts only for the queries that
-// see its key: 0 * NaN is NaN, and memory that nobody sees may hold one.
+// Line 10: o += p v. A hidden key has p = 0, but 0 * NaN is NaN, and memory that no query sees may hold anything. So where
+// keys may be hidden, at an edge or by a mask, NaN and infinities in v are replaced by 0, and NaN is put into o for those
+// queries alone that see them.
 template <bool EDGE, bool MASKED, typename AnyKeys>
-METAL_FUNC void gather(
+METAL_FUNC void accumulate_pv(
     thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
-    thread Operand (&probabilities)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+    thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread State& state,
     AnyKeys keys,
-    int first,
+    int first_key,
     Lane lane) {
   UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-    int key = key_of(first, n, lane.row, 0);
+    int key = key_of(first_key, n, lane.row, 0);
     if (EDGE) key = min(key, keys.seqlen - 1);
     Operand v[DV_FRAGMENTS];
     SlabV::load_right(v, keys.v.at(key), lane);
     if (EDGE || MASKED) {
-      float finite = 0.0f;  // NaN if any value is not
+      float nan_if_nonfinite = 0.0f;
       UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
-        finite += 0.0f * float(v[f].thread_elements()[0]) + 0.0f * float(v[f].thread_elements()[1]);
-      if (simd_any(finite != 0.0f)) {
+        nan_if_nonfinite += 0.0f * float(v[f].thread_elements()[0]) + 0.0f * float(v[f].thread_elements()[1]);
+      bool has_nonfinite = simd_any(nan_if_nonfinite != 0.0f);
+      if (has_nonfinite) {
         UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) {
-          Operand bad;
+          Operand nonfinite;  // 1 where v is not finite
           UNROLL for (int e = 0; e < 2; ++e) {
-            bool is_bad = !isfinite(float(v[f].thread_elements()[e]));
-            bad.thread_elements()[e] = T(is_bad ? 1.0f : 0.0f);
-            if (is_bad) v[f].thread_elements()[e] = T(0.0f);
+            bool is_nonfinite = !isfinite(float(v[f].thread_elements()[e]));
+            nonfinite.thread_elements()[e] = T(is_nonfinite ? 1.0f : 0.0f);
+            if (is_nonfinite) v[f].thread_elements()[e] = T(0.0f);
           }
           UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-            Operand seen;
-            UNROLL for (int e = 0; e < 2; ++e) seen.thread_elements()[e] = T(s[r][n].thread_elements()[e] == -INFINITY ? 0.0f : 1.0f);
-            Accumulator spoilt = zeros();
-            simdgroup_multiply_accumulate(spoilt, seen, bad, spoilt);
+            Operand visible;  // 1 where the query sees the key
             UNROLL for (int e = 0; e < 2; ++e)
-              if (spoilt.thread_elements()[e] > 0.0f) state.o[r][f].thread_elements()[e] = NAN;
+              visible.thread_elements()[e] = T(s[r][n].thread_elements()[e] == -INFINITY ? 0.0f : 1.0f);
+            Accumulator nonfinite_seen = zeros();  // how many of them each query sees, in each column
+            simdgroup_multiply_accumulate(nonfinite_seen, visible, nonfinite, nonfinite_seen);
+            UNROLL for (int e = 0; e < 2; ++e)
+              if (nonfinite_seen.thread_elements()[e] > 0.0f) state.o[r][f].thread_elements()[e] = NAN;
           }
         }
       }
     }
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
       UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
-        simdgroup_multiply_accumulate(state.o[r][f], probabilities[r][n], v[f], state.o[r][f]);
+        simdgroup_multiply_accumulate(state.o[r][f], p[r][n], v[f], state.o[r][f]);
   }
 }
 
-// One block of keys, `first` to `first + KEYS`. EDGE: some of its scores may not count. MASKED: `masking` may change some, and
-// knows about edges too. Each has code of its own, since loads are not moved over a branch.
+// Lines 7 to 10 for the block of keys from `first_key` on. EDGE: the sequence's end or a side of the window lies in it.
+// MASKED: `mask_tile` is applied, in which what lies beyond an edge is hidden too.
 template <bool EDGE, bool MASKED, typename AnyKeys>
-METAL_FUNC void attend(thread State& state, AnyKeys keys, Scoring scoring, Masking masking, int first, Lane lane) {
+METAL_FUNC void attend_block(thread State& state, AnyKeys keys, Scoring scoring, MaskTile mask_tile, int first_key, Lane lane) {
   Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
-  Operand probabilities[ROW_FRAGMENTS][KEY_FRAGMENTS];
-  score<EDGE>(s, state, keys, first, lane);
-  soften<EDGE, MASKED>(s, probabilities, state, scoring, masking, first, keys.seqlen, lane);
-  gather<EDGE, MASKED>(s, probabilities, state, keys, first, lane);
+  Operand p[ROW_FRAGMENTS][KEY_FRAGMENTS];
+  compute_qk<EDGE>(s, state, keys, first_key, lane);
+  online_softmax<EDGE, MASKED>(s, p, state, scoring, mask_tile, first_key, keys.seqlen, lane);
+  accumulate_pv<EDGE, MASKED>(s, p, state, keys, first_key, lane);
 }
 
-// One block of keys. `changed`: what the mask says of it must be read.
+// Chooses the code for one block, with no more tests in it than the block needs: a test inside the loops over fragments would
+// keep the compiler from moving loads ahead of it. `altered`: the mask changes scores of this block, so it must be read.
 template <typename AnyKeys>
-METAL_FUNC void visit(bool changed, thread State& state, AnyKeys keys, Scoring scoring, Range range, int first, Lane lane) {
-  Masking masking;
-  bool inner = range.holds(first);
-#if MASK_KIND
-  if (changed) masking.load(!inner, scoring, state.first_row, first, keys.seqlen, lane);
+METAL_FUNC void dispatch_block(
+    bool altered, thread State& state, AnyKeys keys, Scoring scoring, KeyRange range, int first_key, Lane lane) {
+  MaskTile mask_tile;
+  bool inner = range.contains(first_key);
+#if HAS_MASK
+  if (altered) mask_tile.load(!inner, scoring, state.first_row, first_key, keys.seqlen, lane);
 #endif
-  if (inner && !(MASK_KIND && changed)) {
-    attend<false, false>(state, keys, scoring, masking, first, lane);
-  } else if (MASK_KIND && inner) {
-    attend<false, MASK_KIND != 0>(state, keys, scoring, masking, first, lane);
+  if (inner && !(HAS_MASK && altered)) {
+    attend_block<false, false>(state, keys, scoring, mask_tile, first_key, lane);
+  } else if (HAS_MASK && inner) {
+    attend_block<false, HAS_MASK != 0>(state, keys, scoring, mask_tile, first_key, lane);
   } else {
-    attend<true, MASK_KIND != 0>(state, keys, scoring, masking, first, lane);
+    attend_block<true, HAS_MASK != 0>(state, keys, scoring, mask_tile, first_key, lane);
   }
 }
 
 [[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
 kernel void attention_forward(
-    device const T* q [[buffer(0)]],
-    device const T* k [[buffer(1)]],
-    device const T* v [[buffer(2)]],
-    device T* out [[buffer(3)]],
-    device float* lse [[buffer(4)]],
-    constant long* p [[buffer(5)]],
-    OPTIONAL_BUFFERS
+    BUFFERS
     uint3 group [[threadgroup_position_in_grid]],
     uint3 groups [[threadgroups_per_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort index [[thread_index_in_simdgroup]]) {
-  Inputs in;
-  in.p = p;
-  TAKE_OPTIONAL_BUFFERS
+  Inputs in = INPUTS;
   Lane lane = lane_of(index);
   int head = int(group.y);
-  // The queries that see most keys come first, so that no long tile is left for the end.
-  int turn = HAS_RIGHT && !PACKED_Q ? int(groups.x - 1 - group.x) : int(group.x);
-  Tile tile = tile_of(turn, int(group.z), ROWS * SIMDGROUPS, in);
+  // Line 3. Under a causal mask the last queries see most keys: they come first, so that no long tile is left for the end.
+  int tile_index = HAS_WINDOW_RIGHT && !HAS_CU_SEQLENS_Q ? int(groups.x - 1 - group.x) : int(group.x);
+  Tile tile = tile_of(tile_index, int(group.z), ROWS * SIMDGROUPS, in);
   Sequence sequence = tile.sequence;
   Scoring scoring = scoring_of(sequence, head, in);
-  int group_first = tile.index * ROWS * SIMDGROUPS;
-  if (group_first >= sequence.seqlen_q) return;
+  int group_first_row = tile.index * ROWS * SIMDGROUPS;
+  if (group_first_row >= sequence.rows_q) return;
+  bool has_queries = group_first_row < sequence.seqlen_q;  // of the group: else its rows are zeroed
 
+  // Lines 4 and 5: load q; o = 0, l = 0, m = -inf.
   State state;
-  state.first_row = group_first + simdgroup * ROWS;
+  state.first_row = group_first_row + simdgroup * ROWS;
   int last_row = min(state.first_row + ROWS, sequence.seqlen_q) - 1;
-  device const T* q_head = q + sequence.batch * p[Q_BATCH] + sequence.first_q * p[Q_ROW] + head * p[Q_HEAD];
+  device const T* q_head = q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = min(state.first_row + 8 * r + lane.row, sequence.seqlen_q - 1);
-    SlabD::load_left(state.q[r], q_head + row * p[Q_ROW], scoring.sign, lane);
+    if (has_queries) SlabD::load_left(state.q[r], q_head + row * params[Q_ROW], scoring.sign, lane);
     UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
-#if HAS_SINKS
-    state.m[r] = in.sinks[head] * UNIT;
-    state.l[r] = lane.column == 0 ? 1.0f : 0.0f;
-#else
     state.m[r] = -INFINITY;
     state.l[r] = 0.0f;
-#endif
   }
 
+  // Line 6: the blocks of keys that these queries see. Under a mask in runs: `scan_mask` looks at a run's blocks together.
   Keys keys = keys_of(sequence, head, k, v, in);
-  Range range = range_of(scoring, state.first_row, last_row, sequence.seqlen_k);
+  KeyRange range = key_range_of(scoring, state.first_row, last_row, sequence.seqlen_k);
+  bool is_needed = state.first_row < sequence.seqlen_q;  // has the simdgroup queries?
 #if STAGED
-  bool has_rows = state.first_row < sequence.seqlen_q;
+  // All simdgroups of the group copy every block that one of them sees; those that see it compute.
   threadgroup Staging staging;
-  Range group_range = range_of(scoring, group_first, min(group_first + ROWS * SIMDGROUPS, sequence.seqlen_q) - 1, sequence.seqlen_k);
-#if MASK_KIND
-  for (int run = group_range.some_begin; run < group_range.some_end; run += OUTLOOK * KEYS) {
-    Outlook outlook;
-    outlook.some = outlook.changed = 0;
-    if (has_rows) outlook = outlook_of(range, scoring, state.first_row, run, keys.seqlen, lane);
-    uint wanted = wanted_by_any(staging, outlook.some, run / (OUTLOOK * KEYS) % 2, simdgroup, index);
-    for (; wanted; wanted &= wanted - 1) {
-      uint block = ctz(wanted);
-      int first = run + int(block) * KEYS;
-      StagedKeys staged = stage(staging, keys, first, ushort(simdgroup * 32 + index));
-      if (!(outlook.some >> block & 1)) continue;
-      visit(outlook.changed >> block & 1, state, staged, scoring, range, first, lane);
+  int group_last_row = min(group_first_row + ROWS * SIMDGROUPS, sequence.seqlen_q) - 1;
+  KeyRange group_range = key_range_of(scoring, group_first_row, group_last_row, sequence.seqlen_k);
+  if (!has_queries) group_range.visible_end = group_range.visible_begin;
+#if HAS_MASK
+  for (int run = group_range.visible_begin; run < group_range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
+    BlockFlags flags;
+    flags.visible = flags.altered = 0;
+    if (is_needed) flags = scan_mask(range, scoring, state.first_row, run, keys.seqlen, lane);
+    uint visible = visible_to_any(staging, flags.visible, run / (BLOCKS_PER_RUN * KEYS) % 2, simdgroup, index);
+    for (; visible; visible &= visible - 1) {
+      uint block = ctz(visible);
+      int first_key = run + int(block) * KEYS;
+      StagedKeys staged = stage(staging, keys, first_key, ushort(simdgroup * 32 + index));
+      if (!(flags.visible >> block & 1)) continue;
+      dispatch_block(flags.altered >> block & 1, state, staged, scoring, range, first_key, lane);
     }
   }
 #else
-  for (int first = group_range.some_begin; first < group_range.some_end; first += KEYS) {
-    StagedKeys staged = stage(staging, keys, first, ushort(simdgroup * 32 + index));
-    if (range.meets(first) && has_rows) visit(false, state, staged, scoring, range, first, lane);
+  for (int first_key = group_range.visible_begin; first_key < group_range.visible_end; first_key += KEYS) {
+    StagedKeys staged = stage(staging, keys, first_key, ushort(simdgroup * 32 + index));
+    if (range.overlaps(first_key) && is_needed) dispatch_block(false, state, staged, scoring, range, first_key, lane);
   }
 #endif
 #else
-  if (state.first_row >= sequence.seqlen_q) return;
-#if MASK_KIND
-  for (int run = range.some_begin; run < range.some_end; run += OUTLOOK * KEYS) {
-    Outlook outlook = outlook_of(range, scoring, state.first_row, run, keys.seqlen, lane);
-    for (; outlook.some; outlook.some &= outlook.some - 1) {
-      uint block = ctz(outlook.some);
-      int first = run + int(block) * KEYS;
-      visit(outlook.changed >> block & 1, state, keys, scoring, range, first, lane);
+  if (!is_needed) range.visible_end = range.visible_begin;
+#if HAS_MASK
+  for (int run = range.visible_begin; run < range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
+    BlockFlags flags = scan_mask(range, scoring, state.first_row, run, keys.seqlen, lane);
+    for (; flags.visible; flags.visible &= flags.visible - 1) {
+      uint block = ctz(flags.visible);
+      int first_key = run + int(block) * KEYS;
+      dispatch_block(flags.altered >> block & 1, state, keys, scoring, range, first_key, lane);
     }
   }
 #else
-  for (int first = range.some_begin; first < range.some_end; first += KEYS)
-    visit(false, state, keys, scoring, range, first, lane);
+  for (int first_key = range.visible_begin; first_key < range.visible_end; first_key += KEYS)
+    dispatch_block(false, state, keys, scoring, range, first_key, lane);
 #endif
 #endif
 
-  device T* out_head = out + sequence.batch * p[O_BATCH] + sequence.first_q * p[O_ROW] + head * p[O_HEAD];
+  // Lines 12 to 15: o / l, and the log-sum-exp m + log(l). A query that saw no key has l = 0: zeros and -inf. So have the rows
+  // that are no queries, which saw what they should not have.
+  device T* out_head = out + sequence.batch * params[OUT_BATCH] + sequence.first_q * params[OUT_ROW] + head * params[OUT_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = state.first_row + 8 * r + lane.row;
-    float sum = row_sum(state.l[r]);
-    if (row < sequence.seqlen_q) {
-      SlabV::store(out_head + row * p[O_ROW], state.o[r], sum > 0.0f ? 1.0f / sum : 0.0f, lane);
-#if WANT_LSE
+    RowStatistics statistics = statistics_of(state.m[r], row_sum(state.l[r]), scoring, head, in);
+    if (row < sequence.rows_q) {
+      bool is_query = row < sequence.seqlen_q;
+      if (!is_query) UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
+      float factor = statistics.l > 0.0f ? statistics.rescale / statistics.l : 0.0f;
+      SlabV::store(out_head + row * params[OUT_ROW], state.o[r], factor, lane);
+#if HAS_LSE
       if (lane.column == 0)
-        lse[sequence.batch * p[LSE_BATCH] + sequence.first_q + head * p[LSE_HEAD] + row] = log_sum(state.m[r], sum);
+        lse[sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD] + row] =
+            is_query ? log_sum_exp(statistics) : -INFINITY;
 #endif
     }
   }

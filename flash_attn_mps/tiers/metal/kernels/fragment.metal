@@ -4,7 +4,8 @@
 // order as long as q and k agree on it: so fragment f of a slab of W fragments takes not the columns 8f to 8f+7 of the head
 // dim but every W-th one, d = first + W * c + f. A lane's elements of all W fragments are then neighbours in memory, for the
 // left operand (2 W of them in one row) and for the right one (W in each of two rows). The columns of v, and so of the
-// output, are dealt out in the same way. W is the largest power of two for which head dim and alignment leave room.
+// output, go to fragments in the same way. W is the largest power of two that the head dim has fragments for and the alignment
+// of rows allows.
 
 #define UNROLL _Pragma("clang loop unroll(full)")
 

@@ -2,13 +2,19 @@
 
 struct Rows {
   device const T* rows;
-  long row;     // stride
-#if PAGED
-  long page;    // stride
-  device const int* pages;
+  long row;                 // stride
+#if HAS_BLOCK_TABLE
+  long page;                // stride
+  device const int* pages;  // this sequence's row of block_table
   int page_size;
+#if HAS_LEFTPAD_K
+  int leftpad;
+#endif
 
   METAL_FUNC device const T* at(int key) const thread {
+#if HAS_LEFTPAD_K
+    key += leftpad;
+#endif
     return rows + pages[key / page_size] * page + key % page_size * row;
   }
 #else
@@ -23,19 +29,22 @@ struct Keys {
 };
 
 METAL_FUNC Keys keys_of(Sequence sequence, int head, device const T* k, device const T* v, Inputs in) {
-  constant long* p = in.p;
-  int head_k = head / int(p[GROUP]);
+  constant long* params = in.params;
+  int head_k = head / int(params[HEADS_PER_KV_HEAD]);
   Keys keys;
   keys.seqlen = sequence.seqlen_k;
-  keys.k.rows = k + head_k * p[K_HEAD];
-  keys.v.rows = v + head_k * p[V_HEAD];
-  keys.k.row = p[K_ROW];
-  keys.v.row = p[V_ROW];
-#if PAGED
-  keys.k.page = p[K_BATCH];
-  keys.v.page = p[V_BATCH];
-  keys.k.pages = keys.v.pages = in.block_table + sequence.batch * p[TABLE_ROW];
-  keys.k.page_size = keys.v.page_size = int(p[PAGE_SIZE]);
+  keys.k.rows = k + head_k * params[K_HEAD];
+  keys.v.rows = v + head_k * params[V_HEAD];
+  keys.k.row = params[K_ROW];
+  keys.v.row = params[V_ROW];
+#if HAS_BLOCK_TABLE
+  keys.k.page = params[K_BATCH];
+  keys.v.page = params[V_BATCH];
+  keys.k.pages = keys.v.pages = in.block_table + sequence.batch * params[BLOCK_TABLE_ROW];
+  keys.k.page_size = keys.v.page_size = int(params[PAGE_SIZE]);
+#if HAS_LEFTPAD_K
+  keys.k.leftpad = keys.v.leftpad = in.leftpad_k[sequence.batch];
+#endif
 #else
   long entry = sequence.batch;
 #if HAS_KV_BATCH_IDX
@@ -45,8 +54,8 @@ METAL_FUNC Keys keys_of(Sequence sequence, int head, device const T* k, device c
 #if HAS_LEFTPAD_K
   first += in.leftpad_k[sequence.batch];
 #endif
-  keys.k.rows += entry * p[K_BATCH] + first * p[K_ROW];
-  keys.v.rows += entry * p[V_BATCH] + first * p[V_ROW];
+  keys.k.rows += entry * params[K_BATCH] + first * params[K_ROW];
+  keys.v.rows += entry * params[V_BATCH] + first * params[V_ROW];
 #endif
   return keys;
 }

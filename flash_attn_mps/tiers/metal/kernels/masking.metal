@@ -1,27 +1,28 @@
-// What a mask says of blocks of scores: where nothing is seen nothing is done, and where all is seen, or zero is added, the
-// scores are left alone. A simdgroup looks at the mask of many blocks before it computes any, so that their loads are under
-// way together; only what hides or changes some scores of a block is read again, with the block.
+// Masks, bool (MASK_IS_BOOL: false hides) or added (MASK_IS_ADDED: -inf hides). A block of scores that the mask hides whole is
+// skipped, and one whose scores it leaves as they are is computed as if there were no mask. To know which, a simdgroup looks at
+// the mask of many blocks before it computes any, so that their loads are under way together. Only the mask of a block that it
+// hides in part, or changes, is loaded again with the block.
 //
 // A lane has two columns in each of KEY_FRAGMENTS fragments. The product p v sums over keys in any order as long as p and v
 // agree on it, so under a mask fragment n takes every KEY_FRAGMENTS-th key: a lane's elements of the mask are neighbours in
 // memory, 2 KEY_FRAGMENTS of them in each of its rows.
 
 // The key that column `column + e` of fragment n stands for.
-METAL_FUNC int key_of(int first, int n, int column, int e) {
-#if MASK_KIND
-  return first + KEY_FRAGMENTS * (column + e) + n;
+METAL_FUNC int key_of(int first_key, int n, int column, int e) {
+#if HAS_MASK
+  return first_key + KEY_FRAGMENTS * (column + e) + n;
 #else
-  return first + 8 * n + column + e;
+  return first_key + 8 * n + column + e;
 #endif
 }
 
-#if MASK_KIND
+#if HAS_MASK
 constant constexpr int MASK_BYTES = int(sizeof(MASK_T));
 constant constexpr int MASK_ELEMENTS = 2 * KEY_FRAGMENTS;  // of a lane in a row
 constant constexpr int MASK_WORDS = (MASK_ELEMENTS * MASK_BYTES + 3) / 4;
 constant constexpr bool MASK_IN_VECTORS = MASK_ALIGNED >= 4 && MASK_ELEMENTS * MASK_BYTES >= 4;
 
-#if MASK_KIND == 1
+#if MASK_IS_BOOL
 METAL_FUNC uint bits_of(MASK_T x) { return x ? 1 : 0; }
 METAL_FUNC MASK_T from_bits(uint bits) { return MASK_T(bits & 255); }
 #elif MASK_T_BYTES == 2
@@ -61,54 +62,54 @@ struct Words<4> {
 };
 #endif
 
-// A lane's elements for a block of scores, packed.
-struct Masking {
+// A lane's elements of the mask for one block of scores, packed in words.
+struct MaskTile {
   uint words[ROW_FRAGMENTS][MASK_WORDS];
 
   METAL_FUNC MASK_T element(int r, int i) const thread {
     return from_bits(words[r][i * MASK_BYTES / 4] >> (8 * (i * MASK_BYTES % 4)));
   }
 
-  // That of fragment n, column e of the lane's two.
+  // The element for row fragment r, key fragment n and column e of the lane's two.
   METAL_FUNC MASK_T at(int r, int n, int e) const thread { return element(r, KEY_FRAGMENTS * e + n); }
 
-  METAL_FUNC void load_vectors(Scoring scoring, int first_row, int first, Lane lane) thread {
+  METAL_FUNC void load_vectors(Scoring scoring, int first_row, int first_key, Lane lane) thread {
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
       int row = min(first_row + 8 * r + lane.row, scoring.seqlen_q - 1);
-      Words<MASK_WORDS>::load(words[r], (device const uint*)(scoring.mask_at(row, key_of(first, 0, lane.column, 0))));
+      Words<MASK_WORDS>::load(words[r], (device const uint*)(scoring.mask_at(row, key_of(first_key, 0, lane.column, 0))));
     }
   }
 
-  // Element by element, for masks in other layouts and for blocks that cross an edge: what lies beyond it is hidden.
+  // Element by element, for masks in other layouts and for blocks that cross an edge, beyond which every key is hidden.
   template <bool EDGE>
-  METAL_FUNC void load_elements(Scoring scoring, int first_row, int first, int seqlen, Lane lane) thread {
+  METAL_FUNC void load_elements(Scoring scoring, int first_row, int first_key, int seqlen, Lane lane) thread {
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
       int row = first_row + 8 * r + lane.row;
       UNROLL for (int w = 0; w < MASK_WORDS; ++w) words[r][w] = 0;
       UNROLL for (int i = 0; i < MASK_ELEMENTS; ++i) {
-        int key = key_of(first, i, lane.column, 0);
+        int key = key_of(first_key, i, lane.column, 0);
         MASK_T x = *scoring.mask_at(min(row, scoring.seqlen_q - 1), EDGE ? min(key, seqlen - 1) : key);
-        if (EDGE && !is_seen(scoring, row, key, seqlen)) x = MASK_KIND == 1 ? MASK_T(0) : MASK_T(-INFINITY);
+        if (EDGE && !is_visible(scoring, row, key, seqlen)) x = MASK_IS_BOOL ? MASK_T(0) : MASK_T(-INFINITY);
         words[r][i * MASK_BYTES / 4] |= bits_of(x) << (8 * (i * MASK_BYTES % 4));
       }
     }
   }
 
-  // `edge`: some of the block's scores may not count.
-  METAL_FUNC void load(bool edge, Scoring scoring, int first_row, int first, int seqlen, Lane lane) thread {
+  // `edge`: the sequence's end or a side of the window may lie in the block.
+  METAL_FUNC void load(bool edge, Scoring scoring, int first_row, int first_key, int seqlen, Lane lane) thread {
     if (edge) {
-      load_elements<true>(scoring, first_row, first, seqlen, lane);
+      load_elements<true>(scoring, first_row, first_key, seqlen, lane);
     } else if (MASK_IN_VECTORS) {
-      load_vectors(scoring, first_row, first, lane);
+      load_vectors(scoring, first_row, first_key, lane);
     } else {
-      load_elements<false>(scoring, first_row, first, seqlen, lane);
+      load_elements<false>(scoring, first_row, first_key, seqlen, lane);
     }
   }
 
-  // Is any score of the block seen, for all the simdgroup knows?
-  METAL_FUNC bool some() const thread {
+  // Does any of the simdgroup's queries see any key of the block?
+  METAL_FUNC bool any_visible() const thread {
     bool any = false;
-#if MASK_KIND == 1
+#if MASK_IS_BOOL
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) UNROLL for (int w = 0; w < MASK_WORDS; ++w) any = any || words[r][w] != 0;
 #else
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
@@ -117,11 +118,11 @@ struct Masking {
     return simd_any(any);
   }
 
-  // Is any score other than without the mask?
-  METAL_FUNC bool changed() const thread {
+  // Does the mask hide, or add something other than zero to, any score of the block?
+  METAL_FUNC bool alters_scores() const thread {
     bool any = false;
-#if MASK_KIND == 1
-    // True is 1. If some program has it otherwise, its elements are looked at one by one.
+#if MASK_IS_BOOL
+    // torch stores true as 1. Where a program has another byte for it, this says yes and `apply_mask` sees to it.
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
       UNROLL for (int w = 0; w < MASK_WORDS; ++w) any = any || words[r][w] != (MASK_ELEMENTS >= 4 ? 0x01010101u : 0x0101u);
 #else
@@ -132,44 +133,44 @@ struct Masking {
   }
 };
 
-// Of a run of blocks a bit each, the first one's lowest: may any of its scores be seen, or be other than without the mask?
-struct Outlook {
-  uint some;
-  uint changed;
+// Bit b is that of block b of a run.
+struct BlockFlags {
+  uint visible;  // some query may see some key of the block: it must be computed
+  uint altered;  // the mask hides or changes some of its scores: it must be applied
 };
-constant constexpr int OUTLOOK = 32;  // blocks of a run
-constant constexpr int AT_ONCE = 4;   // blocks whose loads are under way together
+constant constexpr int BLOCKS_PER_RUN = 32;   // as many as BlockFlags has bits
+constant constexpr int BLOCKS_IN_FLIGHT = 4;  // whose masks are loaded together
 
-// The mask of a simdgroup's rows from `first_row` on, and of the run of blocks from `first` on. What hides all scores of a
-// block with an edge is not found out.
-METAL_FUNC Outlook outlook_of(Range range, Scoring scoring, int first_row, int first, int seqlen, Lane lane) {
-  Outlook outlook;
-  outlook.some = outlook.changed = 0;
-  int inner_begin = (range.all_begin + KEYS - 1) / KEYS * KEYS;
-  int inner_last = range.all_end / KEYS * KEYS - KEYS;
-  for (int block = 0; block < OUTLOOK && first + block * KEYS < range.some_end; block += AT_ONCE) {
-    Masking masking[AT_ONCE];
-    int from = first + block * KEYS;
-    if (inner_begin <= inner_last && from <= inner_last && from + (AT_ONCE - 1) * KEYS >= inner_begin) {
-      UNROLL for (int i = 0; i < AT_ONCE; ++i)
-        masking[i].load(false, scoring, first_row, clamp(from + i * KEYS, inner_begin, inner_last), seqlen, lane);
-      UNROLL for (int i = 0; i < AT_ONCE; ++i) {
-        outlook.some |= uint(masking[i].some()) << (block + i);
-        outlook.changed |= uint(masking[i].changed()) << (block + i);
+// What the mask says of the run of blocks from `first_key` on, for a simdgroup's rows from `first_row` on. A block with an
+// edge counts as visible and altered, unread.
+METAL_FUNC BlockFlags scan_mask(KeyRange range, Scoring scoring, int first_row, int first_key, int seqlen, Lane lane) {
+  BlockFlags flags;
+  flags.visible = flags.altered = 0;
+  int inner_begin = (range.full_begin + KEYS - 1) / KEYS * KEYS;
+  int inner_last = range.full_end / KEYS * KEYS - KEYS;
+  for (int block = 0; block < BLOCKS_PER_RUN && first_key + block * KEYS < range.visible_end; block += BLOCKS_IN_FLIGHT) {
+    MaskTile mask_tile[BLOCKS_IN_FLIGHT];
+    int from = first_key + block * KEYS;
+    if (inner_begin <= inner_last && from <= inner_last && from + (BLOCKS_IN_FLIGHT - 1) * KEYS >= inner_begin) {
+      UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i)
+        mask_tile[i].load(false, scoring, first_row, clamp(from + i * KEYS, inner_begin, inner_last), seqlen, lane);
+      UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
+        flags.visible |= uint(mask_tile[i].any_visible()) << (block + i);
+        flags.altered |= uint(mask_tile[i].alters_scores()) << (block + i);
       }
     }
-    UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+    UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
       uint bit = 1u << (block + i);
-      if (!range.meets(from + i * KEYS)) {
-        outlook.some &= ~bit;
-      } else if (!range.holds(from + i * KEYS)) {
-        outlook.some |= bit;
-        outlook.changed |= bit;
+      if (!range.overlaps(from + i * KEYS)) {
+        flags.visible &= ~bit;
+      } else if (!range.contains(from + i * KEYS)) {
+        flags.visible |= bit;
+        flags.altered |= bit;
       }
     }
   }
-  return outlook;
+  return flags;
 }
 #else
-struct Masking {};
+struct MaskTile {};
 #endif

@@ -1,28 +1,29 @@
-// The keys that some of a range of queries see, and those that all of them see.
-struct Range {
-  int some_begin;
-  int some_end;
-  int all_begin;
-  int all_end;
+// Which keys a tile of queries sees: causal, window and the sequence's length, but not the mask.
+struct KeyRange {
+  int visible_begin;  // keys that some of the queries see,
+  int visible_end;
+  int full_begin;     // and those that all of them see
+  int full_end;
 
-  METAL_FUNC bool meets(int first) const thread { return first + KEYS > some_begin && first < some_end; }
-  METAL_FUNC bool holds(int first) const thread { return first >= all_begin && first + KEYS <= all_end; }
+  // Of the block of KEYS keys from `first_key` on: may any be seen, are all seen by all?
+  METAL_FUNC bool overlaps(int first_key) const thread { return first_key + KEYS > visible_begin && first_key < visible_end; }
+  METAL_FUNC bool contains(int first_key) const thread { return first_key >= full_begin && first_key + KEYS <= full_end; }
 };
 
-METAL_FUNC Range range_of(Scoring scoring, int first_row, int last_row, int seqlen_k) {
-  Range range;
-  range.some_begin = range.all_begin = 0;
-  range.some_end = range.all_end = seqlen_k;
-#if HAS_RIGHT
-  range.some_end = min(seqlen_k, last_row + scoring.offset + scoring.right + 1);
-  range.all_end = min(seqlen_k, first_row + scoring.offset + scoring.right + 1);
+METAL_FUNC KeyRange key_range_of(Scoring scoring, int first_row, int last_row, int seqlen_k) {
+  KeyRange range;
+  range.visible_begin = range.full_begin = 0;
+  range.visible_end = range.full_end = seqlen_k;
+#if HAS_WINDOW_RIGHT
+  range.visible_end = min(seqlen_k, last_row + scoring.offset + scoring.right + 1);
+  range.full_end = min(seqlen_k, first_row + scoring.offset + scoring.right + 1);
 #endif
-#if HAS_LEFT
-  range.some_begin = max(0, first_row + scoring.offset - scoring.left);
-  range.all_begin = max(0, last_row + scoring.offset - scoring.left);
+#if HAS_WINDOW_LEFT
+  range.visible_begin = max(0, first_row + scoring.offset - scoring.left);
+  range.full_begin = max(0, last_row + scoring.offset - scoring.left);
 #endif
-#if MASK_KIND
-  range.some_begin -= range.some_begin % KEYS;  // where vectors of the mask begin
+#if HAS_MASK
+  range.visible_begin -= range.visible_begin % KEYS;  // blocks begin where the mask's rows have whole vectors
 #endif
   return range;
 }

@@ -1,54 +1,48 @@
-// Which queries and keys a kernel works on, which scores count, and how a product q k becomes one. Shared by all kernels.
+// Which queries and keys a kernel works on, which scores count, and how a product q k becomes a score. Shared by all kernels.
+//
+// params[...] and Inputs are declared by the host: Parameters and OPTIONAL_BUFFERS in kernel.py. HAS_MASK and the like say
+// which of the optional buffers there are; Inputs has no others.
 
 constant constexpr float LOG2E = 1.44269504088896341f;
+constant constexpr float SMALLEST_SCALE = 1.17549435e-38f;  // the least normal number: what is less, a GPU takes for 0
 
-// Soft-capping, ALiBi and additive masks need the scaled score; without them the scale is folded into the exponent.
-#define SCORES_ARE_SCALED (HAS_SOFTCAP || HAS_ALIBI || MASK_KIND == 2)
+// Soft-capping, ALiBi and additive masks need the scaled score. Without them a score is left as the product q k, and scaled
+// only as a difference from the maximum: p = exp2((s - m) * Scoring.exp2_scale). Both are rounded before they are subtracted, in
+// the same way, so that the largest p is exactly 1, however large the scores (pytorch#121558). exp2(s * scale - m * scale) with a
+// fused multiply would save an instruction a score, and be wrong by half an ulp of m * scale.
+#define SCORES_ARE_SCALED (HAS_SOFTCAP || HAS_ALIBI_SLOPES || MASK_IS_ADDED)
 
-// Scores are in base 2, but beside an additive mask: LOG2E times the least finite number, a common way to hide, is -inf.
-#define IN_BASE_E (MASK_KIND == 2)
-constant constexpr float UNIT = IN_BASE_E ? 1.0f : LOG2E;
-
-// The buffers that not every call has. The host declares those of a kernel (OPTIONAL_BUFFERS) and takes them in here.
-struct Inputs {
-  constant long* p;
-  device const int* cu_seqlens_q;
-  device const int* cu_seqlens_k;
-  device const int* seqused_q;
-  device const int* seqused_k;
-  device const int* kv_batch_idx;
-  device const int* leftpad_k;
-  device const int* block_table;
-  device const float* alibi_slopes;
-  device const float* sinks;
-  device const MASK_T* mask;
-  device const SCALE_T* softmax_scale;
-};
+METAL_FUNC float as_float(long bits) {
+  return as_type<float>(int(bits));
+}
 
 // One sequence of the batch.
 struct Sequence {
   int batch;
   int seqlen_q;
   int seqlen_k;
+  int rows_q;    // rows of the output that are its own: seqlen_q of them are queries, the others are zero
   long first_q;  // its first row, where the batch is packed
   long first_k;
 };
 
+// How the scores of one sequence and head are made.
 struct Scoring {
   int seqlen_q;
-  int offset;    // seqlen_k - seqlen_q
-  int left;
+  int offset;   // seqlen_k - seqlen_q: the last query is aligned with the last key
+  int left;     // window_size
   int right;
-  float factor;  // what a score is multiplied by on its way into the exponent of 2
-  float sign;    // what q is multiplied by: `factor` is positive
+  float scale;  // abs(softmax_scale), or 1 where that is 0: positive, so that rowmax(s) may be scaled after
+  float sign;   // of softmax_scale: q is multiplied by it, -1, 0 or 1
+  float exp2_scale;  // what makes a difference of scores an exponent of 2
 #if HAS_SOFTCAP
-  float inner;   // scale / softcap
-  float outer;   // softcap, in the scores' base
+  float inner;  // abs(softmax_scale) / softcap
+  float softcap;
 #endif
-#if HAS_ALIBI
-  float slope;   // in the scores' base
+#if HAS_ALIBI_SLOPES
+  float slope;
 #endif
-#if MASK_KIND
+#if HAS_MASK
   device const MASK_T* mask;  // of this sequence and head
   long mask_row;
   long mask_column;
@@ -58,49 +52,51 @@ struct Scoring {
 };
 
 METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
-  constant long* p = in.p;
-#if SCALE_IS_TENSOR
+  constant long* params = in.params;
+#if HAS_SOFTMAX_SCALE
   float scale = float(in.softmax_scale[0]);
 #else
-  float scale = as_float(p[SCALE]);
+  float scale = as_float(params[SOFTMAX_SCALE]);
 #endif
   Scoring scoring;
   scoring.seqlen_q = sequence.seqlen_q;
   scoring.offset = sequence.seqlen_k - sequence.seqlen_q;
-  scoring.left = int(p[LEFT]);
-  scoring.right = int(p[RIGHT]);
+  scoring.left = int(params[WINDOW_LEFT]);
+  scoring.right = int(params[WINDOW_RIGHT]);
+  if (abs(scale) < SMALLEST_SCALE) scale = 0.0f;
   scoring.sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
   scale = scale == 0.0f ? 1.0f : abs(scale);
-  scoring.factor = scale * UNIT;
+  scoring.scale = scale;
+  scoring.exp2_scale = SCORES_ARE_SCALED ? LOG2E : scale * LOG2E;
 #if HAS_SOFTCAP
-  scoring.inner = scale / as_float(p[SOFTCAP]);
-  scoring.outer = as_float(p[SOFTCAP]) * UNIT;
+  scoring.inner = scale / as_float(params[SOFTCAP]);
+  scoring.softcap = as_float(params[SOFTCAP]);
 #endif
-#if HAS_ALIBI
-  scoring.slope = in.alibi_slopes[sequence.batch * p[ALIBI_BATCH] + head] * UNIT;
+#if HAS_ALIBI_SLOPES
+  scoring.slope = in.alibi_slopes[sequence.batch * params[ALIBI_BATCH] + head];
 #endif
-#if MASK_KIND
-  scoring.mask = in.mask + sequence.batch * p[MASK_BATCH] + head * p[MASK_HEAD];
-  // What these strides are is compiled in where it matters: elements that are one are then read once.
-  scoring.mask_row = MASK_ROWS_ARE_ONE ? 0 : p[MASK_ROW];
-  scoring.mask_column = MASK_COLUMNS_ARE_ONE ? 0 : MASK_ALIGNED ? 1 : p[MASK_COLUMN];
+#if HAS_MASK
+  scoring.mask = in.mask + sequence.batch * params[MASK_BATCH] + head * params[MASK_HEAD];
+  // A stride of 0 or 1 is compiled in, so that elements which are the same are read once and neighbours together.
+  scoring.mask_row = MASK_ROWS_ARE_ONE ? 0 : params[MASK_ROW];
+  scoring.mask_column = MASK_COLUMNS_ARE_ONE ? 0 : MASK_ALIGNED ? 1 : params[MASK_COLUMN];
 #endif
   return scoring;
 }
 
-// Does the query see the key, as far as its position tells?
-METAL_FUNC bool is_seen(Scoring scoring, int row, int key, int seqlen_k) {
+// Does the query see the key, by the sequence's length and the window? Not by the mask.
+METAL_FUNC bool is_visible(Scoring scoring, int row, int key, int seqlen_k) {
   bool seen = key < seqlen_k;
-#if HAS_RIGHT
+#if HAS_WINDOW_RIGHT
   seen = seen && key <= row + scoring.offset + scoring.right;
 #endif
-#if HAS_LEFT
+#if HAS_WINDOW_LEFT
   seen = seen && key >= row + scoring.offset - scoring.left;
 #endif
   return seen;
 }
 
-// Exponentials lose the digits of a small x, and a large softcap makes all of them small: there, Taylor's series to x^9.
+// Near 0, where a large softcap puts every x, 1 - exp2(..) would cancel: there, the Taylor series up to x^9.
 METAL_FUNC float tanh_of(float x) {
   float xx = x * x;
   float small = x * fma(xx, fma(xx, fma(xx, fma(xx, 62.0f / 2835.0f, -17.0f / 315.0f), 2.0f / 15.0f), -1.0f / 3.0f), 1.0f);
@@ -109,63 +105,80 @@ METAL_FUNC float tanh_of(float x) {
   return abs(x) < 0.25f ? small : large;
 }
 
-// The score of a query and a key, but for the mask; unless SCORES_ARE_SCALED, `factor` is still to come.
-METAL_FUNC float score_of(float product, Scoring scoring, int row, int key) {
-  float s = product;
+// The score that q k becomes: scale, soft-capping and ALiBi, but no mask. Without SCORES_ARE_SCALED just q k.
+METAL_FUNC float score_mod(float qk, Scoring scoring, int row, int key) {
+  float s = qk;
 #if HAS_SOFTCAP
-  s = scoring.outer * tanh_of(s * scoring.inner);
+  s = scoring.softcap * tanh_of(s * scoring.inner);
 #elif SCORES_ARE_SCALED
-  s *= scoring.factor;
+  s *= scoring.scale;
 #endif
-#if HAS_ALIBI
+#if HAS_ALIBI_SLOPES
   s -= scoring.slope * float(abs(row + scoring.offset - key));
 #endif
   return s;
 }
 
-// A score under its element of the mask. What is hidden is so even if the score is NaN.
-METAL_FUNC float masked(float s, MASK_T x) {
-#if MASK_KIND == 1
+// A score under its element of the mask. A hidden score is -inf even if it was NaN.
+METAL_FUNC float apply_mask(float s, MASK_T x) {
+#if MASK_IS_BOOL
   return x ? s : -INFINITY;
 #else
   return float(x) == -INFINITY ? -INFINITY : s + float(x);
 #endif
 }
 
-// The exponential of a score less `base`, and the logarithm to base e of one more, times `sum`.
-METAL_FUNC float exp_of(float s, float base) {
-#if IN_BASE_E
-  return fast::exp2((s - base) * LOG2E);
-#else
-  return fast::exp2(s - base);
-#endif
-}
-METAL_FUNC float log_sum(float m, float sum) {
-#if IN_BASE_E
-  return m + log2(sum) / LOG2E;
-#else
-  return (m + log2(sum)) / LOG2E;
-#endif
+// exp of the difference of two scores.
+METAL_FUNC float exp_of_difference(float s, float base, Scoring scoring) {
+  return fast::exp2((s - base) * scoring.exp2_scale);
 }
 
-// Which sequence a tile of `rows` queries belongs to, and which of its tiles it is. A packed batch has at most
-// total / rows + batch tiles: sequence b gets those from cu_seqlens[b] / rows + b on, a few more than it needs.
+// What a row's maximum and sum come to: the largest score m, to base e, and the sum l of exp(score - m), sink included. o,
+// relative to the maximum without the sink, is to be multiplied by `rescale`.
+struct RowStatistics {
+  float m;
+  float l;
+  float rescale;
+};
+
+METAL_FUNC RowStatistics statistics_of(float m, float l, Scoring scoring, int head, Inputs in) {
+  RowStatistics row;
+  row.m = SCORES_ARE_SCALED ? m : m * scoring.scale;
+  row.l = l;
+  row.rescale = 1.0f;
+#if HAS_SINKS
+  float sink = in.sinks[head];
+  float largest = max(row.m, sink);
+  float base = largest == -INFINITY ? 0.0f : largest;
+  row.rescale = exp2((row.m - base) * LOG2E);
+  row.l = l * row.rescale + exp2((sink - base) * LOG2E);
+  row.m = largest;
+#endif
+  return row;
+}
+
+// Of which the log-sum-exp, as the caller gets it.
+METAL_FUNC float log_sum_exp(RowStatistics row) { return row.m + log2(row.l) / LOG2E; }
+
+// The sequence that a tile of `rows` queries belongs to, and which of its tiles it is. A packed batch has at most
+// total / rows + batch tiles: sequence b gets those from cu_seqlens_q[b] / rows + b on, at most one more than it needs;
+// the last one those of all rows behind it too.
 struct Tile {
   Sequence sequence;
   int index;
 };
 
 METAL_FUNC Tile tile_of(int group, int batch, int rows, Inputs in) {
-  constant long* p = in.p;
+  constant long* params = in.params;
   Tile tile;
   tile.index = group;
   tile.sequence.batch = batch;
   tile.sequence.first_q = 0;
   tile.sequence.first_k = 0;
-  tile.sequence.seqlen_q = int(p[SEQLEN_Q]);
-  tile.sequence.seqlen_k = int(p[SEQLEN_K]);
-#if PACKED_Q
-  int low = 0, high = int(p[BATCH]) - 1;
+  tile.sequence.seqlen_q = tile.sequence.rows_q = int(params[SEQLEN_Q]);
+  tile.sequence.seqlen_k = int(params[SEQLEN_K]);
+#if HAS_CU_SEQLENS_Q
+  int low = 0, high = int(params[BATCH]) - 1;
   while (low < high) {
     int middle = (low + high + 1) / 2;
     if (in.cu_seqlens_q[middle] / rows + middle <= group) {
@@ -177,16 +190,19 @@ METAL_FUNC Tile tile_of(int group, int batch, int rows, Inputs in) {
   tile.sequence.batch = low;
   tile.sequence.first_q = in.cu_seqlens_q[low];
   tile.sequence.seqlen_q = in.cu_seqlens_q[low + 1] - in.cu_seqlens_q[low];
+  // Rows behind the last sequence count as its own, so that somebody writes them.
+  int end = low == int(params[BATCH]) - 1 ? int(params[TOTAL_Q]) : in.cu_seqlens_q[low + 1];
+  tile.sequence.rows_q = end - in.cu_seqlens_q[low];
   tile.index = group - (in.cu_seqlens_q[low] / rows + low);
 #endif
-#if PACKED_K
+#if HAS_CU_SEQLENS_K
   tile.sequence.first_k = in.cu_seqlens_k[tile.sequence.batch];
   tile.sequence.seqlen_k = in.cu_seqlens_k[tile.sequence.batch + 1] - in.cu_seqlens_k[tile.sequence.batch];
 #endif
-#if USED_Q
+#if HAS_SEQUSED_Q
   tile.sequence.seqlen_q = min(tile.sequence.seqlen_q, in.seqused_q[tile.sequence.batch]);
 #endif
-#if USED_K
+#if HAS_SEQUSED_K
   tile.sequence.seqlen_k = min(tile.sequence.seqlen_k, in.seqused_k[tile.sequence.batch]);
 #endif
   return tile;

@@ -1,7 +1,11 @@
 """`flash_attn.layers.patch_embed`."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from flash_attn.ops.fused_dense import FusedDense
@@ -19,15 +23,15 @@ class PatchEmbed(nn.Module):
 
     def __init__(
         self,
-        img_size=224,
-        patch_size=16,
-        in_chans=3,
-        embed_dim=768,
-        norm_layer=None,
-        flatten=True,
-        bias=True,
-        fused_bias_fc=False,
-    ):
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        flatten: bool = True,
+        bias: bool = True,
+        fused_bias_fc: bool = False,
+    ) -> None:
         super().__init__()
         self.img_size = _pair(img_size)
         self.patch_size = _pair(patch_size)
@@ -38,7 +42,7 @@ class PatchEmbed(nn.Module):
         self.proj = linear(in_chans * self.patch_size[0] * self.patch_size[1], embed_dim, bias=bias)
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Patches of `x` `(batch, in_chans, height, width)`."""
         if x.shape[2:] != self.img_size:
             raise ValueError(f"x must be images of height and width {self.img_size}, got {tuple(x.shape[2:])}")

@@ -1,5 +1,9 @@
 """`flash_attn.layers.rotary`: rotary position embedding as differentiable functions and as a module."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import flash_attn_shim.needs_torch  # noqa: F401
 
 # isort: split
@@ -10,7 +14,7 @@ from torch import Tensor, nn
 from flash_attn.ops.triton.rotary import apply_rotary
 
 
-def rotate_half(x, interleaved=False):
+def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
     """`(x0, x1) -> (-x1, x0)` for every pair of the last axis: pairs of halves, or of neighbours if `interleaved`."""
     if interleaved:
         return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
@@ -18,7 +22,7 @@ def rotate_half(x, interleaved=False):
     return torch.cat((-x1, x0), dim=-1)
 
 
-def apply_rotary_emb_torch(x, cos, sin, interleaved=False):
+def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate in the dtype of the arguments, as plain differentiable torch.
 
     Args:
@@ -44,23 +48,23 @@ class ApplyRotaryEmb(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        x,
-        cos,
-        sin,
-        interleaved=False,
-        inplace=False,
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool = False,
+        inplace: bool = False,
         seqlen_offsets: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-    ):
+    ) -> Tensor:
         _save(ctx, seqlen_offsets, cos, sin, cu_seqlens)
         ctx.interleaved = interleaved
         ctx.max_seqlen = max_seqlen
         return apply_rotary(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
 
     @staticmethod
-    def backward(ctx, do):
+    def backward(ctx: Any, do: Tensor) -> Any:
         # Never in place: autograd may hand the same gradient to others, and an expanded one has no memory of its own.
         seqlen_offsets, cos, sin, cu_seqlens = _saved(ctx)
         dx = apply_rotary(do, cos, sin, seqlen_offsets, cu_seqlens, ctx.max_seqlen, ctx.interleaved, conjugate=True)
@@ -68,15 +72,15 @@ class ApplyRotaryEmb(torch.autograd.Function):
 
 
 def apply_rotary_emb(
-    x,
-    cos,
-    sin,
-    interleaved=False,
-    inplace=False,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    inplace: bool = False,
     seqlen_offsets: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-):
+) -> Tensor:
     """Rotate the first `rotary_dim` elements of every head; the gradient for `x` is the rotation backwards.
 
     Args:
@@ -154,16 +158,16 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        qkv,
-        cos,
-        sin,
-        cos_k=None,
-        sin_k=None,
-        interleaved=False,
+        ctx: Any,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cos_k: Tensor | None = None,
+        sin_k: Tensor | None = None,
+        interleaved: bool = False,
         seqlen_offsets: int | Tensor = 0,
         num_heads_q: int | None = None,
-    ):
+    ) -> Tensor:
         _save(ctx, seqlen_offsets, cos, sin, cos_k, sin_k)
         ctx.interleaved = interleaved
         ctx.num_heads_q = num_heads_q
@@ -172,24 +176,32 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx, dqkv):
-        seqlen_offsets, *tables = _saved(ctx)
+    def backward(ctx: Any, dqkv: Tensor) -> Any:
+        seqlen_offsets, cos, sin, cos_k, sin_k = _saved(ctx)
         dqkv = _apply_rotary_emb_qkv(
-            dqkv, *tables, ctx.interleaved, False, True, seqlen_offsets=seqlen_offsets, num_heads_q=ctx.num_heads_q
+            dqkv,
+            cos,
+            sin,
+            cos_k,
+            sin_k,
+            ctx.interleaved,
+            conjugate=True,
+            seqlen_offsets=seqlen_offsets,
+            num_heads_q=ctx.num_heads_q,
         )
         return dqkv, None, None, None, None, None, None, None
 
 
 def apply_rotary_emb_qkv_(
-    qkv,
-    cos,
-    sin,
-    cos_k=None,
-    sin_k=None,
-    interleaved=False,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cos_k: Tensor | None = None,
+    sin_k: Tensor | None = None,
+    interleaved: bool = False,
     seqlen_offsets: int | Tensor = 0,
     num_heads_q: int | None = None,
-):
+) -> Tensor:
     """Rotate q and k inside `qkv`, in place.
 
     Args:
@@ -205,7 +217,9 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):
     """In-place rotation of k inside a packed kv."""
 
     @staticmethod
-    def forward(ctx, kv, cos, sin, interleaved=False, seqlen_offsets: int | Tensor = 0):
+    def forward(
+        ctx: Any, kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: int | Tensor = 0
+    ) -> Tensor:
         _check_kv(kv)
         _save(ctx, seqlen_offsets, cos, sin)
         ctx.interleaved = interleaved
@@ -213,14 +227,16 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):
         return kv
 
     @staticmethod
-    def backward(ctx, dkv):
+    def backward(ctx: Any, dkv: Tensor) -> Any:
         seqlen_offsets, cos, sin = _saved(ctx)
         dkv = dkv.clone()
         apply_rotary(dkv[:, :, 0], cos, sin, seqlen_offsets, interleaved=ctx.interleaved, inplace=True, conjugate=True)
         return dkv, None, None, None, None
 
 
-def apply_rotary_emb_kv_(kv, cos, sin, interleaved=False, seqlen_offsets: int | Tensor = 0):
+def apply_rotary_emb_kv_(
+    kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: int | Tensor = 0
+) -> Tensor:
     """Rotate k inside `kv` `(batch, seqlen, 2, nheads, head_dim)`, in place; see `apply_rotary_emb_qkv_`."""
     return ApplyRotaryEmbKV_.apply(kv, cos, sin, interleaved, seqlen_offsets)
 
@@ -235,7 +251,17 @@ class RotaryEmbedding(nn.Module):
         scale_base: if given, xPos (arXiv:2212.10554): q is scaled up and k down with the position, per frequency.
     """
 
-    def __init__(self, dim: int, base=10000.0, interleaved=False, scale_base=None, device=None):
+    inv_freq: Tensor
+    scale: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        base: float = 10000.0,
+        interleaved: bool = False,
+        scale_base: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.base = float(base)
@@ -314,7 +340,8 @@ class RotaryEmbedding(nn.Module):
             max_seqlen = qkv.shape[1] + seqlen_offset
         if max_seqlen is None and self._cos_cached is None:
             raise ValueError("max_seqlen must be given with a tensor seqlen_offset, to size the tables; got None")
-        cos_k = sin_k = None
+        cos_k: Any = None
+        sin_k: Any = None
         if max_seqlen is not None and torch.compiler.is_compiling():
             # Part of the graph: one that took them from here would hold only until they grow.
             cos, sin, *scaled = (table.to(qkv.dtype) for table in self._compute_tables(max_seqlen, qkv.device))

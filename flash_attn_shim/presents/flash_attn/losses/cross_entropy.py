@@ -1,6 +1,11 @@
 """`flash_attn.losses.cross_entropy`."""
 
-from torch import nn
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
@@ -15,15 +20,15 @@ class CrossEntropyLoss(nn.Module):
 
     def __init__(
         self,
-        ignore_index=-100,
-        reduction="mean",
-        label_smoothing=0.0,
-        logit_scale=1.0,
-        lse_square_scale=0.0,
-        inplace_backward=False,
-        process_group=None,
-        return_z_loss=False,
-    ):
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        lse_square_scale: float = 0.0,
+        inplace_backward: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        return_z_loss: bool = False,
+    ) -> None:
         super().__init__()
         if reduction not in ("mean", "none", "sum"):
             raise NotImplementedError(f"reduction must be 'mean', 'none' or 'sum', got {reduction!r}")
@@ -36,9 +41,11 @@ class CrossEntropyLoss(nn.Module):
         self.process_group = process_group
         self.return_z_loss = return_z_loss
 
-    def forward(self, input, target, precomputed_lse=None):
+    def forward(
+        self, input: Tensor, target: Tensor, precomputed_lse: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Loss of `input` `(batch, vocab_size)` for `target` `(batch,)`: fp32, a scalar or `(batch,)`."""
-        losses = cross_entropy_loss(
+        losses: Sequence[Tensor] = cross_entropy_loss(
             input,
             target,
             precomputed_lse=precomputed_lse,

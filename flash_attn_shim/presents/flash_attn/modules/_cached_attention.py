@@ -4,17 +4,35 @@ The cache of a layer is one tensor `(max_batch_size, max_seqlen, 2, nheads_k, he
 (`flash_attn.utils.generation.InferenceParams`), under the layer's `layer_idx`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn import flash_attn_with_kvcache
+
+if TYPE_CHECKING:
+    from flash_attn.utils.generation import InferenceParams
 
 
 class CachedAttention(nn.Module):
     """Attention of projected q, k and v, with rotary embedding, and with a cache during inference."""
 
-    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None):
+    num_heads_kv: int
+    head_dim: int
+    layer_idx: int | None
+    use_flash_attn: bool
+    checkpointing: bool
+    rotary_emb_dim: int
+    rotary_emb: Any
+    inner_attn: Any
+    inner_cross_attn: Any
+    out_proj: Any
+
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None) -> Tensor:
         """An empty cache for this layer."""
         weight = self.out_proj.weight
         nheads = getattr(self, "num_heads_kv_per_rank", self.num_heads_kv)
@@ -88,7 +106,7 @@ class CachedAttention(nn.Module):
         return inner(*args, **kwargs)
 
 
-def update_kv_cache(kv, inference_params, layer_idx):
+def update_kv_cache(kv: Tensor, inference_params: InferenceParams, layer_idx: int) -> Tensor:
     """Write `kv` `(batch, seqlen, 2, nheads, head_dim)` to the cache of a layer; the cache of these sequences so far.
 
     The cache is made where there is none.

@@ -1,6 +1,10 @@
 """`flash_attn.modules.block`: transformer blocks that hand on the residual beside the hidden states."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +20,7 @@ class StochasticDepth(nn.Module):
     Upstream takes torchvision's class of this name, for this mode.
     """
 
-    def __init__(self, p: float, mode: str = "row"):
+    def __init__(self, p: float, mode: str = "row") -> None:
         super().__init__()
         if mode != "row":
             raise NotImplementedError(f"mode must be 'row', got {mode!r}")
@@ -49,24 +53,30 @@ class Block(nn.Module):
         sequence_parallel, mark_shared_params: mark the norms' parameters for `flash_attn.utils.distributed`.
     """
 
+    mixer: Any
+    norm1: Any
+    norm2: Any
+    dropout1: Any
+    dropout2: Any
+
     def __init__(
         self,
-        dim,
-        mixer_cls=None,
-        mlp_cls=None,
-        norm_cls=nn.LayerNorm,
-        dropout_cls=nn.Dropout,
-        prenorm=True,
-        resid_dropout1=0.0,
-        resid_dropout2=0.0,
-        drop_path1=0.0,
-        drop_path2=0.0,
-        fused_dropout_add_ln=False,
-        return_residual=False,
-        residual_in_fp32=False,
-        sequence_parallel=False,
-        mark_shared_params=False,
-    ):
+        dim: int,
+        mixer_cls: Callable[..., nn.Module] | None = None,
+        mlp_cls: Callable[..., nn.Module] | None = None,
+        norm_cls: Callable[[int], nn.Module] = nn.LayerNorm,
+        dropout_cls: Callable[[float], nn.Module] = nn.Dropout,
+        prenorm: bool = True,
+        resid_dropout1: float = 0.0,
+        resid_dropout2: float = 0.0,
+        drop_path1: float = 0.0,
+        drop_path2: float = 0.0,
+        fused_dropout_add_ln: bool = False,
+        return_residual: bool = False,
+        residual_in_fp32: bool = False,
+        sequence_parallel: bool = False,
+        mark_shared_params: bool = False,
+    ) -> None:
         super().__init__()
         if residual_in_fp32 and not prenorm:
             raise ValueError("residual_in_fp32 needs prenorm=True")
@@ -87,16 +97,18 @@ class Block(nn.Module):
             _check_fused(self.norm1, self.dropout1)
         _mark(self, sequence_parallel, mark_shared_params)
 
-    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> Any:
         return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
     def forward(
         self,
         hidden_states: Tensor,
         residual: Tensor | None = None,
-        mixer_subset=None,
-        mixer_kwargs=None,
-    ):
+        mixer_subset: Tensor | None = None,
+        mixer_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the block on `hidden_states` and `residual`, `(batch, seqlen, dim)` each; without `prenorm` no residual.
 
         Args:
@@ -161,21 +173,27 @@ class ParallelBlock(nn.Module):
         tied_norm: one norm for both.
     """
 
+    mixer: Any
+    norm1: Any
+    norm2: Any
+    dropout1: Any
+    dropout2: Any
+
     def __init__(
         self,
-        dim,
-        mixer_cls=None,
-        mlp_cls=None,
-        norm_cls=nn.LayerNorm,
-        dropout_cls=nn.Dropout,
-        resid_dropout1=0.0,
-        resid_dropout2=0.0,
-        tied_norm=False,
-        fused_dropout_add_ln=False,
-        residual_in_fp32=False,
-        sequence_parallel=False,
-        mark_shared_params=False,
-    ):
+        dim: int,
+        mixer_cls: Callable[..., nn.Module] | None = None,
+        mlp_cls: Callable[..., nn.Module] | None = None,
+        norm_cls: Callable[[int], nn.Module] = nn.LayerNorm,
+        dropout_cls: Callable[[float], nn.Module] = nn.Dropout,
+        resid_dropout1: float = 0.0,
+        resid_dropout2: float = 0.0,
+        tied_norm: bool = False,
+        fused_dropout_add_ln: bool = False,
+        residual_in_fp32: bool = False,
+        sequence_parallel: bool = False,
+        mark_shared_params: bool = False,
+    ) -> None:
         super().__init__()
         self.tied_norm = tied_norm
         self.fused_dropout_add_ln = fused_dropout_add_ln
@@ -191,7 +209,9 @@ class ParallelBlock(nn.Module):
             _check_fused(self.norm1, self.dropout1)
         _mark(self, sequence_parallel, mark_shared_params)
 
-    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> Any:
         return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
     def forward(
@@ -199,8 +219,8 @@ class ParallelBlock(nn.Module):
         hidden_states1: Tensor,
         hidden_states2: Tensor | None = None,
         residual: Tensor | None = None,
-        mixer_kwargs=None,
-    ):
+        mixer_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the block.
 
         Args:

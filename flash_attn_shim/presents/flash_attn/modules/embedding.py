@@ -1,5 +1,9 @@
 """`flash_attn.modules.embedding`: embeddings of tokens, positions and token types, alone and over a process group."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,16 +21,16 @@ class GPT2Embeddings(nn.Module):
 
     def __init__(
         self,
-        embed_dim,
-        vocab_size,
-        max_position_embeddings,
-        padding_idx=None,
-        word_embed_proj_dim=None,
-        device=None,
-        dtype=None,
-    ):
+        embed_dim: int,
+        vocab_size: int,
+        max_position_embeddings: int,
+        padding_idx: int | None = None,
+        word_embed_proj_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         word_dim = embed_dim if word_embed_proj_dim is None else word_embed_proj_dim
         self.word_embeddings = nn.Embedding(vocab_size, word_dim, padding_idx=padding_idx, **factory)
         self.project_in = None
@@ -36,7 +40,7 @@ class GPT2Embeddings(nn.Module):
         if max_position_embeddings > 0:
             self.position_embeddings = nn.Embedding(max_position_embeddings, embed_dim, **factory)
 
-    def forward(self, input_ids, position_ids=None):
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Embeddings `(batch, seqlen, embed_dim)` of `input_ids` and `position_ids`, `(batch, seqlen)` each."""
         embeddings = self.word_embeddings(input_ids)
         if self.project_in is not None:
@@ -51,16 +55,16 @@ class BertEmbeddings(nn.Module):
 
     def __init__(
         self,
-        embed_dim,
-        vocab_size,
-        max_position_embeddings,
-        type_vocab_size,
-        padding_idx=None,
-        device=None,
-        dtype=None,
-    ):
+        embed_dim: int,
+        vocab_size: int,
+        max_position_embeddings: int,
+        type_vocab_size: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.word_embeddings = nn.Embedding(vocab_size, embed_dim, padding_idx=padding_idx, **factory)
         self.max_position_embeddings = max_position_embeddings
         self.type_vocab_size = type_vocab_size
@@ -69,7 +73,9 @@ class BertEmbeddings(nn.Module):
         if type_vocab_size > 0:
             self.token_type_embeddings = nn.Embedding(type_vocab_size, embed_dim, **factory)
 
-    def forward(self, input_ids, position_ids=None, token_type_ids=None):
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         """Embeddings `(batch, seqlen, embed_dim)` of ids `(batch, seqlen)`; the token type is 0 unless given."""
         embeddings = self.word_embeddings(input_ids)
         if self.max_position_embeddings > 0:
@@ -84,13 +90,21 @@ class BertEmbeddings(nn.Module):
 class VocabParallelEmbedding(nn.Embedding):
     """An embedding of which each rank holds a part of the vocabulary; other words give zeros, for the caller to sum."""
 
-    def __init__(self, num_embeddings, *args, process_group=None, padding_idx=None, **kwargs):
+    def __init__(
+        self,
+        num_embeddings: int,
+        *args: Any,
+        process_group: dist.ProcessGroup | None = None,
+        padding_idx: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         world_size = 1 if process_group is None else dist.get_world_size(process_group)
         if num_embeddings % world_size:
             raise ValueError(f"num_embeddings must be divisible by the world size {world_size}, got {num_embeddings}")
         if world_size > 1 and padding_idx is not None:
             raise NotImplementedError("padding_idx is not supported over a process group, upstream neither")
-        super().__init__(num_embeddings // world_size, *args, padding_idx=padding_idx, **kwargs)
+        kwargs["padding_idx"] = padding_idx
+        super().__init__(num_embeddings // world_size, *args, **kwargs)
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
@@ -104,7 +118,14 @@ class VocabParallelEmbedding(nn.Embedding):
 class ColumnParallelEmbedding(nn.Embedding):
     """An embedding of which each rank holds a part of the dimensions."""
 
-    def __init__(self, num_embeddings, embedding_dim, *args, process_group=None, **kwargs):
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *args: Any,
+        process_group: dist.ProcessGroup | None = None,
+        **kwargs: Any,
+    ) -> None:
         world_size = 1 if process_group is None else dist.get_world_size(process_group)
         if embedding_dim % world_size:
             raise ValueError(f"embedding_dim must be divisible by the world size {world_size}, got {embedding_dim}")
@@ -117,17 +138,17 @@ class ParallelGPT2Embeddings(nn.Module):
 
     def __init__(
         self,
-        embed_dim,
-        vocab_size,
-        max_position_embeddings,
-        process_group,
-        padding_idx=None,
-        sequence_parallel=True,
-        device=None,
-        dtype=None,
-    ):
+        embed_dim: int,
+        vocab_size: int,
+        max_position_embeddings: int,
+        process_group: dist.ProcessGroup,
+        padding_idx: int | None = None,
+        sequence_parallel: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        options = {"process_group": process_group, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"process_group": process_group, "device": device, "dtype": dtype}
         self.process_group = process_group
         self.sequence_parallel = sequence_parallel
         self.word_embeddings = VocabParallelEmbedding(vocab_size, embed_dim, padding_idx=padding_idx, **options)
@@ -135,7 +156,9 @@ class ParallelGPT2Embeddings(nn.Module):
         if max_position_embeddings > 0:
             self.position_embeddings = ColumnParallelEmbedding(max_position_embeddings, embed_dim, **options)
 
-    def forward(self, input_ids, position_ids=None, combine_batch_seqlen_dim=False):
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, combine_batch_seqlen_dim: bool = False
+    ) -> Tensor:
         """Embeddings of ids `(batch, seqlen)`: `(batch, seqlen, embed_dim)`, or `(batch * seqlen, embed_dim)`.
 
         With `sequence_parallel` over several ranks, this rank's part of the first axis.

@@ -1,6 +1,9 @@
 """`flash_attn.modules.mha`: attention as modules, from scores to multi-head layers with an inference cache."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +21,11 @@ from flash_attn.modules._cached_attention import CachedAttention
 from flash_attn.ops.fused_dense import ColumnParallelLinear, RowParallelLinear
 from flash_attn.utils.distributed import get_dim_for_local_rank
 
+if TYPE_CHECKING:
+    from flash_attn.utils.generation import InferenceParams
 
-def get_alibi_slopes(nheads):
+
+def get_alibi_slopes(nheads: int) -> list[float]:
     """The slopes of ALiBi (arXiv:2108.12409), a list of `nheads` floats: `2 ** (-8 i / nheads)` for a power of two.
 
     For other numbers, those of the next lower power of two, and then every other one of twice that.
@@ -39,13 +45,13 @@ class FlashSelfAttention(nn.Module):
 
     def __init__(
         self,
-        causal=False,
-        softmax_scale=None,
-        attention_dropout=0.0,
-        window_size=(-1, -1),
-        alibi_slopes=None,
-        deterministic=False,
-    ):
+        causal: bool = False,
+        softmax_scale: float | None = None,
+        attention_dropout: float = 0.0,
+        window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+        alibi_slopes: Tensor | None = None,
+        deterministic: bool = False,
+    ) -> None:
         super().__init__()
         self.causal = causal
         self.softmax_scale = softmax_scale
@@ -54,7 +60,9 @@ class FlashSelfAttention(nn.Module):
         self.window_size = window_size
         self.deterministic = deterministic
 
-    def forward(self, qkv, causal=None, cu_seqlens=None, max_seqlen=None):
+    def forward(
+        self, qkv: Tensor, causal: bool | None = None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -68,7 +76,8 @@ class FlashSelfAttention(nn.Module):
         options = _flash_options(self, causal)
         if cu_seqlens is None:
             return flash_attn_qkvpacked_func(qkv, **options)
-        return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, **options)
+        lengths: Any = (cu_seqlens, max_seqlen)
+        return flash_attn_varlen_qkvpacked_func(qkv, *lengths, **options)
 
 
 class FlashCrossAttention(nn.Module):
@@ -76,13 +85,13 @@ class FlashCrossAttention(nn.Module):
 
     def __init__(
         self,
-        causal=False,
-        softmax_scale=None,
-        attention_dropout=0.0,
-        alibi_slopes=None,
-        window_size=(-1, -1),
-        deterministic=False,
-    ):
+        causal: bool = False,
+        softmax_scale: float | None = None,
+        attention_dropout: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+        deterministic: bool = False,
+    ) -> None:
         super().__init__()
         self.causal = causal
         self.softmax_scale = softmax_scale
@@ -93,14 +102,14 @@ class FlashCrossAttention(nn.Module):
 
     def forward(
         self,
-        q,
-        kv,
-        causal=None,
-        cu_seqlens=None,
-        max_seqlen=None,
-        cu_seqlens_k=None,
-        max_seqlen_k=None,
-    ):
+        q: Tensor,
+        kv: Tensor,
+        causal: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -115,19 +124,22 @@ class FlashCrossAttention(nn.Module):
         options = _flash_options(self, causal)
         if cu_seqlens is None:
             return flash_attn_kvpacked_func(q, kv, **options)
-        return flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, **options)
+        lengths: Any = (cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
+        return flash_attn_varlen_kvpacked_func(q, kv, *lengths, **options)
 
 
 class SelfAttention(nn.Module):
     """Attention of a packed qkv that makes the matrix of scores, in the dtype of `qkv`."""
 
-    def __init__(self, causal=False, softmax_scale=None, attention_dropout=0.0):
+    def __init__(
+        self, causal: bool = False, softmax_scale: float | None = None, attention_dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.causal = causal
         self.softmax_scale = softmax_scale
         self.drop = nn.Dropout(attention_dropout)
 
-    def forward(self, qkv, causal=None, key_padding_mask=None):
+    def forward(self, qkv: Tensor, causal: bool | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
@@ -146,13 +158,17 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of q to a packed kv that makes the matrix of scores, in their dtype."""
 
-    def __init__(self, causal=False, softmax_scale=None, attention_dropout=0.0):
+    def __init__(
+        self, causal: bool = False, softmax_scale: float | None = None, attention_dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.causal = causal
         self.softmax_scale = softmax_scale
         self.drop = nn.Dropout(attention_dropout)
 
-    def forward(self, q, kv, causal=None, key_padding_mask=None):
+    def forward(
+        self, q: Tensor, kv: Tensor, causal: bool | None = None, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -216,29 +232,29 @@ class MHA(CachedAttention):
 
     def __init__(
         self,
-        embed_dim,
-        num_heads,
-        num_heads_kv=None,
-        cross_attn=False,
-        qkv_proj_bias=True,
-        out_proj_bias=True,
-        dropout=0.0,
-        softmax_scale=None,
-        causal=False,
-        layer_idx=None,
-        dwconv=False,
-        rotary_emb_dim=0,
-        rotary_emb_base=10000.0,
-        rotary_emb_scale_base=None,
-        rotary_emb_interleaved=False,
-        use_alibi=False,
-        window_size=(-1, -1),
-        fused_bias_fc=False,
-        use_flash_attn=False,
-        return_residual=False,
-        checkpointing=False,
-        device=None,
-        dtype=None,
+        embed_dim: int,
+        num_heads: int,
+        num_heads_kv: int | None = None,
+        cross_attn: bool = False,
+        qkv_proj_bias: bool = True,
+        out_proj_bias: bool = True,
+        dropout: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        layer_idx: int | None = None,
+        dwconv: bool = False,
+        rotary_emb_dim: int = 0,
+        rotary_emb_base: float = 10000.0,
+        rotary_emb_scale_base: float | None = None,
+        rotary_emb_interleaved: bool = False,
+        use_alibi: bool = False,
+        window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+        fused_bias_fc: bool = False,
+        use_flash_attn: bool = False,
+        return_residual: bool = False,
+        checkpointing: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         num_heads_kv = _check_heads(embed_dim, num_heads, num_heads_kv)
@@ -266,7 +282,7 @@ class MHA(CachedAttention):
                 interleaved=rotary_emb_interleaved,
                 device=device,
             )
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         kv_dim = 2 * self.head_dim * num_heads_kv
         if cross_attn:
             self.Wq = nn.Linear(embed_dim, embed_dim, bias=qkv_proj_bias, **factory)
@@ -280,21 +296,21 @@ class MHA(CachedAttention):
                 self.dwconv_q = _causal_conv(embed_dim, factory)
                 self.dwconv_kv = _causal_conv(kv_dim, factory)
         slopes = get_alibi_slopes(num_heads) if use_alibi else None
-        options = {"causal": causal, "softmax_scale": softmax_scale, "attention_dropout": dropout}
+        options: dict[str, Any] = {"causal": causal, "softmax_scale": softmax_scale, "attention_dropout": dropout}
         self.inner_attn, self.inner_cross_attn = _inner(use_flash_attn, slopes, window_size, device, options)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=out_proj_bias, **factory)
 
     def forward(
         self,
-        x,
-        x_kv=None,
-        key_padding_mask=None,
-        cu_seqlens=None,
-        max_seqlen=None,
-        mixer_subset=None,
-        inference_params=None,
-        **kwargs,
-    ):
+        x: Tensor,
+        x_kv: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        mixer_subset: Tensor | None = None,
+        inference_params: InferenceParams | None = None,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend.
 
         Args:
@@ -359,27 +375,27 @@ class ParallelMHA(CachedAttention):
 
     def __init__(
         self,
-        embed_dim,
-        num_heads,
-        process_group,
-        num_heads_kv=None,
-        qkv_proj_bias=True,
-        out_proj_bias=True,
-        dropout=0.0,
-        softmax_scale=None,
-        causal=False,
-        layer_idx=None,
-        rotary_emb_dim=0,
-        rotary_emb_base=10000.0,
-        rotary_emb_scale_base=None,
-        rotary_emb_interleaved=False,
-        use_alibi=False,
-        window_size=(-1, -1),
-        use_flash_attn=False,
-        checkpointing=False,
-        sequence_parallel=True,
-        device=None,
-        dtype=None,
+        embed_dim: int,
+        num_heads: int,
+        process_group: dist.ProcessGroup,
+        num_heads_kv: int | None = None,
+        qkv_proj_bias: bool = True,
+        out_proj_bias: bool = True,
+        dropout: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        layer_idx: int | None = None,
+        rotary_emb_dim: int = 0,
+        rotary_emb_base: float = 10000.0,
+        rotary_emb_scale_base: float | None = None,
+        rotary_emb_interleaved: bool = False,
+        use_alibi: bool = False,
+        window_size: tuple[int, int] | list[int] | Tensor = (-1, -1),
+        use_flash_attn: bool = False,
+        checkpointing: bool = False,
+        sequence_parallel: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         num_heads_kv = _check_heads(embed_dim, num_heads, num_heads_kv)
@@ -408,7 +424,7 @@ class ParallelMHA(CachedAttention):
                 interleaved=rotary_emb_interleaved,
                 device=device,
             )
-        factory = {"sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
         self.Wqkv = ColumnParallelLinear(
             embed_dim,
             self.head_dim * (num_heads + 2 * num_heads_kv),
@@ -419,13 +435,15 @@ class ParallelMHA(CachedAttention):
         )
         first = sum(heads_kv[: self.local_rank]) * group
         slopes = get_alibi_slopes(num_heads)[first : first + self.num_heads_per_rank] if use_alibi else None
-        options = {"causal": causal, "softmax_scale": softmax_scale, "attention_dropout": dropout}
+        options: dict[str, Any] = {"causal": causal, "softmax_scale": softmax_scale, "attention_dropout": dropout}
         self.inner_attn, self.inner_cross_attn = _inner(use_flash_attn, slopes, window_size, device, options)
         self.out_proj = RowParallelLinear(
             embed_dim, embed_dim, process_group, bias=out_proj_bias, multiple_of=self.head_dim * group, **factory
         )
 
-    def forward(self, x, seqlen=None, inference_params=None, **kwargs):
+    def forward(
+        self, x: Tensor, seqlen: int | None = None, inference_params: InferenceParams | None = None, **kwargs: Any
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -457,7 +475,9 @@ def _check_heads(embed_dim: int, num_heads: int, num_heads_kv: int | None) -> in
     return num_heads_kv
 
 
-def _inner(use_flash_attn: bool, alibi_slopes, window_size, device, options) -> tuple[nn.Module, nn.Module]:
+def _inner(
+    use_flash_attn: bool, alibi_slopes, window_size, device, options: dict[str, Any]
+) -> tuple[nn.Module, nn.Module]:
     """The inner attention of a packed qkv, and of q and a packed kv."""
     if use_flash_attn:
         slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, device=device)

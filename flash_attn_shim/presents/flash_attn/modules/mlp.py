@@ -1,8 +1,14 @@
 """`flash_attn.modules.mlp`: plain, gated and parallel MLPs."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from flash_attn.ops.activations import swiglu
 from flash_attn.ops.fused_dense import ColumnParallelLinear, FusedMLP, ParallelFusedMLP, RowParallelLinear
@@ -25,16 +31,16 @@ class Mlp(nn.Module):
 
     def __init__(
         self,
-        in_features,
-        hidden_features=None,
-        out_features=None,
-        activation=F.gelu,
-        bias1=True,
-        bias2=True,
-        return_residual=False,
-        device=None,
-        dtype=None,
-    ):
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+        bias1: bool = True,
+        bias2: bool = True,
+        return_residual: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         out_features = in_features if out_features is None else out_features
         hidden_features = in_features * 4 if hidden_features is None else hidden_features
@@ -43,7 +49,7 @@ class Mlp(nn.Module):
         self.activation = activation
         self.fc2 = nn.Linear(hidden_features, out_features, bias=bias2, device=device, dtype=dtype)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor | Any:
         y = self.fc2(self.activation(self.fc1(x)))
         return (y, x) if self.return_residual else y
 
@@ -53,26 +59,27 @@ class ParallelMLP(nn.Module):
 
     def __init__(
         self,
-        in_features,
-        hidden_features=None,
-        out_features=None,
-        activation=F.gelu,
-        process_group: "dist.ProcessGroup | None" = None,
-        sequence_parallel=True,
-        bias1=True,
-        bias2=True,
-        device=None,
-        dtype=None,
-    ):
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+        process_group: dist.ProcessGroup | None = None,
+        sequence_parallel: bool = True,
+        bias1: bool = True,
+        bias2: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        group = cast(dist.ProcessGroup, process_group)  # None is upstream's default, and no group
         out_features = in_features if out_features is None else out_features
         hidden_features = in_features * 4 if hidden_features is None else hidden_features
-        options = {"sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
-        self.fc1 = ColumnParallelLinear(in_features, hidden_features, process_group, bias=bias1, **options)
+        options: dict[str, Any] = {"sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
+        self.fc1 = ColumnParallelLinear(in_features, hidden_features, group, bias=bias1, **options)
         self.activation = activation
-        self.fc2 = RowParallelLinear(hidden_features, out_features, process_group, bias=bias2, **options)
+        self.fc2 = RowParallelLinear(hidden_features, out_features, group, bias=bias2, **options)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -84,17 +91,17 @@ class GatedMlp(nn.Module):
 
     def __init__(
         self,
-        in_features,
-        hidden_features=None,
-        out_features=None,
-        activation=F.sigmoid,
-        bias1=True,
-        bias2=True,
-        multiple_of=128,
-        return_residual=False,
-        device=None,
-        dtype=None,
-    ):
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        activation: Callable[[Tensor], Tensor] = F.sigmoid,
+        bias1: bool = True,
+        bias2: bool = True,
+        multiple_of: int = 128,
+        return_residual: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         out_features = in_features if out_features is None else out_features
         hidden_features = _gated_features(in_features, hidden_features, multiple_of)
@@ -103,7 +110,7 @@ class GatedMlp(nn.Module):
         self.activation = activation
         self.fc2 = nn.Linear(hidden_features, out_features, bias=bias2, device=device, dtype=dtype)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor | Any:
         y = self.fc2(_gate(self.fc1(x), self.activation))
         return (y, x) if self.return_residual else y
 
@@ -113,27 +120,27 @@ class ParallelGatedMlp(nn.Module):
 
     def __init__(
         self,
-        in_features,
-        process_group,
-        hidden_features=None,
-        out_features=None,
-        activation=F.sigmoid,
-        bias1=True,
-        bias2=True,
-        multiple_of=128,
-        sequence_parallel=True,
-        device=None,
-        dtype=None,
-    ):
+        in_features: int,
+        process_group: dist.ProcessGroup,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        activation: Callable[[Tensor], Tensor] = F.sigmoid,
+        bias1: bool = True,
+        bias2: bool = True,
+        multiple_of: int = 128,
+        sequence_parallel: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         out_features = in_features if out_features is None else out_features
         hidden_features = _gated_features(in_features, hidden_features, multiple_of)
-        options = {"sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
         self.fc1 = ColumnParallelLinear(in_features, 2 * hidden_features, process_group, bias=bias1, **options)
         self.activation = activation
         self.fc2 = RowParallelLinear(hidden_features, out_features, process_group, bias=bias2, **options)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(_gate(self.fc1(x), self.activation))
 
 

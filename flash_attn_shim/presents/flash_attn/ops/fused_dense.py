@@ -5,7 +5,11 @@ before the first matrix product, and summed and scattered after the last. Withou
 all tokens.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +26,11 @@ from flash_attn.utils.distributed import (
     reduce_scatter,
 )
 
-_ACTIVATIONS = {"gelu_approx": partial(F.gelu, approximate="tanh"), "relu": F.relu, "sqrelu": sqrelu_fwd}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_approx": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "sqrelu": sqrelu_fwd,
+}
 
 
 class _SumGradients(torch.autograd.Function):
@@ -48,7 +56,14 @@ class FusedDenseFunc:
     """The function behind `fused_dense_func`, under upstream's name."""
 
     @staticmethod
-    def apply(x, weight, bias, return_residual=False, process_group=None, sequence_parallel=True):
+    def apply(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        return_residual: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        sequence_parallel: bool = True,
+    ) -> Tensor | Any:
         """See `fused_dense_func`."""
         out = F.linear(_all_tokens(x, process_group, sequence_parallel), weight, bias)
         return (out, x) if return_residual else out
@@ -59,9 +74,9 @@ def fused_dense_func(
     weight: Tensor,
     bias: Tensor | None = None,
     return_residual: bool = False,
-    process_group: "dist.ProcessGroup | None" = None,
+    process_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = True,
-):
+) -> Tensor | Any:
     """`x @ weight.T + bias`, with `return_residual` also `x`.
 
     Args:
@@ -80,13 +95,13 @@ class FusedDense(nn.Linear):
         out_features: int,
         bias: bool = True,
         return_residual: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.return_residual = return_residual
 
-    def forward(self, x, process_group=None):
+    def forward(self, x: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor | Any:
         return fused_dense_func(x, self.weight, self.bias, self.return_residual, process_group)
 
 
@@ -97,19 +112,19 @@ class ColumnParallelLinear(nn.Linear):
         self,
         in_features: int,
         out_features: int,
-        process_group: "dist.ProcessGroup",
+        process_group: dist.ProcessGroup,
         bias: bool = True,
-        sequence_parallel=True,
-        multiple_of=1,
-        device=None,
-        dtype=None,
+        sequence_parallel: bool = True,
+        multiple_of: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         local = _local_features("out_features", out_features, process_group, multiple_of)
         super().__init__(in_features, local, bias=bias, device=device, dtype=dtype)
         self.process_group = process_group
         self.sequence_parallel = sequence_parallel
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return fused_dense_func(
             x, self.weight, self.bias, process_group=self.process_group, sequence_parallel=self.sequence_parallel
         )
@@ -125,12 +140,12 @@ class RowParallelLinear(nn.Linear):
         self,
         in_features: int,
         out_features: int,
-        process_group: "dist.ProcessGroup",
+        process_group: dist.ProcessGroup,
         bias: bool = True,
-        sequence_parallel=True,
-        multiple_of=1,
-        device=None,
-        dtype=None,
+        sequence_parallel: bool = True,
+        multiple_of: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         local = _local_features("in_features", in_features, process_group, multiple_of)
         bias = bias and dist.get_rank(process_group) == 0
@@ -138,7 +153,7 @@ class RowParallelLinear(nn.Linear):
         self.process_group = process_group
         self.sequence_parallel = sequence_parallel
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         reduce = reduce_scatter if self.sequence_parallel else all_reduce
         return reduce(fused_dense_func(x, self.weight, self.bias), self.process_group)
 
@@ -148,19 +163,19 @@ class FusedMLPFunc:
 
     @staticmethod
     def apply(
-        x,
-        weight1,
+        x: Tensor,
+        weight1: Tensor,
         bias1,
-        weight2,
-        bias2,
-        activation="gelu_approx",
-        save_pre_act=True,
-        return_residual=False,
-        checkpoint_lvl=0,
-        heuristic=0,
-        process_group=None,
-        sequence_parallel=True,
-    ):
+        weight2: Tensor,
+        bias2: Tensor | None,
+        activation: str = "gelu_approx",
+        save_pre_act: bool = True,
+        return_residual: bool = False,
+        checkpoint_lvl: int = 0,
+        heuristic: int | str = 0,
+        process_group: dist.ProcessGroup | None = None,
+        sequence_parallel: bool = True,
+    ) -> Tensor | Any:
         """See `fused_mlp_func`."""
         _check_mlp(activation, checkpoint_lvl)
         act = _ACTIVATIONS[activation]
@@ -191,9 +206,9 @@ def fused_mlp_func(
     return_residual: bool = False,
     checkpoint_lvl: int = 0,
     heuristic: int = 0,
-    process_group: "dist.ProcessGroup | None" = None,
+    process_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = True,
-):
+) -> Tensor | Any:
     """`activation(x @ weight1.T + bias1) @ weight2.T + bias2`, with `return_residual` also `x`.
 
     Over a process group the result is this rank's term of the sum: the caller reduces it.
@@ -228,18 +243,18 @@ class FusedMLP(nn.Module):
 
     def __init__(
         self,
-        in_features,
-        hidden_features=None,
-        out_features=None,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
         bias1=True,
-        bias2=True,
-        activation="gelu_approx",
-        return_residual=False,
-        checkpoint_lvl=0,
-        heuristic="auto",
-        device=None,
-        dtype=None,
-    ):
+        bias2: bool = True,
+        activation: str = "gelu_approx",
+        return_residual: bool = False,
+        checkpoint_lvl: int = 0,
+        heuristic: int | str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         _check_mlp(activation, checkpoint_lvl)
         super().__init__()
         hidden_features = hidden_features or in_features * 4
@@ -250,7 +265,7 @@ class FusedMLP(nn.Module):
         self.fc1 = nn.Linear(in_features, hidden_features, bias=bias1, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_features, out_features or in_features, bias=bias2, device=device, dtype=dtype)
 
-    def forward(self, x, process_group=None):
+    def forward(self, x: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor | Any:
         out = fused_mlp_func(
             x,
             self.fc1.weight,
@@ -272,24 +287,24 @@ class ParallelFusedMLP(nn.Module):
 
     def __init__(
         self,
-        in_features,
-        hidden_features=None,
-        out_features=None,
-        activation="gelu_approx",
-        process_group: "dist.ProcessGroup | None" = None,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        activation: str = "gelu_approx",
+        process_group: dist.ProcessGroup | None = None,
         bias1=True,
-        bias2=True,
-        sequence_parallel=True,
-        checkpoint_lvl=0,
-        heuristic="auto",
-        device=None,
-        dtype=None,
-    ):
+        bias2: bool = True,
+        sequence_parallel: bool = True,
+        checkpoint_lvl: int = 0,
+        heuristic: int | str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         _check_mlp(activation, checkpoint_lvl)
         if process_group is None:
             raise ValueError("process_group must be given, got None")
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_features = hidden_features or in_features * 4
         self.activation = activation
         self.process_group = process_group
@@ -299,7 +314,7 @@ class ParallelFusedMLP(nn.Module):
         self.fc1 = ColumnParallelLinear(in_features, hidden_features, process_group, bias=bias1, **factory)
         self.fc2 = RowParallelLinear(hidden_features, out_features or in_features, process_group, bias=bias2, **factory)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         out = fused_mlp_func(
             x,
             self.fc1.weight,

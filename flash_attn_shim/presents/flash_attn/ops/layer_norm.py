@@ -1,5 +1,9 @@
 """`flash_attn.ops.layer_norm`: dropout, scale, add and layer norm in one call; `ops.rms_norm` builds on it."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,19 +15,19 @@ class DropoutAddLayerNormFn:
 
     @staticmethod
     def apply(
-        x0,
-        residual,
-        gamma,
-        beta,
-        rowscale,
-        colscale,
-        dropout_p,
-        epsilon,
-        residual_in_fp32=False,
-        prenorm=False,
-        is_rms_norm=False,
-        return_dmask=False,
-    ):
+        x0: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor,
+        beta: Tensor | None,
+        rowscale: Tensor | None,
+        colscale: Tensor | None,
+        dropout_p: float,
+        epsilon: float,
+        residual_in_fp32: bool = False,
+        prenorm: bool = False,
+        is_rms_norm: bool = False,
+        return_dmask: bool = False,
+    ) -> Tensor | Any:
         """See `dropout_add_layer_norm`; `gamma` is the weight, `beta` the bias, `colscale` the layerscale."""
         branch, dmask = _branch(x0, rowscale, dropout_p, colscale)
         total = branch if residual is None else upcast(branch) + upcast(residual)
@@ -40,22 +44,22 @@ class DropoutAddLayerNormSubsetFn:
 
     @staticmethod
     def apply(
-        x0,
-        residual,
-        gamma,
-        beta,
-        colscale,
-        x0_subset,
-        out_subset,
-        dropout_p,
-        epsilon,
-        rowscale_const,
-        out_numrows,
-        residual_in_fp32=False,
-        prenorm=False,
-        is_rms_norm=False,
-        return_dmask=False,
-    ):
+        x0: Tensor,
+        residual: Tensor | None,
+        gamma: Tensor,
+        beta: Tensor | None,
+        colscale: Tensor | None,
+        x0_subset: Tensor | None,
+        out_subset: Tensor | None,
+        dropout_p: float,
+        epsilon: float,
+        rowscale_const: float,
+        out_numrows: int,
+        residual_in_fp32: bool = False,
+        prenorm: bool = False,
+        is_rms_norm: bool = False,
+        return_dmask: bool = False,
+    ) -> Tensor | Any:
         """See `dropout_add_layer_norm_subset`."""
         if (x0_subset is None) != (out_subset is None):
             raise ValueError("x0_subset and out_subset must be given together, got only one")
@@ -63,14 +67,14 @@ class DropoutAddLayerNormSubsetFn:
         branch, dmask = _branch(x0, rowscale_const if subset else None, dropout_p, colscale)
         tail = x0.shape[1:]
         total = upcast(branch).flatten(0, -2)
-        if subset:
+        if x0_subset is not None and out_subset is not None:
             x0_subset, out_subset = x0_subset.flatten().long(), out_subset.flatten().long()
             picked = total.index_select(0, (x0_subset - 1).clamp(min=0))
             total = torch.where((x0_subset > 0)[:, None], picked, 0.0)
         if residual is not None:
             total = total + upcast(residual).reshape(total.shape)
         out = normalize(total, gamma, beta, epsilon, is_rms_norm, x0.dtype)
-        if subset:
+        if out_subset is not None:
             # Row 0 takes what nobody asked for.
             out = out.new_zeros(out_numrows + 1, out.shape[1]).index_copy(0, out_subset, out)[1:]
         outs = [out.reshape(-1, *tail)]
@@ -86,20 +90,20 @@ class DropoutAddLayerNormParallelResidualFn:
 
     @staticmethod
     def apply(
-        x0,
-        x1,
-        residual,
-        gamma0,
-        beta0,
-        gamma1,
-        beta1,
-        dropout_p,
-        epsilon,
-        residual_in_fp32=False,
-        prenorm=False,
-        is_rms_norm=False,
-        return_dmask=False,
-    ):
+        x0: Tensor,
+        x1: Tensor | None,
+        residual: Tensor | None,
+        gamma0: Tensor,
+        beta0: Tensor | None,
+        gamma1: Tensor | None,
+        beta1: Tensor | None,
+        dropout_p: float,
+        epsilon: float,
+        residual_in_fp32: bool = False,
+        prenorm: bool = False,
+        is_rms_norm: bool = False,
+        return_dmask: bool = False,
+    ) -> tuple[Any, ...]:
         """See `dropout_add_layer_norm_parallel_residual`."""
         total, dmask0 = _branch(x0, None, dropout_p, None)
         dmask1 = torch.ones_like(dmask0)
@@ -118,24 +122,24 @@ class DropoutAddLayerNormParallelResidualFn:
         return tuple(outs)
 
 
-def layer_norm(x, weight, bias, epsilon):
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     """Layer norm of `x` `(..., hidden)` with `weight` and `bias` `(hidden,)`, computed in fp32, in the dtype of `x`."""
     return DropoutAddLayerNormFn.apply(x, None, weight, bias, None, None, 0.0, epsilon, False)
 
 
 def dropout_add_layer_norm(
-    x0,
-    residual,
-    weight,
-    bias,
-    dropout_p,
-    epsilon,
-    rowscale=None,
-    layerscale=None,
-    prenorm=False,
-    residual_in_fp32=False,
-    return_dropout_mask=False,
-):
+    x0: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    rowscale: Tensor | None = None,
+    layerscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> Tensor | Any:
     """Layer norm of `layerscale * dropout(rowscale * x0) + residual`, summed and normalised in fp32.
 
     Args:
@@ -167,21 +171,21 @@ def dropout_add_layer_norm(
 
 
 def dropout_add_layer_norm_subset(
-    x0,
-    residual,
-    weight,
-    bias,
-    dropout_p,
-    epsilon,
-    layerscale=None,
-    x0_subset=None,
-    out_subset=None,
-    rowscale_const=1.0,
-    out_numrows=0,
-    prenorm=False,
-    residual_in_fp32=False,
-    return_dropout_mask=False,
-):
+    x0: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    layerscale: Tensor | None = None,
+    x0_subset: Tensor | None = None,
+    out_subset: Tensor | None = None,
+    rowscale_const: float = 1.0,
+    out_numrows: int = 0,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> Tensor | Any:
     """`dropout_add_layer_norm` where some rows have no `x0` and some norms are not wanted (stochastic depth).
 
     Args:
@@ -214,19 +218,19 @@ def dropout_add_layer_norm_subset(
 
 
 def dropout_add_layer_norm_parallel_residual(
-    x0,
-    x1,
-    residual,
-    weight0,
-    bias0,
-    weight1,
-    bias1,
-    dropout_p,
-    epsilon,
-    prenorm=False,
-    residual_in_fp32=False,
-    return_dropout_mask=False,
-):
+    x0: Tensor,
+    x1: Tensor | None,
+    residual: Tensor | None,
+    weight0: Tensor,
+    bias0: Tensor | None,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> tuple[Any, ...]:
     """Two layer norms of `dropout(x0) + dropout(x1) + residual`.
 
     Returns:
@@ -254,7 +258,16 @@ def dropout_add_layer_norm_parallel_residual(
 class DropoutAddLayerNorm(nn.Module):
     """`dropout_add_layer_norm` with `weight` and `bias` `(hidden_size,)`; dropout only in training."""
 
-    def __init__(self, hidden_size, prenorm=False, p=0.0, eps=1e-5, residual_in_fp32=False, device=None, dtype=None):
+    def __init__(
+        self,
+        hidden_size: int,
+        prenorm: bool = False,
+        p: float = 0.0,
+        eps: float = 1e-5,
+        residual_in_fp32: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.prenorm = prenorm
         self.p = p
@@ -264,11 +277,11 @@ class DropoutAddLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x0, residual=None):
+    def forward(self, x0: Tensor, residual: Tensor | None = None) -> Tensor | Any:
         return dropout_add_layer_norm(
             x0,
             residual,

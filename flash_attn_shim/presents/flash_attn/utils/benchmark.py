@@ -4,13 +4,27 @@
 autocast to `amp_dtype`. A timing function returns `(timer, measurement)` of `torch.utils.benchmark`.
 """
 
+from __future__ import annotations
+
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.utils.benchmark as benchmark
+from torch import Tensor
 
 
-def benchmark_forward(fn, *inputs, repeats=10, desc="", verbose=True, amp=False, amp_dtype=torch.float16, **kwinputs):
+def benchmark_forward(
+    fn: Callable[..., Any],
+    *inputs: Any,
+    repeats: int = 10,
+    desc: str = "",
+    verbose: bool = True,
+    amp: bool = False,
+    amp_dtype: torch.dtype = torch.float16,
+    **kwinputs: Any,
+) -> tuple[Any, Any]:
     """Time the forward pass."""
 
     def run():
@@ -21,16 +35,16 @@ def benchmark_forward(fn, *inputs, repeats=10, desc="", verbose=True, amp=False,
 
 
 def benchmark_backward(
-    fn,
-    *inputs,
-    grad=None,
-    repeats=10,
-    desc="",
-    verbose=True,
-    amp=False,
-    amp_dtype=torch.float16,
-    **kwinputs,
-):
+    fn: Callable[..., Any],
+    *inputs: Any,
+    grad: Tensor | None = None,
+    repeats: int = 10,
+    desc: str = "",
+    verbose: bool = True,
+    amp: bool = False,
+    amp_dtype: torch.dtype = torch.float16,
+    **kwinputs: Any,
+) -> tuple[Any, Any]:
     """Time the backward pass alone, given `grad`, or random numbers."""
     y = _first_result(fn, inputs, kwinputs, amp, amp_dtype)
     grad = _grad_like(y, grad)
@@ -43,16 +57,16 @@ def benchmark_backward(
 
 
 def benchmark_combined(
-    fn,
-    *inputs,
-    grad=None,
-    repeats=10,
-    desc="",
-    verbose=True,
-    amp=False,
-    amp_dtype=torch.float16,
-    **kwinputs,
-):
+    fn: Callable[..., Any],
+    *inputs: Any,
+    grad: Tensor | None = None,
+    repeats: int = 10,
+    desc: str = "",
+    verbose: bool = True,
+    amp: bool = False,
+    amp_dtype: torch.dtype = torch.float16,
+    **kwinputs: Any,
+) -> tuple[Any, Any]:
     """Time the forward and backward pass together."""
     grad = _grad_like(_first_result(fn, inputs, kwinputs, amp, amp_dtype), grad)
 
@@ -64,18 +78,18 @@ def benchmark_combined(
 
 
 def benchmark_fwd_bwd(
-    fn,
-    *inputs,
-    grad=None,
-    repeats=10,
-    desc="",
-    verbose=True,
-    amp=False,
-    amp_dtype=torch.float16,
-    **kwinputs,
-):
+    fn: Callable[..., Any],
+    *inputs: Any,
+    grad: Tensor | None = None,
+    repeats: int = 10,
+    desc: str = "",
+    verbose: bool = True,
+    amp: bool = False,
+    amp_dtype: torch.dtype = torch.float16,
+    **kwinputs: Any,
+) -> tuple[Any, ...]:
     """Time the forward pass and the backward pass, each for itself."""
-    options = {"repeats": repeats, "desc": desc, "verbose": verbose, "amp": amp, "amp_dtype": amp_dtype}
+    options: dict[str, Any] = {"repeats": repeats, "desc": desc, "verbose": verbose, "amp": amp, "amp_dtype": amp_dtype}
     return (
         benchmark_forward(fn, *inputs, **options, **kwinputs),
         benchmark_backward(fn, *inputs, grad=grad, **options, **kwinputs),
@@ -83,18 +97,18 @@ def benchmark_fwd_bwd(
 
 
 def benchmark_all(
-    fn,
-    *inputs,
-    grad=None,
-    repeats=10,
-    desc="",
-    verbose=True,
-    amp=False,
-    amp_dtype=torch.float16,
-    **kwinputs,
-):
+    fn: Callable[..., Any],
+    *inputs: Any,
+    grad: Tensor | None = None,
+    repeats: int = 10,
+    desc: str = "",
+    verbose: bool = True,
+    amp: bool = False,
+    amp_dtype: torch.dtype = torch.float16,
+    **kwinputs: Any,
+) -> tuple[Any, ...]:
     """Time the forward pass, the backward pass, and both together."""
-    options = {"repeats": repeats, "desc": desc, "verbose": verbose, "amp": amp, "amp_dtype": amp_dtype}
+    options: dict[str, Any] = {"repeats": repeats, "desc": desc, "verbose": verbose, "amp": amp, "amp_dtype": amp_dtype}
     return (
         *benchmark_fwd_bwd(fn, *inputs, grad=grad, **options, **kwinputs),
         benchmark_combined(fn, *inputs, grad=grad, **options, **kwinputs),
@@ -102,16 +116,16 @@ def benchmark_all(
 
 
 def pytorch_profiler(
-    fn,
-    *inputs,
-    trace_filename=None,
-    backward=False,
-    amp=False,
-    amp_dtype=torch.float16,
-    cpu=False,
-    verbose=True,
-    **kwinputs,
-):
+    fn: Callable[..., Any],
+    *inputs: Any,
+    trace_filename: str | None = None,
+    backward: bool = False,
+    amp: bool = False,
+    amp_dtype: torch.dtype = torch.float16,
+    cpu: bool = False,
+    verbose: bool = True,
+    **kwinputs: Any,
+) -> None:
     """Profile one call after thirty others, the backward pass too if `backward`; on the host if `cpu` or without CUDA.
 
     Prints a table if `verbose`, and writes a Chrome trace to `trace_filename`.
@@ -141,7 +155,9 @@ def pytorch_profiler(
         profile.export_chrome_trace(str(trace_filename))
 
 
-def benchmark_memory(fn, *inputs, desc="", verbose=True, **kwinputs):
+def benchmark_memory(
+    fn: Callable[..., Any], *inputs: Any, desc: str = "", verbose: bool = True, **kwinputs: Any
+) -> float | None:
     """The greatest memory that torch held during a call, in units of 1000 MiB, as upstream counts."""
     if not torch.cuda.is_available():
         raise NotImplementedError("benchmark_memory: torch counts the greatest memory in use for CUDA only")

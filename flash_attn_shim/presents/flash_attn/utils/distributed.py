@@ -3,12 +3,18 @@
 Tensors are gathered and scattered along their first axis, in the order of the ranks.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def all_gather_raw(input_: Tensor, process_group: "dist.ProcessGroup", async_op: bool = False):
+def all_gather_raw(
+    input_: Tensor, process_group: dist.ProcessGroup, async_op: bool = False
+) -> tuple[Tensor, dist.Work | None]:
     """`(gathered, handle)`; without autograd. The handle is None unless `async_op`."""
     world_size = dist.get_world_size(process_group)
     output = input_.new_empty(world_size * input_.shape[0], *input_.shape[1:])
@@ -16,7 +22,9 @@ def all_gather_raw(input_: Tensor, process_group: "dist.ProcessGroup", async_op:
     return output, handle
 
 
-def reduce_scatter_raw(input_: Tensor, process_group: "dist.ProcessGroup", async_op: bool = False):
+def reduce_scatter_raw(
+    input_: Tensor, process_group: dist.ProcessGroup, async_op: bool = False
+) -> tuple[Tensor, dist.Work | None]:
     """`(this rank's part of the sum, handle)`; without autograd. The handle is None unless `async_op`."""
     world_size = dist.get_world_size(process_group)
     if input_.shape[0] % world_size:
@@ -28,7 +36,9 @@ def reduce_scatter_raw(input_: Tensor, process_group: "dist.ProcessGroup", async
     return output, handle
 
 
-def all_reduce_raw(input_: Tensor, process_group: "dist.ProcessGroup", async_op: bool = False):
+def all_reduce_raw(
+    input_: Tensor, process_group: dist.ProcessGroup, async_op: bool = False
+) -> tuple[Tensor, dist.Work | None]:
     """`(sum, handle)`; without autograd. A contiguous `input_` is overwritten with the sum."""
     input_ = input_.contiguous()
     handle = dist.all_reduce(input_, group=process_group, async_op=async_op)
@@ -39,12 +49,12 @@ class AllGatherFunc(torch.autograd.Function):
     """Gather; the gradient is scattered back."""
 
     @staticmethod
-    def forward(ctx, input_: Tensor, process_group: "dist.ProcessGroup") -> Tensor:
+    def forward(ctx: Any, input_: Tensor, process_group: dist.ProcessGroup) -> Tensor:
         ctx.process_group = process_group
         return all_gather_raw(input_, process_group)[0]
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         return reduce_scatter_raw(grad_output, ctx.process_group)[0], None
 
 
@@ -52,12 +62,12 @@ class ReduceScatterFunc(torch.autograd.Function):
     """Sum and scatter; the gradient is gathered."""
 
     @staticmethod
-    def forward(ctx, input_: Tensor, process_group: "dist.ProcessGroup") -> Tensor:
+    def forward(ctx: Any, input_: Tensor, process_group: dist.ProcessGroup) -> Tensor:
         ctx.process_group = process_group
         return reduce_scatter_raw(input_, process_group)[0]
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         return all_gather_raw(grad_output, ctx.process_group)[0], None
 
 
@@ -65,12 +75,12 @@ class AllReduceFunc(torch.autograd.Function):
     """Sum; the gradient, the same on every rank, passes through."""
 
     @staticmethod
-    def forward(ctx, input_: Tensor, process_group: "dist.ProcessGroup") -> Tensor:
+    def forward(ctx: Any, input_: Tensor, process_group: dist.ProcessGroup) -> Tensor:
         # A copy: what made input_ may need it for its own gradient.
         return all_reduce_raw(input_.clone(), process_group)[0]
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         return grad_output, None
 
 
@@ -79,14 +89,14 @@ reduce_scatter = ReduceScatterFunc.apply
 all_reduce = AllReduceFunc.apply
 
 
-def sync_shared_params(model: torch.nn.Module, process_group: "dist.ProcessGroup"):
+def sync_shared_params(model: torch.nn.Module, process_group: dist.ProcessGroup) -> None:
     """Give every rank the first rank's values of the parameters marked `_shared_params`."""
     source = dist.get_global_rank(process_group, 0)
     for parameter in _marked(model, "_shared_params"):
         dist.broadcast(parameter.data, src=source, group=process_group)
 
 
-def allreduce_sequence_parallel_grad(model: torch.nn.Module, process_group: "dist.ProcessGroup"):
+def allreduce_sequence_parallel_grad(model: torch.nn.Module, process_group: dist.ProcessGroup) -> None:
     """Sum over the ranks the gradients of the parameters marked `_sequence_parallel`, which each saw a part of."""
     grads = [parameter.grad for parameter in _marked(model, "_sequence_parallel")]
     if not grads:

@@ -4,10 +4,12 @@ A model here is called as `model(input_ids, position_ids=..., inference_params=.
 object with `logits` `(batch, num_last_tokens, vocab_size)`.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,7 @@ class InferenceParams:
     key_value_memory_dict: dict = field(default_factory=dict)
     lengths_per_sample: Tensor | None = None
 
-    def reset(self, max_seqlen, max_batch_size):
+    def reset(self, max_seqlen: int, max_batch_size: int) -> None:
         self.max_seqlen = max_seqlen
         self.max_batch_size = max_batch_size
         self.seqlen_offset = 0
@@ -54,13 +56,13 @@ class InferenceParams:
             self.lengths_per_sample.zero_()
 
 
-def modify_logits_for_top_k_filtering(logits, top_k):
+def modify_logits_for_top_k_filtering(logits: Tensor, top_k: int) -> None:
     """Set all but the `top_k` greatest of the last axis to -inf, in place."""
     least = logits.topk(top_k).values[..., -1:]
     logits.masked_fill_(logits < least, float("-inf"))
 
 
-def modify_logits_for_top_p_filtering(logits, top_p):
+def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
     """Keep the most probable of the last axis that together reach probability `top_p`; the others to -inf, in place.
 
     `top_p` not between 0 and 1 keeps all.
@@ -72,7 +74,7 @@ def modify_logits_for_top_p_filtering(logits, top_p):
     logits.masked_fill_(remove.scatter(-1, order, remove), float("-inf"))
 
 
-def sample(logits, top_k=1, top_p=0.0, temperature=1.0):
+def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, temperature: float = 1.0) -> Tensor:
     """A token `(batch,)` for each row of `logits` `(batch, vocab_size)`.
 
     Args:
@@ -92,19 +94,19 @@ def sample(logits, top_k=1, top_p=0.0, temperature=1.0):
 
 @torch.inference_mode()
 def decode(
-    input_ids,
-    model,
-    max_length,
-    top_k=1,
-    top_p=0.0,
-    temperature=1.0,
-    eos_token_id=None,
-    teacher_outputs=None,
-    vocab_size=None,
-    tensor_parallel=1,
-    cg=False,
-    enable_timing=False,
-):
+    input_ids: Tensor,
+    model: Any,
+    max_length: int,
+    top_k: int = 1,
+    top_p: float = 0.0,
+    temperature: float = 1.0,
+    eos_token_id: int | None = None,
+    teacher_outputs: Tensor | None = None,
+    vocab_size: int | None = None,
+    tensor_parallel: int = 1,
+    cg: bool = False,
+    enable_timing: bool = False,
+) -> GreedySearchDecoderOnlyOutput:
     """Continue `input_ids` `(batch, seqlen)` up to `max_length` tokens, or until all sequences just gave
     `eos_token_id`.
 
@@ -127,7 +129,7 @@ def decode(
     while True:
         scores.append(_logits(model, sequences[-1], params, 1, vocab_size).squeeze(1))
         params.seqlen_offset += sequences[-1].shape[1]
-        if params.seqlen_offset < taught:
+        if teacher_outputs is not None and params.seqlen_offset < taught:
             token = teacher_outputs[:, params.seqlen_offset]
         else:
             token = sample(scores[-1], top_k=top_k, top_p=top_p, temperature=temperature)
@@ -142,7 +144,14 @@ def decode(
     return _output(torch.cat(sequences, dim=1), tuple(scores), top_k)
 
 
-def sample_speculative(logits, logits_draft, tokens_draft, top_k=1, top_p=0.0, temperature=1.0):
+def sample_speculative(
+    logits: Tensor,
+    logits_draft: Tensor,
+    tokens_draft: Tensor,
+    top_k: int = 1,
+    top_p: float = 0.0,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Accept or replace the tokens of a draft model, so that they are distributed as the model's own
     (arXiv:2211.17192).
 
@@ -186,21 +195,21 @@ def sample_speculative(logits, logits_draft, tokens_draft, top_k=1, top_p=0.0, t
 
 @torch.inference_mode()
 def decode_speculative(
-    input_ids,
-    model,
-    model_draft,
-    max_length,
-    speculative_lookahead=3,
-    top_k=1,
-    top_p=0.0,
-    temperature=1.0,
-    eos_token_id=None,
-    vocab_size=None,
-    tensor_parallel=1,
-    cg=False,
-    enable_timing=False,
-    debug=False,
-):
+    input_ids: Tensor,
+    model: Any,
+    model_draft: Any,
+    max_length: int,
+    speculative_lookahead: int = 3,
+    top_k: int = 1,
+    top_p: float = 0.0,
+    temperature: float = 1.0,
+    eos_token_id: int | None = None,
+    vocab_size: int | None = None,
+    tensor_parallel: int = 1,
+    cg: bool = False,
+    enable_timing: bool = False,
+    debug: bool = False,
+) -> GreedySearchDecoderOnlyOutput:
     """`decode` with a draft model that proposes `speculative_lookahead` tokens at a time; for one sequence.
 
     `eos_token_id` is not supported, upstream neither; `cg` and `debug` have no effect.
@@ -212,7 +221,7 @@ def decode_speculative(
         raise NotImplementedError(f"decode_speculative: input_ids must hold one sequence, got {input_ids.shape[0]}")
     if eos_token_id is not None:
         raise NotImplementedError("decode_speculative: eos_token_id is not supported")
-    options = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
+    options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
     params = InferenceParams(max_seqlen=max_length, max_batch_size=1)
     params_draft = InferenceParams(max_seqlen=max_length, max_batch_size=1)
     start = _now(tensor_parallel) if enable_timing else 0.0
@@ -233,8 +242,8 @@ def decode_speculative(
         logits = _logits(model, draft[:, params.seqlen_offset :], params, max(n_draft, 0) + 1, vocab_size)
         calls += 1
         if n_draft > 0:
-            new, count = sample_speculative(logits, torch.cat(draft_scores, dim=1), draft[:, length:], **options)
-            count = int(count)
+            new, kept = sample_speculative(logits, torch.cat(draft_scores, dim=1), draft[:, length:], **options)
+            count = int(kept)
             proposed, accepted = proposed + n_draft, accepted + count - 1
         else:
             new, count = sample(logits[:, -1], **options)[:, None], 1
@@ -256,20 +265,22 @@ def decode_speculative(
 class GenerationMixin:
     """`generate` for a model with the call of this module."""
 
-    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> dict[Any, Any]:
         raise NotImplementedError(f"{type(self).__name__} does not define allocate_inference_cache")
 
     def generate(
         self,
-        input_ids,
-        max_length,
-        top_k=1,
-        top_p=0.0,
-        temperature=1.0,
-        return_dict_in_generate=False,
-        output_scores=False,
-        **kwargs,
-    ):
+        input_ids: Tensor,
+        max_length: int,
+        top_k: int = 1,
+        top_p: float = 0.0,
+        temperature: float = 1.0,
+        return_dict_in_generate: bool = False,
+        output_scores: bool = False,
+        **kwargs: Any,
+    ) -> GreedySearchDecoderOnlyOutput | Tensor:
         """`decode`; only the sequences unless `return_dict_in_generate`, and scores only if `output_scores`."""
         output = decode(input_ids, self, max_length, top_k=top_k, top_p=top_p, temperature=temperature, **kwargs)
         if not output_scores:
@@ -278,14 +289,14 @@ class GenerationMixin:
 
 
 def allocate_inference_cache(
-    max_batch_size,
-    max_seqlen,
-    nheads,
-    headdim,
+    max_batch_size: int,
+    max_seqlen: int,
+    nheads: int,
+    headdim: int,
     layers: int | Sequence,
-    device,
-    dtype=torch.float16,
-):
+    device: torch.device | str | None,
+    dtype: torch.dtype | None = torch.float16,
+) -> dict[Any, Any]:
     """`{layer: empty cache}` for `layers`, a number or the `layer_idx` themselves; see `InferenceParams`."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
@@ -309,21 +320,29 @@ class DecodingCGCache:
 
 
 def update_graph_cache(
-    model,
-    cache,
-    batch_size,
-    seqlen_og,
-    max_seqlen,
-    decoding_seqlens=(1,),
-    tensor_parallel=1,
-    dtype=None,
-    n_warmups=2,
-):
+    model: Any,
+    cache: DecodingCGCache | None,
+    batch_size: int,
+    seqlen_og: int,
+    max_seqlen: int,
+    decoding_seqlens: Sequence[int] = (1,),
+    tensor_parallel: int = 1,
+    dtype: torch.dtype | None = None,
+    n_warmups: int = 2,
+) -> NoReturn:
     """Upstream captures CUDA graphs here."""
     raise NotImplementedError("update_graph_cache: CUDA graphs need CUDA; decode() does without them")
 
 
-def capture_graph(model, inference_params, batch_size, max_seqlen, decoding_seqlen=1, mempool=None, n_warmups=2):
+def capture_graph(
+    model: Any,
+    inference_params: InferenceParams,
+    batch_size: int,
+    max_seqlen: int,
+    decoding_seqlen: int = 1,
+    mempool: Any = None,
+    n_warmups: int = 2,
+) -> NoReturn:
     """Upstream captures a CUDA graph here."""
     raise NotImplementedError("capture_graph: CUDA graphs need CUDA; decode() does without them")
 

@@ -1,5 +1,7 @@
 """`flash_attn.utils.library`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 
 
@@ -10,7 +12,7 @@ def triton_op(
     *,
     mutates_args: str | Iterable[str],
     schema: str | None = None,
-    allow_decomposition=True,
+    allow_decomposition: bool = True,
 ) -> Callable:
     """Upstream's wrapper of triton kernels as torch operators. There is no triton here."""
     raise NotImplementedError(f"triton_op: the operator {name!r} is written in triton, which needs CUDA")

@@ -1,11 +1,16 @@
 """`flash_attn.utils.pretrained`."""
 
+from __future__ import annotations
+
 import os
 
 import torch
+from torch import Tensor
 
 
-def state_dict_from_pretrained(model_name, device=None, dtype=None):
+def state_dict_from_pretrained(
+    model_name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """The `state_dict` of a model of the Hugging Face hub, or of a folder as transformers saves it.
 
     Args:

@@ -1,12 +1,23 @@
 """`flash_attn.utils.testing`: random padding, packed forms of q, k and v, and attention written out."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 from einops import rearrange, repeat
+from torch import Tensor
 
 from flash_attn.bert_padding import pad_input, unpad_input
 
 
-def generate_random_padding_mask(max_seqlen, batch_size, device, mode="random", zero_lengths=False):
+def generate_random_padding_mask(
+    max_seqlen: int,
+    batch_size: int,
+    device: torch.device | str | None,
+    mode: str = "random",
+    zero_lengths: bool = False,
+) -> Tensor:
     """A mask `(batch_size, max_seqlen)`, True for the first tokens of each row.
 
     Args:
@@ -29,17 +40,17 @@ def generate_random_padding_mask(max_seqlen, batch_size, device, mode="random", 
 
 
 def generate_qkv(
-    q,
-    k,
-    v,
-    query_padding_mask=None,
-    key_padding_mask=None,
-    qv=None,
-    kvpacked=False,
-    qkvpacked=False,
-    query_unused_mask=None,
-    key_unused_mask=None,
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    qv: Tensor | None = None,
+    kvpacked: bool = False,
+    qkvpacked: bool = False,
+    query_unused_mask: Tensor | None = None,
+    key_unused_mask: Tensor | None = None,
+) -> tuple[Any, ...]:
     """Packed tokens of padded q, k and v, as leaves that require a gradient, and functions that pad again.
 
     Args:
@@ -95,15 +106,15 @@ def generate_qkv(
 
 
 def construct_local_mask(
-    seqlen_q,
-    seqlen_k,
-    window_size=(None, None),
-    sink_token_length=0,
-    query_padding_mask=None,
-    key_padding_mask=None,
-    key_leftpad=None,
-    device=None,
-):
+    seqlen_q: int,
+    seqlen_k: int,
+    window_size: tuple[int | None, int | None] = (None, None),
+    sink_token_length: int = 0,
+    query_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    key_leftpad: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """True where a window hides a key from a query, counted from the bottom right of the valid tokens.
 
     Args:
@@ -128,14 +139,14 @@ def construct_local_mask(
 
 
 def construct_chunk_mask(
-    seqlen_q,
-    seqlen_k,
-    attention_chunk,
-    query_padding_mask=None,
-    key_padding_mask=None,
-    key_leftpad=None,
-    device=None,
-):
+    seqlen_q: int,
+    seqlen_k: int,
+    attention_chunk: int,
+    query_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    key_leftpad: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """True where a key lies in another chunk of `attention_chunk` keys than the query; see `construct_local_mask`."""
     diagonal, column, _ = _positions(seqlen_q, seqlen_k, query_padding_mask, key_padding_mask, key_leftpad, device)
     start = diagonal - diagonal % attention_chunk
@@ -143,29 +154,29 @@ def construct_chunk_mask(
 
 
 def attention_ref(
-    q,
-    k,
-    v,
-    query_padding_mask=None,
-    key_padding_mask=None,
-    key_leftpad=None,
-    attn_bias=None,
-    dropout_p=0.0,
-    dropout_mask=None,
-    causal=False,
-    qv=None,
-    q_descale=None,
-    k_descale=None,
-    v_descale=None,
-    window_size=(None, None),
-    attention_chunk=0,
-    sink_token_length=0,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    key_leftpad: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_mask: Tensor | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int | None, int | None] = (None, None),
+    attention_chunk: int = 0,
+    sink_token_length: int = 0,
     learnable_sink: torch.Tensor | None = None,
-    softcap=0.0,
-    upcast=True,
-    reorder_ops=False,
-    intermediate_dtype=None,
-):
+    softcap: float = 0.0,
+    upcast: bool = True,
+    reorder_ops: bool = False,
+    intermediate_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention with the matrix of scores, in fp32 if `upcast`, else in the dtype of the arguments.
 
     Args:
@@ -189,7 +200,7 @@ def attention_ref(
     if causal:
         window_size = (window_size[0], 0)
     if upcast:
-        q, k, v, qv = (None if t is None else t.float() for t in (q, k, v, qv))
+        q, k, v, qv = q.float(), k.float(), v.float(), None if qv is None else qv.float()
     group = q.shape[2] // k.shape[2]
     if q_descale is not None:
         q, qv = _descale(q, q_descale, group), _descale(qv, q_descale, group)
@@ -202,12 +213,17 @@ def attention_ref(
         scores = scores + torch.einsum("bthd,bshd->bhts", qv * scale, v)
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
-    place = (q.shape[1], k.shape[1]), (query_padding_mask, key_padding_mask, key_leftpad, q.device)
+    rows: dict[str, Any] = {
+        "query_padding_mask": query_padding_mask,
+        "key_padding_mask": key_padding_mask,
+        "key_leftpad": key_leftpad,
+        "device": q.device,
+    }
     hidden = torch.zeros((), dtype=torch.bool, device=q.device)
     if window_size != (None, None):
-        hidden = hidden | construct_local_mask(*place[0], window_size, sink_token_length, *place[1])
+        hidden = hidden | construct_local_mask(q.shape[1], k.shape[1], window_size, sink_token_length, **rows)
     if attention_chunk > 0:
-        hidden = hidden | construct_chunk_mask(*place[0], attention_chunk, *place[1])
+        hidden = hidden | construct_chunk_mask(q.shape[1], k.shape[1], attention_chunk, **rows)
     if key_padding_mask is not None:
         hidden = hidden | rearrange(~key_padding_mask, "b s -> b 1 1 s")
     scores = scores.masked_fill(hidden, float("-inf"))

@@ -4,13 +4,15 @@ to name.
 The device is the accelerator that is there: CUDA, else MPS, else the CPU.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch
 from torch.amp import custom_bwd, custom_fwd
 
 
-def custom_amp_decorator(dec: Callable, cuda_amp_deprecated: bool):
+def custom_amp_decorator(dec: Callable, cuda_amp_deprecated: bool) -> Callable:
     """`dec` with `device_type` filled in, where it takes one (`cuda_amp_deprecated`)."""
 
     def decorator(*args, **kwargs):

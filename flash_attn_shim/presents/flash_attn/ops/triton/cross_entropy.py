@@ -5,6 +5,10 @@ torch's own `F.cross_entropy` keeps a log-softmax as large as the logits, in fp3
 the forward pass keeps the log-sum-exp of each row, and both passes work on a bounded block of rows at a time.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,17 +22,17 @@ class CrossEntropyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        logits,
-        labels,
-        precomputed_lse=None,
-        smoothing=0.0,
-        logit_scale=1.0,
-        lse_square_scale=0.0,
-        ignore_index=-100,
-        inplace_backward=False,
-        process_group=None,
-    ):
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        precomputed_lse: Tensor | None = None,
+        smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        lse_square_scale: float = 0.0,
+        ignore_index: int = -100,
+        inplace_backward: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> tuple[Tensor, Tensor]:
         _check(logits, labels, precomputed_lse, logit_scale)
         n_cols = logits.shape[1]
         world_size = 1 if process_group is None else dist.get_world_size(process_group)
@@ -46,7 +50,7 @@ class CrossEntropyLoss(torch.autograd.Function):
         logit = _fp32(logits.gather(1, local[:, None])[:, 0]) * logit_scale
         # Of a row whose label is another process's, and of one whose label does not exist, only the smoothing counts.
         losses = torch.where(here, -(1.0 - smoothing) * logit, 0.0)
-        weight_of_lse = smoothing + (1.0 - smoothing) * here.to(lse.dtype)
+        weight_of_lse: Tensor | float = smoothing + (1.0 - smoothing) * here.to(lse.dtype)
         if smoothing > 0.0:
             sums = torch.cat([_fp32(logits[rows]).sum(-1) for rows in _row_blocks(logits)])
             losses = losses - sums * (logit_scale * smoothing / total_classes)
@@ -69,7 +73,7 @@ class CrossEntropyLoss(torch.autograd.Function):
         return losses, z_losses
 
     @staticmethod
-    def backward(ctx, grad_losses, grad_z_losses):
+    def backward(ctx: Any, grad_losses: Any, grad_z_losses: Any) -> Any:
         if torch.is_grad_enabled():
             raise NotImplementedError("cross_entropy_loss has no second derivative: create_graph must be False")
         logits, lse, local, here, ignored = ctx.saved_tensors
@@ -93,9 +97,9 @@ def cross_entropy_loss(
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
-    ignore_index=-100,
+    ignore_index: int = -100,
     inplace_backward: bool = False,
-    process_group=None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of each row, computed in fp32.
 

@@ -4,28 +4,32 @@ The sum `rowscale * x`, dropped out, `+ x1`, dropped out, `+ residual` is made a
 dtypes of its terms; it is rounded only where it is returned. Autograd derives the gradients.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def layer_norm_ref(
-    x,
-    weight,
-    bias,
-    residual=None,
-    x1=None,
-    weight1=None,
-    bias1=None,
-    eps=1e-6,
-    dropout_p=0.0,
-    rowscale=None,
-    prenorm=False,
-    zero_centered_weight=False,
-    dropout_mask=None,
-    dropout_mask1=None,
-    upcast=False,
-):
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    zero_centered_weight: bool = False,
+    dropout_mask: Tensor | None = None,
+    dropout_mask1: Tensor | None = None,
+    upcast: bool = False,
+) -> Tensor | Any:
     """What `layer_norm_fn` computes, step by step in the dtype of `x` (fp32 if `upcast`), with given dropout masks."""
     return _norm_ref(
         lambda x, weight, bias: F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps),
@@ -47,22 +51,22 @@ def layer_norm_ref(
 
 
 def rms_norm_ref(
-    x,
-    weight,
-    bias,
-    residual=None,
-    x1=None,
-    weight1=None,
-    bias1=None,
-    eps=1e-6,
-    dropout_p=0.0,
-    rowscale=None,
-    prenorm=False,
-    zero_centered_weight=False,
-    dropout_mask=None,
-    dropout_mask1=None,
-    upcast=False,
-):
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    zero_centered_weight: bool = False,
+    dropout_mask: Tensor | None = None,
+    dropout_mask1: Tensor | None = None,
+    upcast: bool = False,
+) -> Tensor | Any:
     """What `rms_norm_fn` computes, step by step; see `layer_norm_ref`."""
 
     def norm(x, weight, bias):
@@ -136,25 +140,25 @@ class LayerNormFn:
 
     @staticmethod
     def apply(
-        x,
-        weight,
-        bias,
-        residual=None,
-        x1=None,
-        weight1=None,
-        bias1=None,
-        eps=1e-6,
-        dropout_p=0.0,
-        rowscale=None,
-        prenorm=False,
-        residual_in_fp32=False,
-        zero_centered_weight=False,
-        is_rms_norm=False,
-        return_dropout_mask=False,
-        out_dtype=None,
-        out=None,
-        residual_out=None,
-    ):
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None = None,
+        x1: Tensor | None = None,
+        weight1: Tensor | None = None,
+        bias1: Tensor | None = None,
+        eps: float = 1e-6,
+        dropout_p: float = 0.0,
+        rowscale: Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+        zero_centered_weight: bool = False,
+        is_rms_norm: bool = False,
+        return_dropout_mask: bool = False,
+        out_dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+        residual_out: Tensor | None = None,
+    ) -> Tensor | Any:
         """See `layer_norm_fn`."""
         _check_rowscale(rowscale, x1)
         for name, term in (("residual", residual), ("x1", x1)):
@@ -173,7 +177,7 @@ class LayerNormFn:
                 total = upcast(total) + upcast(term)
 
         dtype = x.dtype if out_dtype is None else out_dtype
-        outs = [normalize(total, weight, bias, eps, is_rms_norm, dtype, zero_centered_weight)]
+        outs: list[Any] = [normalize(total, weight, bias, eps, is_rms_norm, dtype, zero_centered_weight)]
         if weight1 is not None:
             outs.append(normalize(total, weight1, bias1, eps, is_rms_norm, dtype, zero_centered_weight))
         if out is not None:
@@ -187,25 +191,25 @@ class LayerNormFn:
 
 
 def layer_norm_fn(
-    x,
-    weight,
-    bias,
-    residual=None,
-    x1=None,
-    weight1=None,
-    bias1=None,
-    eps=1e-6,
-    dropout_p=0.0,
-    rowscale=None,
-    prenorm=False,
-    residual_in_fp32=False,
-    zero_centered_weight=False,
-    is_rms_norm=False,
-    return_dropout_mask=False,
-    out_dtype=None,
-    out=None,
-    residual_out=None,
-):
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    zero_centered_weight: bool = False,
+    is_rms_norm: bool = False,
+    return_dropout_mask: bool = False,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+) -> Tensor | Any:
     """Layer norm of `dropout(rowscale * x) + dropout(x1) + residual`.
 
     Args:
@@ -246,24 +250,24 @@ def layer_norm_fn(
 
 
 def rms_norm_fn(
-    x,
-    weight,
-    bias,
-    residual=None,
-    x1=None,
-    weight1=None,
-    bias1=None,
-    eps=1e-6,
-    dropout_p=0.0,
-    rowscale=None,
-    prenorm=False,
-    residual_in_fp32=False,
-    zero_centered_weight=False,
-    return_dropout_mask=False,
-    out_dtype=None,
-    out=None,
-    residual_out=None,
-):
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    zero_centered_weight: bool = False,
+    return_dropout_mask: bool = False,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+) -> Tensor | Any:
     """RMS norm of `dropout(rowscale * x) + dropout(x1) + residual`; arguments and results as for `layer_norm_fn`."""
     return LayerNormFn.apply(
         x,
@@ -290,7 +294,17 @@ def rms_norm_fn(
 class RMSNorm(nn.Module):
     """RMS norm of `dropout(x) + residual`, with `weight` `(hidden_size,)` and no bias."""
 
-    def __init__(self, hidden_size, eps=1e-5, dropout_p=0.0, zero_centered_weight=False, device=None, dtype=None):
+    bias: None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        dropout_p: float = 0.0,
+        zero_centered_weight: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.drop = nn.Dropout(dropout_p) if dropout_p > 0.0 else None
@@ -299,10 +313,12 @@ class RMSNorm(nn.Module):
         self.register_parameter("bias", None)
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.zero_centered_weight else 1.0)
 
-    def forward(self, x, residual=None, prenorm=False, residual_in_fp32=False):
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
+    ) -> Tensor | Any:
         return rms_norm_fn(
             x,
             self.weight,
@@ -321,17 +337,17 @@ class LayerNormLinearFn:
 
     @staticmethod
     def apply(
-        x,
-        norm_weight,
-        norm_bias,
-        linear_weight,
-        linear_bias,
-        residual=None,
-        eps=1e-6,
-        prenorm=False,
-        residual_in_fp32=False,
-        is_rms_norm=False,
-    ):
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        residual: Tensor | None = None,
+        eps: float = 1e-6,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+        is_rms_norm: bool = False,
+    ) -> Tensor | Any:
         """See `layer_norm_linear_fn`."""
         y = LayerNormFn.apply(
             x,
@@ -349,17 +365,17 @@ class LayerNormLinearFn:
 
 
 def layer_norm_linear_fn(
-    x,
-    norm_weight,
-    norm_bias,
-    linear_weight,
-    linear_bias,
-    residual=None,
-    eps=1e-6,
-    prenorm=False,
-    residual_in_fp32=False,
-    is_rms_norm=False,
-):
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+) -> Tensor | Any:
     """A linear layer on the norm of `x + residual`; with `prenorm` also the sum. Under autocast, in its dtype."""
     return LayerNormLinearFn.apply(
         x,

@@ -1,5 +1,9 @@
 """`flash_attn.ops.triton.linear`, without triton: the two halves of a linear layer with an activation."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,7 +18,7 @@ def triton_linear_act(
     bias: Tensor | None = None,
     activation: str = "id",
     save_act_input: bool = False,
-) -> Tensor:
+) -> Tensor | Any:
     """`activation(x @ weight.T + bias)`, with `save_act_input` the tuple of that and the input of the activation.
 
     Args:

@@ -1,0 +1,39 @@
+"""`CacheCall`: the arguments of attention against a key-value cache, of FlashAttention 2 and 3 alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..describe import CallOptions
+
+
+@dataclass(slots=True, eq=False)
+class CacheCall:
+    """The arguments of `flash_attn_with_kvcache`, as the caller gave them. Treat it as immutable.
+
+    The operators of `graph/kvcache_op.py` have these fields as their arguments.
+    """
+
+    q: torch.Tensor  # (batch, seqlen_q, heads, head_dim), or packed with cu_seqlens_q
+    k_cache: torch.Tensor  # (batch_cache, seqlen_cache, heads_k, head_dim), or pages with block_table
+    v_cache: torch.Tensor
+    options: CallOptions
+    k: torch.Tensor | None = None  # new rows (batch, seqlen_new, heads_k, head_dim), or packed with cu_seqlens_k_new
+    v: torch.Tensor | None = None
+    qv: torch.Tensor | None = None  # of the shape of the output
+    rotary_cos: torch.Tensor | None = None  # (seqlen_ro, rotary_dim / 2)
+    rotary_sin: torch.Tensor | None = None
+    rotary_interleaved: bool = True
+    rotary_seqlens: torch.Tensor | None = None  # (batch,): where the rotation starts, if not at cache_seqlens
+    cache_seqlens: int | torch.Tensor | None = None  # rows in the cache, for all or (batch,); None: it is full
+    # (batch,): the entry of the cache that a sequence uses; of a paged one, the row of block_table
+    cache_batch_idx: torch.Tensor | None = None
+    cache_leftpad: torch.Tensor | None = None  # (batch,): the row at which a sequence starts
+    block_table: torch.Tensor | None = None  # (batch, blocks per sequence); (entries, ...) with cache_batch_idx
+    block_table_name: str = "block_table"  # the caller's word for it, for messages
+    cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,)
+    cu_seqlens_k_new: torch.Tensor | None = None  # (batch + 1,)
+    max_seqlen_q: int | torch.Tensor | None = None  # with cu_seqlens_q
+    seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count

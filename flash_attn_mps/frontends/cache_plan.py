@@ -1,0 +1,340 @@
+"""Attention against a key-value cache: the plan that follows from a call, and what the plan does.
+
+`describe` checks a call and derives the plan, without writing anything; `run` then rotates, appends in place and
+attends. Lengths and indices stay on the device. Values are checked where the host can read them for free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import checks, dispatch
+from ..lengths import Lengths, check_pages, used
+from ..problem import AttentionProblem, Result, with_qv
+from .cache_call import CacheCall
+from .rotary import rotated
+
+_Q = "batch, seqlen_q, heads, head_dim"
+_Q_PACKED = "total_q, heads, head_dim"
+_CACHE = "batch, seqlen, heads_k, head_dim"
+_PAGES = "num_blocks, block_size, heads_k, head_dim"
+_NAMES = {"k": "k_cache", "v": "v_cache"}
+
+
+class Rows(NamedTuple):
+    """A number of rows of each sequence."""
+
+    number: int | torch.Tensor  # one for all, or (batch,) int32 on the device
+    known: list[int] | None  # that of each sequence, where the host can read it for free
+
+
+class NewRows(NamedTuple):
+    """The rows that go into the caches, behind those of each sequence."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    rows: Rows
+
+
+class Rotary(NamedTuple):
+    """Rotary embedding of the queries and of the new keys."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+    start: int | torch.Tensor  # the position of the first query and of the first new key of each sequence
+    advances: bool  # does the second query have the next position? Else all queries have the first one
+
+
+class CachePlan(NamedTuple):
+    """What a call comes to: everything is checked, nothing is written yet."""
+
+    call: CacheCall
+    problem: AttentionProblem  # over the cache as it will be, by the queries as they are
+    cached: int | torch.Tensor  # the rows of each sequence in the cache, before the new ones
+    new: NewRows | None
+    rotary: Rotary | None
+
+
+def describe(call: CacheCall) -> CachePlan:
+    """The plan of a call.
+
+    Raises ValueError for a malformed call, NotImplementedError for one that is not served; both name the argument.
+    """
+    q, k_cache, v_cache = call.q, call.k_cache, call.v_cache
+    packed, paged = call.cu_seqlens_q is not None, call.block_table is not None
+    checks.qkv(q, k_cache, v_cache, (_Q_PACKED if packed else _Q, _PAGES if paged else _CACHE), _NAMES)
+    if call.cu_seqlens_q is None:
+        queries, batch = Lengths(q.shape[1]), q.shape[0]
+    else:
+        queries, batch = _packed_queries(call, call.cu_seqlens_q), call.cu_seqlens_q.shape[0] - 1
+    call = _with_entries(call, batch)
+    room = k_cache.shape[1] * (1 if call.block_table is None else call.block_table.shape[1])
+    cached = _cached(call, batch, room)
+    leftpad = None
+    if call.cache_leftpad is not None:
+        leftpad = _leftpad(call.cache_leftpad, call, batch, room, cached)
+    new = _new(call, batch, room, cached)
+    rotary = _rotary(call, batch, queries, cached, new)
+    if call.seqused_q is not None:
+        queries = used(queries, call.seqused_q, "seqused_q", batch, q)
+    problem = _problem(call, batch, room, queries, cached, new, leftpad)
+    if call.qv is not None:
+        checks.qv(call.qv, problem.out_shape, q)
+    return CachePlan(call, problem, cached.number, new, rotary)
+
+
+def run(plan: CachePlan) -> Result:
+    """Rotate the queries and the new keys, append the new keys and values to the caches, and attend.
+
+    Computes at once and without gradients: whether there is a graph or a gradient is `kvcache.attention`'s business.
+    """
+    call, problem, _, new, rotary = plan
+    if rotary is not None:
+        problem = dataclasses.replace(problem, q=_rotated_queries(rotary, problem))
+    if new is not None:
+        where = _destination(plan, new)
+        call.k_cache[where] = new.k if rotary is None else _rotated_keys(rotary, new)
+        call.v_cache[where] = new.v
+    if call.qv is not None:
+        problem = with_qv(problem, call.qv, call.options.softmax_scale)
+    return dispatch.attention(problem)
+
+
+def _packed_queries(call: CacheCall, cu_seqlens: torch.Tensor) -> Lengths:
+    known = checks.cu_seqlens(cu_seqlens, "cu_seqlens_q", call.q.shape[0], "q", call.q)
+    longest, tensor = checks.max_seqlen(call.max_seqlen_q, "max_seqlen_q", known, call.q.shape[0])
+    return Lengths(longest, tensor, known)
+
+
+def _with_entries(call: CacheCall, batch: int) -> CacheCall:
+    """`call`, checked to have an entry of the cache for each sequence; of a paged cache with those entries alone.
+
+    The rows of a block table are picked here, by one small gather on the device: the append needs them as the attention
+    does, and so no tier has to honour both indices at once.
+    """
+    k_cache, block_table, entries = call.k_cache, call.block_table, call.cache_batch_idx
+    if block_table is not None:
+        dims = "batch, blocks per sequence" if entries is None else "entries, blocks per sequence"
+        checks.int32(block_table, call.block_table_name, dims, batch if entries is None else None, call.q)
+    elif entries is None and k_cache.shape[0] != batch:
+        raise checks.malformed("k_cache", k_cache, f"a batch of {batch}, that of q, without cache_batch_idx")
+    if entries is None:
+        return call
+    checks.int32(entries, "cache_batch_idx", "batch,", batch, call.q)
+    if block_table is None:
+        checks.indices(entries, "cache_batch_idx", k_cache.shape[0], "the entries of k_cache")
+        return call
+    checks.indices(entries, "cache_batch_idx", block_table.shape[0], f"the rows of {call.block_table_name}")
+    return dataclasses.replace(call, block_table=block_table.index_select(0, entries), cache_batch_idx=None)
+
+
+def _cached(call: CacheCall, batch: int, room: int) -> Rows:
+    """The rows that are in the cache before the new ones."""
+    seqlens = call.cache_seqlens
+    if seqlens is None:
+        return Rows(room, [room] * batch)
+    if isinstance(seqlens, torch.Tensor) and seqlens.dim() > 0:
+        return Rows(seqlens, checks.lengths(seqlens, "cache_seqlens", batch, room, call.q))
+    accepted = f"None, an integer or a (batch,) int32 tensor, between 0 and {room}"
+    number = checks.integer(seqlens, "cache_seqlens", accepted)
+    if not 0 <= number <= room:
+        raise checks.malformed("cache_seqlens", seqlens, accepted)
+    return Rows(number, [number] * batch)
+
+
+def _leftpad(leftpad: torch.Tensor, call: CacheCall, batch: int, room: int, cached: Rows) -> Rows:
+    """The rows of the cache in front of each sequence."""
+    known = checks.lengths(leftpad, "cache_leftpad", batch, room, call.q)
+    if known and cached.known and any(a > b for a, b in zip(known, cached.known, strict=True)):
+        raise checks.malformed("cache_leftpad", known, f"at most cache_seqlens, {cached.known}")
+    return Rows(leftpad, known)
+
+
+def _new(call: CacheCall, batch: int, room: int, cached: Rows) -> NewRows | None:
+    """The rows that the call appends, for which there is room."""
+    cu_seqlens = call.cu_seqlens_k_new
+    if call.k is None and call.v is None:
+        if cu_seqlens is not None:
+            raise checks.malformed("cu_seqlens_k_new", "new lengths without k and v", "None, or k and v too")
+        return None
+    for name, value in (("k", call.k), ("v", call.v), ("cache_seqlens", call.cache_seqlens)):
+        if value is None:
+            raise checks.malformed(name, "None", "k, v and cache_seqlens together, to append to the cache")
+    k, v = _new_tensor(call.k, "k", call.k_cache, call), _new_tensor(call.v, "v", call.v_cache, call)
+    if cu_seqlens is None and k.shape[0] != batch:
+        raise checks.malformed("k", k, f"a batch of {batch}, that of q")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise checks.malformed("v", v, f"the shape of k, {tuple(k.shape)}, up to head_dim")
+    if cu_seqlens is None:
+        rows = Rows(k.shape[1], [k.shape[1]] * batch)
+    else:
+        known = checks.cu_seqlens(cu_seqlens, "cu_seqlens_k_new", k.shape[0], "k", call.q)
+        if cu_seqlens.shape[0] != batch + 1:
+            raise checks.malformed("cu_seqlens_k_new", cu_seqlens, f"{batch + 1} values")
+        rows = Rows(cu_seqlens.diff(), known)
+    longest = _longest(cached.known, rows.known)
+    if longest > room:
+        raise checks.malformed("k", f"{longest} keys after appending", f"at most {room}, the room of k_cache")
+    return NewRows(k, v, cu_seqlens, rows)
+
+
+def _new_tensor(value: Any, name: str, cache: torch.Tensor, call: CacheCall) -> torch.Tensor:
+    packed = call.cu_seqlens_k_new is not None
+    dims = "total_k_new, heads_k, head_dim" if packed else "batch, seqlen_new, heads_k, head_dim"
+    tensor = checks.tensor(value, name, dims, call.q)
+    if tensor.dtype != cache.dtype:
+        raise checks.malformed(name, f"dtype {tensor.dtype}", f"{cache.dtype}, the dtype of {name}_cache")
+    if tensor.shape[-2:] != cache.shape[-2:]:
+        raise checks.malformed(name, tensor, f"(heads, head_dim) = {tuple(cache.shape[-2:])} as {name}_cache")
+    return tensor
+
+
+def _longest(starts: list[int] | None, lengths: list[int] | None) -> int:
+    """How far the farthest sequence reaches, as far as the host knows."""
+    if not starts or not lengths:
+        return 0
+    return max(start + length for start, length in zip(starts, lengths, strict=True))
+
+
+def _rotary(call: CacheCall, batch: int, queries: Lengths, cached: Rows, new: NewRows | None) -> Rotary | None:
+    """How to rotate, with a table that reaches as far as the positions do."""
+    q, seqlens = call.q, call.rotary_seqlens
+    if call.rotary_cos is None:
+        if call.rotary_sin is not None:
+            raise checks.malformed("rotary_sin", "a table without rotary_cos", "None, or rotary_cos too")
+        return None  # whatever rotary_seqlens is: upstream does not look at it either
+    cos, sin = _table(call.rotary_cos, "rotary_cos", q), _table(call.rotary_sin, "rotary_sin", q)
+    if sin.shape != cos.shape:
+        raise checks.malformed("rotary_sin", sin, f"the shape of rotary_cos, {tuple(cos.shape)}")
+    if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
+        raise checks.malformed("rotary_cos", cos, f"rotary_dim / 2 of at most {q.shape[-1] // 2}, half the head_dim")
+    if new is None:
+        raise checks.malformed("rotary_cos", "rotary embedding without k and v", "k and v too")
+    start = cached
+    if seqlens is not None:
+        start = Rows(seqlens, checks.lengths(seqlens, "rotary_seqlens", batch, cos.shape[0], q))
+    _check_table(cos, start, new.rows.known, "keys")
+    # Upstream's rule: queries that are neither causal nor local all have the position after the cache.
+    window = checks.window(call.options.window_size, call.options.causal)
+    advances = window != (-1, -1) or checks.attention_chunk(call.options.attention_chunk) > 0
+    lengths = [q.shape[1]] * batch if call.cu_seqlens_q is None else queries.lengths
+    if lengths is not None and not advances:
+        lengths = [min(n, 1) for n in lengths]
+    _check_table(cos, start, lengths, "queries")
+    return Rotary(cos, sin, call.rotary_interleaved, start.number, advances)
+
+
+def _table(value: Any, name: str, q: torch.Tensor) -> torch.Tensor:
+    table = checks.tensor(value, name, "seqlen_ro, rotary_dim / 2", q)
+    if table.dtype != q.dtype:
+        raise checks.malformed(name, f"dtype {table.dtype}", f"{q.dtype}, the dtype of q")
+    return table
+
+
+def _check_table(cos: torch.Tensor, start: Rows, lengths: list[int] | None, what: str) -> None:
+    longest = _longest(start.known, lengths)
+    if longest > cos.shape[0]:
+        raise checks.malformed("rotary_cos", cos, f"at least {longest} positions, for the {what}")
+
+
+def _problem(
+    call: CacheCall,
+    batch: int,
+    room: int,
+    queries: Lengths,
+    cached: Rows,
+    new: NewRows | None,
+    leftpad: Rows | None,
+) -> AttentionProblem:
+    """Attention over the cache with the new rows in it."""
+    q, k, v, block_table = call.q, call.k_cache, call.v_cache, call.block_table
+    rows = cached
+    if new is not None:
+        rows = _each(operator.add, rows, new.rows)
+    if block_table is not None:
+        first = None if leftpad is None else leftpad.known
+        check_pages(block_table, k, rows.known, "cache_seqlens", call.block_table_name, first)
+    if leftpad is not None:
+        rows = _each(operator.sub, rows, leftpad)
+    number, known = rows
+    seqused = None
+    if isinstance(number, torch.Tensor):
+        seqused = number
+    elif block_table is not None:
+        seqused = torch.full((batch,), number, dtype=torch.int32, device=q.device)
+    else:
+        # One length for all is a plain dense problem on a shorter view.
+        k, v, room, known = k[:, :number], v[:, :number], number, None
+    max_seqlen_k = room if known is None else max(known, default=0)
+    return AttentionProblem(
+        q,
+        k,
+        v,
+        batch,
+        queries.max_seqlen,
+        max_seqlen_k,
+        **call.options.checked(q, batch),
+        cu_seqlens_q=call.cu_seqlens_q,
+        seqused_q=call.seqused_q,
+        seqused_k=seqused,
+        max_seqlen_q_tensor=queries.max_seqlen_tensor,
+        block_table=block_table,
+        kv_batch_idx=call.cache_batch_idx,
+        leftpad_k=call.cache_leftpad,
+        lengths_q=queries.lengths,
+        lengths_k=known,
+    )
+
+
+def _each(change: Callable[[Any, Any], Any], a: Rows, b: Rows) -> Rows:
+    """`change` of the rows of each sequence by those of another kind."""
+    known = None
+    if a.known is not None and b.known is not None:
+        known = [change(n, m) for n, m in zip(a.known, b.known, strict=True)]
+    return Rows(change(a.number, b.number), known)
+
+
+def _rotated_queries(rotary: Rotary, p: AttentionProblem) -> torch.Tensor:
+    cos, sin, interleaved, start, advances = rotary
+    q, cu_seqlens = p.q, p.cu_seqlens_q
+    if advances:
+        return rotated(q, cos, sin, start, cu_seqlens, interleaved)
+    if cu_seqlens is None:  # all at one position: as if all were heads of one query
+        return rotated(q.flatten(1, 2).unsqueeze(1), cos, sin, start, None, interleaved).view(q.shape)
+    if isinstance(start, torch.Tensor):
+        start = start[_sequence_of_rows(cu_seqlens, q.shape[0])]
+    # As if each query were a sequence.
+    return rotated(q.unsqueeze(1), cos, sin, start, None, interleaved).squeeze(1)
+
+
+def _rotated_keys(rotary: Rotary, new: NewRows) -> torch.Tensor:
+    return rotated(new.k, rotary.cos, rotary.sin, rotary.start, new.cu_seqlens, rotary.interleaved)
+
+
+def _sequence_of_rows(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    """`(total,)`: to which sequence each packed row belongs; the last one for rows past its end."""
+    rows = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:], rows, right=True).clamp_(max=cu_seqlens.shape[0] - 2)
+
+
+def _destination(plan: CachePlan, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each new row goes: indices into the first two dimensions of the caches, of the shape of k's rows."""
+    call, cached, device = plan.call, plan.cached, new.k.device
+    if new.cu_seqlens is None:
+        batch, seqlen = new.k.shape[:2]
+        sequence, row = torch.arange(batch, device=device)[:, None], torch.arange(seqlen, device=device)
+    else:
+        sequence = _sequence_of_rows(new.cu_seqlens, new.k.shape[0])
+        row = torch.arange(new.k.shape[0], device=device) - new.cu_seqlens[sequence]
+    position = row + (cached if isinstance(cached, int) else cached[sequence])
+    if call.block_table is not None:
+        block_size = call.k_cache.shape[1]
+        return call.block_table[sequence, position // block_size], position % block_size
+    return sequence if call.cache_batch_idx is None else call.cache_batch_idx[sequence], position

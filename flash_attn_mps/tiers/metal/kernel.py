@@ -1,0 +1,103 @@
+"""What the host knows of a kernel: a `Kernel` for each, in the host file that launches it (`simdgroup.py`, say).
+
+Everything that both sides must agree on is written here or there once, in Python: `Specialization.source` declares it
+to Metal, `launch.arguments` fills it in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ...problem import AttentionProblem
+
+Grid = tuple[tuple[int, int, int], tuple[int, int, int]]  # threads in all, threads of a group
+
+# The tensors of a problem that not every problem has, and Metal's type of their elements. A kernel gets those that it
+# lists and the problem has, and knows which by HAS_CU_SEQLENS_Q and so on.
+OPTIONAL_BUFFERS = {
+    "cu_seqlens_q": "int",
+    "cu_seqlens_k": "int",
+    "seqused_q": "int",
+    "seqused_k": "int",
+    "kv_batch_idx": "int",
+    "leftpad_k": "int",
+    "block_table": "int",
+    "alibi_slopes": "float",
+    "sinks": "float",
+    "mask": "MASK_T",
+    "softmax_scale": "SCALE_T",
+}
+
+
+class Parameters(NamedTuple):
+    """What every kernel is told of its problem, as 64-bit integers; in Metal params[SEQLEN_Q] and so on.
+
+    Strides count elements. Floats travel as their bits.
+    """
+
+    seqlen_q: int  # queries and keys of a sequence, where the batch is dense
+    seqlen_k: int
+    total_q: int  # rows of q, where the batch is packed
+    batch: int  # sequences
+    heads_per_kv_head: int
+    lse_batch: int  # strides of the log-sum-exp; a packed batch has none of its own
+    lse_head: int
+    window_left: int  # where that side is closed
+    window_right: int
+    softmax_scale: int  # float bits, unless it is a buffer
+    softcap: int  # float bits
+    alibi_batch: int  # stride
+    page_size: int
+    block_table_row: int  # stride
+    mask_batch: int  # strides
+    mask_head: int
+    mask_row: int
+    mask_column: int
+
+
+class Buffer(NamedTuple):
+    """A buffer that a kernel has besides those of `OPTIONAL_BUFFERS`."""
+
+    type: str  # Metal's, of its elements: "const T", "float"
+    # "head_dim" or "head_dim_v": its rows have so many elements, next to each other. The strides of its batch, rows and
+    # heads are parameters: Q_BATCH (0 in a packed tensor), Q_ROW, Q_HEAD.
+    row: str = ""
+    optional: bool = False  # may be None; HAS_LSE, say, tells whether it is there
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Kernel:
+    """One kernel. There is one object for each, so that it is cheap as part of a key.
+
+    A kernel is launched in some variant: a NamedTuple of numbers of its own, which Metal has in capitals, as ROWS.
+    """
+
+    entry: str  # Metal's name of the function
+    headers: tuple[str, ...]  # of Metal's library
+    sources: tuple[str, ...]  # of kernels/, in the order in which they build on each other
+    buffers: Mapping[str, Buffer]  # in the order of the arguments
+    optional: tuple[str, ...]  # which of OPTIONAL_BUFFERS it reads
+    parameters: tuple[str, ...] = ()  # names of those that it has besides `Parameters` and strides
+    grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
+
+    def __repr__(self) -> str:
+        return self.entry
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class TunedKernel(Kernel):
+    """A kernel of several variants. Head dims decide which of them fit; which is fastest depends on the GPU.
+
+    The `str` of a variant is its name: in the environment, and where `tune` keeps what it found.
+    """
+
+    variants: tuple[Any, ...]
+    fits: Callable[[Any, int, int, int], bool]  # variant, bytes of an element, head_dim, head_dim_v
+    default: Callable[[int, int, int], Any]  # one that fits: what this GPU should do well with
+    variable: str  # of the environment, which forces one
+
+    def fitting(self, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Any]:
+        """What `tune` tries, and what the tests run."""
+        return [variant for variant in self.variants if self.fits(variant, element_bytes, head_dim, head_dim_v)]

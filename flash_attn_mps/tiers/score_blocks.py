@@ -1,0 +1,151 @@
+"""Blocks of scores, all that a few queries have: what the `torch` tier computes at a time, forward and backward.
+
+Shapes: in a block, `g` sequences, `r` query heads per kv head, `c` queries, `n` keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator
+
+import torch
+
+from ..problem import AttentionProblem
+from .layout import Group, KeyRows, QueryRows
+
+SCORES = 1 << 22  # of a block: 16 MiB of float32
+
+
+class Dropout:
+    """What dropout keeps, block by block, the same in forward and backward: both take the blocks in the same order."""
+
+    def __init__(self, p: AttentionProblem) -> None:
+        self.p = p.dropout_p
+        self.generator = torch.Generator(p.q.device).manual_seed(int(p.seed)) if p.dropout_p else None
+
+    def keep(self, prob: torch.Tensor) -> torch.Tensor:
+        return torch.rand(prob.shape, generator=self.generator, dtype=torch.float32, device=prob.device) >= self.p
+
+
+class Block:
+    """Queries `first` to `last` of a group against the keys `lo` to `hi`, all that any of them may see."""
+
+    def __init__(self, p: AttentionProblem, group: Group, queries: QueryRows, keys: KeyRows, first: int, last: int):
+        self.p, self.group, self.queries, self.keys = p, group, queries, keys
+        self.first, self.last = first, last
+        self.lo, self.hi = 0, group.seqlen_k
+        self.left, self.right = p.window
+        if group.offsets is not None:
+            least, greatest = group.offsets
+            if self.left >= 0:
+                self.lo = max(self.lo, first + least - self.left)
+            if self.right >= 0:
+                self.hi = min(self.hi, last + greatest + self.right)
+
+    def heads_first(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(g, c, heads, d)` to `(g, heads_k, r * c, d)`, float32."""
+        g, c, heads, d = rows.shape
+        heads_k = self.p.heads_k
+        rows = rows.to(torch.float32).view(g, c, heads_k, heads // heads_k, d)
+        return rows.permute(0, 2, 3, 1, 4).reshape(g, heads_k, -1, d)
+
+    def split(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(g, heads_k, r * c, x)` to `(g, heads_k, r, c, x)`."""
+        return rows.unflatten(2, (-1, self.last - self.first))
+
+    def rows_first(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(g, heads_k, r, c, d)` or `(g, heads_k, r * c, d)` to `(g, c, heads, d)`."""
+        if rows.dim() == 4:
+            rows = self.split(rows)
+        return rows.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def scores(
+        self, q_rows: torch.Tensor, k_rows: torch.Tensor, keep_capped: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores `(g, heads_k, r, c, n)`, -inf where masked.
+
+        With `keep_capped` also as they were before bias and mask.
+        """
+        p = self.p
+        s = self.split((q_rows * p.softmax_scale) @ k_rows[:, :, self.lo : self.hi].transpose(-1, -2))
+        capped = None
+        if p.softcap:
+            s = s.div_(p.softcap).tanh_().mul_(p.softcap)
+            capped = s.clone() if keep_capped else None
+        distance = None
+        if p.alibi_slopes is not None or self.left >= 0 or self.right >= 0:
+            distance = self._keys() - self._diagonal()  # (g or 1, c, n): of a key from the query's diagonal
+        if p.alibi_slopes is not None and distance is not None:
+            slopes = p.alibi_slopes.unflatten(-1, (p.heads_k, -1))[..., None, None]
+            slopes = slopes[self.group.seqs] if p.alibi_slopes.dim() == 2 else slopes
+            s.sub_(slopes * distance.abs()[:, None, None])
+        if p.mask is not None:
+            mask = p.mask[self.group.seqs, :, self.first : self.last, self.lo : self.hi].unflatten(1, (p.heads_k, -1))
+            if mask.dtype == torch.bool:
+                s.masked_fill_(~mask, -torch.inf)
+            else:
+                s.add_(mask).masked_fill_(mask == -torch.inf, -torch.inf)  # hidden, even if the score is NaN
+        hidden = self._hidden(distance)
+        return s if hidden is None else s.masked_fill_(hidden[:, None, None], -torch.inf), capped
+
+    def softmax(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities, in the place of s, and the log-sum-exp `(g, heads_k, r, c, 1)`. Rows of -inf give zeros."""
+        m = s.amax(-1, keepdim=True)
+        sinks = None if self.p.sinks is None else self.p.sinks.view(self.p.heads_k, -1, 1, 1)
+        if sinks is not None:
+            m = torch.maximum(m, sinks)
+        base = m.masked_fill(m == -torch.inf, 0.0)
+        total = s.sub_(base).exp_().sum(-1, keepdim=True)
+        if sinks is not None:
+            total += (sinks - base).exp_()
+        return s.div_(total.masked_fill(total == 0.0, 1.0)), m + total.log()
+
+    def rounding(self, q_rows: torch.Tensor, k_seen: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """`(g, heads_k, r, c, 1)`: how far apart the log-sum-exp of these rows, here `lse`, may be elsewhere.
+
+        The rounding of a sum of products in float32 is relative to the sum of their magnitudes, at most |q| |k|.
+        """
+        largest = q_rows.norm(dim=-1, keepdim=True) * k_seen.norm(dim=-1).amax(-1)[..., None, None]
+        largest = self.split(largest) * abs(self.p.softmax_scale)
+        if self.p.softcap:
+            largest = largest.clamp(max=self.p.softcap)
+        return 8 * torch.finfo(torch.float32).eps * (largest + lse.abs())
+
+    def _keys(self) -> torch.Tensor:
+        """`(n,)`: j."""
+        return torch.arange(self.lo, self.hi, device=self.p.q.device)
+
+    def _diagonal(self) -> torch.Tensor:
+        """`(g or 1, c, 1)`: i + offset, the key that a query is aligned with."""
+        i = torch.arange(self.first, self.last, device=self.p.q.device)[None, :, None]
+        group, seqlens_k, seqlens_q = self.group, self.keys.lengths, self.queries.lengths
+        if seqlens_k is None and seqlens_q is None:
+            return i + (group.seqlen_k - group.seqlen_q)
+        seqlen_k = group.seqlen_k if seqlens_k is None else seqlens_k[group.seqs][:, None, None]
+        seqlen_q = group.seqlen_q if seqlens_q is None else seqlens_q[group.seqs][:, None, None]
+        return i + (seqlen_k - seqlen_q)
+
+    def _hidden(self, distance: torch.Tensor | None) -> torch.Tensor | None:
+        """`(g or 1, c, n)`: which scores do not count; None if all do."""
+        hidden: list[torch.Tensor] = []
+        if distance is not None and self.right >= 0:
+            hidden.append(distance > self.right)
+        if distance is not None and self.left >= 0:
+            hidden.append(distance < -self.left)
+        if self.p.attention_chunk:
+            chunks = self._diagonal().div(self.p.attention_chunk, rounding_mode="floor")
+            hidden.append(self._keys() // self.p.attention_chunk != chunks)
+        if (valid := self.keys.valid(self.group)) is not None:
+            hidden.append(~valid[:, None, self.lo : self.hi])
+        if (valid := self.queries.valid(self.group, self.first, self.last)) is not None:
+            hidden.append(~valid[:, :, None])
+        return functools.reduce(operator.or_, hidden) if hidden else None
+
+
+def blocks(p: AttentionProblem, group: Group, queries: QueryRows, keys: KeyRows) -> Iterator[Block]:
+    count = max(1, SCORES // max(1, group.size * p.heads * group.seqlen_k))
+    for first in range(0, group.seqlen_q, count):
+        block = Block(p, group, queries, keys, first, min(first + count, group.seqlen_q))
+        if block.lo < block.hi:
+            yield block

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from flash_attn_mps import checks
+from flash_attn_mps.tiers.metal import compiler, store, variants
+from metal_host import compile_shader
+
+# Forced tier and variant: "auto" is what a CPU tensor gets, the cpu tier wherever that serves the call.
+TIERS = {
+    "auto": (None, None),
+    "torch": ("torch", None),
+    "simdgroup direct": ("simdgroup", "8x2x16-direct"),
+    "simdgroup staged": ("simdgroup", "16x2x16-staged"),
+    "scalar": ("scalar", None),
+}
+
+
+@pytest.fixture(params=TIERS)
+def tier(request, monkeypatch, tmp_path):
+    """Every tier in turn; the Metal ones on the runner."""
+    kernel, variant = TIERS[request.param]
+    wanted = {"MTLFLASHATTN_KERNEL": kernel, "MTLFLASHATTN_VARIANT": variant, store.CACHE: str(tmp_path)}
+    for name, value in wanted.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    if kernel in ("simdgroup", "scalar"):
+        monkeypatch.setattr(compiler, "compile_shader", compile_shader)
+        monkeypatch.setattr(compiler, "device_types", frozenset({"cpu"}))
+    variants.forget()
+    torch.manual_seed(0)
+    yield request.param
+    variants.forget()
+
+
+@pytest.fixture(params=["host", "device"])
+def read_by(request, monkeypatch):
+    """Whether the host can read values for free, as those of CPU tensors, or would wait for a device."""
+    if request.param == "device":
+        monkeypatch.setattr(checks, "readable", lambda tensor: False)
+    return request.param
