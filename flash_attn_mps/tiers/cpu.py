@@ -10,6 +10,7 @@ pytorch#176767).
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -53,7 +54,8 @@ def _backward_limits(p: AttentionProblem) -> list[str]:
 def _scores_are_finite(p: AttentionProblem) -> bool:
     """Are q, k, v and, whatever they are, the scores?"""
     largest_q, largest_k, largest_v = (_largest(t) for t in (p.q, p.k, p.v))
-    score = largest_q * largest_k * p.q.shape[-1] * max(1.0, abs(p.softmax_scale))
+    scale = cast(float, p.softmax_scale)  # a tensor is a feature that this tier does not serve
+    score = largest_q * largest_k * p.q.shape[-1] * max(1.0, abs(scale))
     return score < _LARGEST_SCORE and largest_v < math.inf
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -107,7 +108,8 @@ class Block:
         The rounding of a sum of products in float32 is relative to the sum of their magnitudes, at most |q| |k|.
         """
         largest = q_rows.norm(dim=-1, keepdim=True) * k_seen.norm(dim=-1).amax(-1)[..., None, None]
-        largest = self.split(largest) * abs(self.p.softmax_scale)
+        scale: Any = self.p.softmax_scale  # a number or a 0-d tensor
+        largest = self.split(largest) * abs(scale)
         if self.p.softcap:
             largest = largest.clamp(max=self.p.softcap)
         return 8 * torch.finfo(torch.float32).eps * (largest + lse.abs())
