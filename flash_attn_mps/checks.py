@@ -236,7 +236,10 @@ def qv(value: Any, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 
 
 def cu_seqlens(value: Any, name: str, total: int | None, total_of: str, like: torch.Tensor) -> list[int] | None:
-    """Cumulative lengths (batch + 1,), from 0 to `total`. Returns the lengths where the values can be read for free."""
+    """Cumulative lengths (batch + 1,), from 0 to at most `total`: rows behind the last sequence belong to none.
+
+    Returns the lengths where the values can be read for free.
+    """
     int32(value, name, "batch + 1,", None, like)
     if value.shape[0] < 1:
         raise malformed(name, value, "batch + 1 cumulative lengths, from 0 on")
@@ -246,8 +249,8 @@ def cu_seqlens(value: Any, name: str, total: int | None, total_of: str, like: to
     lengths = [b - a for a, b in itertools.pairwise(ends)]
     if ends[0] != 0 or any(n < 0 for n in lengths):
         raise malformed(name, f"{show(ends)}", "values that start at 0 and never decrease")
-    if total is not None and ends[-1] != total:
-        raise malformed(name, f"a last value of {ends[-1]}", f"{total}, the number of rows of {total_of}")
+    if total is not None and ends[-1] > total:
+        raise malformed(name, f"a last value of {ends[-1]}", f"at most {total}, the number of rows of {total_of}")
     return lengths
 
 

@@ -53,13 +53,13 @@ def packed_lengths(
     if paged:
         check_pages(block_table, k, known_k, cu_k_name)
     if seqused_q is not None:
-        queries = _used(queries, seqused_q, "seqused_q", batch, q)
+        queries = used(queries, seqused_q, "seqused_q", batch, q)
     if seqused_k is not None:
-        keys = _used(keys, seqused_k, "seqused_k", batch, q)
+        keys = used(keys, seqused_k, "seqused_k", batch, q)
     return queries, keys
 
 
-def _used(side: Lengths, seqused: Any, name: str, batch: int, like: torch.Tensor) -> Lengths:
+def used(side: Lengths, seqused: Any, name: str, batch: int, like: torch.Tensor) -> Lengths:
     """`side` with only the first `seqused` rows of each sequence in use."""
     known = checks.lengths(seqused, name, batch, side.lengths or side.max_seqlen, like)
     return Lengths(side.max_seqlen, side.max_seqlen_tensor, known)
@@ -71,8 +71,12 @@ def check_pages(
     lengths: list[int] | None,
     lengths_name: str,
     name: str = "block_table",
+    first: list[int] | None = None,
 ) -> None:
-    """Check `block_table` `(batch, blocks per sequence)` against the pages of k and the lengths that it must hold."""
+    """Check `block_table` `(batch, blocks per sequence)` against the pages of k and the lengths that it must hold.
+
+    With `first` the rows of a sequence from there on count alone.
+    """
     num_blocks, block_size = k.shape[:2]
     if lengths is None or not checks.readable(block_table):
         return
@@ -82,6 +86,8 @@ def check_pages(
             lengths_name, f"a sequence of {max(lengths)} keys", f"at most {room}, the room of {name}"
         )
     # Only blocks that hold keys are looked at.
-    needed = torch.tensor([-(-n // block_size) for n in lengths], device="cpu")
-    used = torch.arange(block_table.shape[1], device="cpu") < needed[:, None]
-    checks.indices(block_table, name, num_blocks, "the blocks of k", used)
+    keys = [range(begin, end) for begin, end in zip(first or [0] * len(lengths), lengths, strict=True)]
+    blocks = torch.tensor([(n[0] // block_size, n[-1] // block_size) if n else (0, -1) for n in keys], device="cpu")
+    column = torch.arange(block_table.shape[1], device="cpu")
+    counts = (column >= blocks[:, :1]) & (column <= blocks[:, 1:])
+    checks.indices(block_table, name, num_blocks, "the blocks of k", counts)

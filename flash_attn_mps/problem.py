@@ -62,7 +62,7 @@ class AttentionProblem:
     seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
     seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
     block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
-    kv_batch_idx: torch.Tensor | None = None  # (batch,): the entry of k and v a sequence reads
+    kv_batch_idx: torch.Tensor | None = None  # (batch,): the entry of k and v a sequence reads; not with block_table
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
     # Broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added.
     mask: torch.Tensor | None = None
@@ -119,7 +119,13 @@ class AttentionProblem:
     @property
     def empty(self) -> bool:
         """Is there no score to compute?"""
-        return self.q.numel() == 0 or self.k.numel() == 0 or self.max_seqlen_q == 0 or self.max_seqlen_k == 0
+        return (
+            self.batch == 0
+            or self.q.numel() == 0
+            or self.k.numel() == 0
+            or self.max_seqlen_q == 0
+            or self.max_seqlen_k == 0
+        )
 
     def resolved(self) -> AttentionProblem:
         """The same problem with exact `max_seqlen_q` and `max_seqlen_k`; waits for the device if only it knows them."""

@@ -8,6 +8,7 @@ from ctypes import POINTER, c_char_p, c_int64, c_uint32, c_uint64, c_void_p
 MAX_BUFFERS = 31
 MAX_THREADS = 1024
 MAX_REPORTS = 64
+MAX_THREADGROUP_BYTES = 32 << 10
 SPACES = ("device", "constant", "threadgroup", "stack")
 
 
@@ -65,6 +66,7 @@ class Launch(ctypes.Structure):
     _fields_ = [
         ("entry", c_void_p),
         ("arguments", c_uint64 * MAX_BUFFERS),
+        ("threadgroup_arguments", c_uint64 * MAX_BUFFERS),
         ("grid", c_uint32 * 3),
         ("group", c_uint32 * 3),
         ("seed", c_uint64),
@@ -81,7 +83,9 @@ class Launch(ctypes.Structure):
         ("site_lines", POINTER(c_uint32)),
         ("site_count", c_uint64),
         ("allow_partial_collectives", c_uint32),
+        ("lockstep", c_uint32),
         ("report_count", c_uint32),
+        ("unused", c_uint32),
         ("counters", Counters),
         ("reports", Report * MAX_REPORTS),
     ]

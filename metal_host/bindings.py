@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from . import abi
+from .constants import Constants
 
 MAX_INLINE_BYTES = 4 << 10
 _CASTS = {
@@ -24,8 +26,14 @@ _UNSUPPORTED_DTYPES = (torch.float64, torch.complex128)
 class Bindings:
     """The memory behind a launch's arguments."""
 
-    def __init__(self, parameters: list):
-        self._parameters = {p.index: p for p in parameters if not isinstance(p, str)}
+    def __init__(self, parameters: list, constants: Constants):
+        """parameters: the kernel's, as kernels.parse_arguments gives them."""
+        buffers = [p for p in parameters if not isinstance(p, str)]
+        self._parameters = {p.index: p for p in buffers if p.space != "threadgroup"}
+        self._threadgroup = {p.index: p for p in buffers if p.space == "threadgroup"}
+        self._constants = constants
+        self.threadgroup_bytes: dict[int, int] = {}
+        self.kept: list[Any] = []  # memory that must live as long as the launch
         self.tensors: dict[int, torch.Tensor] = {}
         self.inline: dict[int, ctypes.Array] = {}
         self.tensor_lists: dict[int, list[torch.Tensor]] = {}
@@ -48,13 +56,36 @@ class Bindings:
                 f"argument {index}: {size} inline bytes, Metal's setBytes takes at most {MAX_INLINE_BYTES}"
             )
 
+    def optional(self, index: int) -> bool:
+        return index not in self._parameters or bool(self._parameters[index].condition)
+
+    def set_threadgroup_bytes(self, lengths: Mapping[int, int], static: int) -> None:
+        """The lengths of the [[threadgroup(n)]] arguments; `static` is what the kernel's own variables take."""
+        for index, size in lengths.items():
+            if index not in self._threadgroup:
+                raise ValueError(f"threadgroup_bytes: the kernel has no argument [[threadgroup({index})]]")
+            if not isinstance(size, int) or size <= 0 or size % 16:
+                raise ValueError(f"threadgroup_bytes: length {index} must be a positive multiple of 16, got {size!r}")
+        if missing := [f"{p.name} [[threadgroup({i})]]" for i, p in self._threadgroup.items() if i not in lengths]:
+            raise RuntimeError(f"no length for {', '.join(missing)}: pass threadgroup_bytes={{index: bytes}}")
+        if (total := static + sum(lengths.values())) > abi.MAX_THREADGROUP_BYTES:
+            raise RuntimeError(
+                f"the launch takes {total} bytes of threadgroup memory, the maximum is {abi.MAX_THREADGROUP_BYTES}"
+            )
+        self.threadgroup_bytes = dict(lengths)
+
     def finish(self) -> None:
-        """Every buffer of the kernel must be bound: Metal would read address 0."""
-        missing = [
-            f"{p.name} [[buffer({i})]]"
-            for i, p in self._parameters.items()
-            if i not in self.tensors and i not in self.inline
-        ]
+        """Every buffer of the kernel must be bound: Metal would read address 0. One whose function constant is false does
+        not exist: what was bound to it is dropped."""
+        missing = []
+        for index, parameter in self._parameters.items():
+            exists = self._constants.exists(parameter.condition) if parameter.condition else True
+            if exists is False:
+                self.tensors.pop(index, None)
+                self.inline.pop(index, None)
+                self.tensor_lists.pop(index, None)
+            elif exists and index not in self.tensors and index not in self.inline:
+                missing.append(f"{parameter.name} [[buffer({index})]]")
         if missing:
             raise RuntimeError(f"no argument for {', '.join(missing)}")
 
@@ -64,6 +95,9 @@ class Bindings:
 
     def name(self, index: int) -> str:
         return self._parameters[index].name if index in self._parameters else f"buffer({index})"
+
+    def threadgroup_name(self, index: int) -> str:
+        return self._threadgroup[index].name
 
     def space(self, index: int) -> str:
         return self._parameters[index].space if index in self._parameters else "device"

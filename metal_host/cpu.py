@@ -15,11 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from . import abi, recursion, sites, toolchain
+from . import abi, calls, sites, toolchain, versions
 from . import cache as disk
+from .bindings import Bindings
 from .frontend import Unit
 
 FAST_STACK = 128 << 10
+ARGUMENT = 1 << 20  # numbers of threadgroup memory from here on are [[threadgroup(n)]] arguments
 _RUNTIME_FLAGS = ["-std=gnu11", "-O2", "-fPIC", "-ffreestanding", "-fno-stack-protector", "-fno-optimize-sibling-calls"]
 # Metal lets a vector be read where its elements are aligned; x86 would trap on a stricter assumption.
 _FAST = ["-O2", "-fno-optimize-sibling-calls", "-fmax-type-align=1"]
@@ -63,6 +65,13 @@ def _compile_c(name: str, output: Path) -> None:
     toolchain.run(["clang", *flags, "-c", "-o", str(output), str(toolchain.RUNTIME / name)])
 
 
+def _compile_with_libc(name: str, output: Path) -> None:
+    machine = "aarch64" if platform.machine().lower() in ("arm64", "aarch64") else "x86_64"
+    system = "macos" if sys.platform == "darwin" else "linux-gnu"
+    flags = ["-target", f"{machine}-{system}", "-O2", "-fPIC", "-fno-sanitize=all", "-fno-stack-protector"]
+    toolchain.run(["cc", *flags, "-c", "-o", str(output), str(toolchain.RUNTIME / name)])
+
+
 def _runtime_files() -> list[Path]:
     """The fiber runtime as a shared library, and the object that is linked into every kernel's."""
 
@@ -71,6 +80,8 @@ def _runtime_files() -> list[Path]:
         for source in ("scheduler.c", "collective.c", "faults.c", "shadow.c"):
             objects.append(directory / f"{source}.o")
             _compile_c(source, objects[-1])
+        objects.append(directory / "crash.c.o")
+        _compile_with_libc("crash.c", objects[-1])
         link(objects, directory / "runtime.so")
         _compile_c("table.c", directory / "table.o")
 
@@ -83,7 +94,7 @@ def runtime() -> ctypes.CDLL:
     if libm := ctypes.util.find_library("m"):
         ctypes.CDLL(libm, mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(_runtime_files()[0]), mode=ctypes.RTLD_GLOBAL)
-    library.__mh_launch.argtypes = [ctypes.POINTER(abi.Launch)]
+    library.__mh_guarded_launch.argtypes = [ctypes.POINTER(abi.Launch)]
     return library
 
 
@@ -115,6 +126,7 @@ class Compiled:
     max_threads: int
     variables: list[abi.ThreadgroupRecord]
     constants: tuple[int, int]  # addresses of the source's tables
+    unset: list[str]  # function constants that it reads and that have no value; known in the fast build
     sites: sites.Sites | None
 
     @property
@@ -125,17 +137,20 @@ class Compiled:
 
 def compile_unit(unit: Unit, host_names: list[str], instrumented: bool) -> dict[str, Compiled]:
     """The kernels `host_names`, compiled into one library and loaded."""
+    if not host_names:
+        return {}
     entries = {name: f"__mh_entry_{i}" for i, name in enumerate(host_names)}
     source = unit.render(entries)
     if instrumented:
         source = _UNROLLING.sub("disable", source)
-    flags = [*toolchain.LANGUAGE, *toolchain.target(), *(_INSTRUMENTED if instrumented else _FAST), "-fPIC"]
+    mode = _INSTRUMENTED if instrumented else _FAST
+    flags = [*toolchain.LANGUAGE, *versions.flags(unit.version), *toolchain.target(), *mode, "-fPIC"]
     runtime()
     table = _runtime_files()[1]
 
     def build(directory: Path) -> None:
         if instrumented:
-            assembly = toolchain.clang([*flags, "-S", "-o", "-", "-"], input=source)
+            assembly = unit.compile([*flags, "-S"], source)
             assembly, found = sites.mark(assembly)
             (directory / "sites.json").write_text(json.dumps(found))
             (directory / "kernel.s").write_text(assembly)
@@ -144,10 +159,11 @@ def compile_unit(unit: Unit, host_names: list[str], instrumented: bool) -> dict[
             )
             (directory / "kernel.s").unlink()
         else:
-            code = toolchain.clang(
-                [*flags, "-Xclang", "-disable-llvm-passes", "-S", "-emit-llvm", "-o", "-", "-"], input=source
-            )
-            recursion.check(code)
+            code = unit.compile([*flags, "-Xclang", "-disable-llvm-passes", "-S", "-emit-llvm"], source)
+            graph = calls.graph(code)
+            calls.check_recursion(graph)
+            reads = {name: calls.unset_constants(graph, symbol) for name, symbol in entries.items()}
+            (directory / "unset.json").write_text(json.dumps({name: found for name, found in reads.items() if found}))
             options = [*toolchain.target(), *_FAST, "-fPIC", "-Wno-override-module"]
             toolchain.clang(["-x", "ir", *options, "-c", "-o", str(directory / "kernel.o"), "-"], input=code)
         link([directory / "kernel.o", table], directory / "kernel.so")
@@ -170,6 +186,7 @@ def _load(unit: Unit, path: Path, entries: dict[str, str], instrumented: bool) -
     first, last = _extent(library, "__mh_records")
     count = (last - first) // ctypes.sizeof(abi.ThreadgroupRecord)
     records = (abi.ThreadgroupRecord * count).from_address(first) if count else []
+    unset = {} if instrumented else json.loads((path.parent / "unset.json").read_text())
     table = sites.Sites(library, json.loads((path.parent / "sites.json").read_text())) if instrumented else None
     compiled = {}
     for host_name, symbol in entries.items():
@@ -182,16 +199,42 @@ def _load(unit: Unit, path: Path, entries: dict[str, str], instrumented: bool) -
             max_threads=ctypes.c_uint32.in_dll(library, f"{symbol}_max_threads").value,
             variables=[r for r in records if unit.variables[r.number].kernel == kernel.name],
             constants=_extent(library, "__mh_constants"),
+            unset=unset.get(host_name, []),
             sites=table,
         )
     return compiled
 
 
-def launch(compiled: Compiled, addresses: dict[int, int], shape: Shape, seed: int) -> abi.Counters:
-    """Run a kernel of the fast build: addresses maps buffer indices to memory."""
-    request = prepare(compiled, addresses, shape, seed)
+def launch(compiled: Compiled, bindings: Bindings, shape: Shape, seed: int) -> abi.Counters:
+    """Run a kernel of the fast build."""
+    request = prepare(compiled, bindings.addresses(), shape, seed)
+    threadgroup_arguments(request, compiled, bindings, margin=0)
     run(request)
+    if request.report_count:
+        address = request.reports[0].address
+        raise RuntimeError(
+            f"kernel {compiled.name}: an access at {address:#x}, where there is no memory; run it inside observe() to "
+            "be told the line"
+        )
     return request.counters
+
+
+def threadgroup_arguments(
+    request: abi.Launch, compiled: Compiled, bindings: Bindings, margin: int
+) -> list[abi.ThreadgroupRecord]:
+    """Memory for the kernel's [[threadgroup(n)]] arguments, between margins of so many bytes; one threadgroup runs at a
+    time. Returns their records, numbered behind the source's variables: ARGUMENT + n."""
+    records = []
+    for index, size in bindings.threadgroup_bytes.items():
+        memory = (ctypes.c_char * (size + 2 * margin + 128))()
+        address = -(-(ctypes.addressof(memory) + margin) // 128) * 128
+        bindings.kept.append(memory)
+        request.threadgroup_arguments[index] = address
+        records.append(abi.ThreadgroupRecord(address, size, ARGUMENT + index, 0))
+    variables = [*compiled.variables, *records]
+    request.variables = (abi.ThreadgroupRecord * len(variables))(*variables)
+    request.variable_count = len(variables)
+    return records
 
 
 _running = threading.Lock()
@@ -200,7 +243,7 @@ _running = threading.Lock()
 def run(request: abi.Launch) -> None:
     """One launch at a time: the runtime has one set of fibers, and ctypes lets other Python threads go on."""
     with _running:
-        runtime().__getattr__("__mh_launch")(ctypes.byref(request))
+        runtime().__getattr__("__mh_guarded_launch")(ctypes.byref(request))
 
 
 def prepare(compiled: Compiled, addresses: dict[int, int], shape: Shape, seed: int) -> abi.Launch:
@@ -208,6 +251,4 @@ def prepare(compiled: Compiled, addresses: dict[int, int], shape: Shape, seed: i
     for index, address in addresses.items():
         request.arguments[index] = address
     request.grid[:], request.group[:] = shape
-    request.variables = (abi.ThreadgroupRecord * len(compiled.variables))(*compiled.variables)
-    request.variable_count = len(compiled.variables)
     return request

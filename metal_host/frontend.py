@@ -6,18 +6,23 @@ What differs between the languages, and what is done about it:
   fetches its arguments; an entry is emitted for every kernel or explicit instantiation.
 * Threadgroup variables live in kernels only: each becomes a reference to storage that the back end lays out.
 * `float4(a, b)` is no constructor of a vector type in C++: it becomes a call of __mh_make<float4>.
-* A member function without an address space is `thread` in Metal, generic in OpenCL: it gets `thread`.
+* A member function without an address space is `thread` in Metal, generic in OpenCL: it gets `thread`. A constructor
+  without one makes temporaries too, which here belong to no address space: `thread` is taken from it.
 * Metal copies structs out of constant memory: classes get a defaulted copy constructor for it.
 * A few words are keywords in OpenCL and names in Metal: they are renamed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from .kernels import SPACES, Instance, Kernel, Kernels, attributes, parse_arguments, string_value, template_names
+from . import versions
+from .compiler import Binding, compile_source
+from .constants import Constants, Value
+from .kernels import SPACES, Instance, Kernel, Kernels, attributes, parse_arguments, split, string_value, template_names
 from .rewrite import drop_identifier_attributes, rewrite
-from .strictness import check_body, check_pointers, check_tokens
+from .strictness import check_body, check_kernel_calls, check_pointers, check_program_scope, check_tokens
 from .threadgroup import ThreadgroupVariable, rewrite_threadgroup_variables
 from .tokens import Tokens
 
@@ -29,6 +34,9 @@ class Unit:
     """A translated source."""
 
     tokens: Tokens
+    constants: Constants
+    version: str
+    binding: Binding = field(default_factory=Binding)
     kernels: Kernels = field(default_factory=Kernels)
     variables: list[ThreadgroupVariable] = field(default_factory=list)
 
@@ -40,13 +48,19 @@ class Unit:
             extra[instance.at] = extra.get(instance.at, "") + instance.entry(symbol)
         return self.tokens.render(extra)
 
+    def compile(self, flags: list[str], source: str) -> str:
+        """clang's output for a rendered source."""
+        return compile_source(flags, source, self.binding)
 
-def translate(preprocessed: str) -> Unit:
-    unit = Unit(Tokens(preprocessed))
-    check_tokens(unit.tokens)
-    rewrite(unit.tokens)
-    _declarations(unit, _Scope(0, len(unit.tokens)))
-    drop_identifier_attributes(unit.tokens)
+
+def translate(preprocessed: str, version: str, constants: Mapping[str | int, Value]) -> Unit:
+    tokens = Tokens(preprocessed)
+    check_tokens(tokens, version)
+    unit = Unit(tokens, Constants(tokens, constants), version)
+    rewrite(tokens)
+    _declarations(unit, _Scope(0, len(tokens)))
+    check_kernel_calls(tokens, unit.kernels)
+    drop_identifier_attributes(tokens)
     return unit
 
 
@@ -112,7 +126,7 @@ def _declaration(unit: Unit, i: int, scope: _Scope) -> int:
     tokens, end = unit.tokens, scope.end
     template = None
     while tokens[i] == "template":
-        close = tokens.angle_close(i + 1)
+        close = tokens.template_close(i + 1)
         template = (i, close)
         i = close + 1
     first = i
@@ -129,11 +143,14 @@ def _declaration(unit: Unit, i: int, scope: _Scope) -> int:
             i += 1
         elif t == "<" and (close := tokens.angle_close(i)) > 0:
             i = close + 1
-        elif (t == "[" and tokens[i + 1] == "[") or (
-            t == "(" and tokens[i - 1] in ("__attribute__", "alignas", "decltype")
-        ):
+        elif t == "[" or (t == "(" and tokens[i - 1] in ("__attribute__", "alignas", "decltype")):
             i = tokens.partner[i] + 1
         elif t in ("=", "{", ";", ":"):
+            if not scope.class_name:
+                check_program_scope(tokens, first, i)
+                words = {tokens[k] for k in range(first, i)}
+                if t == ";" and {"constant", "::", "constexpr"} <= words:
+                    tokens.blank(first, i)  # a class's constant, which has its value there
             return tokens.skip_to(i, end, ";") + 1
         elif t == "operator":
             i += 1
@@ -154,9 +171,7 @@ def _function(unit: Unit, function: _Function, scope: _Scope) -> int:
     while tokens[i] in _QUALIFIERS:
         i += 1
     if scope.class_name and not specifiers & {"static", "friend"}:
-        constructs = tokens[function.name] == scope.class_name or tokens[function.name - 1] == "~"
-        if not constructs and not any(tokens[j] in SPACES for j in range(function.close + 1, i)):
-            tokens.append(i - 1, " thread ")
+        _member_function(unit, function, range(function.close + 1, i), scope)
     is_kernel = "kernel" in specifiers  # as an attribute too
     for j in range(function.first, function.name):
         if tokens[j] == "kernel":
@@ -166,11 +181,35 @@ def _function(unit: Unit, function: _Function, scope: _Scope) -> int:
         return tokens.skip_to(i, scope.end, ";") + 1
     if not is_kernel:
         check_pointers(tokens, function.first, function.name, function.parenthesis)
+        _bind_temporaries(tokens, function.parenthesis + 1, function.close)
     check_body(tokens, body)
     _local_classes(unit, body, scope)
     if is_kernel:
         _kernel(unit, function, body, scope.namespace)
     return tokens.partner[body] + 1
+
+
+def _member_function(unit: Unit, function: _Function, qualifiers: range, scope: _Scope) -> None:
+    """The address space of `this`; `qualifiers` are the tokens between the parameters and the body."""
+    tokens = unit.tokens
+    spaces = [j for j in qualifiers if tokens[j] in SPACES]
+    if tokens[function.name] == scope.class_name or tokens[function.name - 1] == "~":
+        for j in spaces:
+            tokens.text[j] = "" if tokens[j] == "thread" else tokens.text[j]
+            tokens.before.pop(j, None)
+    elif not spaces and not versions.has_generic_this(unit.version):
+        returns_member = any(tokens[j] in ("&", "*") for j in range(function.first, function.name))
+        is_const = any(tokens[j] == "const" for j in qualifiers)
+        tokens.append(qualifiers.stop - 1, " __mh_this " if is_const and not returns_member else " thread ")
+
+
+def _bind_temporaries(tokens: Tokens, start: int, end: int) -> None:
+    """`const thread T& x`, to which a temporary may be bound."""
+    for first, last in split(tokens, start, end):
+        words = [tokens[k] for k in range(first, last)]
+        if {"const", "thread", "&"} <= set(words) and not {"*", "(", "["} & set(words):
+            at = first + words.index("thread")
+            tokens.text[at] = "__mh_thread"
 
 
 def _function_body(tokens: Tokens, i: int, end: int) -> int:
@@ -267,27 +306,28 @@ def _drop_attributes(tokens: Tokens, first: int, last: int) -> None:
 
 
 def _instantiation(unit: Unit, first: int, end: int) -> int:
-    """template [[host_name("x")]] [[kernel]] decltype(f<a>) f<a>;  or  template [[...]] kernel void f<a>(...);"""
+    """template [[host_name("x")]] [[kernel]] decltype(f<a>) f<a>;  or  template [[...]] kernel void f<a>(...);
+
+    The second may leave <a> away, to be deduced from its parameters.
+    """
     tokens = unit.tokens
     stop = tokens.skip_to(first, end, ";")
     found = attributes(tokens, first, stop)
-    kernel = None
     i = first + 1
-    while i < stop:
+    while i < stop and not (tokens[i] in unit.kernels.templates and tokens[i + 1] in ("<", "(")):
         if tokens[i] == "[":
             i = tokens.partner[i]
-        elif tokens[i] == "decltype":
-            i = tokens.partner[i + 1]
-        elif tokens[i] in unit.kernels.templates and tokens[i + 1] == "<":
-            kernel = unit.kernels.templates[tokens[i]]
-            arguments = tokens.join(i + 1, tokens.angle_close(i + 1) + 1)
-            break
-        i += 1
-    if kernel is None:
+        i = tokens.partner[i + 1] if tokens[i] == "decltype" else i + 1
+    if i >= stop:
         return stop + 1  # an ordinary function's or class's
+    kernel, deduced = unit.kernels.templates[tokens[i]], tokens[i + 1] == "("
     if "host_name" not in found:
         raise tokens.error(first, f"the instantiation of kernel '{kernel.name}' needs [[host_name(\"...\")]]")
+    if deduced:
+        arguments = parse_arguments(tokens, i + 2, tokens.partner[i + 1])
+        kernel = replace(kernel, template="", template_arguments="", arguments=arguments)
+    text = "" if deduced else tokens.join(i + 1, tokens.angle_close(i + 1) + 1)
     host_name = string_value(tokens, *found["host_name"])
     tokens.blank(first, stop)
-    unit.kernels.add(tokens, Instance(host_name, kernel, arguments, stop))
+    unit.kernels.add(tokens, Instance(host_name, kernel, text, stop, deduced))
     return stop + 1

@@ -25,7 +25,9 @@ _KINDS = {
     6: "inactive lane",
     7: "index",
     8: "misaligned",
+    9: "out of bounds",
 }
+_CRASH = 9
 _OPERATIONS = {
     1: "shuffle",
     2: "simdgroup reduction",
@@ -38,17 +40,24 @@ _NONE = 0xFFFFFFFF
 
 
 def launch(
-    compiled: cpu.Compiled, bindings: Bindings, shape: cpu.Shape, *, seed: int, allow_partial_collectives: bool
+    compiled: cpu.Compiled,
+    bindings: Bindings,
+    shape: cpu.Shape,
+    *,
+    seed: int,
+    lockstep: bool,
+    allow_partial_collectives: bool,
 ) -> abi.Counters:
     """Run a kernel of the instrumented build. Tensors are as after the launch also when it raises KernelFault."""
     arena = Arena(bindings)
     regions = list(arena.regions)
-    for variable in compiled.variables:
+    request = cpu.prepare(compiled, arena.addresses, shape, seed)
+    arguments = cpu.threadgroup_arguments(request, compiled, bindings, margin=_MARGIN)
+    for variable in [*compiled.variables, *arguments]:
         start = variable.address
         regions.append(abi.Region(start, start + variable.size, abi.SPACES.index("threadgroup"), variable.number))
     regions.append(abi.Region(*compiled.constants, abi.SPACES.index("constant"), abi.MAX_BUFFERS))
     regions.sort(key=lambda r: r.start)
-    request = cpu.prepare(compiled, arena.addresses, shape, seed)
     request.regions = (abi.Region * len(regions))(*regions)
     request.region_count = len(regions)
     request.sites, request.site_lines, request.site_count = (
@@ -56,7 +65,7 @@ def launch(
         compiled.sites.lines,
         len(compiled.sites.lines),
     )
-    request.allow_partial_collectives = allow_partial_collectives
+    request.allow_partial_collectives, request.lockstep = allow_partial_collectives, lockstep
     cell = cpu.runtime().__getattr__("__mh_shadow_bytes")()
     size = sum((r.end - r.start) * cell for r in regions if r.space != abi.SPACES.index("constant"))
     with mmap.mmap(-1, size + mmap.PAGESIZE) as shadow:
@@ -149,6 +158,10 @@ class Teller:
             where = abi.UbsanLocation.from_address(r.source)
             message = f"index {r.index} is outside the array, {self._at(r)}"
             return Fault(kind, (where.file or b"").decode(), where.line, 0, message)
+        if r.fault == _CRASH:
+            file, line = self._sites.line(r.site)
+            message = f"access at {r.address:#x}, where there is no memory, {self._at(r)}"
+            return Fault(kind, file, line, 0, message)
         file, line = self._sites.place(r.site)
         other_file, other_line = self._sites.place(r.other_site) if r.other_site else ("", 0)
         if kind == "divergent barrier" and (file, line) == (other_file, other_line) and not r.write:
@@ -204,6 +217,8 @@ class Teller:
 
     def _name(self, region: abi.Region) -> str:
         if abi.SPACES[region.space] == "threadgroup":
+            if region.id >= cpu.ARGUMENT:
+                return f"threadgroup '{self._bindings.threadgroup_name(region.id - cpu.ARGUMENT)}'"
             return f"threadgroup '{self._unit.variables[region.id].name}'"
         if region.id == abi.MAX_BUFFERS:
             return "the source's constants"

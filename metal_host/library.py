@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import abi, cpu, instrumented, nvidia, source
+from . import abi, cpu, instrumented, nvidia, source, versions
 from .bindings import Bindings
+from .constants import Value
 from .frontend import Unit, translate
-
-MAX_THREADGROUP_BYTES = 32 << 10
+from .kernels import Buffer, Kernel
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Mode:
 
     instrumented: bool = False
     seed: int = 0
+    lockstep: bool = False
     allow_partial_collectives: bool = False
     log: list[Launch] | None = None
 
@@ -41,42 +43,69 @@ _mode: ContextVar[Mode] = ContextVar("mode", default=_DEFAULT)
 
 @contextmanager
 def observe(
-    *, instrumented: bool = True, seed: int = 0, allow_partial_collectives: bool = False
+    *, instrumented: bool = True, seed: int = 0, lockstep: bool = False, allow_partial_collectives: bool = False
 ) -> Iterator[list[Launch]]:
     """Run the launches of a block under observation; yields the list that they are recorded in.
 
     instrumented: check every access; a launch with faults raises KernelFault. Byte counts exist only here.
         Launches on an NVIDIA GPU are not observed: there compute-sanitizer is the tool (README.md).
     seed: 0 runs ready threads in order, every other number in an order of its own.
+    lockstep: the lanes of a simdgroup go from memory access to memory access together, as they do on Apple's GPUs,
+        and two of them do not race. For kernels that leave out simdgroup barriers; needs the instrumented build.
     allow_partial_collectives: reductions, votes and shuffles may be reached by some lanes of a simdgroup
         only, which Metal defines but our kernels never mean.
     """
+    if lockstep and (seed or not instrumented):
+        raise ValueError("lockstep is an order of its own, of instrumented launches: no seed, instrumented=True")
     log: list[Launch] = []
-    token = _mode.set(Mode(instrumented, seed, allow_partial_collectives, log))
+    token = _mode.set(Mode(instrumented, seed, lockstep, allow_partial_collectives, log))
     try:
         yield log
     finally:
         _mode.reset(token)
 
 
-def compile_shader(source_text: str) -> ShaderLibrary:
-    """Compile Metal Shading Language; stands in for torch.mps.compile_shader(source).
+def compile_shader(
+    source_text: str,
+    *,
+    constants: Mapping[str | int, Value] | None = None,
+    version: str = versions.DEFAULT,
+    include: Sequence[str | Path] = (),
+    kernels: Sequence[str] | None = None,
+) -> ShaderLibrary:
+    """Compile Metal Shading Language; stands in for torch.mps.compile_shader(source), which takes the source alone.
 
-    Headers of the installed torch may be included. Raises SyntaxError with the compiler's log for what Metal refuses.
-    Kernels that are templates are compiled when they are first looked up. Inside an instrumented `observe` only the
-    instrumented build is made at first; the other one (which also finds recursion) when it is launched.
+    constants: values of the source's function constants, by name or number. Of the others
+        is_function_constant_defined() says so, and a kernel that reads one is refused when it is looked up.
+    version: the language version, "3.0" to "4.1"; what it lacks is refused. torch passes 3.0 to 4.0, by macOS.
+    include: directories of headers. Those of the installed torch may be included without.
+    kernels: names of those that are wanted, where a source has hundreds; by default all of them.
+
+    Raises SyntaxError with the compiler's log for what Metal refuses. Kernels that are templates are compiled when they
+    are first looked up. Inside an instrumented `observe` only the instrumented build is made at first; the other one
+    (which also finds recursion) when it is launched.
     """
+    return ShaderLibrary(front_end(source_text, constants or {}, version, include), kernels)
+
+
+def front_end(
+    source_text: str, constants: Mapping[str | int, Value], version: str, include: Sequence[str | Path]
+) -> Unit:
+    """The source, translated; see compile_shader."""
+    versions.check(version)
+    directories = [Path(d) for d in include]
     expanded = source.expand(source_text, source.include_directories())
-    unit = translate(source.preprocess(expanded))
-    return ShaderLibrary(unit)
+    return translate(source.preprocess(expanded, version, directories), version, constants)
 
 
 class ShaderLibrary:
     """The kernels of a source, as attributes."""
 
-    def __init__(self, unit: Unit):
+    def __init__(self, unit: Unit, wanted: Sequence[str] | None = None):
         self._unit = unit
-        self._plain = [name for name, instance in unit.kernels.instances.items() if not instance.template_arguments]
+        self._plain = [name for name, i in unit.kernels.instances.items() if not i.template_arguments and not i.deduced]
+        if wanted is not None:
+            self._plain = [name for name in self._plain if name in wanted]
         self._builds: dict[tuple[str, bool], cpu.Compiled] = {}
         self._modules: dict[str, nvidia.Module] = {}
         self._compile(self._plain, _mode.get().instrumented)
@@ -102,6 +131,10 @@ class ShaderLibrary:
         module = self.module(name)
         return nvidia.resources(module.ptx, module.entries[name], threads)
 
+    def kernel(self, name: str) -> Kernel:
+        """What the source says of the kernel `name`: its arguments, its bound of threads."""
+        return self._unit.kernels.instances[name].kernel
+
     def __getattr__(self, name: str) -> KernelFunction:
         if name.startswith("__") or name not in self._unit.kernels.instances:
             raise (AttributeError if name.startswith("__") else RuntimeError)(
@@ -121,14 +154,30 @@ class KernelFunction:
     def __init__(self, library: ShaderLibrary, name: str):
         self._library = library
         self._name = name
-        self._kernel = library._unit.kernels.instances[name].kernel
+        self._kernel = library.kernel(name)
         compiled = library.compiled(name, _mode.get().instrumented)
         self._threadgroup_bytes, self._max_threads = compiled.threadgroup_bytes, compiled.max_threads
-        if self._threadgroup_bytes > MAX_THREADGROUP_BYTES:
-            raise RuntimeError(
-                f"Failed to create pipeline state object, error: kernel '{name}' uses "
-                f"{self._threadgroup_bytes} bytes of threadgroup memory, the maximum is {MAX_THREADGROUP_BYTES}"
+        self._check_pipeline(compiled)
+
+    def _check_pipeline(self, compiled: cpu.Compiled) -> None:
+        """What Metal says no to when the pipeline is made."""
+        problem, name = "", self._name
+        absent = [
+            p.condition
+            for p in self._kernel.arguments
+            if isinstance(p, Buffer) and p.condition in self._library._unit.constants.unset
+        ]
+        if self._threadgroup_bytes > abi.MAX_THREADGROUP_BYTES:
+            problem = (
+                f"uses {self._threadgroup_bytes} bytes of threadgroup memory, the maximum is "
+                f"{abi.MAX_THREADGROUP_BYTES}"
             )
+        elif self._max_threads > abi.MAX_THREADS:
+            problem = f"asks for {self._max_threads} threads per threadgroup, the maximum is {abi.MAX_THREADS}"
+        elif unset := sorted({*absent, *compiled.unset}):
+            problem = f"needs function constants that have no value: {', '.join(unset)}"
+        if problem:
+            raise RuntimeError(f"Failed to create pipeline state object, error: kernel '{name}' {problem}")
 
     @property
     def max_threads_per_threadgroup(self) -> int:
@@ -145,10 +194,15 @@ class KernelFunction:
         group_size: int | Sequence[int] | None = None,
         arg_casts: str | dict[int, str] | None = None,
         error_buf_idx: int | None = None,
+        threadgroup_bytes: Mapping[int, int] | None = None,
     ) -> None:
-        bindings = Bindings(self._kernel.arguments)
+        """Launch, as torch's kernels do; two things more: None leaves a buffer unbound that a function constant may take
+        away, and threadgroup_bytes gives the length of each [[threadgroup(n)]] argument by its n."""
+        bindings = Bindings(self._kernel.arguments, self._library._unit.constants)
         for index, value in enumerate(args):
-            bindings.bind(index, value, arg_casts)
+            if value is not None or not bindings.optional(index):
+                bindings.bind(index, value, arg_casts)
+        bindings.set_threadgroup_bytes(threadgroup_bytes or {}, self._threadgroup_bytes)
         errors = None
         if error_buf_idx is not None:
             errors = torch.zeros(ErrorBuffer.size, dtype=torch.uint8, device="cuda" if bindings.on_gpu else "cpu")
@@ -167,10 +221,11 @@ class KernelFunction:
                 bindings,
                 shape,
                 seed=mode.seed,
+                lockstep=mode.lockstep,
                 allow_partial_collectives=mode.allow_partial_collectives,
             )
         else:
-            counters = cpu.launch(self._library.compiled(self._name), bindings.addresses(), shape, mode.seed)
+            counters = cpu.launch(self._library.compiled(self._name), bindings, shape, mode.seed)
         if mode.log is not None:
             mode.log.append(Launch(self._name, {n: getattr(counters, n) for n in abi.COUNTERS}))
         if errors is not None:

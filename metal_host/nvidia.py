@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from . import abi, toolchain
+from . import abi, toolchain, versions
 from . import cache as disk
 from .bindings import Bindings
 from .cpu import Shape
@@ -63,11 +63,16 @@ def compile_ptx(unit: Unit, host_names: list[str]) -> tuple[str, dict[str, str]]
     """(PTX, host name -> entry) of the kernels `host_names`."""
     entries = {name: f"__mh_entry_{i}" for i, name in enumerate(host_names)}
     source = unit.render(entries)
-    flags = [*toolchain.LANGUAGE, *_TARGET, *(["-D__MH_FAST_MATRICES"] if fast_matrices() else [])]
+    flags = [
+        *toolchain.LANGUAGE,
+        *versions.flags(unit.version),
+        *_TARGET,
+        *(["-D__MH_FAST_MATRICES"] if fast_matrices() else []),
+    ]
 
     def build(directory: Path) -> None:
         link = ["-Xclang", "-mlink-builtin-bitcode", "-Xclang", str(libdevice()), "-Wno-linker-warnings"]
-        ptx = toolchain.clang([*flags, *link, "-S", "-o", "-", "-"], input=source)
+        ptx = unit.compile([*flags, *link, "-S"], source)
         (directory / "kernel.ptx").write_text(shared_and_global(ptx))
 
     (path,) = disk.fetch(
@@ -155,6 +160,8 @@ class Module:
         self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
 
     def launch(self, name: str, bindings: Bindings, shape: Shape) -> None:
+        if bindings.threadgroup_bytes:
+            raise RuntimeError("[[threadgroup(n)]] arguments run on the CPU only")
         grid, group = shape
         threads = -(-group[0] * group[1] * group[2] // 32) * 32
         arguments = _Arguments(grid=(ctypes.c_uint32 * 3)(*grid), group=(ctypes.c_uint32 * 3)(*group))

@@ -2,65 +2,74 @@
 
 from __future__ import annotations
 
-from .kernels import IDENTIFIERS, attributes, split
-from .tokens import Tokens
+import re
 
-_VECTORS = {
-    f"{t}{n}"
-    for t in ["bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "half", "bfloat", "float"]
-    for n in (2, 3, 4)
-}
+from .kernels import IDENTIFIERS, attributes
+from .tokens import Tokens
+from .vectors import Vectors
+
 _RENAMED = {
     **{
         w: f"__mh_name_{w}"
         for w in ("global", "local", "generic", "pipe", "read_only", "write_only", "read_write", "event_t", "queue_t")
     },
-    **{f"atomic_{t}": f"__mh_atomic_{t}" for t in ("int", "uint", "float", "bool")},
+    **{f"atomic_{t}": f"__mh_atomic_{t}" for t in ("int", "uint", "float", "bool", "ulong")},
 }
+# A literal without a suffix is a float; inside templates clang's -cl-single-precision-constant forgets it.
+_UNSUFFIXED = re.compile(r"(\d+\.\d*|\.\d+)([eE][+-]?\d+)?|\d+[eE][+-]?\d+|0[xX][0-9a-fA-F.]+[pP][+-]?\d+")
+_BFLOAT = re.compile(r"([\d.]+(?:[eE][+-]?\d+)?)(?:bf|BF)")
+_BUFFER_ATTRIBUTES = {"buffer", "threadgroup", "texture", "sampler"}
 
 
 def rewrite(tokens: Tokens) -> None:
-    """Vector constructors, vectors of bool, names that are OpenCL's keywords."""
-    aliases = _type_names(tokens)
+    """Vector constructors and casts, vectors of bool, literals, names that are OpenCL's keywords."""
+    vectors = Vectors(tokens)
     _vector_aliases(tokens)
     for i in range(len(tokens)):
-        if tokens.kind[i] == "word":
-            tokens.text[i] = _RENAMED.get(tokens[i], tokens.text[i])
-            _constructor(tokens, i, aliases)
+        kind, text = tokens.kind[i], tokens[i]
+        if kind == "number":
+            if _UNSUFFIXED.fullmatch(text):
+                tokens.text[i] = text + "f"
+            elif match := _BFLOAT.fullmatch(text):
+                tokens.text[i] = f"((bfloat){match[1]}{'' if {'.', 'e'} & set(match[1].lower()) else '.'}f)"
+        elif kind == "word":
+            tokens.text[i] = _RENAMED.get(text, tokens.text[i])
+            if text == "constant" and not {"const", "constexpr"} & {tokens[i - 2], tokens[i - 1], tokens[i + 1]}:
+                tokens.prepend(i, "const ")  # Metal's constant objects are; OpenCL tells the two types apart
+            if text == "coherent" and tokens[i + 1] == "(":  # how far writes are seen: here at once
+                tokens.blank(i, tokens.partner[i + 1] + 1)
+            vectors.word(i)
+        elif text == "(":
+            if _is_function_parameter(tokens, i):
+                tokens.text[i + 1] = "&"
+            vectors.parenthesis(i)
+        elif text == "{":
+            vectors.brace(i)
 
 
-def _type_names(tokens: Tokens) -> set[str]:
-    """Template type parameters and aliases: names whose T(a, b) may construct a vector."""
-    names = set()
-    for i in range(len(tokens)):
-        if (
-            tokens[i] in ("typename", "class")
-            and tokens[i - 1] in ("<", ",")
-            and tokens.kind[i + 1 : i + 2] == ["word"]
-        ) or (tokens[i] == "using" and tokens[i + 2] == "="):
-            names.add(tokens[i + 1])
-        elif tokens[i] == "typedef":
-            end = next(j for j in range(i, len(tokens)) if tokens[j] == ";")
-            names.add(tokens[end - 1])
-    return names
+def _is_function_parameter(tokens: Tokens, i: int) -> bool:
+    """The pointer to a function that is a template's parameter, `void (*f)(int)` or an alias `void (*)(int)` of one: C++
+    for OpenCL has references to functions there, and no pointers. Token i is the first parenthesis."""
+    name = i + 2 if tokens[i + 2] != ")" else i + 1
+    if tokens[i + 1] != "*" or tokens[name + 1] != ")" or tokens[name + 2] != "(":
+        return False
+    if name > i + 1:
+        return _is_template_parameter(tokens, i)
+    equals = i
+    while equals > 0 and tokens[equals] not in ("=", ";", "{", "}"):
+        equals -= 1
+    if tokens[equals - 2] != "using":
+        return False
+    uses = (k for k in range(i, len(tokens)) if tokens[k] == tokens[equals - 1])
+    return any(_is_template_parameter(tokens, k) for k in uses)
 
 
-def _constructor(tokens: Tokens, i: int, aliases: set[str]) -> None:
-    """T(a, b) at token i -> __mh_make<T>(a, b), where T is a vector type or may stand for one."""
-    word, previous = tokens[i], tokens[i - 1]
-    if previous in (".", "->", "operator"):
-        return
-    if tokens[i + 1] == "(":
-        arguments = len(split(tokens, i + 2, tokens.partner[i + 1]))
-        function_pointer = tokens[i + 2] == "*" and tokens[i + 4] == ")" and tokens[i + 5] == "("
-        if (word in _VECTORS and not function_pointer) or (word in aliases and arguments > 1):
-            tokens.prepend(i, "__mh_make<")
-            tokens.append(i, ">")
-    elif word == "vec" and tokens[i + 1] == "<" and tokens.text[i] == word:
-        close = tokens.angle_close(i + 1)
-        if close > 0 and tokens[close + 1] == "(" and tokens[close + 2] not in ("*", "&"):
-            tokens.prepend(i - 2 if previous == "::" and tokens[i - 2] == "metal" else i, "__mh_make<")
-            tokens.append(close, ">")
+def _is_template_parameter(tokens: Tokens, i: int) -> bool:
+    """Does token i stand in the parameter list of a template?"""
+    j = i
+    while j > 0 and tokens[j] not in (";", "{", "}", "template"):
+        j -= 1
+    return tokens[j] == "template" and tokens[j + 1] == "<" and tokens.angle_close(j + 1) > i
 
 
 def _vector_aliases(tokens: Tokens) -> None:
@@ -79,10 +88,7 @@ def _vector_aliases(tokens: Tokens) -> None:
 
 def drop_identifier_attributes(tokens: Tokens) -> None:
     """Metal lets the parameters of ordinary functions carry a kernel's attributes, to no effect."""
+    ignored = {*IDENTIFIERS, *_BUFFER_ATTRIBUTES}
     for i in range(len(tokens)):
-        if (
-            tokens[i] == "["
-            and tokens[i + 1] == "["
-            and set(attributes(tokens, i, tokens.partner[i])) & set(IDENTIFIERS)
-        ):
+        if tokens[i] == "[" and tokens[i + 1] == "[" and set(attributes(tokens, i, tokens.partner[i] + 1)) & ignored:
             tokens.blank(i, tokens.partner[i] + 1)

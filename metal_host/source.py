@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from . import toolchain
+from . import toolchain, versions
 from .errors import refuse
+from .tokens import Tokens
 
 MAIN = "program_source"
+_UNROLL_COUNT = re.compile(r"^([ \t]*#[ \t]*pragma[ \t]+unroll)[ \t]*\(.*$", re.MULTILINE)
 _INCLUDE = re.compile(r'\s*#\s*include\s*[<"]([^>"]+)[>"]')
 
 
@@ -31,11 +34,6 @@ def expand(source: str, directories: list[Path]) -> str:
     if not isinstance(source, str):
         raise TypeError(f"compile_shader: source must be a str, got {type(source).__name__}")
     for number, line in enumerate(source.split("\n"), 1):
-        if not line.isascii():
-            column = next(i for i, c in enumerate(line) if not c.isascii())
-            raise refuse(
-                MAIN, number, f"character {line[column]!r} in column {column + 1}: torch passes the source as ASCII"
-            )
         if "__mh_" in line:
             raise refuse(MAIN, number, "names that begin with __mh_ belong to the runner")
     return _expand(source, MAIN, directories, set())
@@ -62,18 +60,23 @@ def _expand(text: str, name: str, directories: list[Path], done: set[Path]) -> s
     return "".join(out)
 
 
-def preprocess(expanded: str) -> str:
-    """Expand macros as Metal 3.1's preprocessor would; no macro of the host compiler is defined."""
-    defines = {
-        "__METAL__": 1,
-        "__METAL_VERSION__": 310,
-        "__METAL_MACOS__": 1,
-        "__HAVE_BFLOAT__": 1,
-        "__HAVE_SIMDGROUP_MATRIX__": 1,
-    }
-    return toolchain.clang(
-        ["-E", "-x", "c++", "-std=c++14", "-undef", "-nostdinc", "-Wno-pragma-once-outside-header"]
-        + [f"-D{name}={value}" for name, value in defines.items()]
-        + ["-I", str(toolchain.INCLUDE), "-o", "-", "-"],
-        input=expanded,
-    )
+def preprocess(expanded: str, version: str, include: Sequence[Path] = ()) -> str:
+    """Expand macros and the headers in the directories `include` as Metal's preprocessor would; no macro of the host
+    compiler is defined."""
+    flags = ["-E", "-x", "c++", "-std=c++14", "-undef", "-nostdinc", "-Wno-pragma-once-outside-header"]
+    flags += [f"-D{name}={value}" for name, value in versions.macros(version).items()]
+    for directory in (toolchain.INCLUDE, *include):
+        flags += ["-I", str(directory)]
+    # The preprocessor leaves macros in a pragma alone; the count changes nothing but speed.
+    text = toolchain.clang([*flags, "-o", "-", "-"], input=_UNROLL_COUNT.sub(r"\1", expanded))
+    if not text.isascii():
+        _refuse_characters(text)
+    return text
+
+
+def _refuse_characters(text: str) -> None:
+    """Only comments, which are gone here, and strings may hold characters outside ASCII."""
+    tokens = Tokens(text)
+    for i in range(len(tokens)):
+        if not tokens[i].isascii() and tokens.kind[i] not in ("string", "character"):
+            raise tokens.error(i, f"character {tokens[i]!r} outside a comment")

@@ -5,6 +5,8 @@ Checked on tokens; address spaces, C++17 and double are left to the compiler, re
 
 from __future__ import annotations
 
+from . import versions
+from .kernels import Kernels
 from .tokens import Tokens
 
 _SPACES = ("device", "constant", "threadgroup", "thread")
@@ -26,7 +28,8 @@ _FORBIDDEN = {
     "concept": "Metal is C++14",
     "co_await": "Metal is C++14",
 }
-_COMPILER_NAMES = ("__func__", "__FUNCTION__", "__PRETTY_FUNCTION__", "__attribute__", "__always_inline__")
+# Words of OpenCL's that Metal's compiler does not know.
+_OPENCL = {f"__{w}" for w in ("global", "local", "private", "constant", "generic", "kernel", "read_only", "write_only")}
 _VECTOR_CAST_BASES = (
     "bool",
     "char",
@@ -45,23 +48,27 @@ _VECTOR_CAST_BASES = (
 _BEFORE_LAMBDA = {"(", ",", "=", "{", "}", ";", "return", "&&", "||", "?", ":", "!", ""}
 
 
-def check_tokens(tokens: Tokens) -> None:
-    """Words and forms that are wrong wherever they stand."""
+def check_tokens(tokens: Tokens, version: str) -> None:
+    """Words and forms that are wrong wherever they stand in this version of the language."""
+    absent, lambdas = versions.absent_words(version), versions.has_lambdas(version)
     for i in range(len(tokens)):
         word = tokens[i]
         if word in _FORBIDDEN and not (word == "delete" and tokens[i - 1] == "="):
             raise tokens.error(i, _FORBIDDEN[word])
-        if (
-            tokens.kind[i] == "word"
-            and word.startswith("__")
-            and word not in _COMPILER_NAMES
-            and not word.startswith("__mh_")
-        ):
+        if word in _OPENCL:
             raise tokens.error(i, f"'{word}' is reserved for the compiler")
-        if word == "[" and tokens[i + 1] != "[" and tokens[i - 1] in _BEFORE_LAMBDA and tokens[i - 1] != "[":
+        if word in absent:
+            raise tokens.error(i, absent[word])
+        if (
+            not lambdas
+            and word == "["
+            and tokens[i + 1] != "["
+            and tokens[i - 1] in _BEFORE_LAMBDA
+            and tokens[i - 1] != "["
+        ):
             close = tokens.partner[i]
             if tokens[close + 1] in ("(", "{") and not (tokens[i - 1] in ("{", ",") and tokens[close + 1] == "="):
-                raise tokens.error(i, "Metal has no lambdas")
+                raise tokens.error(i, f"Metal {version} has no lambdas")
         cast = word == ")" and tokens[i + 1] == "(" and i - tokens.partner[i] == 2 and _is_vector(tokens[i - 1])
         if cast and _has_comma(tokens, i + 1):
             raise tokens.error(i, f"({tokens[i - 1]})(a, b) casts b alone; the constructor is {tokens[i - 1]}(a, b)")
@@ -119,6 +126,32 @@ def _check_declarator(tokens: Tokens, start: int, end: int) -> None:
         i += 1
 
 
+def check_program_scope(tokens: Tokens, first: int, end: int) -> None:
+    """Variables outside functions are constant: the declaration has its specifiers in tokens first..end-1."""
+    words = [tokens[k] for k in range(first, end)]
+    declares = end - first > 1 and not {"constant", "using", "typedef", "template", "struct", "class", "union"} & set(
+        words
+    )
+    if (
+        declares
+        and words[0] not in ("enum", "friend", "extern", "static_assert", "namespace")
+        and "sampler" not in words
+    ):
+        raise tokens.error(
+            first, f"'{' '.join(words)}': a variable of program scope must be in the constant address space"
+        )
+
+
+def check_kernel_calls(tokens: Tokens, kernels: Kernels) -> None:
+    """A kernel is called by the host alone."""
+    known = [*kernels.templates.values(), *(i.kernel for i in kernels.instances.values())]
+    names = {kernel.name for kernel in known}
+    for kernel in known:
+        for i in range(kernel.body + 1, kernel.end):
+            if tokens[i] in names and tokens[i + 1] == "(" and tokens[i - 1] not in (".", "->", "::"):
+                raise tokens.error(i, f"kernel '{tokens[i]}' is called; a kernel cannot be called")
+
+
 def check_body(tokens: Tokens, body: int) -> None:
     """Static locals, and pointers without an address space, in the function body that opens at token `body`."""
     i = body + 1
@@ -145,8 +178,8 @@ def _declares(tokens: Tokens, star: int) -> bool:
     """Is `type * name =|;` at the start of a statement, without an address space?"""
     if tokens.kind[star + 1 : star + 2] != ["word"] or tokens[star + 2] not in ("=", ";", ":"):
         return False
-    if tokens.kind[star - 1] == "number":
-        return False
+    if tokens.kind[star - 1] != "word" and tokens[star - 1] != ">":
+        return False  # `*p = x;` writes through a pointer
     i = star - 1
     angles = 0  # `i < count * width;` compares: a type has as many > as <
     while i > 0 and tokens[i] not in (";", "{", "}", "("):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from .kernels import Kernel, split
 from .tokens import Tokens
 
+_ZEROS = ("", "0", "0.0", "0.0f", "0.f", "false")
+
 
 @dataclass
 class ThreadgroupVariable:
@@ -19,7 +21,10 @@ class ThreadgroupVariable:
 
 
 def rewrite_threadgroup_variables(tokens: Tokens, kernel: Kernel, variables: list[ThreadgroupVariable]) -> None:
-    """Rewrite `threadgroup T name[n];` in the kernel's body, and add the variables found to `variables`."""
+    """Rewrite `threadgroup T name[n];` in the kernel's body, and add the variables found to `variables`.
+
+    They have no initial value but zero, and each thread that passes the declaration writes it.
+    """
     i = kernel.body + 1
     while i < kernel.end:
         if tokens[i] != "threadgroup" or tokens[i - 1] not in ("{", ";", "}", ")"):
@@ -41,28 +46,19 @@ def rewrite_threadgroup_variables(tokens: Tokens, kernel: Kernel, variables: lis
         type_ = tokens.join(type_start, j)
         text = ""
         for first, last in split(tokens, j, end):
-            if any(tokens[k] in ("=", "{") for k in range(first, last)):
+            stop = next((k for k in range(first, last) if tokens[k] in ("=", "{")), last)
+            if "".join(tokens[k] for k in range(stop, last)).strip("={}") not in _ZEROS:
                 raise tokens.error(first, f"threadgroup variable '{tokens[first]}' cannot have an initial value")
             file, line = tokens.place(first)
             number = len(variables)
             variables.append(ThreadgroupVariable(tokens[first], kernel.name, file, line))
-            extents = tokens.join(first + 1, last)
+            extents = tokens.join(first + 1, stop)
             tag = f"__mh_tag_{number}"
             text += f"struct {tag} {{ enum {{ number = {number} }}; }}; "
             storage = f"__mh::threadgroup_variable<{tag}, {type_} {extents}>"
             text += f"threadgroup {type_} (&{tokens[first]}){extents} = *{storage}::get(); "
-        if _depth(tokens, kernel, i):
-            raise tokens.error(i, "threadgroup variables are declared in the outermost scope of a kernel")
+            if stop < last:
+                text += f"__mh_clear(&{tokens[first]}); "
         tokens.blank(i, end)
         tokens.append(i, text)
         i = end
-
-
-def _depth(tokens: Tokens, kernel: Kernel, index: int) -> bool:
-    """Is the token inside an inner block of the kernel?"""
-    i = kernel.body + 1
-    while i < index:
-        if tokens[i] in ("{", "(") and tokens.partner[i] > index:
-            return True
-        i = tokens.partner[i] + 1 if tokens[i] in ("{", "(") else i + 1
-    return False

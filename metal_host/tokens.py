@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from functools import cache
+from pathlib import Path
 
 from .errors import MetalSyntaxError, refuse
 
@@ -22,6 +24,10 @@ _TOKEN = re.compile(
 )
 _LINE_MARKER = re.compile(r'\s*#(?:line)?\s+(\d+)(?:\s+"([^"]*)")?')
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
+_TAKES_ARGUMENTS = {
+    *("template", "operator", "static_cast", "reinterpret_cast", "const_cast", "as_type", "declval", "make_uniform"),
+    *("make_filled_simdgroup_matrix", "make_diagonal_simdgroup_matrix"),
+}
 
 
 class Tokens:
@@ -66,6 +72,7 @@ class Tokens:
             raise self.error(open_brackets[-1], f"unmatched '{self.text[open_brackets[-1]]}'")
         self._tail = "".join(pending)
         self.text_original = list(self.text)
+        self.templates = _TAKES_ARGUMENTS | library_templates() | self._templates()
 
     def __len__(self) -> int:
         return len(self.text)
@@ -91,14 +98,40 @@ class Tokens:
     def error(self, index: int, message: str) -> MetalSyntaxError:
         return refuse(*self.place(index), message)
 
+    def _templates(self) -> set[str]:
+        """Names that the source declares as templates: a '<' behind one opens arguments."""
+        names = set()
+        for i in range(len(self)):
+            if self[i] != "template" or self[i + 1] != "<":
+                continue
+            known = _TAKES_ARGUMENTS | library_templates() | names
+            j = self._angle_close(i + 1, known) + 1
+            while 0 < j < len(self) and self[j] not in ("(", ";", "{", "=", ":"):
+                close = self._angle_close(j, known) if self[j] == "<" else -1
+                j = max(j, close) + 1
+            if j > 0 and self.kind[j - 1] == "word":
+                names.add(self[j - 1])
+        return names
+
     def angle_close(self, index: int) -> int:
         """The '>' that closes the '<' at index, or -1 if this is a comparison."""
+        return self._angle_close(index, self.templates)
+
+    def template_close(self, index: int) -> int:
+        """The '>' of `template <...>`, whose '<' is at index."""
+        if (close := self.angle_close(index)) < 0:
+            raise self.error(index, "unmatched '<' of a template")
+        return close
+
+    def _angle_close(self, index: int, templates: set[str]) -> int:
         depth = 0
         i = index
         while i < len(self):
             t = self[i]
             if t == "<":
-                depth += 1
+                # Inside the list a '<' compares, unless it follows the name of a template.
+                if i == index or self[i - 1] in templates:
+                    depth += 1
             elif t == ">":
                 depth -= 1
                 if depth == 0:
@@ -147,3 +180,13 @@ class Tokens:
             if i in extra:
                 parts.append(extra[i])
         return "".join(parts) + self._tail
+
+
+@cache
+def library_templates() -> frozenset[str]:
+    """The templates that Metal's library declares (include/)."""
+    headers = Path(__file__).parent / "include" / "msl"
+    text = "".join((headers / name).read_text() for name in ("traits.h", "atomic.h", "simdgroup_matrix.h"))
+    declared = re.findall(r"template\s*<[^;{}()]*>\s*(?:struct|class|using)\s+([a-z]\w+)", text)
+    declared += re.findall(r"^__MH_(?:TRAIT|STRIP)\((\w+)", text, re.MULTILINE)
+    return frozenset(f"{name}{suffix}" for name in declared for suffix in ("", "_t", "_v")) | {"vec"}

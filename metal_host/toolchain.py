@@ -34,10 +34,7 @@ LANGUAGE = [
         "-cl-single-precision-constant",
     ),
     *("-I", str(INCLUDE / "msl"), "-include", "prelude.h", "-fsigned-char", "-ffp-contract=off", "-fvisibility=hidden"),
-    # Metal before 4.0 is C++14.
     *(
-        "-Werror=pre-c++17-compat",
-        "-Werror=c++17-extensions",
         "-Werror=return-type",
         "-Werror=unknown-attributes",
         "-Wno-unused",
@@ -101,10 +98,21 @@ def run(arguments: list[str], input: str | None = None) -> str:
 
 def clang(arguments: list[str], input: str | None = None) -> str:
     """Run clang on a Metal source; its standard output. What it refuses is a MetalSyntaxError in Metal's words."""
+    return clang_with_log(arguments, input)[0]
+
+
+def clang_with_log(arguments: list[str], input: str | None) -> tuple[str, str]:
+    """As clang, with the warnings."""
     done = subprocess.run([zig(), "clang", *arguments], input=input, capture_output=True, text=True, check=False)
     if done.returncode:
         raise MetalSyntaxError(in_metal(done.stderr))
-    return done.stdout
+    return done.stdout, in_metal(done.stderr)
+
+
+def clang_log(arguments: list[str], input: str) -> str:
+    """What clang says of a source, whether it takes it or not."""
+    done = subprocess.run([zig(), "clang", *arguments], input=input, capture_output=True, text=True, check=False)
+    return in_metal(done.stderr)
 
 
 _SPELLING = [

@@ -1,16 +1,16 @@
 """All tests: how pytest-xdist spreads them, and what none of them may see or change.
 
-pyproject.toml asks for as many workers as there are cores (`-n logical`) and for `--dist loadfile`: all tests of a file run
-in one worker, in order, so a module's fixture (a compiled kernel, a process that has imported transformers) is made once.
-A session's fixture is made once in each worker that asks for it. Therefore:
+pyproject.toml asks for a worker a core (`-n logical`) and for `--dist loadfile`: all tests of a file run in one
+worker, in order, so that a module's fixture (compiled kernels, a process that has imported transformers) is made
+once. A session's fixture is made once in each worker that asks for it. Therefore:
 
-* A test must pass in any worker, after any other file: it leaves no global state behind, uses `tmp_path` and free ports, and
-  does not count on a warning that Python shows once a process.
-* A file that takes more than about ten seconds belongs into SLOW, or had better be two files: started last, it would run on
-  one core while the others wait. `pytest --durations=20` shows what is slow.
-* What the tests are parametrised with must come in the same order in every process: no sets, no `id()`.
+* A test passes in any worker, after any other file: it leaves no global state behind, writes below `tmp_path`, takes
+  free ports, and does not count on a warning that Python shows once a process.
+* A file that takes more than about ten seconds stands in SLOW, or is two files: started last, it would keep one core
+  busy while the others wait. `pytest --durations=20` shows what is slow.
+* Parameters come in the same order in every process: no sets, no `id()`.
 
-`pytest -n 0` runs everything in one process, as does naming one file or its tests: there a debugger and `-s` work.
+`pytest -n 0` runs everything in this process, as does naming one file or tests of it: there `-s` and a debugger work.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-#: Files and folders that are started first.
+#: Files and folders that are started first, in this order.
 SLOW = [TESTS / name for name in ("transformers", "neighbours", "metal", "attention/test_compile.py")]
 
 
@@ -32,7 +32,9 @@ def pytest_xdist_auto_num_workers(config):
 
 def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: not any(item.path.is_relative_to(slow) for slow in SLOW))
+        items.sort(
+            key=lambda item: next((n for n, slow in enumerate(SLOW) if item.path.is_relative_to(slow)), len(SLOW))
+        )
 
 
 def pytest_addoption(parser):

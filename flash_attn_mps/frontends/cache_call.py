@@ -28,10 +28,12 @@ class CacheCall:
     rotary_interleaved: bool = True
     rotary_seqlens: torch.Tensor | None = None  # (batch,): where the rotation starts, if not at cache_seqlens
     cache_seqlens: int | torch.Tensor | None = None  # rows in the cache, for all or (batch,); None: it is full
-    cache_batch_idx: torch.Tensor | None = None  # (batch,): the entry of the cache that a sequence uses
+    # (batch,): the entry of the cache that a sequence uses; of a paged one, the row of block_table
+    cache_batch_idx: torch.Tensor | None = None
     cache_leftpad: torch.Tensor | None = None  # (batch,): the row at which a sequence starts
-    block_table: torch.Tensor | None = None  # (batch, blocks per sequence)
+    block_table: torch.Tensor | None = None  # (batch, blocks per sequence); (entries, ...) with cache_batch_idx
     block_table_name: str = "block_table"  # the caller's word for it, for messages
     cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,)
     cu_seqlens_k_new: torch.Tensor | None = None  # (batch + 1,)
     max_seqlen_q: int | torch.Tensor | None = None  # with cu_seqlens_q
+    seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count

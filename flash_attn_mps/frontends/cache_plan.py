@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import checks, dispatch
-from ..lengths import Lengths, check_pages
+from ..lengths import Lengths, check_pages, used
 from ..problem import AttentionProblem, Result, with_qv
 from .cache_call import CacheCall
-from .rotary import apply_rotary
+from .rotary import rotated
 
 _Q = "batch, seqlen_q, heads, head_dim"
 _Q_PACKED = "total_q, heads, head_dim"
@@ -74,16 +74,16 @@ def describe(call: CacheCall) -> CachePlan:
         queries, batch = Lengths(q.shape[1]), q.shape[0]
     else:
         queries, batch = _packed_queries(call, call.cu_seqlens_q), call.cu_seqlens_q.shape[0] - 1
-    room = _room(call, batch)
+    call = _with_entries(call, batch)
+    room = k_cache.shape[1] * (1 if call.block_table is None else call.block_table.shape[1])
     cached = _cached(call, batch, room)
-    if call.cache_batch_idx is not None:
-        checks.int32(call.cache_batch_idx, "cache_batch_idx", "batch,", batch, q)
-        checks.indices(call.cache_batch_idx, "cache_batch_idx", k_cache.shape[0], "the entries of k_cache")
     leftpad = None
     if call.cache_leftpad is not None:
         leftpad = _leftpad(call.cache_leftpad, call, batch, room, cached)
     new = _new(call, batch, room, cached)
     rotary = _rotary(call, batch, queries, cached, new)
+    if call.seqused_q is not None:
+        queries = used(queries, call.seqused_q, "seqused_q", batch, q)
     problem = _problem(call, batch, room, queries, cached, new, leftpad)
     if call.qv is not None:
         checks.qv(call.qv, problem.out_shape, q)
@@ -113,18 +113,26 @@ def _packed_queries(call: CacheCall, cu_seqlens: torch.Tensor) -> Lengths:
     return Lengths(longest, tensor, known)
 
 
-def _room(call: CacheCall, batch: int) -> int:
-    """How many rows a sequence has in the cache."""
-    block_table, k_cache = call.block_table, call.k_cache
+def _with_entries(call: CacheCall, batch: int) -> CacheCall:
+    """`call`, checked to have an entry of the cache for each sequence; of a paged cache with those entries alone.
+
+    The rows of a block table are picked here, by one small gather on the device: the append needs them as the attention
+    does, and so no tier has to honour both indices at once.
+    """
+    k_cache, block_table, entries = call.k_cache, call.block_table, call.cache_batch_idx
+    if block_table is not None:
+        dims = "batch, blocks per sequence" if entries is None else "entries, blocks per sequence"
+        checks.int32(block_table, call.block_table_name, dims, batch if entries is None else None, call.q)
+    elif entries is None and k_cache.shape[0] != batch:
+        raise checks.malformed("k_cache", k_cache, f"a batch of {batch}, that of q, without cache_batch_idx")
+    if entries is None:
+        return call
+    checks.int32(entries, "cache_batch_idx", "batch,", batch, call.q)
     if block_table is None:
-        if call.cache_batch_idx is None and k_cache.shape[0] != batch:
-            raise checks.malformed("k_cache", k_cache, f"a batch of {batch}, that of q, without cache_batch_idx")
-        return k_cache.shape[1]
-    for name, value in (("cache_batch_idx", call.cache_batch_idx), ("cache_leftpad", call.cache_leftpad)):
-        if value is not None:
-            raise checks.unsupported(name, f"with {call.block_table_name}", "None for a paged cache")
-    checks.int32(block_table, call.block_table_name, "batch, blocks per sequence", batch, call.q)
-    return block_table.shape[1] * k_cache.shape[1]
+        checks.indices(entries, "cache_batch_idx", k_cache.shape[0], "the entries of k_cache")
+        return call
+    checks.indices(entries, "cache_batch_idx", block_table.shape[0], f"the rows of {call.block_table_name}")
+    return dataclasses.replace(call, block_table=block_table.index_select(0, entries), cache_batch_idx=None)
 
 
 def _cached(call: CacheCall, batch: int, room: int) -> Rows:
@@ -198,11 +206,10 @@ def _longest(starts: list[int] | None, lengths: list[int] | None) -> int:
 def _rotary(call: CacheCall, batch: int, queries: Lengths, cached: Rows, new: NewRows | None) -> Rotary | None:
     """How to rotate, with a table that reaches as far as the positions do."""
     q, seqlens = call.q, call.rotary_seqlens
-    if call.rotary_cos is None and call.rotary_sin is None:
-        if seqlens is not None:
-            accepted = "None, or all three"
-            raise checks.malformed("rotary_seqlens", "positions without rotary_cos and rotary_sin", accepted)
-        return None
+    if call.rotary_cos is None:
+        if call.rotary_sin is not None:
+            raise checks.malformed("rotary_sin", "a table without rotary_cos", "None, or rotary_cos too")
+        return None  # whatever rotary_seqlens is: upstream does not look at it either
     cos, sin = _table(call.rotary_cos, "rotary_cos", q), _table(call.rotary_sin, "rotary_sin", q)
     if sin.shape != cos.shape:
         raise checks.malformed("rotary_sin", sin, f"the shape of rotary_cos, {tuple(cos.shape)}")
@@ -215,11 +222,12 @@ def _rotary(call: CacheCall, batch: int, queries: Lengths, cached: Rows, new: Ne
         start = Rows(seqlens, checks.lengths(seqlens, "rotary_seqlens", batch, cos.shape[0], q))
     _check_table(cos, start, new.rows.known, "keys")
     # Upstream's rule: queries that are neither causal nor local all have the position after the cache.
-    advances = checks.window(call.options.window_size, call.options.causal) != (-1, -1)
-    if advances:
-        _check_table(cos, start, queries.lengths or [queries.max_seqlen] * batch, "queries")
-    elif call.cu_seqlens_q is not None:
-        raise checks.unsupported("cu_seqlens_q", "rotary embedding of packed queries without causal", "causal=True")
+    window = checks.window(call.options.window_size, call.options.causal)
+    advances = window != (-1, -1) or checks.attention_chunk(call.options.attention_chunk) > 0
+    lengths = [q.shape[1]] * batch if call.cu_seqlens_q is None else queries.lengths
+    if lengths is not None and not advances:
+        lengths = [min(n, 1) for n in lengths]
+    _check_table(cos, start, lengths, "queries")
     return Rotary(cos, sin, call.rotary_interleaved, start.number, advances)
 
 
@@ -250,6 +258,9 @@ def _problem(
     rows = cached
     if new is not None:
         rows = _each(operator.add, rows, new.rows)
+    if block_table is not None:
+        first = None if leftpad is None else leftpad.known
+        check_pages(block_table, k, rows.known, "cache_seqlens", call.block_table_name, first)
     if leftpad is not None:
         rows = _each(operator.sub, rows, leftpad)
     number, known = rows
@@ -262,8 +273,6 @@ def _problem(
         # One length for all is a plain dense problem on a shorter view.
         k, v, room, known = k[:, :number], v[:, :number], number, None
     max_seqlen_k = room if known is None else max(known, default=0)
-    if block_table is not None:
-        check_pages(block_table, k, known, "cache_seqlens", call.block_table_name)
     return AttentionProblem(
         q,
         k,
@@ -273,6 +282,7 @@ def _problem(
         max_seqlen_k,
         **call.options.checked(q, batch),
         cu_seqlens_q=call.cu_seqlens_q,
+        seqused_q=call.seqused_q,
         seqused_k=seqused,
         max_seqlen_q_tensor=queries.max_seqlen_tensor,
         block_table=block_table,
@@ -292,19 +302,26 @@ def _each(change: Callable[[Any, Any], Any], a: Rows, b: Rows) -> Rows:
 
 
 def _rotated_queries(rotary: Rotary, p: AttentionProblem) -> torch.Tensor:
-    if rotary.advances:
-        return _rotated(rotary, p.q, p.cu_seqlens_q, p.max_seqlen_q)
-    # All at one position: as if all were heads of one query.
-    return _rotated(rotary, p.q.flatten(1, 2).unsqueeze(1), None, None).view(p.q.shape)
+    cos, sin, interleaved, start, advances = rotary
+    q, cu_seqlens = p.q, p.cu_seqlens_q
+    if advances:
+        return rotated(q, cos, sin, start, cu_seqlens, interleaved)
+    if cu_seqlens is None:  # all at one position: as if all were heads of one query
+        return rotated(q.flatten(1, 2).unsqueeze(1), cos, sin, start, None, interleaved).view(q.shape)
+    if isinstance(start, torch.Tensor):
+        start = start[_sequence_of_rows(cu_seqlens, q.shape[0])]
+    # As if each query were a sequence.
+    return rotated(q.unsqueeze(1), cos, sin, start, None, interleaved).squeeze(1)
 
 
 def _rotated_keys(rotary: Rotary, new: NewRows) -> torch.Tensor:
-    return _rotated(rotary, new.k, new.cu_seqlens, None if new.cu_seqlens is None else new.k.shape[0])
+    return rotated(new.k, rotary.cos, rotary.sin, rotary.start, new.cu_seqlens, rotary.interleaved)
 
 
-def _rotated(rotary: Rotary, x: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int | None) -> torch.Tensor:
-    cos, sin, interleaved, start, _ = rotary
-    return apply_rotary(x, cos, sin, start, cu_seqlens, max_seqlen, interleaved)
+def _sequence_of_rows(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    """`(total,)`: to which sequence each packed row belongs; the last one for rows past its end."""
+    rows = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:], rows, right=True).clamp_(max=cu_seqlens.shape[0] - 2)
 
 
 def _destination(plan: CachePlan, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -314,9 +331,8 @@ def _destination(plan: CachePlan, new: NewRows) -> tuple[torch.Tensor, torch.Ten
         batch, seqlen = new.k.shape[:2]
         sequence, row = torch.arange(batch, device=device)[:, None], torch.arange(seqlen, device=device)
     else:
-        rows = torch.arange(new.k.shape[0], device=device)
-        sequence = torch.searchsorted(new.cu_seqlens[1:], rows, right=True)
-        row = rows - new.cu_seqlens[sequence]
+        sequence = _sequence_of_rows(new.cu_seqlens, new.k.shape[0])
+        row = torch.arange(new.k.shape[0], device=device) - new.cu_seqlens[sequence]
     position = row + (cached if isinstance(cached, int) else cached[sequence])
     if call.block_table is not None:
         block_size = call.k_cache.shape[1]

@@ -58,8 +58,9 @@ def flash_attn_with_kvcache(
             Needs k and v; None for none.
         rotary_sin: sines, of the shape of rotary_cos; given if rotary_cos is.
         cache_seqlens: how many keys each sequence has in the cache, an int or int32 `(batch,)`; None if it is full.
-        cache_batch_idx: int32 `(batch,)`: which entry of the cache a sequence uses; None for its own. Not with pages.
-        cache_leftpad: int32 `(batch,)`: at which row of the cache a sequence starts; None for 0. Not with pages.
+        cache_batch_idx: int32 `(batch,)`: which entry of the cache a sequence uses, with `block_table` which row of
+            that; None for its own.
+        cache_leftpad: int32 `(batch,)`: at which row of the cache a sequence starts; None for 0.
         block_table: int32 `(batch, blocks per sequence)`: which pages of the cache a sequence has, in order.
         softmax_scale: factor of the scores, a number or a 0-d tensor; None for `1 / sqrt(head_dim)`.
         causal: hide what comes later: query i sees key j if `j <= i + seqlen_k - seqlen_q`.

@@ -1,7 +1,8 @@
 """Forward and backward as plain functions without autograd: what ring and other distributed attention is built on.
 
-Names, parameters, order and defaults are those of the private functions of FlashAttention 2.8. Arguments and shapes are
-those of `flash_attn_mps.frontends.fa2`; `window_size_left` and `window_size_right` are the two sides of `window_size`.
+Names, parameters, order and defaults are those of the private functions of FlashAttention 2.8, and `num_splits`, which
+upstream has since put behind them and which has no effect here. Arguments and shapes are those of
+`flash_attn_mps.frontends.fa2`; `window_size_left` and `window_size_right` are the two sides of `window_size`.
 
 The forward functions return `(out, softmax_lse, S_dmask, rng_state)`: `rng_state`, int64 `(2,)` on the CPU, makes
 backward drop what forward dropped. The backward functions write the gradients into `dq`, `dk` and `dv`, and return
@@ -62,7 +63,9 @@ def _flash_attn_varlen_forward(
     leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
+    num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.integer(num_splits, "num_splits", "an integer")
     if leftpad_k is not None:
         raise checks.unsupported("leftpad_k", leftpad_k, "None; flash_attn_with_kvcache takes cache_leftpad")
     window_size = (window_size_left, window_size_right)

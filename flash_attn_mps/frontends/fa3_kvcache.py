@@ -70,18 +70,20 @@ def flash_attn_with_kvcache(
         v: new values, head_dim_v instead of head_dim, written into v_cache; given if k is.
         qv: of the shape of out: adds `qv v^T` to the scores, before the scale; None for nothing.
         rotary_cos: cosines `(seqlen_ro, rotary_dim / 2)`, dtype of q: rotary embedding of q and k. Keys rotate by the
-            positions `cache_seqlens + 0, 1, ...`; so do queries if causal or windowed, else all by `cache_seqlens`.
-            Needs k and v; None for none.
+            positions `cache_seqlens + 0, 1, ...`; so do queries if causal, windowed or in chunks, else all by
+            `cache_seqlens`. Needs k and v; None for none.
         rotary_sin: sines, of the shape of rotary_cos; given if rotary_cos is.
         cache_seqlens: how many keys each sequence has in the cache, an int or int32 `(batch,)`; None if it is full.
-        cache_batch_idx: int32 `(batch,)`: which entry of the cache a sequence uses; None for its own. Not with pages.
-        cache_leftpad: int32 `(batch,)`: at which row of the cache a sequence starts; None for 0. Not with pages.
+        cache_batch_idx: int32 `(batch,)`: which entry of the cache a sequence uses, with `page_table` which row of
+            that; None for its own.
+        cache_leftpad: int32 `(batch,)`: at which row of the cache a sequence starts; None for 0.
         page_table: int32 `(batch, blocks per sequence)`: which pages of the cache a sequence has, in order.
         cu_seqlens_q: int32 `(batch + 1,)`, from 0 to total_q: where the queries of each sequence start; None if q is
             not packed.
         cu_seqlens_k_new: int32 `(batch + 1,)`, from 0 to total_new, for the new keys; None if k is not packed.
         max_seqlen_q: the longest sequence of queries, or more, with `cu_seqlens_q`: an int or a 0-d integer tensor.
-        rotary_seqlens: int32 `(batch,)`: positions to rotate from, instead of `cache_seqlens`.
+        rotary_seqlens: int32 `(batch,)`: positions to rotate from, instead of `cache_seqlens`; no effect without
+            rotary_cos.
         q_descale: None: scales of fp8 tensors, which are not supported.
         k_descale: None, likewise.
         v_descale: None, likewise.

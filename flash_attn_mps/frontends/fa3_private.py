@@ -64,7 +64,6 @@ def _flash_attn_forward(
     # Not a decorator: who builds on this function reads its arguments with inspect.getfullargspec.
     with torch.no_grad():
         if cu_seqlens_k is None and (seqused_k is not None or k_new is not None or page_table is not None):
-            _reject("with a key-value cache", seqused_q=seqused_q)
             call = CacheCall(
                 q,
                 k,
@@ -85,6 +84,7 @@ def _flash_attn_forward(
                 cu_seqlens_q=cu_seqlens_q,
                 cu_seqlens_k_new=cu_seqlens_k_new,
                 max_seqlen_q=max_seqlen_q,
+                seqused_q=seqused_q,
             )
             result = kvcache.attention(call)
         else:

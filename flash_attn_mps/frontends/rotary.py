@@ -43,6 +43,20 @@ def apply_rotary(
         ValueError: shapes do not fit, or a position known on the host lies outside the tables.
     """
     _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    return rotated(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, inplace, conjugate)
+
+
+def rotated(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: int | Tensor,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    inplace: bool = False,
+    conjugate: bool = False,
+) -> Tensor:
+    """`apply_rotary` of arguments that have been checked."""
     if cu_seqlens is not None:
         positions, valid = _packed_positions(x.shape[0], cu_seqlens, seqlen_offsets)
         cos, sin = _rows(cos, sin, positions, valid)

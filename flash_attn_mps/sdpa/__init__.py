@@ -2,7 +2,7 @@
 
     from flash_attn_mps import sdpa
 
-    sdpa.install()                      # torch.nn.functional.scaled_dot_product_attention comes here from now on
+    sdpa.install()                      # calls of scaled_dot_product_attention on MPS come here from now on
     with sdpa.installed(): ...          # or for a while
     print(sdpa.explain(q, k, v, is_causal=True))
     print(sdpa.stats())
@@ -17,12 +17,12 @@ from dataclasses import replace
 from typing import Any
 
 from .. import trace
-from . import counters, patch
-from .call import bind
+from . import counters, serve
+from .call import Arguments
 from .counters import stats
 from .decision import Decision, Reason
-from .holders import holders
-from .patch import install, installed, is_installed, reset, scaled_dot_product_attention, uninstall
+from .patch import install, installed, is_installed, scaled_dot_product_attention, uninstall
+from .serve import reset
 from .settings import SWITCH, wanted
 from .torch_paths import version
 
@@ -31,7 +31,6 @@ __all__ = [
     "Decision",
     "Reason",
     "explain",
-    "holders",
     "install",
     "installed",
     "is_installed",
@@ -49,10 +48,10 @@ def explain(*args: Any, torch_version: str | None = None, **kwargs: Any) -> Deci
     Tensors on the "meta" device count as on MPS. `torch_version`, like "2.10.0": as it would be with that release.
     Raises TypeError where arguments are missing.
     """
-    given = patch.current()
+    given = serve.current()
     if torch_version is not None:
         given = replace(given, torch=version(torch_version))
-    return patch.examine(bind(*args, **kwargs), given, as_if=True)[0]
+    return serve.examine(Arguments(*args, **kwargs), given, as_if=True)[0]
 
 
 trace.at_exit.append(counters.table)

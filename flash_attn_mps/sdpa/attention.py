@@ -10,7 +10,7 @@ from .call import Arguments
 
 
 def problem(arguments: Arguments) -> AttentionProblem:
-    """Arguments that `obstacles.of_arguments` found nothing wrong with.
+    """Arguments that ``obstacles`` found nothing wrong with.
 
     torch's causal mask is aligned to the top left: query i sees the keys up to i.
     """

@@ -26,21 +26,6 @@ class Arguments(NamedTuple):
         return self[:3] if self.attn_mask is None else self[:4]
 
 
-def bind(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: Any = 0.0,
-    is_causal: Any = False,
-    *,
-    scale: Any = None,
-    enable_gqa: Any = False,
-) -> Arguments:
-    """Sort out positional and keyword arguments as torch does. Raises TypeError."""
-    return Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-
-
 class Signature(NamedTuple):
     """All that dtypes, shapes and strides say about a call, hashable: calls of one signature meet one decision."""
 

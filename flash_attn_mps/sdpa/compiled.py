@@ -1,4 +1,4 @@
-"""Under torch.compile: one operator in the graph where this package may serve the call, torch's own where it may not.
+"""In a compiled graph: one operator where this package may serve the call, torch's own where it may not.
 
 What is decided when the graph runs, on tensors that are really there, needs no guard and breaks no graph: the operator
 `mtlflashattn::scaled_dot_product_attention` makes the same decision as a call outside a graph. It has no gradient, so
@@ -7,33 +7,65 @@ calls that need one stay torch's, as do exported programs, which must not need t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
-from . import obstacles
-from .call import bind
+from . import obstacles, serve
+from .call import Arguments
 
+# torch finds graphs on disk by what Dynamo saw, which is torch's function with this package and without.
+_TAG = "+mtlflashattn.sdpa"
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 and later
 
 
-def attention(torchs: Callable[..., torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    """Traced by Dynamo: what it can evaluate while it traces decides."""
-    mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-    if obstacles.is_causal_bias(mask):
-        return obstacles.with_causal_bias(mask, args, kwargs)
-    query = args[0] if args else kwargs.get("query")
-    if type(query) not in obstacles.PLAIN or not obstacles.is_served(query):
-        return torchs(*args, **kwargs)
-    if _is_exporting() or torch.is_autocast_enabled(query.device.type):
-        return torchs(*args, **kwargs)
-    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = bind(*args, **kwargs)
-    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+def in_dynamo(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> torch.Tensor | None:
+    """Traced by Dynamo, in `sdpa.scaled_dot_product_attention`; None where the call is torch's."""
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     for tensor in tensors:
-        if type(tensor) not in obstacles.PLAIN or (torch.is_grad_enabled() and tensor.requires_grad):
-            return torchs(*args, **kwargs)
-    return _operator(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
+        if type(tensor) not in obstacles.PLAIN:
+            return None
+    if not obstacles.is_served(query) or _is_exporting() or torch.is_autocast_enabled(query.device.type):
+        return None
+    if _need_gradient(tensors):
+        return None
+    return _operator(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def in_graph(arguments: Arguments) -> torch.Tensor | None:
+    """A call that torch's dispatcher makes while a graph is captured, on tensors without data; None: it is torch's.
+
+    Dynamo makes one to learn the shape, before it asks for a graph on disk, and AOTAutograd others, of which it records
+    the operators.
+    """
+    if torch._guards.CompileContext.current_compile_id() is None:
+        return None  # torch.compile does not work in this thread
+    functional = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
+    if functional is None:
+        if _TAG not in torch.compiler.config.cache_key_tag:  # a setting of this thread
+            torch.compiler.config.cache_key_tag += _TAG
+        return None
+    if functional.export or not serve.usual_backends() or _need_gradient(arguments.tensors):
+        return None
+    return _operator(*arguments)
+
+
+def check() -> None:
+    """Raises AttributeError where this torch does not have what `in_graph` asks for."""
+    for owner, name in (
+        (torch._guards.CompileContext, "current_compile_id"),
+        (torch._C, "_get_dispatch_mode"),
+        (torch._C._TorchDispatchModeKey, "FUNCTIONAL"),
+        (torch.compiler.config, "cache_key_tag"),
+    ):
+        getattr(owner, name)
+
+
+def end() -> None:
+    """Graphs that this thread compiles from now on are torch's own."""
+    torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(_TAG, "")
+
+
+def _need_gradient(tensors: tuple[torch.Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 _SCHEMA = (
@@ -44,11 +76,10 @@ _SCHEMA = (
 
 @torch.library.custom_op("mtlflashattn::scaled_dot_product_attention", mutates_args=(), schema=_SCHEMA)
 def _operator(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-    from . import patch
-
-    out = patch.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    arguments = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    out = serve.result(arguments)
+    if out is None:
+        out = serve.torchs(*arguments[:6], scale=scale, enable_gqa=enable_gqa)
     return out.contiguous()  # the layout that the graph was made for
 
 

@@ -27,8 +27,7 @@ class _Tally:
 
 
 _lock = threading.Lock()
-_tallies: dict[tuple[str, str], _Tally] = {(LEFT, ELSEWHERE): _Tally()}
-count_elsewhere = _tallies[LEFT, ELSEWHERE].up
+_tallies: dict[tuple[str, str], _Tally] = {}
 
 
 def count(outcome: str, reason: str) -> None:

@@ -1,30 +1,26 @@
-"""From which length on this package's attention is faster than torch's: measured by `mtlflashattn tune`, and kept."""
+"""From which length on this package's attention is faster than torch's: what `mtlflashattn tune` times."""
 
 from __future__ import annotations
 
 import functools
 import math
 import statistics
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention as torchs  # before `install` could replace it
 
 from .. import dispatch, timing
-from ..tiers.metal import store
-from . import torch_paths
+from . import serve, torch_paths
 from .attention import as_called, problem
 from .call import Arguments, describe, signature
-from .settings import NEVER, Class, class_of
+from .measured import NEVER, CallClass, class_of
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 _BATCH, _HEADS = 1, 8
 _ROUNDS = 5
 _BATCH_SECONDS = 0.02
 _GAIN = 0.95  # of torch's time: less than that is noise, or not worth the change
-_SECTION = "sdpa"
 
 
 class Kind(NamedTuple):
@@ -41,7 +37,7 @@ class Kind(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    of: Class
+    of: CallClass
     shortest: float  # tokens; NEVER if ours is not faster even at the longest that was timed
     seconds: dict[int, tuple[float, float]]  # length -> ours and torch's, as far as they were timed
 
@@ -70,30 +66,6 @@ def measure(
             shortest = shortest if lost else float(length)
         tick()
     return Outcome(of, shortest, seconds)
-
-
-def load() -> dict[Class, float]:
-    """What is stored for this machine and this torch; nothing, with a warning, from a file that is broken."""
-    try:
-        return dict(map(_entry, store.read().get(_SECTION, ())))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        return store.broken(error)
-
-
-def _entry(entry: dict) -> tuple[Class, float]:
-    length = entry["length"]
-    return Class(*(entry[field] for field in Class._fields)), NEVER if length is None else float(length)
-
-
-def save(found: Mapping[Class, float]) -> None:
-    """Add to what is stored. Raises OSError."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what cannot be used is replaced
-        merged = {**load(), **found}
-    entries = [
-        {**key._asdict(), "length": None if shortest == NEVER else shortest} for key, shortest in sorted(merged.items())
-    ]
-    store.write(_SECTION, entries)
 
 
 def _draw(kind: Kind, device: torch.device | str, length: int) -> Arguments:
@@ -132,4 +104,4 @@ def _ours(arguments: Arguments) -> torch.Tensor:
 
 
 def _torchs(arguments: Arguments) -> torch.Tensor:
-    return torchs(*arguments[:3], is_causal=arguments.is_causal)
+    return serve.torchs(*arguments[:3], is_causal=arguments.is_causal)

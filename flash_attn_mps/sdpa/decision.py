@@ -8,7 +8,8 @@ from ..tiers.metal.launch import MAX_HEAD_DIM
 from . import settings, torch_paths
 from .call import Call
 from .hazards import hazards
-from .settings import NEVER, Settings, class_of
+from .measured import NEVER, class_of
+from .settings import Settings
 
 # Before anything is measured: the graph over the whole score matrix was 3 times slower than a fused kernel at this
 # length (pytorch#181575), and torch's own fused kernels are not known to be slower than ours.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -13,6 +11,7 @@ from .call import Arguments, Signature
 from .counters import ELSEWHERE
 from .decision import Reason
 
+DEVICE = "mps"
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 _NUMBERS = (float, int)
 _FLAGS = tuple(
@@ -30,20 +29,8 @@ _FLAGS = tuple(
 
 
 def is_served(tensor: torch.Tensor) -> bool:
-    """Is it on a device whose calls may be taken? (The attribute is read much faster than the name of a device.)"""
-    return tensor.is_mps
-
-
-def is_causal_bias(mask: object) -> bool:
-    """By name: importing torch's module costs a second, and who has such a mask has imported it."""
-    return type(mask).__name__ == "CausalBias" and type(mask).__module__ == "torch.nn.attention.bias"
-
-
-def with_causal_bias(mask: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    """torch's class compares the function with the one that torch.nn.functional has, which may be ours: where torch's
-    own function is what it gets, it takes the memory of the mask, which nobody has written, for the mask."""
-    function = torch.nn.functional.scaled_dot_product_attention
-    return type(mask).__torch_function__(function, (type(mask),), args, kwargs)
+    """Is it on the device whose calls may be taken?"""
+    return tensor.device.type == DEVICE
 
 
 def backends() -> tuple:
@@ -57,7 +44,7 @@ def of_surroundings(arguments: Arguments, usual_backends: tuple, as_if: bool = F
         if type(tensor) not in PLAIN:
             return Reason("type", f"an argument is a {type(tensor).__name__}, not a plain tensor")
     device = arguments.query.device
-    if not is_served(arguments.query) and not (as_if and arguments.query.is_meta):
+    if device.type != DEVICE and not (as_if and arguments.query.is_meta):
         return Reason(ELSEWHERE, f"the tensors are on {device}")
     for tensor in arguments.tensors:
         if tensor.device != device:
@@ -83,10 +70,9 @@ def of_surroundings(arguments: Arguments, usual_backends: tuple, as_if: bool = F
 
 def under_autocast(arguments: Arguments) -> Arguments:
     """The arguments as torch's autocast would cast them: every floating tensor but a float64 one."""
-    device = arguments.query.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not torch.is_autocast_enabled(DEVICE):
         return arguments
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(DEVICE)
     cast = (
         tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
         for tensor in arguments.tensors

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
-from .call import Call
+from . import measured
+from .measured import NEVER, CallClass
 from .torch_paths import Version, version
 
 SWITCH = "MTLFLASHATTN_SDPA"
 MIN_GB = "MTLFLASHATTN_SDPA_MIN_GB"
 MIN_SEQ = "MTLFLASHATTN_SDPA_MIN_SEQ"
 FAST_MIN_SEQ = "MTLFLASHATTN_SDPA_FAST_MIN_SEQ"
-NEVER = math.inf
 
 GIB = 1 << 30
 _LARGEST_BUDGET = 4 * GIB  # beyond it, releases up to 2.8 abort the process (pytorch#149261)
-
-
-class Class(NamedTuple):
-    """Calls that are compared with torch's as one: which of both is faster depends on these and on the length."""
-
-    dtype: str  # torch's name, without "torch."
-    head_dim: int
-    causal: bool
-    gradient: bool
-    route: str  # of torch: stock.route
-
-
-def class_of(call: Call, route: str) -> Class:
-    return Class(str(call.dtype).removeprefix("torch."), call.head_dim, call.causal, call.gradient, route)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,20 +31,18 @@ class Settings:
     budget: float  # bytes that torch's score matrix may have
     min_seq: float | None = None
     fast_min_seq: float | None = None
-    measured: Mapping[Class, float] = field(default_factory=dict)
+    measured: Mapping[CallClass, float] = field(default_factory=dict)
 
 
 def read(env: Mapping[str, str] = os.environ) -> Settings:
     """From the environment, this torch, this machine's memory and what `mtlflashattn tune` stored for it."""
-    from . import crossover
-
     gigabytes = _number(env, MIN_GB)
     return Settings(
         version(torch.__version__),
         default_budget() if gigabytes is None else gigabytes * GIB,
         _number(env, MIN_SEQ),
         _number(env, FAST_MIN_SEQ),
-        crossover.load(),
+        measured.load(),
     )
 
 

@@ -10,7 +10,6 @@ pytorch#176767).
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -20,6 +19,7 @@ from .tier import Gradients, Tier
 
 _FEATURES = frozenset({"causal", "gradients"})
 _LARGEST_SCORE = 1e38  # float32 ends at 3.4e38
+_LARGEST_TO_SUBTRACT_FROM = 1e4  # the backward pass takes exp(score - log-sum-exp): half an ulp of this is 5e-4
 
 
 def _limits(p: AttentionProblem) -> list[str]:
@@ -36,11 +36,11 @@ def _limits(p: AttentionProblem) -> list[str]:
         return ["causal with seqlen_q != seqlen_k (PyTorch aligns it to the top left)"]
     if not p.features <= _FEATURES:
         return []  # it is out already
-    if causal and not p.softmax_scale > 0:
+    if causal and not _scale(p) > 0:
         return ["causal with a softmax_scale that is not above 0"]
     if not _is_flash(p, causal):
         return ["PyTorch would not use its flash attention for these head dims, strides or settings"]
-    if not _scores_are_finite(p):
+    if not _largest_score(p) < _LARGEST_SCORE or not _largest(p.v) < math.inf:
         return ["values or scores are not finite"]
     return []
 
@@ -48,15 +48,20 @@ def _limits(p: AttentionProblem) -> list[str]:
 def _backward_limits(p: AttentionProblem) -> list[str]:
     if p.heads != p.heads_k and p.q.dtype != torch.float32:
         return ["heads share keys in half precision, in which PyTorch would sum their gradients"]
-    return _limits(p)
+    reasons = _limits(p)
+    if not reasons and _largest_score(p) > _LARGEST_TO_SUBTRACT_FROM:
+        return ["scores are large, and whoever gave the log-sum-exp may have rounded them otherwise"]
+    return reasons
 
 
-def _scores_are_finite(p: AttentionProblem) -> bool:
-    """Are q, k, v and, whatever they are, the scores?"""
-    largest_q, largest_k, largest_v = (_largest(t) for t in (p.q, p.k, p.v))
-    scale = cast(float, p.softmax_scale)  # a tensor is a feature that this tier does not serve
-    score = largest_q * largest_k * p.q.shape[-1] * max(1.0, abs(scale))
-    return score < _LARGEST_SCORE and largest_v < math.inf
+def _largest_score(p: AttentionProblem) -> float:
+    """More than any score of `p` can be, scaled or not; NaN if a value is."""
+    return _largest(p.q) * _largest(p.k) * p.q.shape[-1] * max(1.0, abs(_scale(p)))
+
+
+def _scale(p: AttentionProblem) -> float:
+    assert isinstance(p.softmax_scale, (float, int))  # a tensor is a feature that this tier does not serve
+    return p.softmax_scale
 
 
 def _largest(t: torch.Tensor) -> float:
@@ -67,8 +72,7 @@ def _largest(t: torch.Tensor) -> float:
 
 def _is_flash(p: AttentionProblem, causal: bool) -> bool:
     q, k, v = (t.transpose(1, 2) for t in (p.q, p.k, p.v))
-    assert isinstance(p.softmax_scale, float)  # a tensor is a feature that this tier does not serve
-    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=p.softmax_scale, enable_gqa=p.heads != p.heads_k)
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=_scale(p), enable_gqa=p.heads != p.heads_k)
     return choice == SDPBackend.FLASH_ATTENTION.value
 
 

@@ -83,7 +83,6 @@ class QueryRows:
 
     def __init__(self, p: AttentionProblem) -> None:
         self.starts = p.cu_seqlens_q
-        self.used = p.seqused_q
         self.lengths = _lengths(p.cu_seqlens_q, p.seqused_q)
         self.total, self.rows = p.q.shape[:2]  # packed: all rows; dense: those of a sequence
 
@@ -119,14 +118,16 @@ class QueryRows:
 
     def exist(self) -> torch.Tensor | None:
         """Which rows of q are queries of some sequence, `q.shape[:-2]`; None if all are."""
-        if self.used is None:
+        if self.lengths is None:
             return None
-        device = self.used.device
+        device = self.lengths.device
         if self.starts is None:
-            return torch.arange(self.rows, device=device) < self.used[:, None]
+            return torch.arange(self.rows, device=device) < self.lengths[:, None]
         rows = torch.arange(self.total, device=device, dtype=self.starts.dtype)
-        seqs = (torch.searchsorted(self.starts, rows, right=True) - 1).clamp_(max=self.used.shape[0] - 1)
-        return rows < (self.starts[:-1] + self.used)[seqs]
+        if not self.lengths.shape[0]:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        seqs = (torch.searchsorted(self.starts, rows, right=True) - 1).clamp_(max=self.lengths.shape[0] - 1)
+        return rows < (self.starts[:-1] + self.lengths)[seqs]
 
     def _index(self, group: Group, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of packed queries, `(sequences, rows)`, and which of them exist."""
@@ -176,9 +177,12 @@ class KeyRows:
         rows = torch.arange(n, device=p.q.device)
         if p.block_table is not None:
             num_blocks, block_size = p.k.shape[:2]
-            columns = (rows // block_size).clamp_(max=p.block_table.shape[1] - 1)
+            table = p.block_table[seqs]
+            if p.leftpad_k is not None:
+                rows = p.leftpad_k[seqs][:, None] + rows
+            columns = (rows // block_size).clamp_(max=table.shape[1] - 1).expand(table.shape[0], n)
             # Entries past a sequence's last block may hold anything: clamp them to some block; its rows are masked.
-            return p.block_table[seqs][:, columns].clamp(0, num_blocks - 1), rows % block_size
+            return table.gather(1, columns.long()).clamp_(0, num_blocks - 1), rows % block_size
         if p.cu_seqlens_k is not None:
             return ((p.cu_seqlens_k[:-1][seqs][:, None] + rows).clamp_(max=p.k.shape[0] - 1),)
         entries = torch.arange(p.batch, device=p.q.device) if p.kv_batch_idx is None else p.kv_batch_idx

@@ -18,29 +18,8 @@ import torch
 from ..checks import readable
 from ..problem import AttentionProblem, Result
 from .layout import Group, KeyRows, QueryRows, groups
-from .score_blocks import Block, Dropout, blocks
+from .score_blocks import FEATURES, Block, Dropout, blocks
 from .tier import LSE_GRADIENT, Gradients, Tier
-
-_FEATURES = frozenset(
-    {
-        "causal",
-        "window",
-        "attention_chunk",
-        "softcap",
-        "alibi",
-        "dropout",
-        "varlen",
-        "seqused",
-        "paged",
-        "kv_batch_idx",
-        "leftpad_k",
-        "mask",
-        "sinks",
-        "scale_tensor",
-        "gradients",
-        "forward_mode",
-    }
-)
 
 
 def _limits(p: AttentionProblem) -> list[str]:
@@ -139,10 +118,8 @@ def backward(
             if capped is not None:
                 ds.mul_(1.0 - capped.div_(p.softcap).square_())
             ds = ds.flatten(2, 3)
-            queries.put(
-                dq, group, block.first, block.last, block.rows_first(block.split(ds @ k_seen * p.softmax_scale))
-            )
-            dk_rows[:, :, block.lo : block.hi] += ds.transpose(-1, -2) @ (q_rows * p.softmax_scale)
+            queries.put(dq, group, block.first, block.last, block.rows_first(block.split(block.scaled(ds @ k_seen))))
+            dk_rows[:, :, block.lo : block.hi] += ds.transpose(-1, -2) @ block.scaled(q_rows)
         keys.add(dk, group, dk_rows)
         keys.add(dv, group, dv_rows)
     return queries.finished(dq), dk.to(k.dtype), dv.to(v.dtype), dsinks
@@ -195,4 +172,4 @@ def _weighted(prob: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None) ->
     return (prob @ _finite(v)).masked_fill_(spoilt > 0.0, torch.nan)
 
 
-TIER = Tier("torch", _FEATURES, _limits, run, _FEATURES | {LSE_GRADIENT}, backward)
+TIER = Tier("torch", FEATURES, _limits, run, FEATURES | {LSE_GRADIENT}, backward)

@@ -15,6 +15,28 @@ import torch
 from ..problem import AttentionProblem
 from .layout import Group, KeyRows, QueryRows
 
+# What the tier honours: features of the layout in layout.py, those of scores here.
+FEATURES = frozenset(
+    {
+        "causal",
+        "window",
+        "attention_chunk",
+        "softcap",
+        "alibi",
+        "dropout",
+        "varlen",
+        "seqused",
+        "paged",
+        "kv_batch_idx",
+        "leftpad_k",
+        "mask",
+        "sinks",
+        "scale_tensor",
+        "gradients",
+        "forward_mode",
+    }
+)
+
 SCORES = 1 << 22  # of a block: 16 MiB of float32
 
 
@@ -69,7 +91,7 @@ class Block:
         With `keep_capped` also as they were before bias and mask.
         """
         p = self.p
-        s = self.split((q_rows * p.softmax_scale) @ k_rows[:, :, self.lo : self.hi].transpose(-1, -2))
+        s = self.split(self.scaled(q_rows) @ k_rows[:, :, self.lo : self.hi].transpose(-1, -2))
         capped = None
         if p.softcap:
             s = s.div_(p.softcap).tanh_().mul_(p.softcap)
@@ -89,6 +111,10 @@ class Block:
                 s.add_(mask).masked_fill_(mask == -torch.inf, -torch.inf)  # hidden, even if the score is NaN
         hidden = self._hidden(distance)
         return s if hidden is None else s.masked_fill_(hidden[:, None, None], -torch.inf), capped
+
+    def scaled(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of queries as they enter the product with keys; gradients by that product are scaled alike."""
+        return rows * self.p.softmax_scale
 
     def softmax(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities, in the place of s, and the log-sum-exp `(g, heads_k, r, c, 1)`. Rows of -inf give zeros."""

@@ -40,7 +40,7 @@ def everything() -> dict[str, Any]:
         "libraries": _libraries(status),
         "programs": _programs(status),
     }
-    findings["sdpa"] = _sdpa()  # after the libraries are imported: some take torch's function when they are
+    findings["sdpa"] = _sdpa()
     findings["advice"] = [*owners.advice(), *_advice(status, findings)]
     return findings
 
@@ -131,31 +131,30 @@ def _tuned():
 
 
 def _sdpa():
-    """torch's own attention: is it replaced, what is known to be wrong with it, and who took it before."""
+    """torch's own attention: is it served, and what is known to be wrong with it?"""
     if owners.foreign_package():
         return {"scaled_dot_product_attention": "not examined: flash_attn_mps is another project's"}
     try:
         from flash_attn_mps import mha, sdpa
-        from flash_attn_mps.sdpa import hazards, patch
+        from flash_attn_mps.sdpa import hazards, serve
     except Exception as error:  # torch can be missing, or broken in any way
         return {"scaled_dot_product_attention": f"could not be asked: {type(error).__name__}: {error}"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said above
-        given = patch.current()
+        given = serve.current()
     known = [
         f"{hazard.issue} ({', '.join(hazard.routes)} path): {hazard.what}"
         for hazard in hazards.TABLE
         if hazard.holds(given.torch)
     ]
     return {
-        "scaled_dot_product_attention": "replaced"
+        "scaled_dot_product_attention": "served on MPS"
         if sdpa.is_installed()
-        else f"torch's own ({sdpa.SWITCH}=on replaces it)",
+        else f"torch's own ({sdpa.SWITCH}=on serves it on MPS)",
         "nn.MultiheadAttention": "usual strides" if mha.is_installed() else "torch's own",
         f"torch {'.'.join(map(str, given.torch))} on MPS is wrong": known or "in no way that is known",
         "budget of its score matrix": f"{given.budget / (1 << 30):.3g} GB",
         "lengths measured": f"for {len(given.measured)} kinds of calls" if given.measured else "none",
-        "modules that took torch's function": sdpa.holders() or "none of those imported here",
     }
 
 
@@ -238,13 +237,6 @@ def _advice(status, findings):
         yield "Install PyTorch: pip install torch"
     elif sys.platform == "darwin" and torch["MPS"] != "available":
         yield "This torch cannot use Metal here: MPS needs macOS 14 or later and an arm64 build of torch."
-    held = findings["sdpa"].get("modules that took torch's function")
-    if isinstance(held, list) and findings["sdpa"]["scaled_dot_product_attention"] == "replaced":
-        yield (
-            f"{', '.join(held)} is torch's function, taken when the module was imported: install() cannot reach it. "
-            "Install before such modules are imported (sdpa.holders() names those of your program), or give models of "
-            'transformers attn_implementation="mps_fa".'
-        )
     shown = {name["name"]: name for name in findings["names"]}["flash_attn"]
     if not shown["visible"] and status.mode == "auto" and "not macOS" in shown["why"]:
         yield f"To develop or test Mac-bound code here, on the CPU: set {policy.SWITCH}=on."

@@ -93,7 +93,7 @@ def _variants(arguments, watch):
 def _lengths(arguments, watch):
     """0 if every kind of call has a length now."""
     from flash_attn_mps import sdpa
-    from flash_attn_mps.sdpa import crossover
+    from flash_attn_mps.sdpa import crossover, measured
     from flash_attn_mps.tools.progress import Progress
     from flash_attn_mps.tools.text_table import aligned
 
@@ -105,7 +105,7 @@ def _lengths(arguments, watch):
             for kind in kinds:
                 progress.step(str(kind), 0)
                 outcomes.append(crossover.measure(kind, arguments.device, watch, tick=progress.step))
-                crossover.save({outcomes[-1].of: outcomes[-1].shortest})
+                measured.save({outcomes[-1].of: outcomes[-1].shortest})
         except KeyboardInterrupt:
             pass  # what was measured is saved
         except OSError as error:

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #define MH_LANES 32
+#define MH_QUAD 4
 #define MH_MAX_THREADS 1024
 #define MH_MAX_SIMDGROUPS (MH_MAX_THREADS / MH_LANES)
 #define MH_MAX_BUFFERS 31
@@ -50,6 +51,7 @@ enum mh_fault {
   MH_INACTIVE_LANE,
   MH_INDEX,
   MH_MISALIGNED,
+  MH_CRASH,
 };
 struct mh_report {
   uint32_t fault, kind;           // enum mh_fault; enum mh_kind where a collective is at fault
@@ -65,7 +67,7 @@ struct mh_report {
 
 struct mh_launch {
   void (*entry)(void);
-  uint64_t arguments[MH_MAX_BUFFERS];
+  uint64_t arguments[MH_MAX_BUFFERS], threadgroup_arguments[MH_MAX_BUFFERS];
   uint32_t grid[3], group[3];
   uint64_t seed;  // 0: lanes in order
   char* stacks;
@@ -79,7 +81,7 @@ struct mh_launch {
   const uint64_t* sites;  // sorted; the places in the source that they belong to are equal for equal lines
   const uint32_t* site_lines;
   uint64_t site_count;
-  uint32_t allow_partial_collectives, report_count;
+  uint32_t allow_partial_collectives, lockstep, report_count, unused;
   struct mh_counters counters;
   struct mh_report reports[MH_MAX_REPORTS];
 };
@@ -96,6 +98,7 @@ struct mh_fiber {
 
 struct mh_simdgroup {
   uint32_t exists, ready, in_collective, at_barrier;  // one bit a lane
+  uint32_t round;                                     // in lockstep: lanes that have yet to take the current step
   uint32_t epoch[2];                                  // simdgroup barriers passed: device, threadgroup
 };
 
@@ -124,6 +127,7 @@ int __mh_launch(struct mh_launch* launch);
 
 // scheduler.c
 void mh_abandon(void) __attribute__((noreturn));  // end the launch from inside a fiber
+void mh_step(uint64_t site);                      // in lockstep: let the other lanes come as far as this access
 
 // collective.c
 void mh_perform(struct mh_simdgroup* simdgroup, uint32_t base, uint32_t lanes);

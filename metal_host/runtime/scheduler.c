@@ -5,6 +5,24 @@
 struct mh_self __mh_self;
 struct mh_state mh;
 
+// Lockstep: all ready lanes at the earliest place in the code take one step, from memory access to memory access, before
+// any takes the next. Lanes that left the others at a branch wait for them where the paths meet.
+static uint32_t next_in_step(struct mh_simdgroup* sg, uint32_t base) {
+  sg->round &= sg->ready;
+  if (!sg->round) {
+    uint64_t site = ~0ull;
+    for (uint32_t rest = sg->ready; rest; rest &= rest - 1) {
+      uint32_t lane = (uint32_t)__builtin_ctz(rest);
+      uint64_t at = mh.fibers[base + lane].site;
+      if (at < site) site = at, sg->round = 0;
+      if (at == site) sg->round |= 1u << lane;
+    }
+  }
+  uint32_t lane = (uint32_t)__builtin_ctz(sg->round);
+  sg->round &= sg->round - 1;
+  return lane;
+}
+
 static uint32_t pick(uint32_t candidates, uint32_t after) {
   if (mh.launch->seed) {  // xorshift64*: any ready lane, by the seed
     mh.random ^= mh.random >> 12, mh.random ^= mh.random << 25, mh.random ^= mh.random >> 27;
@@ -61,6 +79,7 @@ static int next_thread(void) {
       uint32_t s = (first + i) % mh.simdgroups;
       struct mh_simdgroup* sg = &mh.simdgroup[s];
       if (!sg->ready && sg->in_collective) release_partial(sg, s * MH_LANES);
+      if (sg->ready && mh.launch->lockstep) return (int)(s * MH_LANES + next_in_step(sg, s * MH_LANES));
       if (sg->ready) return (int)(s * MH_LANES + pick(sg->ready, __mh_self.thread % MH_LANES));
     }
     if (!mh.live) return -1;
@@ -99,6 +118,15 @@ void mh_abandon(void) {
   void* unused;
   mh_switch(&unused, mh.scheduler);
   __builtin_trap();
+}
+
+void mh_step(uint64_t site) {
+  struct mh_fiber* fiber = &mh.fibers[__mh_self.thread];
+  mh_decide_writes();
+  uint32_t atomic = mh.atomic, matrix = mh.matrix;  // the running fiber's
+  fiber->site = site;
+  run_next(&fiber->stack_pointer);
+  mh.atomic = atomic, mh.matrix = matrix;
 }
 
 static struct mh_fiber* park(enum mh_kind kind, uint64_t site) {
@@ -194,12 +222,19 @@ uint32_t __mh_identifier(uint32_t which, uint32_t axis) {
       return t / MH_LANES;
     case 10:
       return mh.simdgroups;
+    case 12:
+      return t % MH_QUAD;
+    case 13:
+      return t / MH_QUAD;
+    case 14:
+      return (mh.threads + MH_QUAD - 1) / MH_QUAD;
     default:
       return MH_LANES;
   }
 }
 
 void* __mh_argument(uint32_t index) { return (void*)mh.launch->arguments[index]; }
+void* __mh_threadgroup_argument(uint32_t index) { return (void*)mh.launch->threadgroup_arguments[index]; }
 
 static void run_threadgroup(void) {
   struct mh_launch* launch = mh.launch;
@@ -214,6 +249,7 @@ static void run_threadgroup(void) {
   }
   for (uint32_t t = 0; t < mh.threads; ++t) {
     mh.fibers[t].waiting_in = MH_NONE;
+    mh.fibers[t].site = 0;
     mh.fibers[t].stack_pointer = mh_prepare_stack(launch->stacks + (t + 1) * launch->stack_size);
   }
   // Nobody may count on what threadgroup memory holds at the start: give it NaNs.

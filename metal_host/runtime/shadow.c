@@ -34,6 +34,7 @@ static uint32_t simdgroup_of(uint32_t thread) {
 static bool unordered(const struct access* before, const struct access* now) {
   if (!before->group || (before->atomic && now->atomic)) return false;
   if (before->group != now->group) return true;
+  if (mh.launch->lockstep && simdgroup_of(before->thread) == simdgroup_of(now->thread)) return false;
   if (before->thread == now->thread || before->group_epoch != now->group_epoch) return false;
   return simdgroup_of(before->thread) != simdgroup_of(now->thread) || before->simdgroup_epoch == now->simdgroup_epoch;
 }
@@ -88,6 +89,7 @@ static void race_of_writes(uint64_t address, uint32_t size, const struct access*
 
 static struct mh_region* find_region(uint64_t address, uint32_t size) {
   struct mh_region* regions = mh.launch->regions;
+  if (address + size < address) return 0;  // around the end of the address space
   if (last_region && address >= last_region->start && address + size <= last_region->end) return last_region;
   uint64_t low = 0, high = mh.launch->region_count;
   while (low < high) {
@@ -108,9 +110,10 @@ static void out_of_bounds(uint64_t address, uint32_t size, const struct access* 
   struct mh_report* r = report(MH_OUT_OF_BOUNDS, address, size, now, 0);
   for (uint64_t i = 0; r && i < mh.launch->region_count; ++i) {
     const struct mh_region* region = &mh.launch->regions[i];
-    uint64_t distance = address >= region->start ? (address + size > region->end ? address + size - region->end : 0)
-                                                 : region->start - address;
-    if (distance < best) best = distance, r->near_region = (uint32_t)i;
+    uint64_t distance = address < region->start ? region->start - address
+                        : address >= region->end ? address - region->end + size
+                                                 : 0;
+    if (distance < best && distance < 1ull << 40) best = distance, r->near_region = (uint32_t)i;
   }
   mh_abandon();  // the access itself may not be made
 }
@@ -130,7 +133,8 @@ static void note_read(struct cell* cell, const struct access* now) {
 static void check(uint64_t address, uint32_t size, bool write, uint64_t site) {
   mh_decide_writes();
   const char* stack = mh.launch->stacks + (uint64_t)__mh_self.thread * mh.launch->stack_size;
-  if (address >= (uint64_t)stack && address + size <= (uint64_t)stack + mh.launch->stack_size) return;
+  if (address >= (uint64_t)stack && address - (uint64_t)stack + size <= mh.launch->stack_size) return;
+  if (mh.launch->lockstep && !mh.atomic) mh_step(site);
   struct mh_region* region = find_region(address, size);
   uint32_t space = region && region->space == MH_THREADGROUP, simdgroup = __mh_self.thread / MH_LANES;
   struct access now = {

@@ -240,6 +240,7 @@ def kvcache(
     qv=None,
     rotary_cos=None,
     rotary_sin=None,
+    rotary_seqlens=None,
     cache_seqlens=None,
     cache_batch_idx=None,
     cache_leftpad=None,
@@ -250,40 +251,42 @@ def kvcache(
 ):
     """q (B, Sq, H, D), k and v (B, S_new, Hkv, D), caches (B_cache, S_cache, Hkv, D).
 
-    With block_table the caches are pages, (num_blocks, page_size, Hkv, D). New keys go to the positions
-    cache_seqlens, cache_seqlens + 1, ... and turn by them. Queries turn by those positions too if the mask is causal
-    or a window, and all by cache_seqlens if not. The keys of a sequence begin at cache_leftpad.
+    With block_table the caches are pages, (num_blocks, page_size, Hkv, D); cache_batch_idx says which row of it, as it
+    says which row of other caches. New keys go to the positions cache_seqlens, cache_seqlens + 1, ... and turn by them,
+    or from rotary_seqlens on. Queries turn by those positions too if the mask is causal, a window or a chunk, and all
+    by the first of them if not. The keys of a sequence begin at cache_leftpad.
     """
     rules = _rules(**how)
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     batch, seqlen_new = q.shape[0], 0 if k is None else k.shape[1]
-    local = rules["causal"] or tuple(int(w) for w in rules["window_size"]) != (-1, -1)
+    local = rules["causal"] or tuple(int(w) for w in rules["window_size"]) != (-1, -1) or rules["attention_chunk"] > 0
     outs, lses = [], []
     for b in range(batch):
         length = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
         if cache_seqlens is not None:
             length = int(cache_seqlens) if isinstance(cache_seqlens, int) else int(cache_seqlens[b])
         slot = b if cache_batch_idx is None else int(cache_batch_idx[b])
+        pages = None if block_table is None else block_table[slot]
         q_b = q[b]
-        new_positions = range(length, length + seqlen_new)
         if k is not None:
             k_b = k[b]
             if rotary_cos is not None:
-                k_b = rotate(k_b, rotary_cos, rotary_sin, new_positions, rotary_interleaved)
-                positions = [length + (i if local else 0) for i in range(q.shape[1])]
+                turn = length if rotary_seqlens is None else int(rotary_seqlens[b])
+                k_b = rotate(k_b, rotary_cos, rotary_sin, range(turn, turn + seqlen_new), rotary_interleaved)
+                positions = [turn + (i if local else 0) for i in range(q.shape[1])]
                 q_b = rotate(q_b, rotary_cos, rotary_sin, positions, rotary_interleaved)
-            for t, position in enumerate(new_positions):
-                if block_table is None:
+            for t, position in enumerate(range(length, length + seqlen_new)):
+                if pages is None:
                     where = (slot, position)
                 else:
-                    where = (int(block_table[b, position // k_cache.shape[1]]), position % k_cache.shape[1])
+                    where = (int(pages[position // k_cache.shape[1]]), position % k_cache.shape[1])
                 k_cache[where], v_cache[where] = k_b[t], v[b, t]
         begin = 0 if cache_leftpad is None else int(cache_leftpad[b])
         end = length + seqlen_new
-        if block_table is None:
+        if pages is None:
             keys, values = k_cache[slot, begin:end], v_cache[slot, begin:end]
         else:
-            keys, values = gather_pages(k_cache, block_table[b], end), gather_pages(v_cache, block_table[b], end)
+            keys, values = gather_pages(k_cache, pages, end)[begin:], gather_pages(v_cache, pages, end)[begin:]
         out, lse, _ = one_sequence(
             q_b,
             keys,

@@ -160,6 +160,39 @@ CALLS = {
         ),
         lambda n: (*cache(n)[:-1], n),
     ),
+    "cache, append, pages elsewhere": (
+        lambda q, pages, _2, nk, nv, n: fa2.flash_attn_with_kvcache(
+            q,
+            pages,
+            pages.clone(),
+            nk,
+            nv,
+            cache_seqlens=n,
+            cache_batch_idx=(n > 0).cumsum(0, dtype=torch.int32),
+            cache_leftpad=n // 2,
+            block_table=torch.arange(9, dtype=torch.int32).view(3, 3),
+            causal=True,
+            return_softmax_lse=True,
+        ),
+        lambda n: (*cache(n)[:1], torch.randn(9, n + 40, 2, 16), *cache(n)[2:]),
+    ),
+    "cache, FA3, packed": (
+        lambda q, k, v, nk, nv, n: fa3.flash_attn_with_kvcache(
+            q.flatten(0, 1),
+            k,
+            v,
+            nk.flatten(0, 1),
+            nv.flatten(0, 1),
+            rotary_cos=COS,
+            rotary_sin=COS,
+            cache_seqlens=n,
+            cu_seqlens_q=cumulative([2, 2, 2]),
+            cu_seqlens_k_new=cumulative([2, 2, 2]),
+            max_seqlen_q=2,
+            rotary_seqlens=n // 2,
+        ),
+        cache,
+    ),
     "cache, FA3": (
         lambda q, k, v, nk, nv, n: fa3.flash_attn_with_kvcache(
             q, k, v, nk, nv, qv=q, cache_seqlens=n, causal=True, softcap=2.0, return_softmax_lse=True

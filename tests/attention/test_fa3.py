@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from flash_attn_mps import checks
+from flash_attn_mps.frontends import fa3_private
 from flash_attn_mps.frontends.fa3 import (
     flash_attn_combine,
     flash_attn_func,
@@ -189,53 +191,147 @@ def test_kvcache_page_table(page_size):
     assert_within_rule("out", out, plain.out, exact.out)
 
 
-@pytest.mark.parametrize("rotary_seqlens", [None, [0, 30]])
-@pytest.mark.parametrize("append", [False, True])
-@pytest.mark.parametrize("seqlens", ["tensor", "int"])
-@pytest.mark.parametrize("where", ["rows", "pages"])
-def test_kvcache_of_packed_queries(where, seqlens, append, rotary_seqlens):
-    """cu_seqlens_q, cu_seqlens_k_new: each sequence as if alone. rotary_seqlens: where its rotation begins."""
-    lengths_q, lengths_new = [5, 2], [3, 4]
-    cached = [11, 40] if seqlens == "tensor" else [20, 20]
-    cache_seqlens = torch.tensor(cached, dtype=torch.int32) if seqlens == "tensor" else 20
-    table = torch.tensor([[5, 0, 3], [1, 4, 2]], dtype=torch.int32) if where == "pages" else None
-    shape = (6, 16) if where == "pages" else (2, 48)
+PACKED_CASES = pairwise(
+    where=["rows", "pages"],
+    entries=[False, True],
+    leftpad=[False, True],
+    seqlens=["tensor", "int"],
+    new=[None, [3, 4], [0, 8]],
+    rotary=[False, True],
+    rotary_seqlens=[None, [0, 30]],
+    mask=["none", "causal", "left"],
+    chunk=[0, 7],
+    used=[None, [2, 0], [5, 1]],
+)
+
+
+@pytest.mark.parametrize("case", PACKED_CASES, ids=case_id)
+def test_kvcache_of_packed_queries(case):
+    packed_queries_against_the_oracle(case)
+
+
+def packed_queries_against_the_oracle(case):
+    """cu_seqlens_q, cu_seqlens_k_new: each sequence as if alone. The rotary table is as long as the cache.
+
+    rotary_seqlens, where the rotation begins, has no effect without a table. used: seqused_q, which the private
+    function alone has.
+    """
+    lengths_q, lengths_new, room = [5, 2], case["new"], 48
+    used = lengths_q if case["used"] is None else case["used"]
+    slots = [2, 0] if case["entries"] else [0, 1]
+    table = torch.tensor([[5, 0, 3], [1, 4, 2], [8, 6, 7]], dtype=torch.int32) if case["where"] == "pages" else None
+    shape = (9, 16) if case["where"] == "pages" else (3 if case["entries"] else 2, room)
     k_cache, v_cache = randn(*shape, 2, 32, dtype=torch.float32), randn(*shape, 2, 32, dtype=torch.float32)
     q = randn(7, 4, 32, dtype=torch.float32)
-    call = {"causal": True, "cu_seqlens_q": cumulative(lengths_q), "max_seqlen_q": 5, "page_table": table}
-    new = {}
-    if append:
-        new = {name: randn(7, 2, 32, dtype=torch.float32) for name in ("k", "v")}
-        call |= {**new, "cu_seqlens_k_new": cumulative(lengths_new)}
-        angles = torch.arange(96)[:, None] * 0.5 ** torch.arange(16)
-        call |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
-        if rotary_seqlens is not None:
-            call["rotary_seqlens"] = torch.tensor(rotary_seqlens, dtype=torch.int32)
+    cached = [11, 40] if case["seqlens"] == "tensor" else [20, 20]
 
-    expected, k_exact, v_exact = [], k_cache.double(), v_cache.double()
-    for b in range(2):
-        rows_q = slice(sum(lengths_q[:b]), sum(lengths_q[: b + 1]))
-        rows_new = slice(sum(lengths_new[:b]), sum(lengths_new[: b + 1]))
-        alone = {"causal": True, "cache_seqlens": cached[b]}
-        if where == "rows":
-            alone["cache_batch_idx"] = torch.tensor([b])
-        else:
-            alone["block_table"] = table[b : b + 1]
-        q_b, k_b = q[None, rows_q].double(), None
-        if append:
-            # Turned here, so that the rotation may begin elsewhere than the cache ends.
-            begin = cached[b] if rotary_seqlens is None else rotary_seqlens[b]
-            tables = angles.cos().double(), angles.sin().double()
-            q_b = oracle.rotate(q_b[0], *tables, range(begin, begin + lengths_q[b]), True)[None]
-            k_b = oracle.rotate(new["k"][rows_new].double(), *tables, range(begin, begin + lengths_new[b]), True)[None]
-            alone["k"], alone["v"] = k_b, new["v"][None, rows_new].double()
-        out, _, k_exact, v_exact = oracle.kvcache(q_b, k_exact, v_exact, **alone)
-        expected.append(out[0])
+    how = {**MASKS[case["mask"]], "attention_chunk": case["chunk"]}
+    left, right = how.pop("window_size", (-1, -1))
+    call = {"cu_seqlens_q": cumulative(lengths_q), "max_seqlen_q": 5, "page_table": table}
+    call["seqused_k"] = torch.tensor(cached, dtype=torch.int32) if case["seqlens"] == "tensor" else 20
+    each = [{"cache_seqlens": n, "window_size": (left, right), **how} for n in cached]
+    for b, alone in enumerate(each):
+        alone["cache_batch_idx"], alone["block_table"] = torch.tensor([slots[b]]), table
+    if table is not None and not case["entries"]:
+        call["page_table"] = table[:2]
+    if case["entries"]:
+        call["kv_batch_idx"] = torch.tensor(slots, dtype=torch.int32)
+    if case["leftpad"]:
+        call["leftpad_k"] = torch.tensor([3, 20], dtype=torch.int32)
+        for alone, row in zip(each, call["leftpad_k"], strict=True):
+            alone["cache_leftpad"] = row[None]
+    if case["used"] is not None:
+        call["seqused_q"] = torch.tensor(used, dtype=torch.int32)
+    if case["rotary_seqlens"] is not None:
+        call["seqlens_rotary"] = torch.tensor(case["rotary_seqlens"], dtype=torch.int32)
+    if lengths_new is not None:
+        new = {name: randn(sum(lengths_new), 2, 32, dtype=torch.float32) for name in ("k", "v")}
+        call |= {f"{name}_new": value for name, value in new.items()}
+        call["cu_seqlens_k_new"] = cumulative(lengths_new)
+        for b, alone in enumerate(each):
+            rows = slice(sum(lengths_new[:b]), sum(lengths_new[: b + 1]))
+            alone |= {name: value[None, rows].double() for name, value in new.items()}
+        if case["rotary"]:
+            angles = torch.arange(room)[:, None] * 0.5 ** torch.arange(16)
+            call |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+            for b, alone in enumerate(each):
+                alone |= {"rotary_cos": angles.cos().double(), "rotary_sin": angles.sin().double()}
+                if case["rotary_seqlens"] is not None:
+                    alone["rotary_seqlens"] = call["seqlens_rotary"][b : b + 1]
 
-    out = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=cache_seqlens, **call)
-    torch.testing.assert_close(out.double(), torch.cat(expected), rtol=1e-5, atol=1e-5)
+    out_exact, lse_exact = torch.zeros(7, 4, 32, dtype=torch.float64), torch.full((4, 7), -torch.inf).double()
+    k_exact, v_exact = k_cache.double(), v_cache.double()
+    for b, alone in enumerate(each):
+        rows = slice(sum(lengths_q[:b]), sum(lengths_q[:b]) + used[b])
+        out, lse, k_exact, v_exact = oracle.kvcache(q[None, rows].double(), k_exact, v_exact, **alone)
+        out_exact[rows], lse_exact[:, rows] = out[0], lse[0]
+
+    if case["used"] is None:
+        result = flash_attn_with_kvcache(
+            q, k_cache, v_cache, window_size=(left, right), return_softmax_lse=True, **as_public(call), **how
+        )
+    else:
+        window = {"window_size_left": left, "window_size_right": right}
+        result = fa3_private._flash_attn_forward(q, k_cache, v_cache, **window, **call, **how)
+    torch.testing.assert_close(result[0].double(), out_exact, rtol=1e-5, atol=1e-5)
+    assert_lse(result[1], lse_exact)
     torch.testing.assert_close(k_cache.double(), k_exact, rtol=1e-5, atol=1e-5)
     assert torch.equal(v_cache.double(), v_exact)
+
+
+def as_public(call):
+    """Arguments of the private function under the names of the public one."""
+    names = {"seqused_k": "cache_seqlens", "kv_batch_idx": "cache_batch_idx", "leftpad_k": "cache_leftpad"}
+    names |= {"seqlens_rotary": "rotary_seqlens", "k_new": "k", "v_new": "v"}
+    return {names.get(name, name): value for name, value in call.items()}
+
+
+def seqused_q_of_dense_queries(**call):
+    """Queries beyond seqused_q, NaN here, are not looked at; their rows are zero, their log-sum-exp -inf."""
+    used, lengths = [3, 0, 5], [20, 9, 2]
+    q = randn(3, 5, 4, 32, dtype=torch.float32)
+    for b, n in enumerate(used):
+        q[b, n:] = float("nan")
+    k_cache, v_cache = (randn(3, 24, 2, 32, dtype=torch.float32) for _ in range(2))
+    lengths_k, lengths_q = (torch.tensor(n, dtype=torch.int32) for n in (lengths, used))
+    out, lse, *_ = fa3_private._flash_attn_forward(
+        q, k_cache, v_cache, seqused_q=lengths_q, seqused_k=lengths_k, **call
+    )
+    out_exact, lse_exact = torch.zeros(3, 5, 4, 32).double(), torch.full((3, 4, 5), -torch.inf).double()
+    for b, n in enumerate(used):
+        caches = k_cache[b : b + 1].double(), v_cache[b : b + 1].double()
+        exact = oracle.kvcache(q[b : b + 1, :n].double(), *caches, cache_seqlens=lengths[b], **call)
+        out_exact[b, :n], lse_exact[b, :, :n] = exact.out[0], exact.lse[0]
+    torch.testing.assert_close(out.double(), out_exact, rtol=1e-5, atol=1e-5)
+    assert_lse(lse, lse_exact)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_seqused_q_with_a_cache(causal):
+    seqused_q_of_dense_queries(causal=causal)
+
+
+@pytest.mark.parametrize("used", [[6, 1], [-1, 1], [1]])
+def test_malformed_seqused_q_with_a_cache(used):
+    q, cache = randn(2, 5, 2, 16, dtype=torch.float32), randn(2, 8, 2, 16, dtype=torch.float32)
+    lengths = {"seqused_q": torch.tensor(used, dtype=torch.int32), "seqused_k": torch.tensor([8, 8]).int()}
+    with pytest.raises(ValueError, match="seqused_q: got"):
+        fa3_private._flash_attn_forward(q, cache, cache, **lengths)
+
+
+def test_a_longest_query_that_only_the_device_knows_asks_for_no_longer_table(monkeypatch):
+    """The bound of a max_seqlen_q in a tensor, the number of all queries, says nothing about positions."""
+    monkeypatch.setattr(checks, "readable", lambda tensor: False)
+    q, new = randn(20, 2, 16, dtype=torch.float32), randn(20, 2, 16, dtype=torch.float32)
+    cache = randn(4, 12, 2, 16, dtype=torch.float32)
+    cos, sin = torch.randn(2, 12, 8)
+    cu = cumulative([5, 5, 5, 5])
+    call = {"cu_seqlens_q": cu, "cu_seqlens_k_new": cu, "cache_seqlens": 7, "causal": True}
+    outs = [
+        flash_attn_with_kvcache(q, cache.clone(), cache.clone(), new, new, None, cos, sin, max_seqlen_q=n, **call)
+        for n in (5, torch.tensor(5))
+    ]
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("heads_k", [None, 2, 1])

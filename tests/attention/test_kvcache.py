@@ -21,7 +21,17 @@ CASES = pairwise(
     seqlen_new=[None, 1, 5],
     lengths=["tensor", "int", "none", "zero"],
     rotary=[None, "interleaved", "halves", "partial-interleaved", "partial-halves"],
-    where=["rows", "batch_idx", "leftpad", "batch_idx+leftpad", "pages16", "pages32"],
+    where=[
+        "rows",
+        "batch_idx",
+        "leftpad",
+        "batch_idx+leftpad",
+        "pages16",
+        "pages32",
+        "pages16+batch_idx",
+        "pages32+leftpad",
+        "pages16+batch_idx+leftpad",
+    ],
     dtype=DTYPES,
     heads=[(3, 3), (6, 2), (4, 1)],
     dims=[(64, 64), (32, 32), (128, 64), (256, 256)],
@@ -66,19 +76,19 @@ def build(case):
             call["rotary_interleaved"] = case["rotary"].endswith("interleaved")
 
     where = case["where"]
+    entries = BATCH + 2 if "batch_idx" in where else BATCH
+    shape = (entries, CAPACITY)
     if where.startswith("pages"):
-        page_size = int(where.removeprefix("pages"))
+        page_size = int(where.partition("+")[0].removeprefix("pages"))
         blocks = CAPACITY // page_size
-        order = torch.randperm(BATCH * blocks + 2, generator=torch.Generator().manual_seed(2))
-        call["block_table"] = order[: BATCH * blocks].view(BATCH, blocks).to(torch.int32)
-        shape = (BATCH * blocks + 2, page_size)
-    else:
-        shape = (BATCH + 2, CAPACITY) if "batch_idx" in where else (BATCH, CAPACITY)
+        order = torch.randperm(entries * blocks + 2, generator=torch.Generator().manual_seed(2))
+        call["block_table"] = order[: entries * blocks].view(entries, blocks).to(torch.int32)
+        shape = (entries * blocks + 2, page_size)
     if "batch_idx" in where:
         call["cache_batch_idx"] = torch.tensor([3, 0, 4], dtype=torch.int32)
     if "leftpad" in where:
         call["cache_leftpad"] = torch.tensor(
-            [min(at, n) for at, n in zip((5, 2, 0), lengths, strict=True)], dtype=torch.int32
+            [min(at, n) for at, n in zip((21, 2, 0), lengths, strict=True)], dtype=torch.int32
         )
     k_cache = randn(*shape, heads_k, dim, dtype=dtype, layout=case["strides"])
     v_cache = randn(*shape, heads_k, dim_v, dtype=dtype, layout=case["strides"])
@@ -99,12 +109,12 @@ def poison_beyond(cache, call, lengths, new):
     table = call.get("block_table")
     for b, length in enumerate(lengths):
         begin = int(call["cache_leftpad"][b]) if "cache_leftpad" in call else 0
+        row = int(call["cache_batch_idx"][b]) if "cache_batch_idx" in call else b
         for t in range(begin, length + new):
             if table is None:
-                row = int(call["cache_batch_idx"][b]) if "cache_batch_idx" in call else b
                 kept[row, t] = True
             else:
-                kept[int(table[b, t // cache.shape[1]]), t % cache.shape[1]] = True
+                kept[int(table[row, t // cache.shape[1]]), t % cache.shape[1]] = True
     cache[~kept] = float("nan")
 
 
@@ -204,6 +214,41 @@ def test_negative_entries_of_unused_pages():
     holes = torch.tensor([[3, 1, -1], [2, -1, -1]], dtype=torch.int32)
     out = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, block_table=holes)
     assert torch.equal(out, flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, block_table=full))
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_pages_in_front_of_a_sequence_are_not_looked_at(append):
+    """Pages that left padding fills need not exist, nor those of entries that no sequence uses; the others must."""
+    k_cache, v_cache = (randn(6, 4, 2, 32, dtype=torch.float32) for _ in range(2))
+    q, new = randn(2, 2, 2, 32, dtype=torch.float32), randn(2, 2, 2, 32, dtype=torch.float32)
+    holes = torch.tensor([[-1, -1, -1, -1], [-1, 5, 3, -1], [-1, -1, 2, 0]], dtype=torch.int32)
+    call = {
+        "cache_seqlens": torch.tensor([10, 9], dtype=torch.int32),
+        "cache_leftpad": torch.tensor([8, 7], dtype=torch.int32),
+        "cache_batch_idx": torch.tensor([2, 1], dtype=torch.int32),
+        "causal": True,
+    }
+    if append:
+        call |= {"k": new, "v": new}
+    exact = oracle.kvcache(q.double(), k_cache.double(), v_cache.double(), block_table=holes, **in_double(call))
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, block_table=holes, **call)
+    assert largest(out - exact.out) < 1e-5
+    assert torch.equal(k_cache, exact.k_cache.float())
+    with pytest.raises(ValueError, match=r"block_table: got values from -1"):
+        call["cache_leftpad"] = torch.tensor([8, 3], dtype=torch.int32)
+        flash_attn_with_kvcache(q, k_cache, v_cache, block_table=holes, **call)
+
+
+def test_one_row_of_the_table_for_many_sequences():
+    """As in beam search: the sequences share their pages, and the table has rows that nobody uses."""
+    k_cache, v_cache = (randn(6, 8, 2, 16, dtype=torch.float32) for _ in range(2))
+    q = randn(3, 2, 4, 16, dtype=torch.float32)
+    table = torch.tensor([[5, 0, 1], [3, 4, 2]], dtype=torch.int32)
+    call = {"cache_batch_idx": torch.tensor([1, 1, 0], dtype=torch.int32), "cache_seqlens": 20, "block_table": table}
+    exact = oracle.kvcache(q.double(), k_cache.double(), v_cache.double(), **call)
+    out, lse = flash_attn_with_kvcache(q, k_cache, v_cache, return_softmax_lse=True, **call)
+    assert largest(out - exact.out) < 1e-5
+    assert_lse(lse, exact.lse)
 
 
 def test_five_positional_arguments():

@@ -115,9 +115,9 @@ def one_warning(match):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda data: data["machine"].update(gpu="Apple M1, 8 cores"), "holds for gpu 'Apple M1, 8 cores'"),
-        (lambda data: data["machine"].update(torch="2.7.0"), "holds for torch '2.7.0'"),
-        (lambda data: data["machine"].update(kernels="0"), "holds for kernels '0'"),
+        (lambda data: data["machine"].update(gpu="Apple M1, 8 cores"), "was made with gpu 'Apple M1, 8 cores'"),
+        (lambda data: data["machine"].update(torch="2.7.0"), "was made with torch '2.7.0'"),
+        (lambda data: data["machine"].update(kernels="0"), "was made with kernels '0'"),
         (lambda data: data.update(format=1), "has format 1"),
         (lambda data: data["winners"][0].update(variant=[8, 2]), "is broken"),
         (lambda data: data["winners"][0].pop("kernel"), "is broken"),
@@ -154,7 +154,7 @@ def test_kernels_that_changed_make_it_stale(monkeypatch):
     store.save({KEY: TUNED})
     sources = store.specialization.sources()
     monkeypatch.setattr(store.specialization, "sources", lambda: [*sources[:-1], (sources[-1][0], "// changed")])
-    with pytest.warns(RuntimeWarning, match="holds for kernels"):
+    with pytest.warns(RuntimeWarning, match="was made with kernels"):
         assert store.load() == {}
 
 
@@ -208,7 +208,7 @@ def test_the_doctor_says_what_is_tuned():
     store.save({KEY: TUNED})
     assert examine._tuned() == f"for 1 classes of calls, in {store.path()}"
     store.path().write_text("{")
-    assert "is ignored: it is broken" in examine._tuned()
+    assert f"ignoring {store.path()}: it is broken" in examine._tuned()
 
 
 def test_a_look_up_costs_a_few_microseconds():

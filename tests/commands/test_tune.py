@@ -19,11 +19,12 @@ class Clock:
     """A stopwatch that makes no call, and reads for each variant what `seconds` says."""
 
     def __init__(self, seconds):
-        self.seconds, self.asked = seconds, []
+        self.seconds, self.asked, self.kernels = seconds, [], set()
 
     def __call__(self, call, times):
         variant = call.args[2]
         self.asked.append((variant, times))
+        self.kernels.add(call.args[1])
         return self.seconds[variant]
 
 
@@ -48,9 +49,10 @@ def test_another_kernel_is_tuned_among_its_own_variants(metal):
         ran.append(kernel)
         return launch.run(p, kernel, variant)
 
-    outcome = tune.tune(key, other, "cpu", Clock({SMALL: 3e-3, WIDE: 1e-3}), candidates=[WIDE], run=run)
+    clock = Clock({SMALL: 3e-3, WIDE: 1e-3})
+    outcome = tune.tune(key, other, "cpu", clock, candidates=[WIDE], run=run)
     assert outcome.winner == store.Winner(str(WIDE), 1e-3, 3e-3)
-    assert set(ran) == {other}
+    assert set(ran) == clock.kernels == {other}
 
 
 def test_noise_does_not_displace_the_default(metal):
@@ -75,7 +77,7 @@ def test_a_wrong_or_uncompilable_variant_never_wins(metal):
     outcome = tune.tune(KEY, FORWARD, "cpu", clock, candidates=[SMALL, WIDE, STAGED], run=run)
     assert outcome.winner.variant == str(DEFAULT)
     assert outcome.refused[WIDE] == "it does not compile"
-    assert outcome.refused[STAGED] == "its launch fails (Threadgroup size exceeds 512 limit)"
+    assert outcome.refused[STAGED] == "it fails to launch (Threadgroup size exceeds 512 limit)"
     assert "off by 0.05" in outcome.refused[SMALL]
 
 

@@ -27,8 +27,8 @@ def passed(problem: AttentionProblem) -> tuple[tuple, dict]:
     return kernel.call_args
 
 
-def as_a_kernel_reads(p: AttentionProblem, names: list[str]) -> list[int]:
-    """params[NAME] for each name, in a kernel that has the buffers of a forward pass and one more."""
+def as_a_kernel_reads(p: AttentionProblem, values: list[str]) -> list[int]:
+    """What `values`, Metal expressions, are in a kernel that has the buffers of a forward pass and one more."""
     probe = Kernel(
         entry="probe",
         headers=("metal_stdlib",),
@@ -37,9 +37,9 @@ def as_a_kernel_reads(p: AttentionProblem, names: list[str]) -> list[int]:
         optional=tuple(OPTIONAL_BUFFERS),
         grid=lambda _p, _variant: ((1, 1, 1), (1, 1, 1)),
     )
-    lines = " ".join(f"read[{i}] = params[{name}];" for i, name in enumerate(names))
+    lines = " ".join(f"read[{i}] = long({value});" for i, value in enumerate(values))
     text = f"kernel void probe(BUFFERS uint i [[thread_position_in_grid]]) {{ Inputs in = INPUTS; {lines} }}"
-    result, read = launch.outputs(p), torch.zeros(len(names), dtype=torch.int64)
+    result, read = launch.outputs(p), torch.zeros(len(values), dtype=torch.int64)
     tensors = {"q": p.q, "k": p.k, "v": p.v, "out": result.out, "lse": result.lse, "read": read}
     with mock.patch.object(specialization, "_text", lambda _name: text):
         assert launch.enqueue(probe, p, scalar.VARIANT, tensors)
@@ -58,11 +58,24 @@ def test_parameters_are_what_their_names_say():
     v = memory.as_strided((2, 13, 3, 16), (705, 52, 17, 1))
     mask = torch.zeros(10_000, dtype=torch.bool).as_strided((2, 6, 11, 13), (801, 131, 19, 4))
     dense = AttentionProblem(
-        q, k, v, 2, 11, 13, 0.3, 5, 7, softcap=1.7, alibi_slopes=torch.zeros(2, 6), mask=mask, want_lse=True
+        q,
+        k,
+        v,
+        2,
+        11,
+        13,
+        0.3,
+        window_left=5,
+        window_right=7,
+        softcap=1.7,
+        alibi_slopes=torch.zeros(2, 6),
+        mask=mask,
+        want_lse=True,
     )
     of_dense = {
         "SEQLEN_Q": 11,
         "SEQLEN_K": 13,
+        "TOTAL_Q": 2,
         "BATCH": 2,
         "HEADS_PER_KV_HEAD": 2,
         **{"Q_BATCH": 701, "Q_ROW": 61, "Q_HEAD": 9},
@@ -89,14 +102,15 @@ def test_parameters_are_what_their_names_say():
     )
     of_packed = {
         **of_dense,
-        **{"BATCH": 1, "Q_BATCH": 0, "OUT_BATCH": 0, "LSE_BATCH": 0, "LSE_HEAD": 11},
+        **{"TOTAL_Q": 11, "BATCH": 1, "Q_BATCH": 0, "OUT_BATCH": 0, "LSE_BATCH": 0, "LSE_HEAD": 11},
         **{"WINDOW_LEFT": -1, "WINDOW_RIGHT": -1, "SOFTCAP": 0},
         **{"ALIBI_BATCH": 0, "PAGE_SIZE": 13, "BLOCK_TABLE_ROW": 5},
         **dict.fromkeys(("MASK_BATCH", "MASK_HEAD", "MASK_ROW", "MASK_COLUMN"), 0),
     }
     assert set(specialization.parameter_names(simdgroup.FORWARD)) == set(of_dense)
     for problem, expected in ((dense, of_dense), (packed, of_packed)):
-        assert dict(zip(expected, as_a_kernel_reads(problem, list(expected)), strict=True)) == expected
+        read = as_a_kernel_reads(problem, [f"params[{name}]" for name in expected])
+        assert dict(zip(expected, read, strict=True)) == expected
 
 
 def test_optional_buffers_arrive_in_the_order_of_their_names():
@@ -106,6 +120,25 @@ def test_optional_buffers_arrive_in_the_order_of_their_names():
     given = passed(p).args[6:]
     assert len(given) == len(expected)
     assert all(a is b for a, b in zip(given, expected, strict=True))
+
+
+def test_optional_buffers_are_what_their_names_say():
+    """The first element of each is another number."""
+    p = draw(
+        Spec([(5, 9), (5, 7)], dtype=torch.float32, storage="varlen-used", alibi="BH", sinks=True, mask="same")
+    ).problem
+    p.softmax_scale = torch.tensor(0.0)
+    first = {"cu_seqlens_q": 2, "cu_seqlens_k": 3, "seqused_q": 4, "seqused_k": 5, "alibi_slopes": 6, "sinks": 7}
+    first |= {"mask": 8, "softmax_scale": 9}
+    for name, value in first.items():
+        getattr(p, name)[(0,) * getattr(p, name).dim()] = value
+    assert as_a_kernel_reads(p, [f"in.{name}[0]" for name in first]) == list(first.values())
+    p = draw(Spec([(5, 9), (5, 7)], storage="cache")).problem
+    p.block_table = torch.tensor([[12, 1], [2, 3]], dtype=torch.int32)
+    first = {"kv_batch_idx": 10, "leftpad_k": 11, "block_table": 12, "seqused_k": 13}
+    for name, value in first.items():
+        getattr(p, name)[(0,) * getattr(p, name).dim()] = value
+    assert as_a_kernel_reads(p, [f"in.{name}[0]" for name in first]) == list(first.values())
 
 
 @pytest.fixture(scope="module")

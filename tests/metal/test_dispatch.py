@@ -1,6 +1,7 @@
 """Which tier serves a call, what happens where a kernel does not compile, and what is compiled at all."""
 
 import itertools
+import re
 import warnings
 from unittest import mock
 
@@ -9,7 +10,7 @@ import torch
 
 from flash_attn_mps import dispatch, tiers, trace
 from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_varlen_func
-from flash_attn_mps.tiers.metal import compiler, simdgroup
+from flash_attn_mps.tiers.metal import compiler, simdgroup, variants
 from flash_attn_mps.tiers.metal.simdgroup import Variant
 from flash_attn_mps.tiers.metal.specialization import Specialization
 from metal_host import compile_shader, observe
@@ -207,6 +208,18 @@ def test_masks_compile_one_kernel_for_each_side_that_is_closed(compilations):
                 q = randn(1, length, 2, 64, dtype=torch.float16)
                 flash_attn_func(q, q, q, window_size=(left, right))
         assert len(compilations) == sides + 1
+
+
+def test_each_dtype_has_its_own_variant_whichever_came_first(compilations):
+    """Of rows of 64 elements, a kernel holds half as many in float32 as in float16 by default."""
+    for first, then in itertools.permutations((torch.float16, torch.float32)):
+        variants.forget()
+        compiler.clear()
+        for dtype in (first, then):
+            q = randn(1, 20, 2, 64, dtype=dtype)
+            flash_attn_func(q, q, q)
+        rows = [int(re.search(r"#define ROWS (\d+)", source)[1]) for source in compilations[-2:]]
+        assert dict(zip((first, then), rows, strict=True)) == {torch.float16: 16, torch.float32: 8}
 
 
 def test_alignment_is_what_strides_may_change(compilations):

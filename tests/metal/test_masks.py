@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flash_attn_mps import dispatch
 from flash_attn_mps.describe import CallOptions, dense
-from flash_attn_mps.frontends import fa2
 from flash_attn_mps.problem import with_mask
 from flash_attn_mps.tiers.metal import compiler, launch, scalar, simdgroup
 from flash_attn_mps.tiers.metal.simdgroup import Variant
@@ -159,6 +159,18 @@ def test_nothing_is_done_for_queries_that_see_nothing(variant):
     assert counted(p, variant)["matrix_products"] == 0
 
 
+def test_simdgroups_agree_on_the_blocks_of_run_after_run():
+    """Where a run of 32 blocks shows nothing, nothing but the votes' own barrier keeps simdgroups together: one that is
+    ahead must not write its vote of the next run where another still reads those of the last."""
+    keys = 32 * STAGED.keys
+    mask = torch.ones(1, 1, 1, 4 * keys, dtype=torch.bool)
+    mask[..., : 2 * keys + 5] = False
+    counters = counted(
+        draw(Spec([(64, 4 * keys)], (DIM, DIM), heads=(1, 1), mask=mask)).problem, STAGED, instrumented=True
+    )
+    assert counters["threadgroup_barriers"] > 0
+
+
 @pytest.mark.parametrize("variant", [DIRECT, STAGED], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float32])
 def test_how_often_a_mask_is_read(dtype, variant):
@@ -276,7 +288,7 @@ def test_one_launch_no_wait_and_no_tensor_but_the_outputs(shape, batch, kernel):
     mask, sinks = on_device(*shape, dtype=torch.bool), on_device(4, dtype=torch.float32)
     with Watch() as watch:
         p = with_mask(dense(q, k, k, CallOptions()), mask)
-        fa2.dispatch.attention(replace(p, sinks=sinks))
+        dispatch.attention(replace(p, sinks=sinks))
     assert kernel.call_count == 1
     assert [shape for _, shape in watch.created] == [(batch, 40, 4, 64)]
     assert kernel.call_args.args[-1].data_ptr() == mask.data_ptr()

@@ -51,6 +51,24 @@ def test_flash_attn_func(alibi, probs):
     )
 
 
+WIDE = (2**31 - 1, 2**31 - 1)
+
+
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize("window", [(WIDE[0], -1), (-1, WIDE[1]), WIDE, (WIDE[0], 0), (3, WIDE[1])], ids=str)
+@pytest.mark.parametrize("lengths", [(40, 20), (20, 40)], ids=str)
+def test_a_window_wider_than_any_sequence_hides_nothing_on_that_side(window, lengths):
+    """As an open side, which is another kernel. Added to a position, such a width would be beyond an int."""
+    seqlen_q, seqlen_k = lengths
+    tensors = random(("q", 1, seqlen_q, 2, 16), ("k", 1, seqlen_k, 1, 16), ("v", 1, seqlen_k, 1, 16))
+    as_open = tuple(-1 if side == WIDE[0] else side for side in window)
+    verify(
+        lambda *qkv: fa2.flash_attn_func(*qkv, return_attn_probs=True, window_size=window),
+        lambda *qkv: oracle.dense(*qkv, window_size=as_open),
+        tensors,
+    )
+
+
 @pytest.mark.usefixtures("served")
 def test_flash_attn_func_of_fa3():
     verify(

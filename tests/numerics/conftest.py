@@ -19,7 +19,8 @@ TIERS = {
 def tier(request, monkeypatch, tmp_path):
     """Every tier in turn; the Metal ones on the runner."""
     kernel, variant = TIERS[request.param]
-    for name, value in (("MTLFLASHATTN_KERNEL", kernel), (variants.FORCE, variant), (store.CACHE, str(tmp_path))):
+    wanted = {"MTLFLASHATTN_KERNEL": kernel, "MTLFLASHATTN_VARIANT": variant, store.CACHE: str(tmp_path)}
+    for name, value in wanted.items():
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)

@@ -16,7 +16,7 @@ class Pool:
     """Runs one function in `n` of its processes at once; `n` is even, or all."""
 
     def __init__(self, size):
-        # Forked from a process that has imported this module, and with it torch; macOS forks no process with frameworks.
+        # Forked from a process that has imported torch with this module; on macOS, libraries do not survive a fork.
         context = mp.get_context("spawn" if sys.platform == "darwin" else "forkserver")
         context.set_forkserver_preload([__name__])
         self._folder = tempfile.TemporaryDirectory()

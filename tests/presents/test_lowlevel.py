@@ -279,6 +279,23 @@ def test_flash_attention_3(packed):
         torch.testing.assert_close(buffer, grad)
 
 
+@pytest.mark.parametrize("num_splits", [0, 1, 3])
+def test_num_splits_changes_nothing(num_splits):
+    """The last argument, which 2.8.3 did not have."""
+    torch.manual_seed(0)
+    cu_q, cu_k = (torch.tensor(starts, dtype=torch.int32) for starts in ([0, 1, 2], [0, 13, 45]))
+    q, pages = torch.randn(2, 4, 8), torch.randn(4, 16, 2, 8)
+    options = {"softmax_scale": 0.3, "causal": True, "block_table": torch.tensor([[3, 0], [1, 2]], dtype=torch.int32)}
+    call = (q, pages, pages, cu_q, cu_k, 1, 32, 0.0)
+    expected = interface._flash_attn_varlen_forward(*call, **options)
+    for mine, wanted in zip(
+        interface._flash_attn_varlen_forward(*call, **options, num_splits=num_splits), expected, strict=True
+    ):
+        assert torch.equal(mine, wanted)
+    with pytest.raises(ValueError, match="num_splits: got"):
+        interface._flash_attn_varlen_forward(*call, **options, num_splits="many")
+
+
 def test_flash_attention_3_appends_to_a_cache():
     torch.manual_seed(0)
     q, k_new, v_new = (torch.randn(2, 3, 2, 8) for _ in range(3))

@@ -5,18 +5,17 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from flash_attn_mps import sdpa, timing
-from flash_attn_mps.sdpa import crossover
+from flash_attn_mps.sdpa import crossover, measured
 from flash_attn_mps.sdpa.crossover import Kind
-from flash_attn_mps.sdpa.settings import NEVER, Class
+from flash_attn_mps.sdpa.measured import NEVER, CallClass
 from flash_attn_mps.tiers.metal import compiler, gpu, store, variants
 from flash_attn_shim.commands import main
 from metal_host import compile_shader
 
 KIND = Kind("float16", 64, True, False)
-CLASS = Class("float16", 64, True, False, "prefill")
+CLASS = CallClass("float16", 64, True, False, "prefill")
 
 
 class Clock:
@@ -74,7 +73,7 @@ def test_what_is_timed_is_of_the_kind(kind):
     assert {asked[1:] for asked in clock.asked} == {(64, kind.gradient, kind.causal, dtype, kind.head_dim)}
     assert {asked[0] for asked in clock.asked} == {crossover._ours, crossover._torchs}
     route = "math" if kind.gradient else "general" if kind.head_dim == 40 else "prefill"
-    assert outcome.of == Class(kind.dtype, kind.head_dim, kind.causal, kind.gradient, route)
+    assert outcome.of == CallClass(kind.dtype, kind.head_dim, kind.causal, kind.gradient, route)
 
 
 def test_both_sides_compute_what_is_timed():
@@ -89,9 +88,9 @@ def test_both_sides_compute_what_is_timed():
 def test_what_is_stored_holds_and_decides(as_mps, monkeypatch):
     monkeypatch.undo()
     other = CLASS._replace(dtype="bfloat16")
-    crossover.save({CLASS: 512.0, other: NEVER})
-    crossover.save({CLASS: 256.0})
-    assert crossover.load() == {CLASS: 256.0, other: NEVER}
+    measured.save({CLASS: 512.0, other: NEVER})
+    measured.save({CLASS: 256.0})
+    assert measured.load() == {CLASS: 256.0, other: NEVER}
     sdpa.reset()
     q = torch.empty(1, 1, 300, 64, device="meta", dtype=torch.float16)
     decision = sdpa.explain(q, q, q, is_causal=True)
@@ -103,23 +102,23 @@ def test_what_is_stored_holds_and_decides(as_mps, monkeypatch):
 def test_variants_and_lengths_share_a_file():
     key = store.Key("attention_forward", "float16", 64, 64, "short", "causal")
     winner = store.Winner("8x2x16-direct", 1.0, 2.0)
-    crossover.save({CLASS: 512.0})
+    measured.save({CLASS: 512.0})
     store.save({key: winner})
-    crossover.save({CLASS: 256.0})
+    measured.save({CLASS: 256.0})
     assert store.load() == {key: winner}
-    assert crossover.load() == {CLASS: 256.0}
+    assert measured.load() == {CLASS: 256.0}
 
 
 @pytest.mark.parametrize("entry", [7, {}, {**CLASS._asdict(), "length": "long"}])
 def test_a_broken_entry_is_ignored_with_a_warning(entry):
-    crossover.save({CLASS: 512.0})
+    measured.save({CLASS: 512.0})
     data = json.loads(store.path().read_text())
     data["sdpa"] = [entry]
     store.path().write_text(json.dumps(data))
-    with pytest.warns(RuntimeWarning, match="is ignored: it is broken"):
-        assert crossover.load() == {}
-    crossover.save({CLASS: 512.0})
-    assert crossover.load() == {CLASS: 512.0}
+    with pytest.warns(RuntimeWarning, match="ignoring .*: it is broken"):
+        assert measured.load() == {}
+    measured.save({CLASS: 512.0})
+    assert measured.load() == {CLASS: 512.0}
 
 
 COMMAND = ["tune", "--device", "cpu", "--dtype", "float16", "--head-dim", "64", "--mask", "causal", "--what", "sdpa"]
@@ -139,9 +138,9 @@ def test_the_command(a_mac, capsys):
     assert ["float16", "64", "causal", "forward", "prefill", "1024"] in [row[:6] for row in rows]
     assert ["float16", "64", "causal", "backward", "math", "1024"] in [row[:6] for row in rows]
     assert str(store.path()) in printed
-    assert crossover.load() == {CLASS: 1024, CLASS._replace(gradient=True, route="math"): 1024}
+    assert measured.load() == {CLASS: 1024, CLASS._replace(gradient=True, route="math"): 1024}
     assert main(["tune", "--forget"]) == 0
-    assert crossover.load() == {}
+    assert measured.load() == {}
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be read:RuntimeWarning")
@@ -162,4 +161,3 @@ def test_a_real_measurement_on_the_runner(monkeypatch):
     outcome = crossover.measure(KIND, "cpu", timing.stopwatch("cpu"), lengths=[16])
     compiler.clear()
     assert all(seconds > 0 for seconds in outcome.seconds[16])
-    assert F.scaled_dot_product_attention is crossover.torchs

@@ -7,7 +7,8 @@ from flash_attn_mps import sdpa
 from flash_attn_mps.sdpa import hazards, settings, torch_paths
 from flash_attn_mps.sdpa.call import Call
 from flash_attn_mps.sdpa.decision import decide
-from flash_attn_mps.sdpa.settings import GIB, NEVER, Class, Settings
+from flash_attn_mps.sdpa.measured import NEVER, CallClass
+from flash_attn_mps.sdpa.settings import GIB, Settings
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 RELEASES = [(2, minor) for minor in range(7, 16)]
@@ -146,7 +147,7 @@ LONG = SAFE._replace(seqlen_q=4096, seqlen_k=4096)
 
 
 def measured(length, route="prefill", dtype="float32", causal=False, gradient=False, **others):
-    return {"measured": {Class(dtype, 64, causal, gradient, route): length}, **others}
+    return {"measured": {CallClass(dtype, 64, causal, gradient, route): length}, **others}
 
 
 SPEED = [

@@ -94,8 +94,7 @@ def test_on_the_cpu_models_give_their_own_results_bit_for_bit(made, training):
     with sdpa.installed():
         mha.install()
         assert all(torch.equal(a, b) for a, b in zip(expected, both(), strict=True))
-    assert sdpa.stats()["taken"] == {}
-    assert sdpa.stats()["left"].keys() == {"not on MPS"}
+    assert sdpa.stats() == {"taken": {}, "left": {}, "fell through": {}}, "no call comes here"
 
 
 @pytest.mark.parametrize("made", MODELS, indirect=True)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from flash_attn_mps import sdpa
-from flash_attn_mps.sdpa.settings import GIB, NEVER
+from flash_attn_mps.sdpa.measured import NEVER
+from flash_attn_mps.sdpa.settings import GIB
 from tests.sdpa.exact import assert_right, in_dtype
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -158,6 +159,24 @@ def test_dropout_is_seeded_and_unbiased(as_mps, given):
     assert drawn(1).std() > 0.01
 
 
+@pytest.mark.parametrize("in_a_graph", [False, True])
+def test_dropout_drops_probabilities_and_scales_the_rest(as_mps, given, in_a_graph):
+    given(budget=0)
+    query, key, _ = qkv((1, 2, 64, 16), dtype=FP32)
+    probabilities = (query @ key.mT / 4).softmax(-1)
+    identity = torch.eye(64).expand(1, 2, 64, 64)  # then the output is what probabilities have become
+
+    def attend(value):
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=0.25)
+
+    with sdpa.installed(), torch.no_grad():
+        out = (torch.compile(attend, backend="eager", fullgraph=True) if in_a_graph else attend)(identity)
+    assert len(sdpa.stats()["taken"]) == 1
+    kept = out != 0
+    assert 0.7 < kept.float().mean() < 0.8
+    torch.testing.assert_close(out, kept * probabilities / 0.75)
+
+
 def test_autocast_casts_as_torch_does(tier):
     tensors = qkv((2, 4, 37, 64), dtype=FP32)
     mask = added(bool_mask(37, 37), FP32)
@@ -176,7 +195,7 @@ def test_inference_mode(tier):
 def test_the_plain_function_needs_no_installation(tier):
     tensors = qkv((2, 4, 37, 64))
     assert_right(sdpa.scaled_dot_product_attention(*tensors, is_causal=True), tensors, {"is_causal": True})
-    assert F.scaled_dot_product_attention is ORIGINAL
+    assert not sdpa.is_installed()
     assert sum(sdpa.stats()["taken"].values()) == 1
 
 

@@ -1,4 +1,4 @@
-"""Every math function of the library: float, half, bfloat and a vector of each, against float64."""
+"""Every math function of the library: float, half, bfloat and a vector of float, against float64."""
 
 import math
 
@@ -138,7 +138,7 @@ MODES_BINARY = ["atan2", "divide", "fmax", "fmin", "fmod", "max", "min", "pow", 
 def kernel(name: str, function: str, type_: str, arguments: int) -> str:
     parameters = ", ".join(f"const device {type_}* x{i}" for i in range(arguments))
     values = ", ".join(f"x{i}[g]" for i in range(arguments))
-    call = f"{{ out[g] = {function}({values}); }}"
+    call = f"{{ out[g] = {type_}({function}({values})); }}"  # of a bfloat a float, which becomes one only explicitly
     return f"kernel void {name}(device {type_}* out, {parameters}, uint g [[thread_position_in_grid]]) {call}\n"
 
 

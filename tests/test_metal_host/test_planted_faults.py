@@ -206,11 +206,11 @@ ATTENTION = [
     Plant("device passed for threadgroup", "stage(k_tile, k,", "stage(k, k,", "compiler"),
     Plant("threadgroup passed for device", "stage(k_tile, k,", "stage(k_tile, v_tile,", "compiler"),
     Plant(
-        "a half accumulator of float operands",
+        "a matrix of integers",
         "simdgroup_half8x8 p[",
-        "simdgroup_float8x8 p[",
+        "simdgroup_matrix<int, 8, 8> p[",
         "compiler",
-        "simdgroup_multiply_accumulate(o_fragment",
+        "simdgroup_matrix<int, 8, 8> p[",
     ),
     Plant(
         "float read as half",

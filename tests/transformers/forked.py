@@ -1,9 +1,8 @@
-"""Runs programs in forks of one process that has imported what transformers takes most of its time to import: torch's
-parts, numpy, scipy, the Hub's client. Nothing of that asks for flash_attn; transformers itself is imported by each program
-anew.
+"""Runs programs in forks of a process that has imported others' libraries: what takes most of transformers' own import.
 
-    python forked.py    reads a JSON object a line: "arguments" (as python has them: ["-c", source] or [file, ...]), "environment";
-                        answers with one a line: "returncode", "stdout", "stderr"
+None of them asks for flash_attn. transformers is imported by each program anew: what it concludes can be concluded
+once a process. `python forked.py` reads a JSON object a line, "arguments" (as python has them: ["-c", source] or
+[file, ...]) and "environment", and answers with one a line: "returncode", "stdout", "stderr".
 """
 
 import importlib
@@ -61,7 +60,7 @@ def main():
     arguments = serve()
     if arguments is None:
         return
-    sys.stdin = open(os.devnull)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if arguments[0] == "-c":
         sys.argv = ["-c"]
         exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})

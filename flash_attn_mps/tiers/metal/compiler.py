@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...project import please_report
 from .specialization import Specialization
 
 _CACHED = 512  # kernels; lengths, strides and scale are arguments, so few programs need more than a dozen
@@ -40,7 +41,7 @@ def unavailable(device: str) -> str | None:
 
 @functools.lru_cache(maxsize=_CACHED)
 def kernel(specialization: Specialization) -> Any | None:
-    """The compiled kernel, or None, after a warning, where this machine's Metal does not take it."""
+    """The compiled kernel, or None, after a warning, if this machine's Metal does not accept it."""
     try:
         return getattr(compile_shader(specialization.source()), specialization.kernel.entry)
     except (SyntaxError, RuntimeError) as error:
@@ -50,7 +51,7 @@ def kernel(specialization: Specialization) -> Any | None:
 
 
 def clear() -> None:
-    """Forget all kernels, failures, and that warnings were given."""
+    """Forget all kernels, failures and warnings given."""
     kernel.cache_clear()
     failures.clear()
     _warned.clear()
@@ -66,8 +67,8 @@ def _warn_once(specialization: Specialization, error: Exception) -> None:
     _warned.add(entry)
     reason = str(error).strip().splitlines()
     warnings.warn(
-        f"mtlflashattn: the Metal kernel {entry} did not compile on this machine, so plain PyTorch "
-        f"serves such calls: slower, and right. Please report it with the output of `mtlflashattn doctor`. "
+        f"mtlflashattn: the Metal kernel {entry} did not compile on this machine; falling back to "
+        f"plain PyTorch (slower, same results). {please_report('doctor')} "
         f"{specialization}: {reason[0] if reason else type(error).__name__}",
         RuntimeWarning,
         stacklevel=2,

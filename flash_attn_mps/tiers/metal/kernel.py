@@ -14,6 +14,25 @@ from ...problem import AttentionProblem
 
 Grid = tuple[tuple[int, int, int], tuple[int, int, int]]  # threads in all, threads of a group
 
+# What every Metal kernel for attention honours. (A kernel's gradient is another tier's.)
+FEATURES = frozenset(
+    {
+        "causal",
+        "window",
+        "softcap",
+        "alibi",
+        "varlen",
+        "seqused",
+        "paged",
+        "kv_batch_idx",
+        "leftpad_k",
+        "mask",
+        "sinks",
+        "scale_tensor",
+        "gradients",
+    }
+)
+
 # The tensors of a problem that not every problem has, and Metal's type of their elements. A kernel gets those that it
 # lists and the problem has, and knows which by HAS_CU_SEQLENS_Q and so on.
 OPTIONAL_BUFFERS = {
@@ -39,6 +58,7 @@ class Parameters(NamedTuple):
 
     seqlen_q: int  # queries and keys of a sequence, where the batch is dense
     seqlen_k: int
+    total_q: int  # rows of q, where the batch is packed
     batch: int  # sequences
     heads_per_kv_head: int
     lse_batch: int  # strides of the log-sum-exp; a packed batch has none of its own

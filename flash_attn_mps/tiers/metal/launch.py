@@ -27,26 +27,6 @@ _INT, _FLOAT = struct.Struct("<i"), struct.Struct("<f")
 _NO_MORE: Mapping[str, int] = MappingProxyType({})
 
 
-# What every Metal kernel for attention honours. (A kernel's gradient is another tier's.)
-FEATURES = frozenset(
-    {
-        "causal",
-        "window",
-        "softcap",
-        "alibi",
-        "varlen",
-        "seqused",
-        "paged",
-        "kv_batch_idx",
-        "leftpad_k",
-        "mask",
-        "sinks",
-        "scale_tensor",
-        "gradients",
-    }
-)
-
-
 def limits(p: AttentionProblem) -> list[str]:
     """Why no Metal kernel serves `p` although they serve its features, in words."""
     if p.q.device.type not in compiler.device_types:
@@ -184,17 +164,9 @@ def mask_layout(mask: torch.Tensor) -> Mask:
 
 
 def outputs(p: AttentionProblem) -> Result:
-    """Memory for the results. No kernel writes the rows that no sequence has: with seqused_q there may be some."""
-    q, lse = p.q, None
-    if p.seqused_q is None:
-        out = q.new_empty(p.out_shape)
-        if p.want_lse:
-            lse = q.new_empty(p.lse_shape, dtype=torch.float32)
-    else:
-        out = q.new_zeros(p.out_shape)
-        if p.want_lse:
-            lse = q.new_full(p.lse_shape, -torch.inf, dtype=torch.float32)
-    return Result(out, lse)
+    """Memory for the results. Kernels write every row of it, also those that no sequence has."""
+    q = p.q
+    return Result(q.new_empty(p.out_shape), q.new_empty(p.lse_shape, dtype=torch.float32) if p.want_lse else None)
 
 
 def tiles_of_queries(p: AttentionProblem, rows: int, threads: int) -> Grid:
@@ -213,6 +185,7 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
     return Parameters(
         seqlen_q=seqlen_q,
         seqlen_k=p.max_seqlen_k,
+        total_q=p.q.shape[0],
         batch=p.batch,
         heads_per_kv_head=heads // p.heads_k,
         lse_batch=lse_batch,

@@ -86,11 +86,11 @@ def read() -> dict[str, Any]:
     try:
         data = json.loads(text)
         if data["format"] != _FORMAT:
-            return _ignored(file, f"it has format {data['format']!r}, this version reads {_FORMAT}")
+            return _ignored(file, f"it has format {data['format']!r}, and this version reads {_FORMAT}")
         for what, here in machine().items():
             if data["machine"][what] != here:
                 there = data["machine"][what]
-                return _ignored(file, f"it holds for {what} {there!r}, this is {here!r}; run `mtlflashattn tune` again")
+                return _ignored(file, f"it was made with {what} {there!r}, not {here!r}; run `mtlflashattn tune` again")
         return data
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return broken(error)
@@ -146,17 +146,17 @@ def _winner(entry: dict) -> Winner:
 
 
 def broken(error: Exception) -> dict:
-    """Nothing, with a warning: what a section counts as whose entries raised `error`."""
+    """Nothing, with a warning, for a section whose entries raised `error`."""
     return _ignored(path(), f"it is broken ({type(error).__name__}: {error})")
 
 
 def _ignored(file: Path, reason: str) -> dict:
-    warnings.warn(f"mtlflashattn: {file} is ignored: {reason}.", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"mtlflashattn: ignoring {file}: {reason}.", RuntimeWarning, stacklevel=4)
     return {}
 
 
 def _digest() -> str:
-    """Of the kernel sources: what was fastest for others says nothing about these."""
+    """A digest of the kernel sources: what was fastest for other sources says nothing about these."""
     digest = hashlib.sha256()
     for name, text in specialization.sources():
         digest.update(f"{name}\0{text}\0".encode())

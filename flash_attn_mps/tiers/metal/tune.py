@@ -157,19 +157,19 @@ def _problem(key: Key, device: torch.device | str, batch: int, length: int, head
 
 
 def _in_fp32(p: AttentionProblem) -> AttentionProblem:
-    """On the CPU, since what computes beside the kernels on the GPU is under suspicion too."""
+    """On the CPU, since PyTorch's own kernels on that GPU may be wrong as well."""
     return replace(p, q=p.q.float().cpu(), k=p.k.float().cpu(), v=p.v.float().cpu())
 
 
 def _refusal(call: Callable[[], Result | None], exact: torch.Tensor, p: AttentionProblem) -> str | None:
-    """Why a variant takes no part, in words."""
+    """Why a variant is ruled out, in words; None if it is not."""
     try:
         result = call()
     except (RuntimeError, ValueError) as failure:  # a pipeline that takes fewer threads than the variant has, say
-        return f"its launch fails ({failure})"
+        return f"it fails to launch ({failure})"
     if result is None:
         return "it does not compile"
     error = (result.out.float().cpu() - exact).abs().max().item()
     # Probabilities and output are rounded once each to the dtype of v.
     allowed = 2 * torch.finfo(p.v.dtype).eps * p.v.abs().max().item() + 1e-5
-    return None if error <= allowed else f"its result is off by {error:.2g}, {allowed:.2g} would be rounding"
+    return None if error <= allowed else f"its result is off by {error:.2g}; rounding explains {allowed:.2g}"

@@ -1,17 +1,21 @@
 // <metal_atomic>: int, uint, bool and float in device memory, all but float in threadgroup memory; relaxed order only.
+// Of ulong there are the minimum and the maximum in device memory, which return nothing.
 // The back end defines __mh::atomic_update(pointer, operation, operand), which returns the old value.
 #pragma once
 
 namespace metal {
 
 enum memory_order { memory_order_relaxed };
-enum class thread_scope { thread_scope_thread, thread_scope_simdgroup, thread_scope_threadgroup, thread_scope_device };
+// Orders of a fence only: a type of their own, so that no other function takes them.
+enum __mh_fence_order { memory_order_acquire, memory_order_release, memory_order_acq_rel, memory_order_seq_cst };
+enum thread_scope { thread_scope_thread, thread_scope_simdgroup, thread_scope_threadgroup, thread_scope_device };
 
 template <typename T>
 struct atomic {
   T __value;
-  static_assert(is_same_v<T, int> || is_same_v<T, uint> || is_same_v<T, bool> || is_same_v<T, float>,
-                "Metal has atomics of int, uint, bool and float");
+  static_assert(is_same_v<T, int> || is_same_v<T, uint> || is_same_v<T, bool> || is_same_v<T, float> ||
+                    is_same_v<T, ulong>,
+                "Metal has atomics of int, uint, bool, float and ulong");
   atomic() = default;
   atomic(const thread atomic&) = delete;
 };
@@ -20,6 +24,7 @@ typedef atomic<int> __mh_atomic_int;
 typedef atomic<uint> __mh_atomic_uint;
 typedef atomic<bool> __mh_atomic_bool;
 typedef atomic<float> __mh_atomic_float;
+typedef atomic<ulong> __mh_atomic_ulong;
 
 }  // namespace metal
 
@@ -51,7 +56,7 @@ namespace metal {
 #define __MH_IS_INTEGER (is_same_v<T, int> || is_same_v<T, uint>)
 #define __MH_ATOMICS(space, has_float)                                                                      \
   template <typename T>                                                                                     \
-  inline T atomic_load_explicit(const volatile space atomic<T>* object, memory_order) {                     \
+  inline typename __mh::enable_if<!is_same_v<T, ulong>, T>::type atomic_load_explicit(const volatile space atomic<T>* object, memory_order) {                     \
     return __mh::atomic_load((space T*)&object->__value);                                                   \
   }                                                                                                         \
   template <typename T>                                                                                     \
@@ -78,5 +83,16 @@ __MH_ATOMICS(threadgroup, false)
 #undef __MH_ATOMICS
 #undef __MH_ATOMIC_UPDATE
 #undef __MH_IS_INTEGER
+
+inline void atomic_max_explicit(volatile device atomic<ulong>* object, ulong operand, memory_order) {
+  __mh::atomic_update<__mh::maximum>((device ulong*)&object->__value, operand);
+}
+inline void atomic_min_explicit(volatile device atomic<ulong>* object, ulong operand, memory_order) {
+  __mh::atomic_update<__mh::minimum>((device ulong*)&object->__value, operand);
+}
+
+// One operating-system thread runs a launch: there is nothing to order.
+inline void atomic_thread_fence(mem_flags, memory_order, thread_scope = thread_scope::thread_scope_device) {}
+inline void atomic_thread_fence(mem_flags, __mh_fence_order, thread_scope = thread_scope::thread_scope_device) {}
 
 }  // namespace metal

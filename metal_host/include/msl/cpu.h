@@ -14,6 +14,7 @@ uint __mh_vote(uint value, thread uint* active) __attribute__((convergent));
 void __mh_matrix_product(const thread float* operands, thread float* result) __attribute__((convergent));
 uint __mh_identifier(uint which, uint axis);
 ulong __mh_argument(uint index);
+ulong __mh_threadgroup_argument(uint index);
 #ifdef __MH_INSTRUMENTED
 void __mh_count_transcendental();
 void __mh_atomic_access(uint on);
@@ -25,6 +26,7 @@ uint __mh_lane_index();
 // How a kernel gets what it was launched with.
 struct __mh_context_t {
   ulong argument(uint index) const thread { return __mh_argument(index); }
+  ulong threadgroup_argument(uint index) const thread { return __mh_threadgroup_argument(index); }
   uint identifier(uint which, uint axis) const thread { return __mh_identifier(which, axis); }
 };
 #define __MH_ENTRY(symbol, call, limit)                                            \

@@ -1,6 +1,7 @@
 // <metal_math>, <metal_common>, <metal_geometric>, <metal_relational>.
 //
-// Every function has overloads for float, half and bfloat and their vectors, computed in float and rounded once.
+// Every function has overloads for float and half and their vectors, computed in float and rounded once. Metal has none
+// for bfloat, which converts to float: sources may define their own.
 // Further arguments of a vector function may be scalars, as Metal's implicit conversion has it. __mh_f::name(float...)
 // is the back end's (cpu.h, nvptx.h).
 #pragma once
@@ -19,11 +20,13 @@ using scalar_with = typename enable_if<metal::is_scalar<S>::value, T>::type;
 template <typename T>
 using floating = typename enable_if<metal::is_floating_point<T>::value, T>::type;
 template <typename T>
+using from_bfloat = typename enable_if<metal::is_same<T, bfloat>::value, float>::type;
+template <typename T>
 using integral = typename enable_if<metal::is_integral<T>::value, T>::type;
 
 }  // namespace __mh
 
-#define __MH_EACH_FLOAT(M, ...) M(float, __VA_ARGS__) M(half, __VA_ARGS__) M(bfloat, __VA_ARGS__)
+#define __MH_EACH_FLOAT(M, ...) M(float, __VA_ARGS__) M(half, __VA_ARGS__)
 
 #define __MH_SCALAR1(T, name, f) \
   inline T name(T x) { return T(f(float(x))); }
@@ -57,9 +60,27 @@ using integral = typename enable_if<metal::is_integral<T>::value, T>::type;
     _Pragma("clang loop unroll(full)") for (int i = 0; i < N; ++i) r[i] = name(E(x[i]), E(y[i]), E(z[i])); \
     return r;                                                                                              \
   }
-#define __MH_MATH1(name) __MH_EACH_FLOAT(__MH_SCALAR1, name, __mh_f::name) __MH_VECTOR1(name)
-#define __MH_MATH2(name) __MH_EACH_FLOAT(__MH_SCALAR2, name, __mh_f::name) __MH_VECTOR2(name)
-#define __MH_MATH3(name) __MH_EACH_FLOAT(__MH_SCALAR3, name, __mh_f::name) __MH_VECTOR3(name)
+#define __MH_MATH1(name)                                \
+  __MH_EACH_FLOAT(__MH_SCALAR1, name, __mh_f::name)     \
+  template <typename B>                                  \
+  inline __mh::from_bfloat<B> name(B x) {           \
+    return __mh_f::name(float(x));                          \
+  }                                                      \
+  __MH_VECTOR1(name)
+#define __MH_MATH2(name)                                \
+  __MH_EACH_FLOAT(__MH_SCALAR2, name, __mh_f::name)     \
+  template <typename B>                                  \
+  inline __mh::from_bfloat<B> name(B x, B y) {           \
+    return __mh_f::name(float(x), float(y));                          \
+  }                                                      \
+  __MH_VECTOR2(name)
+#define __MH_MATH3(name)                                \
+  __MH_EACH_FLOAT(__MH_SCALAR3, name, __mh_f::name)     \
+  template <typename B>                                  \
+  inline __mh::from_bfloat<B> name(B x, B y, B z) {           \
+    return __mh_f::name(float(x), float(y), float(z));                          \
+  }                                                      \
+  __MH_VECTOR3(name)
 
 namespace __mh_f {  // what both back ends share
 
@@ -102,6 +123,13 @@ inline float smoothstep(float low, float high, float x) {
 }
 inline float sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : (x == 0.0f ? x : 0.0f)); }
 inline float powr(float x, float y) { return pow(x, y); }
+inline float nextafter(float x, float y) {
+  if (x != x || y != y) return x + y;
+  if (x == y) return y;
+  uint bits = __builtin_bit_cast(uint, x);
+  bits = x == 0.0f ? (y > 0.0f ? 1u : 0x80000001u) : (x < y) == (x > 0.0f) ? bits + 1 : bits - 1;
+  return __builtin_bit_cast(float, bits);
+}
 inline float sinpi(float x) { return sin(3.14159265358979323846f * (x - 2.0f * rint(0.5f * x))); }
 inline float cospi(float x) { return cos(3.14159265358979323846f * (x - 2.0f * rint(0.5f * x))); }
 inline float tanpi(float x) { return sinpi(x) / cospi(x); }
@@ -147,6 +175,8 @@ __MH_MATH1(asin) __MH_MATH1(asinh) __MH_MATH1(atan) __MH_MATH1(atanh) __MH_MATH1
     return exponent - 1;                                                             \
   }
 
+inline float nextafter(float x, float y) { return __mh_f::nextafter(x, y); }
+
 // Relational. The bits, not comparisons: the answer must not depend on the compiler's math mode.
 #define __MH_CLASSIFY(T, _)                                                                    \
   inline bool isnan(T x) { return (as_type<uint>(float(x)) & 0x7fffffffu) > 0x7f800000u; }     \
@@ -156,7 +186,7 @@ __MH_MATH1(asin) __MH_MATH1(asinh) __MH_MATH1(atan) __MH_MATH1(atanh) __MH_MATH1
   inline bool signbit(T x) { return as_type<uint>(float(x)) >> 31; }                           \
   inline bool isordered(T x, T y) { return !isnan(x) && !isnan(y); }                           \
   inline bool isunordered(T x, T y) { return isnan(x) || isnan(y); }
-                                        __MH_EACH_FLOAT(__MH_CLASSIFY, _) __MH_EACH_FLOAT(__MH_SPLITTING, _)
+                                        __MH_EACH_FLOAT(__MH_CLASSIFY, _) __MH_CLASSIFY(bfloat, _) __MH_EACH_FLOAT(__MH_SPLITTING, _)
 #undef __MH_CLASSIFY
 #undef __MH_SPLITTING
 #define __MH_CLASSIFY_VECTOR(name)                                                                                   \
@@ -272,3 +302,6 @@ __MH_MODES
 #undef __MH_MODES
 
 }  // namespace metal
+#undef __MH_MATH1
+#undef __MH_MATH2
+#undef __MH_MATH3

@@ -11,9 +11,12 @@
 #include "cpu.h"
 #endif
 #include "traits.h"
+#include "matrix.h"
 #include "math.h"
 #include "integer.h"
 #include "simdgroup.h"
 #include "simdgroup_matrix.h"
 #include "atomic.h"
+#include "logging.h"
+#include "internals.h"
 #pragma clang attribute pop

@@ -105,6 +105,9 @@ struct bit_xor {
 
 namespace metal {
 
+template <typename T, typename = void>
+struct __is_valid_simdgroup_type : bool_constant<__mh::shuffles<T>::value> {};  // Apple's name
+
 template <typename T>
 __MH_COLLECTIVE __mh::shuffled<T> simd_shuffle(T data, ushort lane) {
   return __mh::from_lane(data, lane);

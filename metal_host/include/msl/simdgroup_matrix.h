@@ -88,22 +88,32 @@ __MH_MATRIX_STORES(threadgroup)
 #undef __MH_MATRIX_LOADS
 #undef __MH_MATRIX_STORES
 
-// Operands of one type; the accumulator of that type or float, summed in float and rounded once.
-template <typename D, typename T, typename C>
+// Summed in float and rounded once. The two operands and the addend may have types of their own; the result has the
+// addend's.
+template <typename D, typename A, typename B, typename C>
 inline __attribute__((always_inline, convergent)) void simdgroup_multiply_accumulate(
-    thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<T, 8, 8> a, simdgroup_matrix<T, 8, 8> b,
+    thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a, simdgroup_matrix<B, 8, 8> b,
     simdgroup_matrix<C, 8, 8> c) {
   static_assert(is_same_v<D, C>, "simdgroup_multiply_accumulate: the result must have the addend's type");
-  static_assert(is_same_v<D, T> || is_same_v<D, float>,
-                "simdgroup_multiply_accumulate: accumulate in the operands' type or in float");
   __mh::ext<float, 2> addend = __builtin_convertvector(c.__elements, __mh::ext<float, 2>);
-  d.__elements = __builtin_convertvector(__mh::matrix_product(a.__elements, b.__elements, addend), __mh::ext<D, 2>);
+  typedef typename conditional<is_same_v<A, B>, A, float>::type Operand;
+  __mh::ext<float, 2> product = __mh::matrix_product(__mh::converter<Operand, A, 2>::of(a.__elements),
+                                                     __mh::converter<Operand, B, 2>::of(b.__elements), addend);
+  d.__elements = __builtin_convertvector(product, __mh::ext<D, 2>);
 }
-template <typename D, typename T>
+template <typename D, typename A, typename B>
 inline __attribute__((always_inline, convergent)) void simdgroup_multiply(thread simdgroup_matrix<D, 8, 8>& d,
-                                                                          simdgroup_matrix<T, 8, 8> a,
-                                                                          simdgroup_matrix<T, 8, 8> b) {
+                                                                          simdgroup_matrix<A, 8, 8> a,
+                                                                          simdgroup_matrix<B, 8, 8> b) {
   simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<D, 8>(D(0)));
+}
+
+template <typename T>
+inline __attribute__((always_inline, convergent)) simdgroup_matrix<T, 8, 8> operator*(simdgroup_matrix<T, 8, 8> a,
+                                                                                      simdgroup_matrix<T, 8, 8> b) {
+  simdgroup_matrix<T, 8, 8> d;
+  simdgroup_multiply(d, a, b);
+  return d;
 }
 
 }  // namespace metal

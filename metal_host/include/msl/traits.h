@@ -9,6 +9,8 @@ struct integral_constant {
   typedef T value_type;
   constexpr operator T() const { return v; }
 };
+template <bool B>
+using bool_constant = integral_constant<bool, B>;
 typedef integral_constant<bool, true> true_type;
 typedef integral_constant<bool, false> false_type;
 
@@ -97,7 +99,6 @@ __MH_IS(is_signed, float)
 #define __MH_INTEGER(T, sign) __MH_IS(is_integral, T) __MH_IS(sign, T)
 __MH_INTEGER(bool, is_unsigned)
 __MH_INTEGER(char, is_signed)
-__MH_INTEGER(signed char, is_signed)
 __MH_INTEGER(uchar, is_unsigned)
 __MH_INTEGER(short, is_signed)
 __MH_INTEGER(ushort, is_unsigned)
@@ -156,6 +157,14 @@ struct __scalar_of<__mh::ext<T, N>> {
   typedef T type;
 };
 template <typename T>
+struct __elements_of : integral_constant<size_t, 1> {};
+template <typename T, int N>
+struct __elements_of<__mh::ext<T, N>> : integral_constant<size_t, N> {};
+template <typename T>
+struct vec_elements : __elements_of<remove_cv_t<T>> {};
+template <typename T>
+constant constexpr size_t vec_elements_v = vec_elements<T>::value;
+template <typename T>
 struct make_scalar : __scalar_of<remove_cv_t<T>> {};
 template <typename T>
 using make_scalar_t = typename make_scalar<T>::type;
@@ -191,12 +200,60 @@ template <typename T>
 T declval();
 
 template <typename T>
-struct numeric_limits {
+struct remove_addrspace {
+  typedef T type;
+};
+#define __MH_ADDRESS_SPACE(space)   \
+  template <typename T>             \
+  struct remove_addrspace<space T> { \
+    typedef T type;                 \
+  };
+__MH_ADDRESS_SPACE(thread)
+__MH_ADDRESS_SPACE(device)
+__MH_ADDRESS_SPACE(constant)
+__MH_ADDRESS_SPACE(threadgroup)
+#undef __MH_ADDRESS_SPACE
+template <typename T>
+using remove_addrspace_t = typename remove_addrspace<T>::type;
+
+template <typename... T>
+struct disjunction : false_type {};
+template <typename A, typename... T>
+struct disjunction<A, T...> : bool_constant<A::value || disjunction<T...>::value> {};
+template <typename... T>
+struct conjunction : true_type {};
+template <typename A, typename... T>
+struct conjunction<A, T...> : bool_constant<A::value && conjunction<T...>::value> {};
+template <typename... T>
+using _disjunction = disjunction<T...>;  // Apple's names for those, which sources use
+template <typename... T>
+using _conjunction = conjunction<T...>;
+template <typename A>
+struct negation : bool_constant<!A::value> {};
+
+// One value for a whole simdgroup or threadgroup, which only the compiler cares about.
+template <typename T>
+struct uniform {
+  T __value;
+  uniform() = default;
+  uniform(const uniform&) = default;
+  constexpr uniform(T value) : __value(value) {}
+  constexpr operator T() const { return __value; }
+};
+template <typename T>
+constexpr uniform<T> make_uniform(T value) {
+  return uniform<T>(value);
+}
+
+template <typename T>
+struct _numeric_limits_impl {  // Apple's name, which sources specialise
   static constant constexpr bool is_specialized = false;
 };
+template <typename T>
+struct numeric_limits : _numeric_limits_impl<remove_cv_t<T>> {};
 #define __MH_FLOAT_LIMITS(T, digits_, max_exponent_, max_, min_, epsilon_, denorm_)             \
   template <>                                                                                   \
-  struct numeric_limits<T> {                                                                    \
+  struct _numeric_limits_impl<T> {                                                                    \
     static constant constexpr bool is_specialized = true, is_signed = true, is_integer = false; \
     static constant constexpr bool has_infinity = true, has_quiet_NaN = true;                   \
     static constant constexpr int digits = digits_, max_exponent = max_exponent_;               \
@@ -214,7 +271,7 @@ __MH_FLOAT_LIMITS(bfloat, 8, 128, 0x1.fep+127f, 0x1p-126f, 0x1p-7f, 0x1p-133f)
 #undef __MH_FLOAT_LIMITS
 #define __MH_INTEGER_LIMITS(T, sign, min_, max_)                                               \
   template <>                                                                                  \
-  struct numeric_limits<T> {                                                                   \
+  struct _numeric_limits_impl<T> {                                                                   \
     static constant constexpr bool is_specialized = true, is_signed = sign, is_integer = true; \
     static constant constexpr bool has_infinity = false, has_quiet_NaN = false;                \
     static constant constexpr int digits = 8 * sizeof(T) - sign;                               \
@@ -264,3 +321,23 @@ void swap(thread T& a, thread T& b) {
 }
 
 }  // namespace metal
+
+// threadgroup T name = {0};
+template <typename T>
+inline void __mh_clear(threadgroup T* variable) {
+  for (uint i = 0; i < sizeof(T); ++i) ((threadgroup char*)variable)[i] = 0;
+}
+
+// p += c, where c is an object that converts to an integer: clang has p + c only.
+#define __MH_POINTER_UPDATE(space, sign)                                                               \
+  template <typename T, typename C>                                                                   \
+  inline typename __mh::enable_if<__is_class(C), space T * thread&>::type operator sign##=(space T * thread & p, C c) { \
+    return p = p sign c;                                                                               \
+  }
+#define __MH_POINTER_UPDATES(space) __MH_POINTER_UPDATE(space, +) __MH_POINTER_UPDATE(space, -)
+__MH_POINTER_UPDATES(thread)
+__MH_POINTER_UPDATES(device)
+__MH_POINTER_UPDATES(constant)
+__MH_POINTER_UPDATES(threadgroup)
+#undef __MH_POINTER_UPDATES
+#undef __MH_POINTER_UPDATE

@@ -2,7 +2,7 @@
 // lines, and q, k, v, o, s, p, m, l are its letters.
 //
 // A simdgroup takes ROWS queries (the paper's block i) of one head through the keys that they see, KEYS at a time (block j).
-// s, p and o never leave its registers. Scores and exponentials are in base 2 where they can be (scoring.metal, UNIT).
+// s, p and o never leave its registers. What a score is, and how exp(s - m) is rounded: scoring.metal.
 // BUFFERS, INPUTS and the names in params[...] are declared by the host: FORWARD in simdgroup.py.
 
 constant constexpr int D_FRAGMENTS = (HEAD_DIM + 7) / 8;
@@ -53,7 +53,6 @@ METAL_FUNC void online_softmax(
     int first_key,
     int seqlen_k,
     Lane lane) {
-  const float scale = SCORES_ARE_SCALED ? 1.0f : scoring.scale;
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     // Scale, soft-cap, ALiBi, window, mask.
     int row = state.first_row + 8 * r + lane.row;
@@ -83,24 +82,20 @@ METAL_FUNC void online_softmax(
     }
 #endif
     // m_new = max(m, rowmax(s))
-    m = max(row_max(m) * scale, state.m[r]);
+    m = max(row_max(m), state.m[r]);
     float base = m == -INFINITY ? 0.0f : m;  // a row that has seen nothing yet: -inf - -inf would be NaN
     // p = exp(s - m_new)
     float sum = 0.0f;
     UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
       UNROLL for (int e = 0; e < 2; ++e) {
-#if IN_BASE_E
-        float x = exp_of(s[r][n].thread_elements()[e], base);
-#else
-        float x = fast::exp2(fma(s[r][n].thread_elements()[e], scale, -base));
-#endif
+        float x = exp_of_difference(s[r][n].thread_elements()[e], base, scoring);
         p[r][n].thread_elements()[e] = T(x);
         sum += x;
       }
     }
     // o and l by alpha = exp(m - m_new), which is 1 unless the maximum of a row has grown
     if (simd_any(m > state.m[r])) {
-      float rescale = exp_of(state.m[r], base);
+      float rescale = exp_of_difference(state.m[r], base, scoring);
       UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) {
         state.o[r][f].thread_elements()[0] *= rescale;
         state.o[r][f].thread_elements()[1] *= rescale;
@@ -206,40 +201,37 @@ kernel void attention_forward(
   Sequence sequence = tile.sequence;
   Scoring scoring = scoring_of(sequence, head, in);
   int group_first_row = tile.index * ROWS * SIMDGROUPS;
-  if (group_first_row >= sequence.seqlen_q) return;
+  if (group_first_row >= sequence.rows_q) return;
+  bool has_queries = group_first_row < sequence.seqlen_q;  // of the group: else its rows are zeroed
 
-  // Lines 4 and 5: load q; o = 0, l = 0, m = -inf. A sink is a score that every query has already seen: m is it, and l 1.
+  // Lines 4 and 5: load q; o = 0, l = 0, m = -inf.
   State state;
   state.first_row = group_first_row + simdgroup * ROWS;
   int last_row = min(state.first_row + ROWS, sequence.seqlen_q) - 1;
   device const T* q_head = q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = min(state.first_row + 8 * r + lane.row, sequence.seqlen_q - 1);
-    SlabD::load_left(state.q[r], q_head + row * params[Q_ROW], scoring.sign, lane);
+    if (has_queries) SlabD::load_left(state.q[r], q_head + row * params[Q_ROW], scoring.sign, lane);
     UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
-#if HAS_SINKS
-    state.m[r] = in.sinks[head] * UNIT;
-    state.l[r] = lane.column == 0 ? 1.0f : 0.0f;  // once among the four lanes of the row
-#else
     state.m[r] = -INFINITY;
     state.l[r] = 0.0f;
-#endif
   }
 
   // Line 6: the blocks of keys that these queries see. Under a mask in runs: `scan_mask` looks at a run's blocks together.
   Keys keys = keys_of(sequence, head, k, v, in);
   KeyRange range = key_range_of(scoring, state.first_row, last_row, sequence.seqlen_k);
+  bool is_needed = state.first_row < sequence.seqlen_q;  // has the simdgroup queries?
 #if STAGED
   // All simdgroups of the group copy every block that one of them sees; those that see it compute.
-  bool has_rows = state.first_row < sequence.seqlen_q;
   threadgroup Staging staging;
   int group_last_row = min(group_first_row + ROWS * SIMDGROUPS, sequence.seqlen_q) - 1;
   KeyRange group_range = key_range_of(scoring, group_first_row, group_last_row, sequence.seqlen_k);
+  if (!has_queries) group_range.visible_end = group_range.visible_begin;
 #if HAS_MASK
   for (int run = group_range.visible_begin; run < group_range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
     BlockFlags flags;
     flags.visible = flags.altered = 0;
-    if (has_rows) flags = scan_mask(range, scoring, state.first_row, run, keys.seqlen, lane);
+    if (is_needed) flags = scan_mask(range, scoring, state.first_row, run, keys.seqlen, lane);
     uint visible = visible_to_any(staging, flags.visible, run / (BLOCKS_PER_RUN * KEYS) % 2, simdgroup, index);
     for (; visible; visible &= visible - 1) {
       uint block = ctz(visible);
@@ -252,11 +244,11 @@ kernel void attention_forward(
 #else
   for (int first_key = group_range.visible_begin; first_key < group_range.visible_end; first_key += KEYS) {
     StagedKeys staged = stage(staging, keys, first_key, ushort(simdgroup * 32 + index));
-    if (range.overlaps(first_key) && has_rows) dispatch_block(false, state, staged, scoring, range, first_key, lane);
+    if (range.overlaps(first_key) && is_needed) dispatch_block(false, state, staged, scoring, range, first_key, lane);
   }
 #endif
 #else
-  if (state.first_row >= sequence.seqlen_q) return;
+  if (!is_needed) range.visible_end = range.visible_begin;
 #if HAS_MASK
   for (int run = range.visible_begin; run < range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
     BlockFlags flags = scan_mask(range, scoring, state.first_row, run, keys.seqlen, lane);
@@ -272,16 +264,21 @@ kernel void attention_forward(
 #endif
 #endif
 
-  // Lines 12 to 15: o / l, and the log-sum-exp m + log(l). A row that saw no key has l = 0: zeros and -inf.
+  // Lines 12 to 15: o / l, and the log-sum-exp m + log(l). A query that saw no key has l = 0: zeros and -inf. So have the rows
+  // that are no queries, which saw what they should not have.
   device T* out_head = out + sequence.batch * params[OUT_BATCH] + sequence.first_q * params[OUT_ROW] + head * params[OUT_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = state.first_row + 8 * r + lane.row;
-    float l = row_sum(state.l[r]);
-    if (row < sequence.seqlen_q) {
-      SlabV::store(out_head + row * params[OUT_ROW], state.o[r], l > 0.0f ? 1.0f / l : 0.0f, lane);
+    RowStatistics statistics = statistics_of(state.m[r], row_sum(state.l[r]), scoring, head, in);
+    if (row < sequence.rows_q) {
+      bool is_query = row < sequence.seqlen_q;
+      if (!is_query) UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
+      float factor = statistics.l > 0.0f ? statistics.rescale / statistics.l : 0.0f;
+      SlabV::store(out_head + row * params[OUT_ROW], state.o[r], factor, lane);
 #if HAS_LSE
       if (lane.column == 0)
-        lse[sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD] + row] = log_sum_exp(state.m[r], l);
+        lse[sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD] + row] =
+            is_query ? log_sum_exp(statistics) : -INFINITY;
 #endif
     }
   }

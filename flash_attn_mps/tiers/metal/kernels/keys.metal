@@ -7,8 +7,14 @@ struct Rows {
   long page;                // stride
   device const int* pages;  // this sequence's row of block_table
   int page_size;
+#if HAS_LEFTPAD_K
+  int leftpad;
+#endif
 
   METAL_FUNC device const T* at(int key) const thread {
+#if HAS_LEFTPAD_K
+    key += leftpad;
+#endif
     return rows + pages[key / page_size] * page + key % page_size * row;
   }
 #else
@@ -36,6 +42,9 @@ METAL_FUNC Keys keys_of(Sequence sequence, int head, device const T* k, device c
   keys.v.page = params[V_BATCH];
   keys.k.pages = keys.v.pages = in.block_table + sequence.batch * params[BLOCK_TABLE_ROW];
   keys.k.page_size = keys.v.page_size = int(params[PAGE_SIZE]);
+#if HAS_LEFTPAD_K
+  keys.k.leftpad = keys.v.leftpad = in.leftpad_k[sequence.batch];
+#endif
 #else
   long entry = sequence.batch;
 #if HAS_KV_BATCH_IDX

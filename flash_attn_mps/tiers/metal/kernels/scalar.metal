@@ -13,17 +13,14 @@ kernel void attention_scalar(
   Scoring scoring = scoring_of(sequence, head, in);
   Keys keys = keys_of(sequence, head, k, v, in);
   int row = tile.index * THREADS + int(thread_index.x);
-  if (row >= sequence.seqlen_q) return;
+  if (row >= sequence.rows_q) return;
+  bool is_query = row < sequence.seqlen_q;  // else its output is zero
   device const T* query = q + sequence.batch * params[Q_BATCH] + (sequence.first_q + row) * params[Q_ROW] + head * params[Q_HEAD];
 
-  float o[HEAD_DIM_V];  // line 5: o = 0, m = -inf, l = 0; a sink is a score that has already been seen
+  float o[HEAD_DIM_V];  // line 5: o = 0, m = -inf, l = 0
   for (int d = 0; d < HEAD_DIM_V; ++d) o[d] = 0.0f;
-#if HAS_SINKS
-  float m = in.sinks[head] * UNIT, l = 1.0f;
-#else
   float m = -INFINITY, l = 0.0f;
-#endif
-  for (int key = 0; key < sequence.seqlen_k; ++key) {
+  for (int key = 0; is_query && key < sequence.seqlen_k; ++key) {
     if (!is_visible(scoring, row, key, sequence.seqlen_k)) continue;
     float s = 0.0f;  // line 8: s = q k^T
     for (int d = 0; d < HEAD_DIM; ++d) s = fma(float(query[d]), float(keys.k.at(key)[d]), s);
@@ -32,17 +29,20 @@ kernel void attention_scalar(
     s = apply_mask(s, *scoring.mask_at(row, key));
 #endif
     if (s == -INFINITY) continue;  // masked
-    if (!SCORES_ARE_SCALED) s *= scoring.scale;
-    float m_new = max(m, s);  // line 9: m_new = max(m, s), p = exp(s - m_new), l = exp(m - m_new) l + p
-    float rescale = exp2((m - m_new) * (LOG2E / UNIT)), p = exp2((s - m_new) * (LOG2E / UNIT));
+    // Line 9: m_new = max(m, s), p = exp(s - m_new), l = exp(m - m_new) l + p
+    float m_new = max(m, s);
+    float rescale = exp2((m - m_new) * scoring.exp2_scale), p = exp2((s - m_new) * scoring.exp2_scale);
     l = l * rescale + p;
     m = m_new;
     for (int d = 0; d < HEAD_DIM_V; ++d) o[d] = fma(p, float(keys.v.at(key)[d]), o[d] * rescale);  // line 10
   }
   // Lines 12 to 15: o / l, and m + log(l). A query that saw no key has l = 0: zeros and -inf.
+  RowStatistics statistics = statistics_of(m, l, scoring, head, in);
+  float factor = is_query && statistics.l != 0.0f ? statistics.rescale / statistics.l : 0.0f;  // l may be NaN
   device T* to = out + sequence.batch * params[OUT_BATCH] + (sequence.first_q + row) * params[OUT_ROW] + head * params[OUT_HEAD];
-  for (int d = 0; d < HEAD_DIM_V; ++d) to[d] = T(l == 0.0f ? 0.0f : o[d] / l);  // l may be NaN
+  for (int d = 0; d < HEAD_DIM_V; ++d) to[d] = T(o[d] * factor);
 #if HAS_LSE
-  lse[sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD] + row] = log_sum_exp(m, l);
+  lse[sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD] + row] =
+      is_query ? log_sum_exp(statistics) : -INFINITY;
 #endif
 }

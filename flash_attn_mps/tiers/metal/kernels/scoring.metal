@@ -4,14 +4,13 @@
 // which of the optional buffers there are; Inputs has no others.
 
 constant constexpr float LOG2E = 1.44269504088896341f;
+constant constexpr float SMALLEST_SCALE = 1.17549435e-38f;  // the least normal number: what is less, a GPU takes for 0
 
-// Soft-capping, ALiBi and additive masks need the scaled score; without them the scale is folded into the exponent.
+// Soft-capping, ALiBi and additive masks need the scaled score. Without them a score is left as the product q k, and scaled
+// only as a difference from the maximum: p = exp2((s - m) * Scoring.exp2_scale). Both are rounded before they are subtracted, in
+// the same way, so that the largest p is exactly 1, however large the scores (pytorch#121558). exp2(s * scale - m * scale) with a
+// fused multiply would save an instruction a score, and be wrong by half an ulp of m * scale.
 #define SCORES_ARE_SCALED (HAS_SOFTCAP || HAS_ALIBI_SLOPES || MASK_IS_ADDED)
-
-// Scores are multiplied by LOG2E, so that exp(s - m) is one exp2. Not under an added mask: programs hide keys by adding the least
-// finite number, of which LOG2E times is -inf.
-#define IN_BASE_E (MASK_IS_ADDED)
-constant constexpr float UNIT = IN_BASE_E ? 1.0f : LOG2E;
 
 METAL_FUNC float as_float(long bits) {
   return as_type<float>(int(bits));
@@ -22,6 +21,7 @@ struct Sequence {
   int batch;
   int seqlen_q;
   int seqlen_k;
+  int rows_q;    // rows of the output that are its own: seqlen_q of them are queries, the others are zero
   long first_q;  // its first row, where the batch is packed
   long first_k;
 };
@@ -32,14 +32,15 @@ struct Scoring {
   int offset;   // seqlen_k - seqlen_q: the last query is aligned with the last key
   int left;     // window_size
   int right;
-  float scale;  // abs(softmax_scale) * UNIT, or UNIT where softmax_scale is 0; positive, so that rowmax(s) may be scaled after
+  float scale;  // abs(softmax_scale), or 1 where that is 0: positive, so that rowmax(s) may be scaled after
   float sign;   // of softmax_scale: q is multiplied by it, -1, 0 or 1
+  float exp2_scale;  // what makes a difference of scores an exponent of 2
 #if HAS_SOFTCAP
   float inner;  // abs(softmax_scale) / softcap
-  float outer;  // softcap * UNIT
+  float softcap;
 #endif
 #if HAS_ALIBI_SLOPES
-  float slope;  // times UNIT
+  float slope;
 #endif
 #if HAS_MASK
   device const MASK_T* mask;  // of this sequence and head
@@ -62,15 +63,17 @@ METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
   scoring.offset = sequence.seqlen_k - sequence.seqlen_q;
   scoring.left = int(params[WINDOW_LEFT]);
   scoring.right = int(params[WINDOW_RIGHT]);
+  if (abs(scale) < SMALLEST_SCALE) scale = 0.0f;
   scoring.sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
   scale = scale == 0.0f ? 1.0f : abs(scale);
-  scoring.scale = scale * UNIT;
+  scoring.scale = scale;
+  scoring.exp2_scale = SCORES_ARE_SCALED ? LOG2E : scale * LOG2E;
 #if HAS_SOFTCAP
   scoring.inner = scale / as_float(params[SOFTCAP]);
-  scoring.outer = as_float(params[SOFTCAP]) * UNIT;
+  scoring.softcap = as_float(params[SOFTCAP]);
 #endif
 #if HAS_ALIBI_SLOPES
-  scoring.slope = in.alibi_slopes[sequence.batch * params[ALIBI_BATCH] + head] * UNIT;
+  scoring.slope = in.alibi_slopes[sequence.batch * params[ALIBI_BATCH] + head];
 #endif
 #if HAS_MASK
   scoring.mask = in.mask + sequence.batch * params[MASK_BATCH] + head * params[MASK_HEAD];
@@ -102,11 +105,11 @@ METAL_FUNC float tanh_of(float x) {
   return abs(x) < 0.25f ? small : large;
 }
 
-// The score that q k becomes: scale, soft-capping and ALiBi, but no mask. Unless SCORES_ARE_SCALED, `scale` is still to come.
+// The score that q k becomes: scale, soft-capping and ALiBi, but no mask. Without SCORES_ARE_SCALED just q k.
 METAL_FUNC float score_mod(float qk, Scoring scoring, int row, int key) {
   float s = qk;
 #if HAS_SOFTCAP
-  s = scoring.outer * tanh_of(s * scoring.inner);
+  s = scoring.softcap * tanh_of(s * scoring.inner);
 #elif SCORES_ARE_SCALED
   s *= scoring.scale;
 #endif
@@ -125,26 +128,41 @@ METAL_FUNC float apply_mask(float s, MASK_T x) {
 #endif
 }
 
-// exp(s - base), for scores in their base.
-METAL_FUNC float exp_of(float s, float base) {
-#if IN_BASE_E
-  return fast::exp2((s - base) * LOG2E);
-#else
-  return fast::exp2(s - base);
-#endif
+// exp of the difference of two scores.
+METAL_FUNC float exp_of_difference(float s, float base, Scoring scoring) {
+  return fast::exp2((s - base) * scoring.exp2_scale);
 }
 
-// m + log(l) to base e, as the caller gets it.
-METAL_FUNC float log_sum_exp(float m, float l) {
-#if IN_BASE_E
-  return m + log2(l) / LOG2E;
-#else
-  return (m + log2(l)) / LOG2E;
+// What a row's maximum and sum come to: the largest score m, to base e, and the sum l of exp(score - m), sink included. o,
+// relative to the maximum without the sink, is to be multiplied by `rescale`.
+struct RowStatistics {
+  float m;
+  float l;
+  float rescale;
+};
+
+METAL_FUNC RowStatistics statistics_of(float m, float l, Scoring scoring, int head, Inputs in) {
+  RowStatistics row;
+  row.m = SCORES_ARE_SCALED ? m : m * scoring.scale;
+  row.l = l;
+  row.rescale = 1.0f;
+#if HAS_SINKS
+  float sink = in.sinks[head];
+  float largest = max(row.m, sink);
+  float base = largest == -INFINITY ? 0.0f : largest;
+  row.rescale = exp2((row.m - base) * LOG2E);
+  row.l = l * row.rescale + exp2((sink - base) * LOG2E);
+  row.m = largest;
 #endif
+  return row;
 }
+
+// Of which the log-sum-exp, as the caller gets it.
+METAL_FUNC float log_sum_exp(RowStatistics row) { return row.m + log2(row.l) / LOG2E; }
 
 // The sequence that a tile of `rows` queries belongs to, and which of its tiles it is. A packed batch has at most
-// total / rows + batch tiles: sequence b gets those from cu_seqlens_q[b] / rows + b on, at most one more than it needs.
+// total / rows + batch tiles: sequence b gets those from cu_seqlens_q[b] / rows + b on, at most one more than it needs;
+// the last one those of all rows behind it too.
 struct Tile {
   Sequence sequence;
   int index;
@@ -157,7 +175,7 @@ METAL_FUNC Tile tile_of(int group, int batch, int rows, Inputs in) {
   tile.sequence.batch = batch;
   tile.sequence.first_q = 0;
   tile.sequence.first_k = 0;
-  tile.sequence.seqlen_q = int(params[SEQLEN_Q]);
+  tile.sequence.seqlen_q = tile.sequence.rows_q = int(params[SEQLEN_Q]);
   tile.sequence.seqlen_k = int(params[SEQLEN_K]);
 #if HAS_CU_SEQLENS_Q
   int low = 0, high = int(params[BATCH]) - 1;
@@ -172,6 +190,9 @@ METAL_FUNC Tile tile_of(int group, int batch, int rows, Inputs in) {
   tile.sequence.batch = low;
   tile.sequence.first_q = in.cu_seqlens_q[low];
   tile.sequence.seqlen_q = in.cu_seqlens_q[low + 1] - in.cu_seqlens_q[low];
+  // Rows behind the last sequence count as its own, so that somebody writes them.
+  int end = low == int(params[BATCH]) - 1 ? int(params[TOTAL_Q]) : in.cu_seqlens_q[low + 1];
+  tile.sequence.rows_q = end - in.cu_seqlens_q[low];
   tile.index = group - (in.cu_seqlens_q[low] / rows + low);
 #endif
 #if HAS_CU_SEQLENS_K

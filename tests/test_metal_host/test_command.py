@@ -1,0 +1,50 @@
+"""python -m metal_host FILE.metal"""
+
+import pytest
+
+from metal_host.__main__ import main
+
+SOURCE = """#include <metal_stdlib>
+using namespace metal;
+constant float bias [[function_constant(0)]];
+kernel void scale(device float* x, constant int& by, threadgroup float* s [[threadgroup(0)]],
+                  uint i [[thread_position_in_grid]]) {
+  s[i % 8] = x[i] * by + bias;
+  x[i] = s[i % 8];
+}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "scale.metal"
+    path.write_text(SOURCE)
+    return str(path)
+
+
+RUN = ["--run", "scale", "--constant", "bias=0.5", "--arg", "3:int", "--threadgroup", "0=32", "--group", "8"]
+
+
+def test_lists_the_kernels(file, capsys):
+    assert main([file]) == 0
+    listed = capsys.readouterr().out.split("\n")
+    assert listed[0] == "scale" and "    device float * x [[buffer(0)]]" in listed
+    assert "    threadgroup float * s [[threadgroup(0)]]" in listed
+
+
+def test_runs_one(file, capsys):
+    arguments = [*RUN[:4], "--arg", "arange:float:8", *RUN[4:]]
+    assert main([file, *arguments, "--threads", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "3.5000,  6.5000" in out and "device_bytes_read" in out
+
+
+def test_tells_faults_and_errors(file, capsys, tmp_path):
+    arguments = [*RUN[:4], "--arg", "arange:float:8", *RUN[4:]]
+    assert main([file, *arguments, "--threads", "16"]) == 1
+    assert "out of bounds" in capsys.readouterr().err
+    assert main([file, "--run", "scale"]) == 2
+    assert "function constants that have no value: bias" in capsys.readouterr().err
+    (tmp_path / "wrong.metal").write_text("kernel void k(device float* o) { o[0] = missing; }")
+    assert main([str(tmp_path / "wrong.metal")]) == 1
+    assert "undeclared identifier 'missing'" in capsys.readouterr().err
