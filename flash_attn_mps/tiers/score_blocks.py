@@ -54,7 +54,9 @@ class Dropout:
 class Block:
     """Queries `first` to `last` of a group against the keys `lo` to `hi`, all that any of them may see."""
 
-    def __init__(self, p: AttentionProblem, group: Group, queries: QueryRows, keys: KeyRows, first: int, last: int):
+    def __init__(
+        self, p: AttentionProblem, group: Group, queries: QueryRows, keys: KeyRows, first: int, last: int
+    ) -> None:
         self.p, self.group, self.queries, self.keys = p, group, queries, keys
         self.first, self.last = first, last
         self.lo, self.hi = 0, group.seqlen_k
