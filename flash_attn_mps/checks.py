@@ -7,7 +7,6 @@ It is read only when something is wrong.
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from collections.abc import Mapping
 from typing import Any, cast
@@ -16,15 +15,26 @@ import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 512
-NO_NAMES: Mapping[str, str] = {}
+_LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).smallest_normal
+Names = Mapping[str, str]
+NO_NAMES: Names = {}
 
 
 def show(value: Any) -> str:
     """Describe a value briefly: a tensor by shape, dtype and device, anything else by type and repr."""
     if isinstance(value, torch.Tensor):
+        if not _is_strided(value):  # some of these have no shape
+            return f"a {'nested' if value.is_nested else value.layout} tensor, {value.dtype}, on {value.device}"
         return f"a tensor {tuple(value.shape)}, {value.dtype}, on {value.device}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # an object's own affair; and Python refuses to print an integer of 4,301 digits
+        text = object.__repr__(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def _is_strided(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def malformed(name: str, came: Any, accepted: str) -> ValueError:
@@ -44,11 +54,9 @@ def readable(tensor: torch.Tensor) -> bool:
 def tensor_of_rank(value: Any, name: str, ranks: tuple[int, ...], dims: str) -> torch.Tensor:
     """A strided tensor with one of the `ranks`."""
     if not isinstance(value, torch.Tensor):
-        raise malformed(name, value, f"a tensor ({dims})")
-    if value.layout is not torch.strided or value.is_nested:
-        raise unsupported(
-            name, f"a {'nested' if value.is_nested else value.layout} tensor", f"a strided tensor ({dims})"
-        )
+        raise malformed(name, show(value), f"a tensor ({dims})")
+    if not _is_strided(value):
+        raise unsupported(name, value, f"a strided tensor ({dims})")
     if value.dim() not in ranks:
         raise malformed(name, value, f"a tensor ({dims})")
     return value
@@ -57,8 +65,7 @@ def tensor_of_rank(value: Any, name: str, ranks: tuple[int, ...], dims: str) -> 
 def tensor(value: Any, name: str, dims: str, like: torch.Tensor | None = None) -> torch.Tensor:
     """A strided tensor of as many dimensions as `dims` names, on the device of `like`."""
     rank = dims.count(", ") + 1
-    strided = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
-    if not strided or value.dim() != rank:
+    if not (isinstance(value, torch.Tensor) and _is_strided(value)) or value.dim() != rank:
         tensor_of_rank(value, name, (rank,), dims)  # which says what is wrong
     if like is not None and value.device != like.device:
         raise malformed(name, value, f"a tensor on {like.device}, where the queries are")
@@ -75,7 +82,7 @@ def int32(value: Any, name: str, dims: str, length: int | None, like: torch.Tens
     return value
 
 
-def qkv(q: Any, k: Any, v: Any, dims: tuple[str, str], names: Mapping[str, str]) -> None:
+def qkv(q: Any, k: Any, v: Any, dims: tuple[str, str], names: Names) -> None:
     """q, k and v: rank, dtype, device, head counts and head dims. `dims` names the dimensions of q and of k and v."""
     q_name, k_name, v_name = names.get("q", "q"), names.get("k", "k"), names.get("v", "v")
     tensor(q, q_name, dims[0])
@@ -104,41 +111,78 @@ def qkv(q: Any, k: Any, v: Any, dims: tuple[str, str], names: Mapping[str, str])
         raise malformed(k_name, f"{heads_k} heads", f"a number that divides the {heads} heads of {q_name}")
 
 
+def of_shape(value: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor, why: str) -> None:
+    """A strided tensor that goes with others: `why` says whose shape it must have. On the device of `like`."""
+    fits = isinstance(value, torch.Tensor) and _is_strided(value) and value.shape == shape
+    if not fits or value.dtype != dtype or value.device != like.device:
+        raise malformed(name, show(value), f"a tensor {tuple(shape)}, {why}, {dtype}, on {like.device}")
+
+
+def output(value: Any, name: str, shape: tuple[int, ...], like: torch.Tensor, why: str) -> torch.Tensor:
+    """A tensor to write a result to, rounded to its dtype."""
+    fits = isinstance(value, torch.Tensor) and _is_strided(value) and value.shape == shape
+    if not fits or value.device != like.device or not value.is_floating_point():
+        raise malformed(name, show(value), f"a tensor {tuple(shape)}, {why}, of a floating dtype, on {like.device}")
+    if any(step == 0 and length > 1 for step, length in zip(value.stride(), value.shape, strict=True)):
+        raise malformed(name, "an expanded tensor", "one with memory of its own for every element")
+    return value
+
+
+def flag(value: Any, name: str) -> bool:
+    """True or False, or what says one of them: None, a number, a tensor of one element (a device is waited for).
+
+    What has no truth value of its own, such as a string or a tuple, would be true whatever it says.
+    """
+    if value is True or value is False:
+        return value
+    if hasattr(type(value), "__bool__"):
+        try:
+            return bool(value)
+        except (RuntimeError, TypeError, ValueError):  # of two elements, or of none, or of a tensor without values
+            pass
+    raise malformed(name, show(value), "True or False")
+
+
 def number(value: Any, name: str, accepted: str) -> float:
-    """A Python or NumPy number, or a 0-d tensor on the CPU, as a float."""
+    """A Python or NumPy number, or a 0-d tensor (one on a device is waited for), as a float."""
     if type(value) is float:
         return value
-    if isinstance(value, (bool, str, bytes)) or (isinstance(value, torch.Tensor) and value.dim() > 0):
-        raise malformed(name, value, accepted)
     try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise malformed(name, value, accepted) from None
+        plain = value.item() if hasattr(value, "item") and value.ndim == 0 else value
+        if hasattr(plain, "__float__") and not isinstance(plain, bool) and not hasattr(plain, "ndim"):
+            return float(plain)
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        pass
+    raise malformed(name, show(value), accepted)
 
 
-def softmax_scale(value: Any, head_dim: int, like: torch.Tensor) -> float | torch.Tensor:
+def softmax_scale(value: Any, head_dim: int, like: torch.Tensor, names: Names = NO_NAMES) -> float | torch.Tensor:
     """None (1 / sqrt(head_dim)), a number, or a 0-d tensor; a tensor on another device than the CPU stays there."""
     if value is None:
         return head_dim**-0.5
-    accepted = "None, a finite number or a 0-d tensor"
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:  # as nearly always: the name is not needed
+        return value
+    name, accepted = names.get("softmax_scale", "softmax_scale"), "None, a finite float32 number or a 0-d tensor"
     if isinstance(value, torch.Tensor) and value.dim() == 0:
         if value.requires_grad and torch.is_grad_enabled():
-            raise unsupported("softmax_scale", "a tensor that requires grad", "a detached tensor; or scale q yourself")
+            raise unsupported(name, "a tensor that requires grad", "a detached tensor; or scale q yourself")
+        if not _is_strided(value) or value.is_complex() or value.is_quantized or value.dtype == torch.bool:
+            raise malformed(name, value, accepted)
         if not readable(value):
             if value.device.type != "cpu" and value.device != like.device:
-                raise malformed("softmax_scale", value, f"a 0-d tensor on {like.device} or on the CPU")
+                raise malformed(name, value, f"a 0-d tensor on {like.device} or on the CPU")
             return value
-    scale = number(value, "softmax_scale", accepted)
-    if not -math.inf < scale < math.inf:  # Dynamo does not trace math.isfinite of a number that varies
-        raise malformed("softmax_scale", value, accepted)
+    scale = number(value, name, accepted)
+    if not -_LARGEST <= scale <= _LARGEST:  # nor NaN
+        raise malformed(name, show(value), accepted)
     return scale
 
 
 def softcap(value: Any) -> float:
-    accepted = "0 (off) or a finite number above 0"
+    accepted = "0 (off) or a number above 0, in the range of float32"
     cap = number(value, "softcap", accepted)
-    if not 0 <= cap < math.inf:
-        raise malformed("softcap", value, accepted)
+    if cap and not _SMALLEST <= cap <= _LARGEST:  # scores are divided by it
+        raise malformed("softcap", show(value), accepted)
     return cap
 
 
@@ -146,58 +190,68 @@ def attention_chunk(value: Any) -> int:
     accepted = "0 (off) or the number of keys of a chunk"
     chunk = integer(value, "attention_chunk", accepted)
     if chunk < 0:
-        raise malformed("attention_chunk", value, accepted)
+        raise malformed("attention_chunk", show(value), accepted)
     return chunk
 
 
-def dropout_p(value: Any) -> float:
+def dropout_p(value: Any, names: Names = NO_NAMES) -> float:
     accepted = "a probability in [0, 1)"
-    p = number(value, "dropout_p", accepted)
+    p = value if type(value) is float else number(value, names.get("dropout_p", "dropout_p"), accepted)
     if not 0 <= p < 1:
-        raise malformed("dropout_p", value, accepted)
+        raise malformed(names.get("dropout_p", "dropout_p"), show(value), accepted)
     return p
 
 
 def integer(value: Any, name: str, accepted: str) -> int:
-    """A Python or NumPy integer, or a 0-d integer tensor (reading one on a device waits for it)."""
-    if type(value) is int:
-        return value
-    if isinstance(value, torch.Tensor):
-        if value.dim() > 0 or value.is_floating_point() or value.dtype == torch.bool:
-            raise malformed(name, value, accepted)
-        return cast(int, value.item())
-    if isinstance(value, bool):
-        raise malformed(name, value, accepted)
+    """A Python or NumPy integer of 64 bits, or a 0-d integer tensor (one on a device is waited for)."""
+    if type(value) is not int:
+        value = _integer(value, name, accepted)
+    if not -(2**63) <= value < 2**63:
+        raise malformed(name, show(value), f"{accepted}, of at most 64 bits")
+    return value
+
+
+def _integer(value: Any, name: str, accepted: str) -> int:
     if isinstance(value, torch.SymInt):
         return cast(int, value)  # stands for an int in a graph
     try:
-        return operator.index(value)
-    except TypeError:
-        raise malformed(name, value, accepted) from None
+        if isinstance(value, torch.Tensor):
+            if _is_integer(value):
+                return cast(int, value.item())
+        elif not isinstance(value, bool):
+            return operator.index(value)
+    except (RuntimeError, TypeError):  # on meta, for one
+        pass
+    raise malformed(name, show(value), accepted)
+
+
+def _is_integer(tensor: torch.Tensor) -> bool:
+    """Is it one integer, as far as can be told without reading it?"""
+    real = not tensor.is_floating_point() and not tensor.is_complex() and not tensor.is_quantized
+    return tensor.dim() == 0 and _is_strided(tensor) and real and tensor.dtype != torch.bool
 
 
 def window(window_size: Any, causal: Any) -> tuple[int, int]:
-    """(left, right) with -1 for an open side. Causal means right = 0, even if a larger right is given."""
+    """(left, right) with -1 for an open side. Causal means right = 0, also when a larger right was asked for."""
     accepted = "two integers (left, right), -1 for an open side"
-    if isinstance(window_size, torch.Tensor):
-        if window_size.dim() != 1 or window_size.is_floating_point():
-            raise malformed("window_size", window_size, accepted)
-        window_size = window_size.tolist()
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise malformed("window_size", window_size, accepted)
-    left, right = window_size
-    left, right = integer(left, "window_size", accepted), integer(right, "window_size", accepted)
-    return max(left, -1), 0 if causal else max(right, -1)
+    try:
+        sides = window_size.tolist() if isinstance(window_size, torch.Tensor) else window_size
+    except RuntimeError:  # on meta, for one
+        sides = None
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2:
+        raise malformed("window_size", show(window_size), accepted)
+    left, right = integer(sides[0], "window_size", accepted), integer(sides[1], "window_size", accepted)
+    return max(left, -1), 0 if flag(causal, "causal") else max(right, -1)
 
 
 def alibi_slopes(value: Any, batch: int, heads: int, like: torch.Tensor) -> torch.Tensor | None:
     if value is None:
         return None
     fits = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.device == like.device
-    if not fits or value.shape != ((heads,) if value.dim() == 1 else (batch, heads)):
+    if not fits or not _is_strided(value) or value.shape != ((heads,) if value.dim() == 1 else (batch, heads)):
         # Formatted only now: a graph in which a length is formatted is specialised to that length.
         accepted = f"a float32 tensor ({heads},) or ({batch}, {heads}) on {like.device}"
-        raise malformed("alibi_slopes", value, accepted)
+        raise malformed("alibi_slopes", show(value), accepted)
     if value.requires_grad and torch.is_grad_enabled():
         raise unsupported("alibi_slopes", "a tensor that requires grad", "slopes without gradient: pass .detach()")
     return value
@@ -212,7 +266,7 @@ def mask(value: Any, name: str, shape: tuple[int, int, int, int], like: torch.Te
         or any(n not in (1, whole) for n, whole in zip(value.shape[::-1], shape[::-1], strict=False))
     ):
         dtypes = " or ".join(map(str, dict.fromkeys((torch.bool, like.dtype, torch.float32))))
-        accepted = f"a tensor of {dtypes} that broadcasts to {shape} (batch, heads, seqlen_q, seqlen_k)"
+        accepted = f"a tensor of {dtypes} that broadcasts to {shape} (batch, heads, seqlen_q, seqlen_k) of the queries"
         raise malformed(name, value, f"{accepted}, on {like.device}")
     if value.requires_grad and torch.is_grad_enabled():
         raise unsupported(name, "a tensor that requires grad", "a mask without gradient: pass .detach()")
@@ -231,7 +285,7 @@ def qv(value: Any, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """A query for the values: of the shape of the output and the dtype of q."""
     tensor(value, "qv", ", ".join(["rows"] * (len(shape) - 2) + ["heads", "head_dim of v"]), like)
     if value.shape != shape or value.dtype != like.dtype:
-        raise malformed("qv", value, f"a tensor {shape}, {like.dtype}")
+        raise malformed("qv", value, f"a tensor {shape}, as the output of q and v, {like.dtype}")
     return value
 
 
@@ -274,12 +328,12 @@ def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> tu
     """
     accepted = "an integer or a 0-d integer tensor, not negative"
     if isinstance(value, torch.Tensor) and not readable(value):
-        if value.dim() > 0 or value.is_floating_point() or value.dtype == torch.bool:
+        if not _is_integer(value):
             raise malformed(name, value, accepted)
         return total, None if value.is_meta else value
+    if torch.compiler.is_compiling() and type(value) is int:
+        return value, None  # bert_padding's number is known only when the graph runs
     longest = integer(value, name, accepted)
-    if torch.compiler.is_compiling():  # bert_padding's number is known only when the graph runs
-        return longest, None
     if longest < 0 or (known and longest < max(known)):
         least = max(known) if known else 0
         raise malformed(name, value, f"at least {least}, the length of the longest sequence")

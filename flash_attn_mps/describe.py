@@ -32,22 +32,23 @@ class CallOptions:
     want_probs: bool | None = None  # None: if want_lse; only has an effect with dropout
     seed: int | torch.Tensor | None = None  # None: from torch's default generator, if there is dropout
 
-    def checked(self, q: torch.Tensor, batch: int) -> dict[str, Any]:
+    def checked(self, q: torch.Tensor, batch: int, names: Mapping[str, str] = checks.NO_NAMES) -> dict[str, Any]:
+        """The fields of an `AttentionProblem` that follow, each option checked."""
         left, right = checks.window(self.window_size, self.causal)
-        dropout_p = checks.dropout_p(self.dropout_p)
+        dropout_p = checks.dropout_p(self.dropout_p, names)
         fields = {
-            "softmax_scale": checks.softmax_scale(self.softmax_scale, q.shape[-1], q),
+            "softmax_scale": checks.softmax_scale(self.softmax_scale, q.shape[-1], q, names),
             "window_left": left,
             "window_right": right,
             "softcap": checks.softcap(self.softcap),
             "alibi_slopes": checks.alibi_slopes(self.alibi_slopes, batch, q.shape[-2], q),
             "dropout_p": dropout_p,
-            "want_lse": bool(self.want_lse),
+            "want_lse": checks.flag(self.want_lse, "return_attn_probs"),
             "attention_chunk": checks.attention_chunk(self.attention_chunk),
         }
         if dropout_p:
             fields["seed"] = _draw_seed() if self.seed is None else self.seed
-            fields["want_probs"] = bool(self.want_lse if self.want_probs is None else self.want_probs)
+            fields["want_probs"] = fields["want_lse"] if self.want_probs is None else self.want_probs
         return fields
 
 
@@ -67,7 +68,7 @@ def dense(q: Any, k: Any, v: Any, options: CallOptions, names: Mapping[str, str]
     if k.shape[0] != batch:
         raise checks.malformed(names.get("k", "k"), k, f"a batch of {batch}, that of {names.get('q', 'q')}")
     seqlen_k = k.shape[1]
-    return AttentionProblem(q, k, v, batch, seqlen_q, seqlen_k, **options.checked(q, batch))
+    return AttentionProblem(q, k, v, batch, seqlen_q, seqlen_k, **options.checked(q, batch, names))
 
 
 def varlen(
@@ -86,9 +87,12 @@ def varlen(
     names: Mapping[str, str] = checks.NO_NAMES,
 ) -> AttentionProblem:
     """q `(total_q, heads, head_dim)`; k, v `(total_k, heads_k, head_dim)`, or paged with `block_table`."""
-    paged = block_table is not None
-    kv_dims = "num_blocks, block_size, heads_k, head_dim" if paged else "total_k, heads_k, head_dim"
-    checks.qkv(q, k, v, ("total_q, heads, head_dim", kv_dims), names)
+    kv_dims = "total_k, heads_k, head_dim"
+    if block_table is not None:
+        name = names.get("block_table", "block_table")
+        checks.tensor(block_table, name, "batch, blocks per sequence")  # before it is held against k that it is not
+        kv_dims = f"num_blocks, block_size, heads_k, head_dim with {name}"
+    checks.qkv(q, k, v, ("total_q, heads, head_dim with cu_seqlens_q", kv_dims), names)
     cu_seqlens, max_seqlens = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     queries, keys = packed_lengths((q, k), cu_seqlens, max_seqlens, (seqused_q, seqused_k), block_table, names)
     batch = cu_seqlens_q.shape[0] - 1
@@ -99,7 +103,7 @@ def varlen(
         batch,
         queries.max_seqlen,
         keys.max_seqlen,
-        **options.checked(q, batch),
+        **options.checked(q, batch, names),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q,

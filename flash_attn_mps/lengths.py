@@ -37,8 +37,9 @@ def packed_lengths(
     total_q, room = q.shape[0], k.shape[0]
     known_q = known_k = checks.cu_seqlens(cu_seqlens_q, cu_q_name, total_q, name("q", "q"), q)
     batch = cu_seqlens_q.shape[0] - 1
+    block_table_name = name("block_table", "block_table")
     if paged:
-        checks.int32(block_table, "block_table", "batch, blocks per sequence", batch, q)
+        checks.int32(block_table, block_table_name, "batch, blocks per sequence", batch, q)
         room = block_table.shape[1] * k.shape[1]
     same = cu_seqlens_k is cu_seqlens_q and not paged and room == total_q
     if not same:
@@ -51,11 +52,11 @@ def packed_lengths(
         longest, tensor = checks.max_seqlen(max_seqlen_k, name("max_seqlen_k", "max_seqlen_k"), known_k, room)
         keys = Lengths(longest, tensor, known_k)
     if paged:
-        check_pages(block_table, k, known_k, cu_k_name)
+        check_pages(block_table, k, known_k, cu_k_name, block_table_name)
     if seqused_q is not None:
-        queries = used(queries, seqused_q, "seqused_q", batch, q)
+        queries = used(queries, seqused_q, name("seqused_q", "seqused_q"), batch, q)
     if seqused_k is not None:
-        keys = used(keys, seqused_k, "seqused_k", batch, q)
+        keys = used(keys, seqused_k, name("seqused_k", "seqused_k"), batch, q)
     return queries, keys
 
 

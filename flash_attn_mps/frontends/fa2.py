@@ -15,6 +15,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from .. import checks
 from ..describe import CallOptions, dense, varlen
 from .fa2_kvcache import flash_attn_with_kvcache
 from .fa2_packed import (
@@ -151,6 +152,7 @@ def flash_attn_func(
         >>> flash_attn_func(q, k, v, causal=True).shape
         torch.Size([2, 128, 8, 64])
     """
+    checks.flag(deterministic, "deterministic")
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     return finish(dense(q, k, v, options))
 
@@ -294,6 +296,7 @@ def flash_attn_varlen_func(
         >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 5, 5, causal=True).shape
         torch.Size([7, 8, 64])
     """
+    checks.flag(deterministic, "deterministic")
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return finish(varlen(q, k, v, *lengths, options, block_table=block_table))

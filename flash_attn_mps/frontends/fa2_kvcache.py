@@ -96,6 +96,7 @@ def flash_attn_with_kvcache(
         True
     """
     checks.integer(num_splits, "num_splits", "an integer")
+    return_softmax_lse = checks.flag(return_softmax_lse, "return_softmax_lse")
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, want_lse=return_softmax_lse)
     call = CacheCall(
         q,
@@ -106,7 +107,7 @@ def flash_attn_with_kvcache(
         v=v,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
+        rotary_interleaved=checks.flag(rotary_interleaved, "rotary_interleaved"),
         cache_seqlens=cache_seqlens,
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,

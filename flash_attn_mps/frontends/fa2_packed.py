@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import checks
 from ..describe import CallOptions, dense, varlen
 from .shared import KV, QKV, finish, unpack
 
@@ -73,6 +74,7 @@ def flash_attn_kvpacked_func(
         >>> flash_attn_kvpacked_func(q, kv, causal=True).shape
         torch.Size([2, 16, 8, 64])
     """
+    checks.flag(deterministic, "deterministic")
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     k, v = unpack(kv, "kv", "batch, seqlen_k, 2, heads_k, head_dim", 2)
     return finish(dense(q, k, v, options, KV))
@@ -131,6 +133,7 @@ def flash_attn_qkvpacked_func(
         >>> flash_attn_qkvpacked_func(qkv, causal=True).shape
         torch.Size([2, 128, 8, 64])
     """
+    checks.flag(deterministic, "deterministic")
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     q, k, v = unpack(qkv, "qkv", "batch, seqlen, 3, heads, head_dim", 3)
     return finish(dense(q, k, v, options, QKV))
@@ -201,6 +204,7 @@ def flash_attn_varlen_kvpacked_func(
         >>> flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens_q, cu_seqlens_k, 1, 5, causal=True).shape
         torch.Size([2, 8, 64])
     """
+    checks.flag(deterministic, "deterministic")
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     k, v = unpack(kv, "kv", "total_k, 2, heads_k, head_dim", 2)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -264,6 +268,7 @@ def flash_attn_varlen_qkvpacked_func(
         >>> flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 5, causal=True).shape
         torch.Size([7, 8, 64])
     """
+    checks.flag(deterministic, "deterministic")
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     q, k, v = unpack(qkv, "qkv", "total, 3, heads, head_dim", 3)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)

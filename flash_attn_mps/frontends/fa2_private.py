@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..describe import CallOptions, dense, varlen
 from ..problem import AttentionProblem
+from .shared import window_of
 
 
 def _flash_attn_forward(
@@ -36,9 +37,10 @@ def _flash_attn_forward(
     alibi_slopes: Tensor | None,
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    window_size = (window_size_left, window_size_right)
+    window_size = window_of(window_size_left, window_size_right)
+    probs = checks.flag(return_softmax, "return_softmax")
     options = CallOptions(
-        softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True, want_probs=return_softmax
+        softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True, want_probs=probs
     )
     return _forward(dense, (q, k, v), {}, options)
 
@@ -66,11 +68,15 @@ def _flash_attn_varlen_forward(
     num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checks.integer(num_splits, "num_splits", "an integer")
+    checks.flag(zero_tensors, "zero_tensors")
     if leftpad_k is not None:
-        raise checks.unsupported("leftpad_k", leftpad_k, "None; flash_attn_with_kvcache takes cache_leftpad")
-    window_size = (window_size_left, window_size_right)
+        raise checks.unsupported(
+            "leftpad_k", checks.show(leftpad_k), "None; flash_attn_with_kvcache takes cache_leftpad"
+        )
+    window_size = window_of(window_size_left, window_size_right)
+    probs = checks.flag(return_softmax, "return_softmax")
     options = CallOptions(
-        softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True, want_probs=return_softmax
+        softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True, want_probs=probs
     )
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     layout = {"seqused_k": seqused_k, "block_table": block_table}
@@ -97,7 +103,8 @@ def _flash_attn_backward(
     deterministic: bool,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    window_size = (window_size_left, window_size_right)
+    window_size = window_of(window_size_left, window_size_right)
+    checks.flag(deterministic, "deterministic")
     seed = _seed(dropout_p, rng_state)
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
     return backward(dense, (q, k, v), options, dout, out, softmax_lse, (dq, dk, dv))
@@ -128,7 +135,9 @@ def _flash_attn_varlen_backward(
     rng_state: Tensor | None = None,
     zero_tensors: bool = False,
 ) -> Tensor:
-    window_size = (window_size_left, window_size_right)
+    window_size = window_of(window_size_left, window_size_right)
+    checks.flag(deterministic, "deterministic")
+    checks.flag(zero_tensors, "zero_tensors")
     seed = _seed(dropout_p, rng_state)
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -159,16 +168,12 @@ def backward(
 ) -> Tensor:
     """Gradients of the problem that `describe(*tensors, options)` gives, into `grads` where they are buffers."""
     p: AttentionProblem = describe(*tensors, options)
-    for name, value, shape in (
-        ("dout", dout, p.out_shape),
-        ("out", out, p.out_shape),
-        ("softmax_lse", lse, p.lse_shape),
-    ):
-        if not isinstance(value, torch.Tensor) or value.shape != shape:
-            raise checks.malformed(name, value, f"a tensor {shape}")
+    checks.of_shape(dout, "dout", p.out_shape, p.q.dtype, p.q, "as the output of q and v")
+    checks.of_shape(out, "out", p.out_shape, p.q.dtype, p.q, "as the output of q and v")
+    checks.of_shape(lse, "softmax_lse", p.lse_shape, torch.float32, p.q, "as the rows of q")
     for name, buffer, like in zip(("dq", "dk", "dv"), grads, (p.q, p.k, p.v), strict=True):
-        if buffer is not None and (not isinstance(buffer, torch.Tensor) or buffer.shape != like.shape):
-            raise checks.malformed(name, buffer, f"None or a tensor {tuple(like.shape)}")
+        if buffer is not None:
+            checks.output(buffer, name, like.shape, like, f"as {name[1]}")
     dq, dk, dv, _ = dispatch.gradients(p, out, lse, dout)
     for buffer, grad in zip(grads, (dq, dk, dv), strict=True):
         if buffer is not None:
@@ -176,9 +181,10 @@ def backward(
     return (dout.float() * out.float()).sum(-1).transpose(-1, -2).contiguous()
 
 
-def _seed(dropout_p: float, rng_state: Any) -> int | Tensor | None:
-    if not dropout_p:
+def _seed(dropout_p: Any, rng_state: Any) -> int | Tensor | None:
+    if not checks.dropout_p(dropout_p):
         return None
-    if not isinstance(rng_state, torch.Tensor) or rng_state.shape != (2,) or rng_state.dtype != torch.int64:
+    checks.tensor(rng_state, "rng_state", "2,")
+    if rng_state.shape != (2,) or rng_state.dtype != torch.int64 or rng_state.is_meta:
         raise checks.malformed("rng_state", rng_state, "the int64 tensor (2,) that the forward function returned")
     return rng_state[0] if torch.compiler.is_compiling() else int(rng_state[0])

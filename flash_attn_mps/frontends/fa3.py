@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import checks, dispatch
@@ -102,6 +101,7 @@ def flash_attn_func(
         torch.Size([2, 128, 8, 64])
     """
     checks.integer(num_splits, "num_splits", "an integer")
+    checks.flag(deterministic, "deterministic")
     reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     options = CallOptions(
         softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
@@ -170,11 +170,13 @@ def flash_attn_qkvpacked_func(
         >>> flash_attn_qkvpacked_func(qkv, causal=True, num_heads_q=8).shape
         torch.Size([2, 128, 8, 64])
     """
+    checks.flag(deterministic, "deterministic")
     reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     options = CallOptions(
         softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
     )
-    if isinstance(qkv, torch.Tensor) and qkv.dim() == 4:
+    dims = "batch, seqlen, 3, heads, head_dim; or batch, seqlen, heads of q, k and v, head_dim"
+    if checks.tensor_of_rank(qkv, "qkv", (4, 5), dims).dim() == 4:
         accepted = "the number of query heads, with an even number of heads left for k and v"
         if num_heads_q is None:
             raise checks.malformed("num_heads_q", None, f"{accepted}, when qkv has 4 dimensions")
@@ -276,6 +278,7 @@ def flash_attn_varlen_func(
         torch.Size([7, 8, 64])
     """
     checks.integer(num_splits, "num_splits", "an integer")
+    checks.flag(deterministic, "deterministic")
     reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     options = CallOptions(
         softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk

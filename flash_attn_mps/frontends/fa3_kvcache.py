@@ -126,6 +126,7 @@ def flash_attn_with_kvcache(
         True
     """
     checks.integer(num_splits, "num_splits", "an integer")
+    return_softmax_lse = checks.flag(return_softmax_lse, "return_softmax_lse")
     reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     call = CacheCall(
         q,
@@ -139,7 +140,7 @@ def flash_attn_with_kvcache(
         qv=qv,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
+        rotary_interleaved=checks.flag(rotary_interleaved, "rotary_interleaved"),
         rotary_seqlens=rotary_seqlens,
         cache_seqlens=cache_seqlens,
         cache_batch_idx=cache_batch_idx,
@@ -193,20 +194,19 @@ def flash_attn_combine(
         True
     """
     checks.tensor_of_rank(out_partial, "out_partial", (4, 5), "parts, [batch,] seqlen, heads, head_dim")
-    checks.tensor_of_rank(lse_partial, "lse_partial", (out_partial.dim() - 1,), "parts, [batch,] seqlen, heads")
-    if lse_partial.shape != out_partial.shape[:-1]:
-        raise checks.malformed(
-            "lse_partial", lse_partial, f"{tuple(out_partial.shape[:-1])}, as out_partial up to head_dim"
-        )
-    lse = torch.logsumexp(lse_partial.float(), 0)
+    if not out_partial.is_floating_point():
+        raise checks.malformed("out_partial", out_partial, "a tensor of a floating dtype")
+    shape = out_partial.shape[:-1]
+    checks.of_shape(lse_partial, "lse_partial", shape, torch.float32, out_partial, "as out_partial up to head_dim")
+    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
+        raise checks.malformed("out_dtype", checks.show(out_dtype), "None or a floating dtype")
+    lse = torch.logsumexp(lse_partial, 0)
     # A row that saw no key in any part stays zero: its weights are exp(-inf), not exp(-inf - -inf).
-    weights = torch.exp(lse_partial.float() - lse.masked_fill(lse == -torch.inf, 0.0))
+    weights = torch.exp(lse_partial - lse.masked_fill(lse == -torch.inf, 0.0))
     merged = (out_partial.float() * weights[..., None]).sum(0)
     if out is None:
         return merged.to(out_dtype or out_partial.dtype), lse
-    if not isinstance(out, torch.Tensor) or out.shape != merged.shape:
-        raise checks.malformed("out", out, f"a tensor {tuple(merged.shape)}")
-    return out.copy_(merged), lse
+    return checks.output(out, "out", merged.shape, merged, "as a part of out_partial").copy_(merged), lse
 
 
 def get_scheduler_metadata(

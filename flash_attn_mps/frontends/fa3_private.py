@@ -7,7 +7,7 @@ and are empty here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,11 @@ from ..problem import AttentionProblem, with_qv
 from . import kvcache
 from .cache_call import CacheCall
 from .fa2_private import backward
-from .shared import accumulators, reject_descales
+from .shared import accumulators, reject_descales, window_of
+
+# Upstream's names of arguments, where they are not ours.
+_PAGES = {"block_table": "page_table"}
+_SEQUSED = {"seqused_q": "sequed_q", "seqused_k": "sequed_k"}
 
 
 def _flash_attn_forward(
@@ -59,7 +63,8 @@ def _flash_attn_forward(
     sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    window_size = (window_size_left, window_size_right)
+    window_size = window_of(window_size_left, window_size_right)
+    checks.integer(num_splits, "num_splits", "an integer")
     options = CallOptions(softmax_scale, causal, window_size, softcap, want_lse=True, attention_chunk=attention_chunk)
     # Not a decorator: who builds on this function reads its arguments with inspect.getfullargspec.
     with torch.no_grad():
@@ -74,7 +79,7 @@ def _flash_attn_forward(
                 qv=qv,
                 rotary_cos=rotary_cos,
                 rotary_sin=rotary_sin,
-                rotary_interleaved=rotary_interleaved,
+                rotary_interleaved=checks.flag(rotary_interleaved, "rotary_interleaved"),
                 rotary_seqlens=seqlens_rotary,
                 cache_seqlens=seqused_k,
                 cache_batch_idx=kv_batch_idx,
@@ -100,10 +105,12 @@ def _flash_attn_forward(
                 seqlens_rotary=seqlens_rotary,
             )
             lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
-            p = _describe(*lengths, page_table)(q, k, v, options)
+            p = _describe(*lengths, page_table, _PAGES)(q, k, v, options)
             result = dispatch.attention(p if qv is None else with_qv(p, qv, softmax_scale))
         assert result.lse is not None
-        out = result.out if out_ is None else out_.copy_(result.out)
+        out = result.out
+        if out_ is not None:
+            out = checks.output(out_, "out_", out.shape, out, "as the output of q and v").copy_(out)
         return out, result.lse, *accumulators(out)
 
 
@@ -131,8 +138,10 @@ def _flash_attn_backward(
     deterministic: bool = False,
     sm_margin: int = 0,
 ) -> Tensor:
-    options = CallOptions(softmax_scale, is_causal, (window_size_left, window_size_right), softcap)
-    describe = _describe(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sequed_q, sequed_k, None)
+    checks.flag(deterministic, "deterministic")
+    window_size = window_of(window_size_left, window_size_right)
+    options = CallOptions(softmax_scale, checks.flag(is_causal, "is_causal"), window_size, softcap)
+    describe = _describe(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sequed_q, sequed_k, None, _SEQUSED)
     return backward(describe, (q, k, v), options, dout, out, softmax_lse, (dq, dk, dv))
 
 
@@ -144,18 +153,21 @@ def _describe(
     seqused_q: Any,
     seqused_k: Any,
     page_table: Any,
+    names: Mapping[str, str],
 ) -> Callable[..., AttentionProblem]:
     """A function from q, k, v and the options to the problem: dense without `cu_seqlens_q`, else packed."""
     if cu_seqlens_q is None:
         # A dense problem has one length for all: a length that is not looked at would give wrong gradients.
-        _reject("without cu_seqlens_q", cu_seqlens_k=cu_seqlens_k, sequed_q=seqused_q, sequed_k=seqused_k)
+        used = {names.get("seqused_q", "seqused_q"): seqused_q, names.get("seqused_k", "seqused_k"): seqused_k}
+        _reject("without cu_seqlens_q", cu_seqlens_k=cu_seqlens_k, **used)
         return dense
+    checks.tensor(cu_seqlens_q, "cu_seqlens_q", "batch + 1,")  # before it is held against q that it is not packed
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     layout: dict[str, Any] = {"seqused_q": seqused_q, "seqused_k": seqused_k, "block_table": page_table}
-    return lambda q, k, v, options: varlen(q, k, v, *lengths, options, **layout)
+    return lambda q, k, v, options: varlen(q, k, v, *lengths, options, **layout, names=names)
 
 
 def _reject(where: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
-            raise checks.unsupported(name, value, f"None {where}")
+            raise checks.unsupported(name, checks.show(value), f"None {where}")

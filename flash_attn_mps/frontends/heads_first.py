@@ -60,12 +60,14 @@ def flash_attention(
     dims = "batch, heads, seqlen, head_dim"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.tensor(tensor, name, dims)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[0] not in (1, query.shape[0]):
+            raise checks.malformed(name, tensor, f"a batch of {query.shape[0]}, that of query, or of 1")
+    is_causal = checks.flag(is_causal, "is_causal")
     if getattr(attn_mask, "dtype", None) == torch.bool:
         accepted = "an additive mask, -inf where hidden; or a boolean one in sdpa.scaled_dot_product_attention"
         raise checks.unsupported("attn_mask", "a boolean mask, whose True is ambiguous", accepted)
     if attn_mask is not None and is_causal:
-        raise checks.malformed("attn_mask", attn_mask, "None with is_causal, or a mask that says it all")
-    if scale is not None:
-        scale = checks.number(scale, "scale", "None or a finite number")
-    arguments = Arguments(query, key, value, attn_mask, dropout_p, bool(is_causal), scale, True)
+        raise checks.malformed("attn_mask", checks.show(attn_mask), "None with is_causal, or a mask that says it all")
+    arguments = Arguments(query, key, value, attn_mask, checks.dropout_p(dropout_p), is_causal, scale, True)
     return attention.as_called(dispatch.attention(attention.problem(arguments)).out, query)

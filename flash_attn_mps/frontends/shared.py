@@ -33,6 +33,13 @@ def finish(p: AttentionProblem) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     return result.out, result.lse, probs
 
 
+def window_of(window_size_left: Any, window_size_right: Any) -> tuple[int, int]:
+    """`window_size` of the private functions, to which its sides are two arguments."""
+    accepted = "an integer, -1 for an open side"
+    left = checks.integer(window_size_left, "window_size_left", accepted)
+    return left, checks.integer(window_size_right, "window_size_right", accepted)
+
+
 def accumulators(out: Tensor) -> tuple[Tensor, Tensor]:
     """FlashAttention 3's `out_accum` and `softmax_lse_accum`; empty, since keys are never split here."""
     return out.new_empty(0, dtype=torch.float32), out.new_empty(0, dtype=torch.float32)
@@ -41,4 +48,4 @@ def accumulators(out: Tensor) -> tuple[Tensor, Tensor]:
 def reject_descales(**descales: Any) -> None:
     for name, value in descales.items():
         if value is not None:
-            raise checks.unsupported(name, value, "None: there is no fp8 attention here")
+            raise checks.unsupported(name, checks.show(value), "None: there is no fp8 attention here")

@@ -67,16 +67,14 @@ def _plain(call: CacheCall) -> CacheCall:
     options = dataclasses.replace(
         options,
         softmax_scale=None if scale is None else checks.softmax_scale(scale, 1, call.q),
-        causal=bool(options.causal),
+        causal=checks.flag(options.causal, "causal"),
         window_size=checks.window(options.window_size, False),
         softcap=checks.softcap(options.softcap),
-        want_lse=bool(options.want_lse),
         attention_chunk=checks.attention_chunk(options.attention_chunk),
     )
     return dataclasses.replace(
         call,
         options=options,
-        rotary_interleaved=bool(call.rotary_interleaved),
         cache_seqlens=_number(call.cache_seqlens, "cache_seqlens"),
         max_seqlen_q=_number(call.max_seqlen_q, "max_seqlen_q"),
     )

@@ -18,11 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch
+from .. import checks, dispatch
 from ..describe import CallOptions, dense, varlen
 from ..problem import with_mask, with_sinks
 
 NAME = "mps_fa"
+
+_MASKS = (torch.bool, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+_DIMS = "batch, heads, seqlen, head_dim"
+# The arguments of `attention` that this package calls by other names.
+_NAMES = {
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "softmax_scale": "scaling",
+    "dropout_p": "dropout",
+    "cu_seqlens_q": "cu_seq_lens_q",
+    "cu_seqlens_k": "cu_seq_lens_k",
+    "max_seqlen_q": "max_length_q",
+    "max_seqlen_k": "max_length_k",
+}
 
 
 def register() -> None:
@@ -122,13 +137,18 @@ def attention(
     are attention sinks: an extra, unscaled score for every query of a head, in addition to its keys; differentiable.
     Returns `((batch, seqlen_q, heads, head_dim), None)`; queries that see nothing, such as padded ones, give zeros.
 
-    Raises NotImplementedError that names what is not supported (biases, attention weights, ...).
+    Raises ValueError that names a malformed argument, NotImplementedError that names what is not supported (biases,
+    attention weights, ...).
     """
     for name in ("head_mask", "position_bias", "cache", "output_attentions"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise NotImplementedError(
                 f"{name}: attention {NAME!r} does not support it; use attn_implementation='eager'"
             )
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        checks.tensor(tensor, name, _DIMS)
+    if attention_mask is not None:
+        checks.tensor_of_rank(attention_mask, "attention_mask", (2, 4), "batch, keys; or batch, heads, queries, keys")
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     rules: dict[str, Any] = {
         "softmax_scale": scaling,
@@ -137,16 +157,17 @@ def attention(
     }
     if attention_mask is not None and attention_mask.ndim == 4:
         attention_mask = attention_mask[..., : k.shape[1]]  # a mask for a static cache may reach further
-        return _computed(with_mask(dense(q, k, v, CallOptions(**rules)), attention_mask, "attention_mask"), s_aux), None
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        problem = dense(q, k, v, CallOptions(**rules), _NAMES)
+        return _computed(with_mask(problem, attention_mask, "attention_mask"), s_aux), None
+    causal = getattr(module, "is_causal", True) if is_causal is None else checks.flag(is_causal, "is_causal")
     options = CallOptions(causal=causal, window_size=_window(module, causal, sliding_window), **rules)
     if attention_mask is not None:
         return _padded(q, k, v, attention_mask, options, s_aux), None
     if cu_seq_lens_q is not None:
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        packed = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *lengths, options)
+        packed = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *lengths, options, names=_NAMES)
         return _computed(packed, s_aux).unflatten(0, q.shape[:2]), None
-    return _computed(dense(q, k, v, options), s_aux), None
+    return _computed(dense(q, k, v, options, _NAMES), s_aux), None
 
 
 def _computed(problem, s_aux):
@@ -156,6 +177,7 @@ def _computed(problem, s_aux):
 def _window(module, causal, sliding_window):
     if sliding_window is None:
         return (-1, -1)
+    sliding_window = checks.integer(sliding_window, "sliding_window", "None or a number of tokens")
     if causal:
         return (sliding_window - 1, 0)
     # What the model's own mask says. In 5.23 ModernBERT passes one more than that to the layer, T5Gemma does not.
@@ -165,11 +187,17 @@ def _window(module, causal, sliding_window):
 
 def _padded(q, k, v, keep, options, s_aux):
     """Attention of the tokens that a mask `(batch, keys)` keeps, as one packed call; the others give zeros."""
+    checks.qkv(q, k, v, (_DIMS, _DIMS), _NAMES)
     batch, seqlen_q = q.shape[:2]
+    if k.shape[0] != batch:
+        raise checks.malformed("key", k, f"a batch of {batch}, that of query")
+    if keep.dtype not in _MASKS or keep.device != q.device or keep.shape[0] != batch or keep.shape[1] > k.shape[1]:
+        accepted = f"a bool, int32 or int64 mask ({batch}, keys) for at most {k.shape[1]} keys, on {q.device}"
+        raise checks.malformed("attention_mask", keep, accepted)
     k, v = k[:, : keep.shape[1]], v[:, : keep.shape[1]]
     if options.causal or options.window_size != (-1, -1) or keep.dtype != torch.bool:
         if keep.shape[1] < seqlen_q:
-            raise ValueError(f"attention_mask covers {keep.shape[1]} keys, fewer than the {seqlen_q} queries")
+            raise checks.malformed("attention_mask", keep, f"at least {seqlen_q} keys, one for each query")
         keep_q = keep[:, keep.shape[1] - seqlen_q :]
     else:  # cross attention has this mask for the keys alone, and perhaps as many queries
         keep_q = keep.new_ones(batch, seqlen_q)
@@ -188,6 +216,7 @@ def _padded(q, k, v, keep, options, s_aux):
         cu_seqlens_q.diff().max(),
         cu_seqlens_k.diff().max(),
         options,
+        names=_NAMES,
     )
     packed = _computed(problem, s_aux)
     out = packed.new_zeros(batch * seqlen_q, *packed.shape[1:])

@@ -8,6 +8,8 @@ from ..describe import CallOptions, dense
 from ..problem import AttentionProblem, with_mask
 from .call import Arguments
 
+_NAMES = {"q": "query", "k": "key", "v": "value", "softmax_scale": "scale"}
+
 
 def problem(arguments: Arguments) -> AttentionProblem:
     """Arguments that ``obstacles`` found nothing wrong with.
@@ -22,7 +24,7 @@ def problem(arguments: Arguments) -> AttentionProblem:
         k, v = k[:, :seqlen_q], v[:, :seqlen_q]  # no query sees a key beyond
         right = max(0, seqlen_q - seqlen_k)  # windows are counted from the bottom right
     options = CallOptions(softmax_scale=scale, window_size=(-1, right), dropout_p=float(dropout_p))
-    p = dense(q, k, v, options, {"q": "query", "k": "key", "v": "value"})
+    p = dense(q, k, v, options, _NAMES)
     return p if mask is None else with_mask(p, mask)
 
 

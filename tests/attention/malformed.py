@@ -7,7 +7,8 @@ which it must name one).
 import numpy as np
 import torch
 
-from flash_attn_mps.frontends import fa2, fa3
+from flash_attn_mps.frontends import fa2, fa2_private, fa3, fa3_private, heads_first
+from tests.hostile import nested, quantized
 
 NAN, INF = float("nan"), float("inf")
 F16, F64 = torch.float16, torch.float64
@@ -46,6 +47,10 @@ def kvpacked():
     return {"q": torch.randn(2, 8, 4, 16), "kv": torch.randn(2, 9, 2, 2, 16)}
 
 
+def flat_qkv():
+    return {"qkv": torch.randn(2, 8, 8, 16), "num_heads_q": 4}
+
+
 def varlen_qkvpacked():
     return {"qkv": torch.randn(8, 3, 4, 16), "cu_seqlens": ints(0, 5, 8), "max_seqlen": 5}
 
@@ -72,6 +77,96 @@ def append():
 def paged_kvcache():
     pages = {"k_cache": torch.randn(6, 4, 2, 16), "v_cache": torch.randn(6, 4, 2, 16)}
     return kvcache() | pages | {"block_table": ints([5, 0, 2], [3, 1, 4])}
+
+
+def private():
+    more = {"dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size_left": -1, "window_size_right": -1}
+    return dense() | more | {"softcap": 0.0, "alibi_slopes": None, "return_softmax": False}
+
+
+def private_backward():
+    call = private()
+    out, lse, *_ = fa2_private._flash_attn_forward(**call)
+    grads = {"dq": torch.empty(2, 8, 4, 16), "dk": torch.empty(2, 9, 2, 16), "dv": torch.empty(2, 9, 2, 16)}
+    del call["return_softmax"]
+    call |= grads | {"dout": torch.randn(2, 8, 4, 16), "out": out, "softmax_lse": lse}
+    return call | {"deterministic": False, "rng_state": torch.tensor([3, 0])}
+
+
+def private3_backward():
+    call = private_backward()
+    names = ("q", "k", "v", "dout", "out", "softmax_lse", "dq", "dk", "dv")
+    return {name: call[name] for name in names}
+
+
+def private3_varlen_backward():
+    call = varlen()
+    out, lse, *_ = fa3_private._flash_attn_forward(**call)
+    return call | {"dout": torch.randn(8, 4, 16), "out": out, "softmax_lse": lse}
+
+
+def combine():
+    return {"out_partial": torch.randn(3, 2, 8, 4, 16), "lse_partial": torch.randn(3, 2, 8, 4)}
+
+
+def heads_first_call():
+    return {"query": torch.randn(2, 4, 8, 16), "key": torch.randn(2, 2, 9, 16), "value": torch.randn(2, 2, 9, 16)}
+
+
+def flag_rows(*names):
+    """What says neither True nor False, or would be true whatever it says."""
+    values = {
+        "tensor of two": torch.tensor([True, False]),
+        "empty tensor": torch.empty(0),
+        "meta tensor": torch.ones((), device="meta"),
+        "nested tensor": nested(torch.ones(1)),
+        "array of two": np.array([1, 2]),
+        "text": "False",
+        "tuple": (-1, -1),
+        "list": [False],
+    }
+    return [(f"{name} {what}", lambda a, n=name, v=v: {n: v}, name) for name in names for what, v in values.items()]
+
+
+def integer_rows(name):
+    values = {
+        "beyond 64 bits": 10**30,
+        "below 64 bits": -(10**30),
+        "longer than Python prints": 10**5000,
+        "real": 1.5,
+        "complex": 1 + 1j,
+        "complex tensor": torch.tensor(5 + 0j),
+        "bool tensor": torch.tensor(True),
+        "vector": torch.tensor([1, 2]),
+        "uint64 tensor": torch.tensor(2**63, dtype=torch.uint64),
+        "sparse tensor": torch.tensor(5).to_sparse(),
+        "nested tensor": nested(torch.ones(1)),
+        "text": "5",
+        "None": None,
+    }
+    return [(f"{name} {what}", lambda a, v=v: {name: v}, name) for what, v in values.items()]
+
+
+def number_rows(name):
+    values = {
+        "complex": 1 + 1j,
+        "complex tensor": torch.tensor(1 + 1j),
+        "complex NumPy number": np.complex64(1),
+        "complex array": np.array(1 + 1j),
+        "bool tensor": torch.tensor(True),
+        "bool": True,
+        "vector": torch.ones(1),
+        "array": np.ones(1),
+        "meta tensor": torch.ones((), device="meta"),
+        "nested tensor": nested(torch.ones(1)),
+        "NumPy text": np.str_("1"),
+        "bytes": b"1",
+        "beyond float32": 1e39,
+        "array beyond float32": np.array(-1e39),
+        "tensor beyond float32": torch.tensor(1e39, dtype=torch.float64),
+        "too large for a float": 10**400,
+    }
+    return [(f"{name} {what}", lambda a, v=v: {name: v}, name) for what, v in values.items()]
 
 
 # Rows that hold for every FlashAttention-2 function: the arguments that all of them have.
@@ -102,7 +197,38 @@ RULES = [
     ("alibi device", lambda a: {"alibi_slopes": torch.ones(4, device="meta")}, "alibi_slopes"),
 ]
 
+# Further kinds of the wrong thing, which are refused in one place: a function of each sort has them.
+KINDS = [
+    *flag_rows("causal"),
+    *number_rows("softmax_scale"),
+    *number_rows("softcap"),
+    ("softcap that float32 rounds to 0", lambda a: {"softcap": 1e-46}, "softcap"),
+    ("softcap that is no normal float32", lambda a: {"softcap": 1e-39}, "softcap"),
+    ("softmax_scale fp64 tensor nan", lambda a: {"softmax_scale": torch.tensor(NAN).double()}, "softmax_scale"),
+    ("softmax_scale sparse vector", lambda a: {"softmax_scale": torch.ones(2).to_sparse()}, "softmax_scale"),
+    ("window_size meta", lambda a: {"window_size": torch.ones(2, dtype=torch.int64, device="meta")}, "window_size"),
+    ("window_size nested", lambda a: {"window_size": nested(torch.ones(1))}, "window_size"),
+    ("window_size sparse", lambda a: {"window_size": torch.tensor([1, 2]).to_sparse()}, "window_size"),
+    ("window_size complex", lambda a: {"window_size": torch.ones(2, dtype=torch.complex64)}, "window_size"),
+    ("window_size bools", lambda a: {"window_size": (True, False)}, "window_size"),
+    ("window_size left beyond 64 bits", lambda a: {"window_size": (10**30, 0)}, "window_size"),
+    ("window_size right beyond 64 bits", lambda a: {"window_size": (0, -(10**30))}, "window_size"),
+    ("alibi nested", lambda a: {"alibi_slopes": nested(torch.ones(4))}, "alibi_slopes"),
+    ("alibi sparse", lambda a: {"alibi_slopes": torch.ones(4).to_sparse()}, "alibi_slopes"),
+    ("alibi complex", lambda a: {"alibi_slopes": torch.ones(4, dtype=torch.complex64)}, "alibi_slopes"),
+    ("alibi quantized", lambda a: {"alibi_slopes": quantized(torch.ones(4))}, "alibi_slopes"),
+]
+# These have no `alibi_slopes`.
+RULES3 = [row for row in RULES if "alibi" not in row[0]]
+KINDS3 = [row for row in KINDS if "alibi" not in row[0]]
+FLAGS = flag_rows("deterministic", "return_attn_probs")
+CHUNK = [
+    *integer_rows("attention_chunk"),
+    ("attention_chunk negative", lambda a: {"attention_chunk": -1}, "attention_chunk"),
+]
+
 DROPOUT = [
+    *number_rows("dropout_p"),
     ("dropout negative", lambda a: {"dropout_p": -0.1}, "dropout_p"),
     ("dropout one", lambda a: {"dropout_p": 1.0}, "dropout_p"),
     ("dropout above one", lambda a: {"dropout_p": 1.5}, "dropout_p"),
@@ -126,6 +252,10 @@ def not_tensors(*names):
         ("list", lambda x: x.tolist()),
         ("None", lambda x: None),
         ("text", lambda x: "x"),
+        ("nested", nested),
+        ("jagged", lambda x: nested(x, torch.jagged)),
+        ("sparse", lambda x: x.to_sparse()),
+        ("quantized", quantized),
     ]
     return [
         (f"{name} {kind}", lambda a, n=name, make=make: {n: make(getattr(a, n))}, name)
@@ -191,6 +321,7 @@ def max_seqlen_rows(name):
         (f"{name} vector", lambda a: {name: ints(7, 7)}, name),
         (f"{name} float tensor", lambda a: {name: torch.tensor(7.0)}, name),
         (f"{name} small tensor", lambda a: {name: ints(4)[0]}, name),
+        *integer_rows(name),
     ]
 
 
@@ -230,6 +361,15 @@ PAGED = [
     ("block_table device", lambda a: {"block_table": a.block_table.to("meta")}, "block_table"),
     ("block_table list", lambda a: {"block_table": a.block_table.tolist()}, "block_table"),
     ("block_table numpy", lambda a: {"block_table": a.block_table.numpy()}, "block_table"),
+    ("block_table nested", lambda a: {"block_table": nested(a.block_table)}, "block_table"),
+    ("block_table sparse", lambda a: {"block_table": a.block_table.to_sparse()}, "block_table"),
+]
+
+# Without pages, whatever it is: not that k is no page.
+NO_PAGES = [
+    ("block_table text", lambda a: {"block_table": "x"}, "block_table"),
+    ("block_table flag", lambda a: {"block_table": False}, "block_table"),
+    ("block_table of rows", lambda a: {"block_table": ints([0, 1], [2, 3])}, "block_table"),
 ]
 
 PAGED_VARLEN = [
@@ -336,6 +476,9 @@ KVCACHE = [
         ("rotary_cos", "rotary_sin"),
     ),
     ("num_splits text", lambda a: {"num_splits": "many"}, "num_splits"),
+    *integer_rows("num_splits"),
+    *[row for row in integer_rows("cache_seqlens") if "None" not in row[0]],
+    *flag_rows("return_softmax_lse", "rotary_interleaved"),
     *dtypes("q", "k_cache", "v_cache"),
     *not_tensors("q", "k_cache", "v_cache"),
 ]
@@ -423,18 +566,128 @@ SEQUSED = [
     ("seqused_k list", lambda a: {"seqused_k": [1, 1]}, "seqused_k"),
 ]
 
+BACKWARD = [
+    *[
+        row
+        for name in ("dout", "out", "softmax_lse")
+        for row in (
+            (f"{name} dtype", lambda a, n=name: {n: getattr(a, n).double()}, name),
+            (f"{name} complex", lambda a, n=name: {n: getattr(a, n).to(torch.complex64)}, name),
+            (f"{name} device", lambda a, n=name: {n: getattr(a, n).to("meta")}, name),
+            (f"{name} rank", lambda a, n=name: {n: getattr(a, n)[0]}, name),
+        )
+    ],
+    *[
+        row
+        for name in ("dq", "dk", "dv")
+        for row in (
+            (f"{name} int", lambda a, n=name: {n: getattr(a, n).int()}, name),
+            (f"{name} complex", lambda a, n=name: {n: getattr(a, n).to(torch.complex64)}, name),
+            (f"{name} device", lambda a, n=name: {n: getattr(a, n).to("meta")}, name),
+            (f"{name} rank", lambda a, n=name: {n: getattr(a, n)[0]}, name),
+            (f"{name} expanded", lambda a, n=name: {n: getattr(a, n)[:1].expand(getattr(a, n).shape)}, name),
+            (f"{name} nested", lambda a, n=name: {n: nested(getattr(a, n))}, name),
+            (f"{name} sparse", lambda a, n=name: {n: getattr(a, n).to_sparse()}, name),
+        )
+    ],
+    *not_tensors("dout", "out", "softmax_lse"),
+]
+SIDES = [*integer_rows("window_size_left"), *integer_rows("window_size_right")]
+PRIVATE = [row for row in RULES + DROPOUT + KINDS if "window_size" not in row[0]] + SIDES
+RNG_STATE = [
+    (f"rng_state {what}", lambda a, value=value: {"dropout_p": 0.1, "rng_state": value}, "rng_state")
+    for what, value in {
+        "None": None,
+        "list": [3, 0],
+        "int32": ints(3, 0),
+        "vector of three": torch.tensor([3, 0, 0]),
+        "meta": torch.ones(2, dtype=torch.int64, device="meta"),
+        "nested": nested(torch.ones(1)),
+        "sparse": torch.tensor([3, 0]).to_sparse(),
+    }.items()
+]
+COMBINE = [
+    *not_tensors("out_partial", "lse_partial"),
+    ("out_partial rank", lambda a: {"out_partial": a.out_partial[0, 0]}, "out_partial"),
+    ("out_partial int", lambda a: {"out_partial": a.out_partial.int()}, "out_partial"),
+    ("out_partial complex", lambda a: {"out_partial": a.out_partial.to(torch.complex64)}, "out_partial"),
+    ("lse_partial shape", lambda a: {"lse_partial": a.lse_partial[:, :1]}, "lse_partial"),
+    ("lse_partial complex", lambda a: {"lse_partial": a.lse_partial.to(torch.complex64)}, "lse_partial"),
+    ("lse_partial device", lambda a: {"lse_partial": a.lse_partial.to("meta")}, "lse_partial"),
+    ("out_dtype text", lambda a: {"out_dtype": "float16"}, "out_dtype"),
+    ("out_dtype int", lambda a: {"out_dtype": torch.int32}, "out_dtype"),
+    ("out shape", lambda a: {"out": torch.empty(2, 8, 4, 1)}, "out"),
+    ("out int", lambda a: {"out": torch.empty(2, 8, 4, 16, dtype=torch.int32)}, "out"),
+    ("out device", lambda a: {"out": torch.empty(2, 8, 4, 16, device="meta")}, "out"),
+    ("out expanded", lambda a: {"out": torch.empty(2, 8, 4, 1).expand(2, 8, 4, 16)}, "out"),
+]
+PRIVATE3 = [
+    *[row for row in RULES3 if "window_size" not in row[0]],
+    *SIDES,
+    *integer_rows("num_splits"),
+    ("out_ list", lambda a: {"out_": []}, "out_"),
+    ("out_ shape", lambda a: {"out_": torch.empty(2, 8, 4, 1)}, "out_"),
+    ("out_ int", lambda a: {"out_": torch.empty(2, 8, 4, 16, dtype=torch.int32)}, "out_"),
+    ("out_ device", lambda a: {"out_": torch.empty(2, 8, 4, 16, device="meta")}, "out_"),
+    ("out_ expanded", lambda a: {"out_": torch.empty(2, 8, 4, 1).expand(2, 8, 4, 16)}, "out_"),
+    ("page_table text", lambda a: {"page_table": "x", "cu_seqlens_k": ints(0, 9)}, ("page_table", "cu_seqlens_k")),
+    ("cu_seqlens_q text", lambda a: {"cu_seqlens_q": "x"}, "cu_seqlens_q"),
+    ("cu_seqlens_q of dense queries", lambda a: {"cu_seqlens_q": ints(0, 8)}, "cu_seqlens_q"),
+]
+SEQUSED3 = [
+    (f"{name} {what}", lambda a, name=name, value=value: {name: value}, name)
+    for name in ("sequed_q", "sequed_k")
+    for what, value in (
+        ("list", [1, 1]),
+        ("int64", torch.tensor([1, 1])),
+        ("batch", ints(1)),
+        ("negative", ints(-1, 1)),
+    )
+]
+HEADS_FIRST = [
+    *not_tensors("query", "key", "value"),
+    *dtypes("query", "key", "value"),
+    *flag_rows("is_causal"),
+    *[
+        (f"scale {row[0]}", lambda a, row=row: {"scale": row[1](a)["softmax_scale"]}, "scale")
+        for row in number_rows("softmax_scale")
+    ],
+    *number_rows("dropout_p"),
+    ("batch of key", lambda a: {"key": torch.randn(3, 2, 9, 16)}, "key"),
+    ("no batch of value", lambda a: {"value": a.value[:0]}, "value"),
+    ("batch of query", lambda a: {"query": a.query[:0]}, "query"),
+    ("attn_mask text", lambda a: {"attn_mask": "x"}, "attn_mask"),
+    ("attn_mask nested", lambda a: {"attn_mask": nested(torch.ones(8, 9))}, "attn_mask"),
+    ("attn_mask complex", lambda a: {"attn_mask": torch.ones(8, 9, dtype=torch.complex64)}, "attn_mask"),
+    ("attn_mask with is_causal", lambda a: {"attn_mask": torch.ones(8, 9), "is_causal": True}, "attn_mask"),
+]
+
 TABLES = [
-    (fa2.flash_attn_func, dense, DENSE + RULES + DROPOUT),
-    (fa2.flash_attn_varlen_func, varlen, VARLEN + RULES + DROPOUT),
+    (fa2.flash_attn_func, dense, DENSE + FLAGS + RULES + DROPOUT + KINDS),
+    (fa2.flash_attn_varlen_func, varlen, VARLEN + NO_PAGES + FLAGS + RULES + DROPOUT),
     (fa2.flash_attn_varlen_func, paged_varlen, PAGED_VARLEN),
-    (fa2.flash_attn_qkvpacked_func, qkvpacked, QKVPACKED + RULES + DROPOUT),
-    (fa2.flash_attn_kvpacked_func, kvpacked, KVPACKED + RULES + DROPOUT),
-    (fa2.flash_attn_varlen_qkvpacked_func, varlen_qkvpacked, VARLEN_QKVPACKED + RULES + DROPOUT),
-    (fa2.flash_attn_varlen_kvpacked_func, varlen_kvpacked, VARLEN_KVPACKED + RULES + DROPOUT),
-    (fa2.flash_attn_with_kvcache, kvcache, KVCACHE + RULES),
+    (fa2.flash_attn_qkvpacked_func, qkvpacked, QKVPACKED + FLAGS + RULES + DROPOUT),
+    (fa2.flash_attn_kvpacked_func, kvpacked, KVPACKED + FLAGS + RULES + DROPOUT),
+    (fa2.flash_attn_varlen_qkvpacked_func, varlen_qkvpacked, VARLEN_QKVPACKED + FLAGS + RULES + DROPOUT),
+    (fa2.flash_attn_varlen_kvpacked_func, varlen_kvpacked, VARLEN_KVPACKED + FLAGS + RULES + DROPOUT),
+    (fa2.flash_attn_with_kvcache, kvcache, KVCACHE + RULES + KINDS),
     (fa2.flash_attn_with_kvcache, append, APPEND),
     (fa2.flash_attn_with_kvcache, paged_kvcache, PAGED_KVCACHE),
-    (fa3.flash_attn_func, dense, DENSE + [row for row in RULES if "alibi" not in row[0]]),
-    (fa3.flash_attn_varlen_func, varlen, VARLEN + SEQUSED + [row for row in RULES if "alibi" not in row[0]]),
-    (fa3.flash_attn_with_kvcache, kvcache, KVCACHE + [row for row in RULES if "alibi" not in row[0]]),
+    (fa2_private._flash_attn_forward, private, PRIVATE + flag_rows("return_softmax")),
+    (fa2_private._flash_attn_backward, private_backward, PRIVATE + BACKWARD + RNG_STATE + flag_rows("deterministic")),
+    (fa3.flash_attn_func, dense, DENSE + FLAGS + CHUNK + RULES3 + KINDS3),
+    (fa3.flash_attn_func, dense, integer_rows("num_splits")),
+    (fa3.flash_attn_varlen_func, varlen, VARLEN + SEQUSED + FLAGS + CHUNK + RULES3),
+    (fa3.flash_attn_qkvpacked_func, qkvpacked, not_tensors("qkv") + FLAGS + CHUNK + RULES3),
+    (fa3.flash_attn_qkvpacked_func, flat_qkv, not_tensors("qkv") + integer_rows("num_heads_q")),
+    (fa3.flash_attn_with_kvcache, kvcache, KVCACHE + CHUNK + RULES3),
+    (fa3.flash_attn_combine, combine, COMBINE),
+    (fa3_private._flash_attn_forward, dense, PRIVATE3),
+    (
+        fa3_private._flash_attn_backward,
+        private3_backward,
+        BACKWARD + SEQUSED3 + flag_rows("is_causal", "deterministic"),
+    ),
+    (fa3_private._flash_attn_backward, private3_varlen_backward, SEQUSED3),
+    (heads_first.flash_attention, heads_first_call, HEADS_FIRST),
 ]

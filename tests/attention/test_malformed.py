@@ -20,7 +20,8 @@ ROWS = [
 @pytest.mark.parametrize(("function", "good"), [row[:2] for row in TABLES])
 def test_the_good_call_is_good(function, good):
     """Otherwise the rows below could be refused for a reason of their own."""
-    assert torch.isfinite(function(**good())).all()
+    result = function(**good())
+    assert torch.isfinite(result[0] if isinstance(result, tuple) else result).all()
 
 
 @pytest.mark.parametrize(("function", "good", "change", "named"), ROWS)
@@ -44,5 +45,5 @@ def test_a_refused_append_leaves_the_caches_alone():
     assert torch.equal(call["v_cache"], before[1])
 
 
-def test_there_are_more_than_a_hundred():
-    assert len(ROWS) > 100
+def test_there_are_more_than_a_thousand():
+    assert len(ROWS) > 1000
