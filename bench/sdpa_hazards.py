@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from flash_attn_mps import dispatch, sdpa
 from flash_attn_mps.sdpa import attention, hazards, torch_paths
-from flash_attn_mps.sdpa.call import Arguments, describe, signature
+from flash_attn_mps.sdpa.call import Arguments, call_of
 
 HALF, FP32 = torch.float16, torch.float32
 
@@ -93,7 +93,7 @@ def main():
             mask = None if mask is None else mask.to(chosen.device)
             arguments = Arguments(*moved, mask, is_causal=how.get("is_causal", False))
             theirs = F.scaled_dot_product_attention(*moved, mask, is_causal=arguments.is_causal)
-            expected = hazards.hazards(describe(signature(arguments)), release)
+            expected = hazards.hazards(call_of(arguments), release)
             holds = "yes" if rows[issue] in expected else "no"
             found = [f"{error(out, exact):9.2g}" for out in (theirs, ours(arguments))]
             print(f"{issue:16} {holds:10} {found[0]} {found[1]} {allowed:9.2g}  {rows[issue].what}")

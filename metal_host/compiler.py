@@ -39,6 +39,13 @@ _TO_BFLOAT = re.compile(
     re.MULTILINE,
 )
 
+# Parts of the library that few sources use (include/msl/prelude.h), and the words by which one does.
+_PARTS = {
+    "MATRICES": re.compile(r"\b(?:half|float)[234]x[234]\b|\bpacked_|\bmatrix<"),
+    "LOGGING": re.compile(r"\bos_log"),
+    "INTERNALS": re.compile(r"__metal_|__METAL_\w+_MATH__"),
+}
+
 
 @dataclass
 class Binding:
@@ -64,6 +71,7 @@ class Binding:
 
 def compile_source(flags: list[str], source: str, binding: Binding) -> str:
     """clang's output. Raises MetalSyntaxError; `binding` remembers what it took for the next of the same source."""
+    flags = [*flags, *(f"-D__MH_{name}" for name, words in _PARTS.items() if words.search(source))]
     while True:
         try:
             output, log = toolchain.clang_with_log(

@@ -26,27 +26,84 @@ class Arguments(NamedTuple):
         return self[:3] if self.attn_mask is None else self[:4]
 
 
-class Signature(NamedTuple):
-    """All that dtypes, shapes and strides say about a call, hashable: calls of one signature meet one decision."""
+class Call(NamedTuple):
+    """All that dtypes, shapes and strides say about a call, hashable: calls that are equal meet one decision.
+
+    The properties hold for a call that `obstacles.of_shapes` found nothing wrong with; lengths are in tokens.
+    """
 
     query: torch.Size
     key: torch.Size
     value: torch.Size
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
-    transposed: bool  # is query a view that is not contiguous?
-    mask: tuple[torch.Size, torch.dtype, tuple[int, ...]] | None  # shape, dtype, strides
-    mask_gradient: bool
-    gradient: bool
-    dropout: bool
-    causal: bool
-    gqa: bool
+    transposed: bool = False  # is query a view that is not contiguous?
+    attn_mask: tuple[torch.Size, torch.dtype, tuple[int, ...]] | None = None  # shape, dtype, strides
+    mask_gradient: bool = False
+    gradient: bool = False
+    dropout: bool = False
+    causal: bool = False
+    gqa: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dtypes[0]
+
+    @property
+    def batch(self) -> int:
+        """The product of all leading dimensions."""
+        return math.prod(self.query[:-3])
+
+    @property
+    def heads(self) -> int:
+        return self.query[-3]
+
+    @property
+    def seqlen_q(self) -> int:
+        return self.query[-2]
+
+    @property
+    def seqlen_k(self) -> int:
+        return self.key[-2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.query[-1]
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.value[-1]
+
+    @property
+    def half(self) -> bool:
+        return self.dtype in (torch.float16, torch.bfloat16)
+
+    @property
+    def scores(self) -> int:
+        """Elements of the score matrix."""
+        return self.batch * self.heads * self.seqlen_q * self.seqlen_k
+
+    @property
+    def mask(self) -> str:
+        """ "none", "bool", "same" (the dtype of query) or "float32"."""
+        if self.attn_mask is None:
+            return "none"
+        return "bool" if self.attn_mask[1] == torch.bool else "same" if self.attn_mask[1] == self.dtype else "float32"
+
+    @property
+    def mask_varies(self) -> str:
+        """Along which of "bhqk" the mask is not broadcast."""
+        if self.attn_mask is None:
+            return ""
+        shape, _, strides = self.attn_mask
+        axes = zip("kqhb", shape[::-1], strides[::-1], strict=False)
+        return "".join(axis for axis, size, stride in axes if size > 1 and stride)[::-1]
 
 
-def signature(arguments: Arguments) -> Signature:
+def call_of(arguments: Arguments) -> Call:
     """Of arguments that `obstacles.of_surroundings` and `of_values` found nothing wrong with."""
     query, key, value, mask, dropout_p, is_causal, _, enable_gqa = arguments
     recorded = torch.is_grad_enabled()
-    return Signature(
+    return Call(
         query.shape,
         key.shape,
         value.shape,
@@ -59,62 +116,3 @@ def signature(arguments: Arguments) -> Signature:
         is_causal,
         enable_gqa,
     )
-
-
-class Call(NamedTuple):
-    """One call. Lengths are in tokens, `batch` is the product of all leading dimensions."""
-
-    dtype: torch.dtype
-    batch: int
-    heads: int
-    heads_k: int
-    seqlen_q: int
-    seqlen_k: int
-    head_dim: int
-    head_dim_v: int
-    mask: str = "none"  # or "bool", "same" (the dtype of q), "float32"
-    mask_varies: str = ""  # along which of "bhqk" the mask is not broadcast
-    causal: bool = False
-    dropout: bool = False
-    gradient: bool = False
-    transposed: bool = False  # is q a view that is not contiguous?
-
-    @property
-    def half(self) -> bool:
-        return self.dtype in (torch.float16, torch.bfloat16)
-
-    @property
-    def scores(self) -> int:
-        """Elements of the score matrix."""
-        return self.batch * self.heads * self.seqlen_q * self.seqlen_k
-
-
-def describe(given: Signature) -> Call:
-    """A signature that `obstacles.of_shapes` found nothing wrong with."""
-    query, key, dtype = given.query, given.key, given.dtypes[0]
-    kind, varies = "none", ""
-    if given.mask is not None:
-        shape, mask_dtype, strides = given.mask
-        kind = "bool" if mask_dtype == torch.bool else "same" if mask_dtype == dtype else "float32"
-        varies = _varying(shape, strides)
-    return Call(
-        dtype,
-        math.prod(query[:-3]),
-        query[-3],
-        key[-3],
-        query[-2],
-        key[-2],
-        query[-1],
-        given.value[-1],
-        kind,
-        varies,
-        given.causal,
-        given.dropout,
-        given.gradient,
-        given.transposed,
-    )
-
-
-def _varying(shape: torch.Size, strides: tuple[int, ...]) -> str:
-    axes = zip("kqhb", shape[::-1], strides[::-1], strict=False)
-    return "".join(axis for axis, size, stride in axes if size > 1 and stride)[::-1]

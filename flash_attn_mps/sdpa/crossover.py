@@ -13,7 +13,7 @@ import torch
 from .. import dispatch, timing
 from . import serve, torch_paths
 from .attention import as_called, problem
-from .call import Arguments, describe, signature
+from .call import Arguments, call_of
 from .measured import NEVER, CallClass, class_of
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -56,7 +56,7 @@ def measure(
     tick: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """The least of `lengths` such that ours is faster there and at all longer ones. `tick` is called for each."""
-    call = describe(signature(_draw(kind, device, max(lengths))))
+    call = call_of(_draw(kind, device, max(lengths)))
     of = class_of(call, torch_paths.route(call, torch_paths.version(torch.__version__)))
     shortest, lost, seconds = NEVER, False, {}
     for length in sorted(lengths, reverse=True):

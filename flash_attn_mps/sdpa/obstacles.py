@@ -7,7 +7,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from .. import checks
-from .call import Arguments, Signature
+from .call import Arguments, Call
 from .counters import ELSEWHERE
 from .decision import Reason
 
@@ -92,7 +92,7 @@ def of_values(arguments: Arguments) -> Reason | None:
     return None
 
 
-def of_shapes(given: Signature) -> Reason | None:
+def of_shapes(given: Call) -> Reason | None:
     """What only torch computes, or refuses, among dtypes and shapes."""
     query, key, value = given.query, given.key, given.value
     if given.dtypes[0] not in checks.DTYPES or len(set(given.dtypes)) > 1:
@@ -106,7 +106,7 @@ def of_shapes(given: Signature) -> Reason | None:
         return Reason("empty", "a tensor is empty")
     if max(query[-1], value[-1]) > checks.MAX_HEAD_DIM:
         return Reason("head_dim", f"a head_dim above {checks.MAX_HEAD_DIM}")
-    if given.mask is not None and (words := _against_mask(given)):
+    if given.attn_mask is not None and (words := _against_mask(given, *given.attn_mask[:2])):
         return Reason("mask", words)
     return None
 
@@ -122,9 +122,8 @@ def _is_one_problem(query: torch.Size, key: torch.Size, value: torch.Size, gqa: 
     )
 
 
-def _against_mask(given: Signature) -> str | None:
+def _against_mask(given: Call, shape: torch.Size, dtype: torch.dtype) -> str | None:
     """Why the mask is left to torch."""
-    shape, dtype, _ = given.mask
     if given.causal:
         return "is_causal and attn_mask at once"
     if dtype not in (torch.bool, given.dtypes[0], torch.float32):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .. import dispatch
 from ..tiers import METAL
 from . import attention, counters, obstacles, settings
-from .call import Arguments, Signature, describe, signature
+from .call import Arguments, Call, call_of
 from .counters import FELL, LEFT, TAKEN
 from .decision import Decision, decide
 
@@ -44,13 +44,13 @@ def examine(arguments: Arguments, given: settings.Settings, as_if: bool = False)
     if obstacle is not None:
         return Decision(False, (obstacle,)), arguments
     arguments = obstacles.under_autocast(arguments)
-    return _decided(signature(arguments), given), arguments
+    return _decided(call_of(arguments), given), arguments
 
 
 @functools.lru_cache(maxsize=1024)
-def _decided(of: Signature, given: settings.Settings) -> Decision:
-    obstacle = obstacles.of_shapes(of)
-    return decide(describe(of), given) if obstacle is None else Decision(False, (obstacle,))
+def _decided(call: Call, given: settings.Settings) -> Decision:
+    obstacle = obstacles.of_shapes(call)
+    return decide(call, given) if obstacle is None else Decision(False, (obstacle,))
 
 
 def _taken(arguments: Arguments, decision: Decision) -> torch.Tensor | None:
@@ -58,19 +58,19 @@ def _taken(arguments: Arguments, decision: Decision) -> torch.Tensor | None:
     # For the speed of a forward pass the tier in plain PyTorch is no gain. Where torch is wrong or has no room it is,
     # and a backward pass was measured with it.
     worth_it = decision.needed or attention.needs_gradient(arguments)
-    failure: Exception | None = None
+    failures: list[Exception] = []
     for without in (frozenset(), METAL) if worth_it else (frozenset({"torch"}),):
         try:
             out = dispatch.attention(attention.problem(arguments), without).out
         except Exception as error:
             if _is_out_of_memory(error):
                 raise  # torch would need more, and may abort the process
-            failure = failure or error
+            failures.append(error)
         else:
             counters.count(TAKEN, decision.reasons[0].key)
             return attention.as_called(out, arguments.query)
-    counters.count(FELL, type(failure).__name__)
-    _warn_once(failure, decision)
+    counters.count(FELL, type(failures[0]).__name__)
+    _warn_once(failures[0], decision)
     return None
 
 

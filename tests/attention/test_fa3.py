@@ -210,6 +210,14 @@ def test_kvcache_of_packed_queries(case):
     packed_queries_against_the_oracle(case)
 
 
+@pytest.mark.parametrize("seqlens", ["tensor", "int"])
+@pytest.mark.parametrize("rotary_seqlens", [None, [0, 30]])
+@pytest.mark.parametrize("where", ["rows", "pages"])
+def test_packed_queries_that_see_all_rotate_by_the_place_of_their_sequence(where, rotary_seqlens, seqlens):
+    case = {"where": where, "rotary_seqlens": rotary_seqlens, "seqlens": seqlens, "new": [3, 4], "rotary": True}
+    packed_queries_against_the_oracle(dict(PACKED_CASES[0], **case, mask="none", chunk=0, used=None))
+
+
 def packed_queries_against_the_oracle(case):
     """cu_seqlens_q, cu_seqlens_k_new: each sequence as if alone. The rotary table is as long as the cache.
 

@@ -43,6 +43,7 @@ class Spec:
     layout: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous")
     poison: float = math.nan
     page_size: int = 16
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of q, k and v
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Sequence:
     k: torch.Tensor
     v: torch.Tensor
     place: tuple  # of its queries in out; (entry, rows) or (rows,)
+    place_k: tuple  # of its keys in k and v
     how: dict = field(default_factory=dict)
 
 
@@ -112,9 +114,9 @@ def draw(spec: Spec) -> Call:
         q_shape = (batch, max(lengths_q), heads, dim)
     kv_shape, places_k, max_seqlen_k = _keys(spec, lengths_k, extra)
 
-    q = _values((*q_shape,), spec.layout[0], spec.dtype)
-    k = _values((*kv_shape, heads_k, dim), spec.layout[1], spec.dtype)
-    v = _values((*kv_shape, heads_k, dim_v), spec.layout[2], spec.dtype)
+    q = _values((*q_shape,), spec.layout[0], spec.dtype, spec.std[0])
+    k = _values((*kv_shape, heads_k, dim), spec.layout[1], spec.dtype, spec.std[1])
+    v = _values((*kv_shape, heads_k, dim_v), spec.layout[2], spec.dtype, spec.std[2])
     mask = _mask(spec, batch, heads, max(lengths_q), max(lengths_k))
     slopes = 2.0 ** -(1 + torch.arange(batch * heads).float() % 7)
     slopes = {None: None, "H": slopes[:heads], "BH": slopes.view(batch, heads)}[spec.alibi]
@@ -131,7 +133,7 @@ def draw(spec: Spec) -> Call:
             "mask": None if mask is None else mask[b, :, : lengths_q[b], : lengths_k[b]],
             "sinks": sinks,
         }
-        sequences.append(Sequence(q[place_q], k[place_k], v[place_k], place_q, how))
+        sequences.append(Sequence(q[place_q], k[place_k], v[place_k], place_q, place_k, how))
         seen = _seen(spec, lengths_q[b], lengths_k[b], how["mask"])
         index = torch.arange(read.numel()).view(read.shape)[place_k]
         read.view(-1)[index[seen]] = True
@@ -195,9 +197,9 @@ def _keys(spec: Spec, lengths: list[int], extra: dict) -> tuple[tuple[int, int] 
     return (sum(blocks) + 2, spec.page_size), places, longest
 
 
-def _values(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> torch.Tensor:
+def _values(shape: tuple[int, ...], layout: str, dtype: torch.dtype, std: float) -> torch.Tensor:
     """Random values; those that an expanded layout can hold."""
-    x = torch.randn(shape).to(dtype)
+    x = torch.randn(shape).mul_(std).to(dtype)
     return laid_out(x, layout).clone() if layout == "expanded" else x
 
 

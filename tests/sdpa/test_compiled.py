@@ -6,8 +6,11 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import aot_function
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import CompileContext, CompileId, compile_context
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -186,11 +189,12 @@ def test_graphs_on_disk_are_told_apart(as_mps, inductor):
             assert taken() == 2, "the setting is a thread's own"
 
 
-def test_exported_programs_do_not_need_this_package(as_mps):
-    class Block(torch.nn.Module):
-        def forward(self, q):
-            return attend(q)
+class Block(torch.nn.Module):
+    def forward(self, q):
+        return (attend(q),)
 
+
+def test_exported_programs_do_not_need_this_package(as_mps):
     for strict in (False, True):
         with sdpa.installed(), torch.no_grad():
             program = torch.export.export(Block(), (Q,), strict=strict)
@@ -210,5 +214,21 @@ def test_fake_tensors_are_torchs(as_mps):
             out = attend(torch.empty(2, 4, 33, 64))
         q = mode.from_tensor(Q)
         assert attend(q).shape == out.shape == Q.shape
-    assert torch.compiler.config.cache_key_tag == tag
+        assert torch.compiler.config.cache_key_tag == tag
     assert taken() == 0
+
+
+def test_graphs_for_programs_without_python_are_torchs(as_mps):
+    """AOTInductor makes them in two ways: without torch.compile, and with it as an export."""
+    graphs = []
+
+    def keep(module, inputs):
+        graphs.append(module.code)
+        return module
+
+    with sdpa.installed():
+        aot_function(attend, fw_compiler=keep)(Q)
+        with compile_context(CompileContext(CompileId(frame_id=0, frame_compile_id=0))):
+            graphs.append(aot_export_module(Block(), (Q,), trace_joint=False)[0].code)
+    assert len(graphs) == 2
+    assert all("aten._scaled_dot_product" in graph and OURS not in graph for graph in graphs)

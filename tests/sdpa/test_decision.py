@@ -14,8 +14,16 @@ HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 RELEASES = [(2, minor) for minor in range(7, 16)]
 
 
-def call(dtype=HALF, batch=1, heads=8, heads_k=None, q=512, k=512, d=64, dv=None, **others):
-    return Call(dtype, batch, heads, heads_k or heads, q, k, d, dv or d, **others)
+def call(
+    dtype=HALF, batch=1, heads=8, heads_k=None, q=512, k=512, d=64, dv=None, mask="none", mask_varies="qk", **others
+):
+    heads_k = heads_k or heads
+    keys, values = torch.Size((batch, heads_k, k, d)), torch.Size((batch, heads_k, k, dv or d))
+    if mask != "none":
+        strides = [int(axis in mask_varies) for axis in "bhqk"]
+        kind = {"bool": torch.bool, "same": dtype, "float32": FP32}[mask]
+        others["attn_mask"] = (torch.Size((batch, heads, q, k)), kind, tuple(strides))
+    return Call(torch.Size((batch, heads, q, d)), keys, values, (dtype,) * 3, **others)
 
 
 def issues(which, release):
@@ -119,16 +127,16 @@ def test_routes(which, old, new):
 
 
 # 1 x 8 x 4096 x 2048 scores of 4 bytes: a quarter of a GiB
-BIG = call(FP32, q=4096, k=2048, d=48)
+BIG = {"dtype": FP32, "q": 4096, "k": 2048, "d": 48}
 MEMORY = [
-    (BIG, (2, 12), 0.25, True),
-    (BIG, (2, 12), 0.2501, False),
-    (BIG, (2, 15), 0.25, True),
-    (BIG._replace(head_dim=64, head_dim_v=64), (2, 12), 0.25, True),
-    (BIG._replace(head_dim=64, head_dim_v=64), (2, 13), 0.0, False),  # fused: there is no such matrix
-    (BIG._replace(head_dim=64, head_dim_v=64, gradient=True), (2, 15), 0.25, True),
-    (BIG._replace(dtype=HALF, gradient=True), (2, 15), 0.25, True),
-    (BIG._replace(seqlen_q=1), (2, 12), 0.25, False),
+    (call(**BIG), (2, 12), 0.25, True),
+    (call(**BIG), (2, 12), 0.2501, False),
+    (call(**BIG), (2, 15), 0.25, True),
+    (call(**{**BIG, "d": 64}), (2, 12), 0.25, True),
+    (call(**{**BIG, "d": 64}), (2, 13), 0.0, False),  # fused: there is no such matrix
+    (call(**{**BIG, "d": 64, "gradient": True}), (2, 15), 0.25, True),
+    (call(**{**BIG, "dtype": HALF, "gradient": True}), (2, 15), 0.25, True),
+    (call(**{**BIG, "q": 1}), (2, 12), 0.25, False),
 ]
 
 
@@ -142,8 +150,8 @@ def test_the_budget(which, release, gigabytes, taken):
         assert "0.25 GB" in str(decision)
 
 
-SAFE = call(FP32, q=700, k=900)
-LONG = SAFE._replace(seqlen_q=4096, seqlen_k=4096)
+SAFE = {"dtype": FP32, "q": 700, "k": 900}
+LONG = call(FP32, q=4096, k=4096)
 
 
 def measured(length, route="prefill", dtype="float32", causal=False, gradient=False, **others):
@@ -151,28 +159,28 @@ def measured(length, route="prefill", dtype="float32", causal=False, gradient=Fa
 
 
 SPEED = [
-    (SAFE, (2, 12), {}, False),
-    (SAFE._replace(seqlen_q=1024, seqlen_k=1023), (2, 12), {}, False),  # both lengths count
-    (SAFE._replace(seqlen_q=1024, seqlen_k=1024), (2, 12), {}, True),
-    (SAFE, (2, 12), {"min_seq": 700}, True),
-    (SAFE, (2, 12), {"min_seq": 701}, False),
-    (SAFE, (2, 12), {"min_seq": NEVER}, False),
-    (SAFE, (2, 12), {"fast_min_seq": 0}, False),  # torch's path is not a fused one
-    (SAFE, (2, 13), {"min_seq": 0}, False),  # torch's path is a fused one
+    (call(**SAFE), (2, 12), {}, False),
+    (call(**{**SAFE, "q": 1024, "k": 1023}), (2, 12), {}, False),  # both lengths count
+    (call(**{**SAFE, "q": 1024, "k": 1024}), (2, 12), {}, True),
+    (call(**SAFE), (2, 12), {"min_seq": 700}, True),
+    (call(**SAFE), (2, 12), {"min_seq": 701}, False),
+    (call(**SAFE), (2, 12), {"min_seq": NEVER}, False),
+    (call(**SAFE), (2, 12), {"fast_min_seq": 0}, False),  # torch's path is not a fused one
+    (call(**SAFE), (2, 13), {"min_seq": 0}, False),  # torch's path is a fused one
     (LONG, (2, 13), {}, False),
-    (SAFE, (2, 13), {"fast_min_seq": 700}, True),
-    (SAFE._replace(seqlen_q=1), (2, 12), {"fast_min_seq": 1}, True),
-    (SAFE._replace(head_dim=320, head_dim_v=320), (2, 12), {"min_seq": 0}, False),  # no Metal kernel
-    (SAFE._replace(gradient=True), (2, 12), {"min_seq": 0, "fast_min_seq": 0}, False),
-    (SAFE._replace(dropout=True), (2, 12), {"min_seq": 0, "fast_min_seq": 0}, False),
-    (SAFE, (2, 13), measured(512.0), True),
-    (SAFE, (2, 13), measured(1024.0), False),
-    (SAFE, (2, 13), measured(512.0, dtype="float16"), False),
-    (SAFE, (2, 13), measured(512.0, causal=True), False),
-    (SAFE, (2, 13), measured(512.0, route="general"), False),
-    (SAFE, (2, 13), measured(512.0, fast_min_seq=NEVER), False),  # the user has the last word
+    (call(**SAFE), (2, 13), {"fast_min_seq": 700}, True),
+    (call(**{**SAFE, "q": 1}), (2, 12), {"fast_min_seq": 1}, True),
+    (call(**{**SAFE, "d": 320}), (2, 12), {"min_seq": 0}, False),  # no Metal kernel
+    (call(**{**SAFE, "gradient": True}), (2, 12), {"min_seq": 0, "fast_min_seq": 0}, False),
+    (call(**{**SAFE, "dropout": True}), (2, 12), {"min_seq": 0, "fast_min_seq": 0}, False),
+    (call(**SAFE), (2, 13), measured(512.0), True),
+    (call(**SAFE), (2, 13), measured(1024.0), False),
+    (call(**SAFE), (2, 13), measured(512.0, dtype="float16"), False),
+    (call(**SAFE), (2, 13), measured(512.0, causal=True), False),
+    (call(**SAFE), (2, 13), measured(512.0, route="general"), False),
+    (call(**SAFE), (2, 13), measured(512.0, fast_min_seq=NEVER), False),  # the user has the last word
     (LONG, (2, 12), measured(NEVER, route="general"), False),
-    (SAFE._replace(gradient=True), (2, 13), measured(512.0, route="math", gradient=True), True),
+    (call(**{**SAFE, "gradient": True}), (2, 13), measured(512.0, route="math", gradient=True), True),
 ]
 
 

@@ -84,7 +84,7 @@ inline thread matrix<T, C, R>& operator+=(thread matrix<T, C, R>& a, matrix<T, C
 }
 }  // namespace metal
 
-#define __MH_MATRICES(T)            \
+#define __MH_MATRIX_TYPES(T)            \
   typedef metal::matrix<T, 2, 2> T##2x2; \
   typedef metal::matrix<T, 2, 3> T##2x3; \
   typedef metal::matrix<T, 2, 4> T##2x4; \
@@ -94,9 +94,9 @@ inline thread matrix<T, C, R>& operator+=(thread matrix<T, C, R>& a, matrix<T, C
   typedef metal::matrix<T, 4, 2> T##4x2; \
   typedef metal::matrix<T, 4, 3> T##4x3; \
   typedef metal::matrix<T, 4, 4> T##4x4;
-__MH_MATRICES(float)
-__MH_MATRICES(half)
-#undef __MH_MATRICES
+__MH_MATRIX_TYPES(float)
+__MH_MATRIX_TYPES(half)
+#undef __MH_MATRIX_TYPES
 
 namespace __mh {
 

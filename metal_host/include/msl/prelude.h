@@ -11,12 +11,18 @@
 #include "cpu.h"
 #endif
 #include "traits.h"
+#ifdef __MH_MATRICES
 #include "matrix.h"
+#endif
 #include "math.h"
 #include "integer.h"
 #include "simdgroup.h"
 #include "simdgroup_matrix.h"
 #include "atomic.h"
+#ifdef __MH_LOGGING
 #include "logging.h"
+#endif
+#ifdef __MH_INTERNALS
 #include "internals.h"
+#endif
 #pragma clang attribute pop

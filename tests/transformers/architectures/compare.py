@@ -88,7 +88,7 @@ def _examine(cls, report, reference):
     for modality, found in multimodal.comparisons(models):
         _compare_modality(modality, found, report["cases"], reference)
     report["calls"] = sum(trace.calls.values())
-    report["windows"] = sorted({call.mask for call in trace.calls})
+    report["windows"] = sorted({call.features for call in trace.calls})
     noticed = 0.0
     if "difference" in report["cases"]["forward"]:
         noticed = _noticed(comparison, report, reference)
@@ -161,7 +161,7 @@ def _compare(case, run, reference):
         result = {"difference": found, "where": where}
         if found <= TOLERANCE:
             return result
-        result["masks"] = sorted({call.mask for call in trace.calls - before})
+        result["masks"] = sorted({call.features for call in trace.calls - before})
     for other in (SDPA, OURS):
         try:
             result[f"{other} to eager"] = measure_difference(expected, run(other)[0], *keep)[0]

@@ -1,0 +1,238 @@
+"""Random calls on every tier and kernel variant, forward and backward, against float64.
+
+    python -m tests.numerics.fuzz --calls 20000 [--seed 0] [--kinds 150]
+
+A kind of call is what a kernel is compiled for (dtype, head dims, storage, features, variant); lengths, heads, strides,
+windows, scales and the size of the values vary within it. Prints each wrong call with the seed that makes it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from flash_attn_mps import dispatch
+from flash_attn_mps.tiers.metal import compiler, simdgroup, variants
+from metal_host import compile_shader
+from tests.attention import oracle
+from tests.metal.calls import STORAGES, Call, Sequence, Spec, draw
+
+TIERS = ("auto", "torch", "simdgroup", "scalar")
+DIMS = ((64, 64), (32, 32), (16, 16), (128, 128), (40, 40), (13, 13), (8, 24), (96, 64), (1, 1))
+LAYOUTS = ("contiguous", "transposed", "packed", "strided_last", "offset")
+SIZES = (1.0, 1.0, 1.0, 0.0, 1e-3, 8.0, 60.0, 1e3, 1e8)
+SAME_QUERIES = ("dense", "cache", "paged-cache")  # storages in which all sequences have as many queries
+
+
+def kind_of(r: random.Random) -> dict:
+    """What a kernel is compiled for."""
+    dtype = r.choice((torch.float16, torch.bfloat16, torch.float32))
+    dims = r.choice(DIMS)
+    return {
+        "tier": r.choice((*TIERS, "simdgroup", "simdgroup")),
+        "variant": r.choice(simdgroup.FORWARD.fitting(dtype.itemsize, *dims)),
+        "dtype": dtype,
+        "dims": dims,
+        "storage": r.choice(("dense", "varlen", *STORAGES)),
+        "window": r.choice(((0, 0), (0, 0), (0, 1), (0, 1), (1, 0), (1, 1))),  # which sides are closed
+        "softcap": r.choice((0.0, 0.0, 0.0, 3.0)),
+        "alibi": r.choice((None, None, None, "H", "BH")),
+        "sinks": r.random() < 0.2,
+        "mask": r.choice((None, None, None, "bool", "same", "float32")),
+        "scale": r.choice(("number", "number", "float16", "float32")),
+        "lse": r.random() < 0.7,
+        "layout": tuple(r.choice(LAYOUTS) for _ in range(3)),
+    }
+
+
+def spec_of(kind: dict, r: random.Random) -> Spec:
+    """A call of that kind."""
+    batch, most = r.choice((1, 1, 2, 3)), r.choice((1, 8, 33, 70))
+    queries = [r.randint(0 if kind["storage"] not in SAME_QUERIES else 1, most) for _ in range(batch)]
+    if kind["storage"] in SAME_QUERIES:
+        queries = queries[:1] * batch
+    keys = [r.randint(0, r.choice((3, 40, 90))) for _ in range(batch)]
+    if kind["storage"] == "dense":
+        keys = [max(1, keys[0])] * batch
+    if not sum(queries):
+        queries[0] = 1
+    if not sum(keys):
+        keys[0] = 1
+    heads_k = r.choice((1, 2))
+    scale = r.choice((None, 0.3, 1.0, -0.2, 0.0))
+    if kind["scale"] != "number":
+        scale = torch.tensor(0.25 if scale is None else scale, dtype=getattr(torch, kind["scale"]))
+    sides = [r.choice((0, 1, 5, 40)) if closed else -1 for closed in kind["window"]]
+    largest = 1e4 if kind["dtype"] == torch.float16 else math.inf
+    return Spec(
+        list(zip(queries, keys, strict=True)),
+        kind["dims"],
+        kind["dtype"],
+        kind["storage"],
+        (heads_k * r.choice((1, 2, 4)), heads_k),
+        (sides[0], sides[1]),
+        kind["softcap"],
+        kind["alibi"],
+        kind["sinks"],
+        kind["mask"],
+        r.choice(("", "b", "h", "bh")),
+        "columns",
+        scale,
+        kind["lse"],
+        kind["layout"],
+        r.choice((math.nan, math.inf)),
+        r.choice((1, 16, 50)),
+        tuple(min(r.choice(SIZES), largest) for _ in range(3)),
+    )
+
+
+@contextlib.contextmanager
+def served_by(tier: str, variant: simdgroup.Variant) -> Iterator[None]:
+    """The tier computes every call; the Metal ones on the runner."""
+    before = dict(os.environ), compiler.compile_shader, compiler.device_types
+    os.environ["MTLFLASHATTN_KERNEL"] = tier
+    os.environ[simdgroup.FORWARD.variable] = str(variant)
+    if tier in ("simdgroup", "scalar"):
+        compiler.compile_shader, compiler.device_types = compile_shader, frozenset({"cpu"})
+    variants.forget()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before[0])
+        compiler.compile_shader, compiler.device_types = before[1:]
+        variants.forget()
+
+
+def errors(call: Call, gradients: bool, r: random.Random) -> list[str]:
+    """What is wrong with the product's answer, in words."""
+    p = call.problem
+    tensors = [p.q, p.k, p.v]
+    for tensor in tensors:
+        tensor.requires_grad_(gradients)
+    with torch.set_grad_enabled(gradients):
+        result = dispatch.attention(p)
+    dout = torch.randn(p.out_shape, generator=torch.Generator().manual_seed(r.getrandbits(32))).to(p.q.dtype)
+    grads = torch.autograd.grad(result.out, tensors, dout) if gradients else (None, None, None)
+    wrong = []
+    read_q, read_k = torch.zeros(p.q.shape[:-2], dtype=torch.bool), torch.zeros(p.k.shape[:-2], dtype=torch.bool)
+    for s in call.sequences:
+        read_q[s.place], read_k[s.place_k] = True, True
+        exact = _computed(s, dout[s.place], torch.float64, None)
+        plain = _computed(s, dout[s.place], torch.float32, None)
+        rounded = _computed(s, dout[s.place], torch.float64, p.q.dtype)
+        got = {"out": result.out.detach()[s.place], "dq": grads[0], "dk": grads[1], "dv": grads[2]}
+        for name, place in (("dq", s.place), ("dk", s.place_k), ("dv", s.place_k)):
+            got[name] = None if got[name] is None else got[name][place]
+        if p.want_lse and result.lse is not None:
+            got["lse"] = result.lse.detach().transpose(-1, -2)[s.place]
+        for name, value in got.items():
+            if value is not None and (
+                why := _differs(value, exact[name], plain[name], rounded[name], name == "lse", p)
+            ):
+                wrong.append(f"{name}: {why}")
+    if not (result.out[~read_q] == 0).all():
+        wrong.append("out: a row of no sequence is not zero")
+    for name, grad, read in (("dq", grads[0], read_q), ("dk", grads[1], read_k), ("dv", grads[2], read_k)):
+        if grad is not None and not (grad[~read] == 0).all():
+            wrong.append(f"{name}: a row of no sequence has a gradient")
+    return wrong
+
+
+def _computed(s: Sequence, dout: torch.Tensor, number: torch.dtype, rounded_to: torch.dtype | None) -> dict:
+    """out, lse and gradients of a sequence, computed in `number`.
+
+    `rounded_to`: the gradients as FlashAttention's formula has them from an output that was rounded to that dtype.
+    """
+    q, k, v = (x.detach().to(number).requires_grad_() for x in (s.q, s.k, s.v))
+    out, lse, _ = oracle.one_sequence(q, k, v, **s.how)
+    dout = dout.to(number)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    if rounded_to is not None:
+        # delta = rowsum(dout * out) changes with the output, and ds = p (dp - delta) by p times that: as if lse had it as
+        # its gradient.
+        change = ((out.detach().to(rounded_to).to(number) - out.detach()) * dout).sum(-1).T
+        more_dq, more_dk = torch.autograd.grad(lse, (q, k), -change.masked_fill(lse.isinf(), 0.0))
+        dq, dk = dq + more_dq, dk + more_dk
+    return {"out": out.detach(), "lse": lse.detach().T, "dq": dq, "dk": dk, "dv": dv}
+
+
+def _differs(got, exact, plain, rounded, is_lse: bool, p) -> str | None:
+    """Why a result is wrong. None where its error is that of float32 arithmetic, of a rounded output, or its rounding."""
+    got, exact, plain, rounded = (x.double() for x in (got, exact, plain, rounded))
+    finite = exact.isfinite()
+    if not torch.equal(plain.isfinite(), finite):
+        return None  # float32 overflows
+    if not torch.equal(got.isfinite(), finite):
+        return "finite in other places"
+    if not finite.any():
+        return None
+    error, size = (got - exact)[finite].abs().max().item(), exact[finite].abs().max().item()
+    allowed = 4 * (plain - exact)[finite].abs().max().item() + 2 * (rounded - exact)[finite].abs().max().item()
+    allowed += (4e-6 if is_lse else 4 * torch.finfo(p.q.dtype).eps + 1e-5) * (1 + size)
+    return None if error <= allowed else f"error {error:.3g}, allowed {allowed:.3g}, size {size:.3g}"
+
+
+class Found(NamedTuple):
+    calls: int
+    tiers: Counter
+    wrong: list[str]
+
+
+def fuzz(calls: int, kinds: int, seed: int, note: Callable[[str], object] = lambda _: None) -> Found:
+    """Random calls of random kinds; about a third of them with gradients."""
+    r = random.Random(seed)
+    found = Found(calls, Counter(), [])
+    each = -(-calls // kinds)
+    for number in range(calls):
+        if number % each == 0:
+            kind = kind_of(r)
+            note(f"{number} calls, {len(found.wrong)} wrong; next: {kind['tier']} {kind['storage']}")
+        call_seed = r.getrandbits(32)
+        with served_by(kind["tier"], kind["variant"]):
+            why = examine(kind, call_seed)
+        found.tiers[kind["tier"]] += 1
+        if why:
+            found.wrong.append(f"seed {call_seed}, {kind}: {'; '.join(why)}")
+            note(found.wrong[-1])
+    return found
+
+
+def examine(kind: dict, seed: int) -> list[str]:
+    """What is wrong with one call of `kind`."""
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    spec = spec_of(kind, r)
+    try:
+        return errors(draw(spec), r.random() < 0.35, r)
+    except NotImplementedError as error:
+        # A forced kernel is not launched where there is nothing to compute.
+        return [] if "there are no scores" in str(error) else [f"NotImplementedError: {error}"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=20_000)
+    parser.add_argument("--kinds", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    found = fuzz(chosen.calls, chosen.kinds, chosen.seed, lambda text: print(text, flush=True))
+    tiers = ", ".join(f"{tier} {count}" for tier, count in found.tiers.items())
+    print(f"{found.calls} calls ({tiers}) in {time.monotonic() - began:.0f} s: {len(found.wrong)} wrong")
+    return 1 if found.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
