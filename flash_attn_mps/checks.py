@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 MAX_HEAD_DIM = 512
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).smallest_normal
 Names = Mapping[str, str]
@@ -111,21 +112,27 @@ def qkv(q: Any, k: Any, v: Any, dims: tuple[str, str], names: Names) -> None:
         raise malformed(k_name, f"{heads_k} heads", f"a number that divides the {heads} heads of {q_name}")
 
 
-def of_shape(value: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor, why: str) -> None:
-    """A strided tensor that goes with others: `why` says whose shape it must have. On the device of `like`."""
+def of_shape(
+    value: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, like: torch.Tensor, why: str
+) -> torch.Tensor:
+    """A strided tensor on the device of `like`, whose shape is that of others, as `why` says. dtype None: any float."""
     fits = isinstance(value, torch.Tensor) and _is_strided(value) and value.shape == shape
-    if not fits or value.dtype != dtype or value.device != like.device:
-        raise malformed(name, show(value), f"a tensor {tuple(shape)}, {why}, {dtype}, on {like.device}")
+    if not fits or value.device != like.device or not (value.dtype == dtype if dtype else value.is_floating_point()):
+        accepted = f"a tensor {tuple(shape)}, {why}, of {dtype or 'a floating dtype'}, on {like.device}"
+        raise malformed(name, show(value), accepted)
+    return value
 
 
 def output(value: Any, name: str, shape: tuple[int, ...], like: torch.Tensor, why: str) -> torch.Tensor:
     """A tensor to write a result to, rounded to its dtype."""
-    fits = isinstance(value, torch.Tensor) and _is_strided(value) and value.shape == shape
-    if not fits or value.device != like.device or not value.is_floating_point():
-        raise malformed(name, show(value), f"a tensor {tuple(shape)}, {why}, of a floating dtype, on {like.device}")
-    if any(step == 0 and length > 1 for step, length in zip(value.stride(), value.shape, strict=True)):
-        raise malformed(name, "an expanded tensor", "one with memory of its own for every element")
+    own_memory(of_shape(value, name, shape, None, like, why), name)
     return value
+
+
+def own_memory(value: torch.Tensor, name: str) -> None:
+    """Has every element of a tensor that is written to a place of its own?"""
+    if 0 in value.stride() and any(n > 1 and step == 0 for n, step in zip(value.shape, value.stride(), strict=True)):
+        raise malformed(name, "an expanded tensor", "one with memory of its own for every element")
 
 
 def flag(value: Any, name: str) -> bool:
@@ -160,9 +167,8 @@ def softmax_scale(value: Any, head_dim: int, like: torch.Tensor, names: Names = 
     """None (1 / sqrt(head_dim)), a number, or a 0-d tensor; a tensor on another device than the CPU stays there."""
     if value is None:
         return head_dim**-0.5
-    if type(value) is float and -_LARGEST <= value <= _LARGEST:  # as nearly always: the name is not needed
-        return value
-    name, accepted = names.get("softmax_scale", "softmax_scale"), "None, a finite float32 number or a 0-d tensor"
+    accepted = "None, a finite float32 number or a 0-d tensor"
+    name = names.get("softmax_scale", "softmax_scale")
     if isinstance(value, torch.Tensor) and value.dim() == 0:
         if value.requires_grad and torch.is_grad_enabled():
             raise unsupported(name, "a tensor that requires grad", "a detached tensor; or scale q yourself")
@@ -188,8 +194,7 @@ def softcap(value: Any) -> float:
 
 def attention_chunk(value: Any) -> int:
     accepted = "0 (off) or the number of keys of a chunk"
-    chunk = integer(value, "attention_chunk", accepted)
-    if chunk < 0:
+    if (chunk := integer(value, "attention_chunk", accepted)) < 0:
         raise malformed("attention_chunk", show(value), accepted)
     return chunk
 
@@ -227,8 +232,7 @@ def _integer(value: Any, name: str, accepted: str) -> int:
 
 def _is_integer(tensor: torch.Tensor) -> bool:
     """Is it one integer, as far as can be told without reading it?"""
-    real = not tensor.is_floating_point() and not tensor.is_complex() and not tensor.is_quantized
-    return tensor.dim() == 0 and _is_strided(tensor) and real and tensor.dtype != torch.bool
+    return tensor.dim() == 0 and _is_strided(tensor) and tensor.dtype in INTEGERS
 
 
 def window(window_size: Any, causal: Any) -> tuple[int, int]:
@@ -283,10 +287,7 @@ def sinks(value: Any, name: str, heads: int, like: torch.Tensor) -> torch.Tensor
 
 def qv(value: Any, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """A query for the values: of the shape of the output and the dtype of q."""
-    tensor(value, "qv", ", ".join(["rows"] * (len(shape) - 2) + ["heads", "head_dim of v"]), like)
-    if value.shape != shape or value.dtype != like.dtype:
-        raise malformed("qv", value, f"a tensor {shape}, as the output of q and v, {like.dtype}")
-    return value
+    return of_shape(value, "qv", shape, like.dtype, like, "as the output of q and v")
 
 
 def cu_seqlens(value: Any, name: str, total: int | None, total_of: str, like: torch.Tensor) -> list[int] | None:
@@ -308,15 +309,15 @@ def cu_seqlens(value: Any, name: str, total: int | None, total_of: str, like: to
     return lengths
 
 
-def lengths(value: Any, name: str, batch: int, most: int | list[int], like: torch.Tensor) -> list[int] | None:
-    """Lengths (batch,), each from 0 to `most`, its own or one for all. Returns them where they can be read for free."""
+def lengths(value: Any, name: str, batch: int, most: int | list[int], like: torch.Tensor, of: str) -> list[int] | None:
+    """Lengths (batch,) up to `most`, the room in `of`, of all or of each. Returned where they can be read for free."""
     int32(value, name, "batch,", batch, like)
     if not readable(value):
         return None
     values = value.tolist()
     limits = most if isinstance(most, list) else [most] * batch
     if any(not 0 <= n <= limit for n, limit in zip(values, limits, strict=True)):
-        raise malformed(name, show(values), f"lengths between 0 and {most}")
+        raise malformed(name, show(values), f"lengths between 0 and {most}, the room of {of}")
     return values
 
 
@@ -335,8 +336,7 @@ def max_seqlen(value: Any, name: str, known: list[int] | None, total: int) -> tu
         return value, None  # bert_padding's number is known only when the graph runs
     longest = integer(value, name, accepted)
     if longest < 0 or (known and longest < max(known)):
-        least = max(known) if known else 0
-        raise malformed(name, value, f"at least {least}, the length of the longest sequence")
+        raise malformed(name, value, f"at least {max(known or [0])}, the length of the longest sequence")
     return min(longest, total), None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,20 @@ class Lengths(NamedTuple):
     max_seqlen: int
     max_seqlen_tensor: torch.Tensor | None = None  # 0-d: where only the device knows it; max_seqlen is then a bound
     lengths: list[int] | None = None  # of each sequence, where the host can read them for free
+
+
+class Rows(NamedTuple):
+    """A number of rows of each sequence."""
+
+    number: int | torch.Tensor  # one for all, or (batch,) int32 on the device
+    known: list[int] | None  # that of each sequence, where the host can read it for free
+
+    def each(self, change: Callable[[Any, Any], Any], other: Rows) -> Rows:
+        """`change` of the rows of each sequence by those of another kind."""
+        known = None
+        if self.known is not None and other.known is not None:
+            known = [change(n, m) for n, m in zip(self.known, other.known, strict=True)]
+        return Rows(change(self.number, other.number), known)
 
 
 def packed_lengths(
@@ -39,30 +53,30 @@ def packed_lengths(
     batch = cu_seqlens_q.shape[0] - 1
     block_table_name = name("block_table", "block_table")
     if paged:
-        checks.int32(block_table, block_table_name, "batch, blocks per sequence", batch, q)
+        checks.int32(block_table, block_table_name, "batch of cu_seqlens_q, blocks per sequence", batch, q)
         room = block_table.shape[1] * k.shape[1]
     same = cu_seqlens_k is cu_seqlens_q and not paged and room == total_q
     if not same:
         known_k = checks.cu_seqlens(cu_seqlens_k, cu_k_name, None if paged else room, name("k", "k"), q)
         if cu_seqlens_k.shape[0] != batch + 1:
             raise checks.malformed(cu_k_name, cu_seqlens_k, f"{batch + 1} values, as many as {cu_q_name}")
+    if paged:
+        check_pages(block_table, k, known_k, cu_k_name, block_table_name)
     longest, tensor = checks.max_seqlen(max_seqlen_q, name("max_seqlen_q", "max_seqlen_q"), known_q, total_q)
     queries = keys = Lengths(longest, tensor, known_q)
     if not same or max_seqlen_k is not max_seqlen_q:
         longest, tensor = checks.max_seqlen(max_seqlen_k, name("max_seqlen_k", "max_seqlen_k"), known_k, room)
         keys = Lengths(longest, tensor, known_k)
-    if paged:
-        check_pages(block_table, k, known_k, cu_k_name, block_table_name)
     if seqused_q is not None:
-        queries = used(queries, seqused_q, name("seqused_q", "seqused_q"), batch, q)
+        queries = used(queries, seqused_q, name("seqused_q", "seqused_q"), batch, q, cu_q_name)
     if seqused_k is not None:
-        keys = used(keys, seqused_k, name("seqused_k", "seqused_k"), batch, q)
+        keys = used(keys, seqused_k, name("seqused_k", "seqused_k"), batch, q, cu_k_name)
     return queries, keys
 
 
-def used(side: Lengths, seqused: Any, name: str, batch: int, like: torch.Tensor) -> Lengths:
+def used(side: Lengths, seqused: Any, name: str, batch: int, like: torch.Tensor, of: str) -> Lengths:
     """`side` with only the first `seqused` rows of each sequence in use."""
-    known = checks.lengths(seqused, name, batch, side.lengths or side.max_seqlen, like)
+    known = checks.lengths(seqused, name, batch, side.lengths or side.max_seqlen, like, of)
     return Lengths(side.max_seqlen, side.max_seqlen_tensor, known)
 
 

@@ -159,7 +159,7 @@ def call_of(seed, only=""):
     for name, value in _OPTIONS.items():
         if name in parameters and random_.random() < 0.2:
             arguments[name] = value
-    names = random_.sample(parameters, random_.choice((1, 1, 2)))
+    names = random_.sample(parameters, min(random_.choice((1, 1, 2)), len(parameters)))
     for name in names:
         arguments[name] = _hostile(arguments.get(name), random_)
     return function, arguments, names
@@ -185,7 +185,8 @@ def problem_of(seed, only=""):
     try:
         results = _results(function, arguments)
     except (ValueError, NotImplementedError) as error:
-        return _problem_of_error(error, names)
+        # Where an argument is left out, others are the wrong ones.
+        return _problem_of_error(error, arguments if any(arguments[name] is None for name in names) else names)
     except Exception as error:
         return f"{type(error).__name__}: {_first_line(error)}"
     if not _is_tame(arguments):

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ..describe import CallOptions
+
+# What the callers call the fields of a `CacheCall`, where it is something else.
+NAMES: dict[str, Mapping[str, str]] = {
+    "fa2": {},
+    "fa3": {"block_table": "page_table"},
+    "fa3_private": {
+        "k_cache": "k",
+        "v_cache": "v",
+        "k": "k_new",
+        "v": "v_new",
+        "rotary_seqlens": "seqlens_rotary",
+        "cache_seqlens": "seqused_k",
+        "cache_batch_idx": "kv_batch_idx",
+        "cache_leftpad": "leftpad_k",
+        "block_table": "page_table",
+    },
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -32,8 +50,17 @@ class CacheCall:
     cache_batch_idx: torch.Tensor | None = None
     cache_leftpad: torch.Tensor | None = None  # (batch,): the row at which a sequence starts
     block_table: torch.Tensor | None = None  # (batch, blocks per sequence); (entries, ...) with cache_batch_idx
-    block_table_name: str = "block_table"  # the caller's word for it, for messages
+    caller: str = "fa2"  # one of NAMES: whose names messages have
     cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,)
     cu_seqlens_k_new: torch.Tensor | None = None  # (batch + 1,)
     max_seqlen_q: int | torch.Tensor | None = None  # with cu_seqlens_q
     seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
+
+    def name(self, field: str) -> str:
+        """What the caller calls a field."""
+        return NAMES[self.caller].get(field, field)
+
+    @property
+    def lengths_of_q(self) -> str:
+        """The argument that says how many queries there are."""
+        return "q" if self.cu_seqlens_q is None else "cu_seqlens_q"

@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import checks, dispatch
-from ..lengths import Lengths, check_pages, used
+from ..lengths import Lengths, Rows, check_pages, used
 from ..problem import AttentionProblem, Result, with_qv
-from .cache_call import CacheCall
+from .cache_call import NAMES, CacheCall
 from .rotary import rotated
 
 _Q = "batch, seqlen_q, heads, head_dim"
-_Q_PACKED = "total_q, heads, head_dim"
+_Q_PACKED = "total_q, heads, head_dim with cu_seqlens_q"
 _CACHE = "batch, seqlen, heads_k, head_dim"
 _PAGES = "num_blocks, block_size, heads_k, head_dim"
-_NAMES = {"k": "k_cache", "v": "v_cache"}
-
-
-class Rows(NamedTuple):
-    """A number of rows of each sequence."""
-
-    number: int | torch.Tensor  # one for all, or (batch,) int32 on the device
-    known: list[int] | None  # that of each sequence, where the host can read it for free
+_NAMES = {
+    caller: {"k": names.get("k_cache", "k_cache"), "v": names.get("v_cache", "v_cache")}
+    for caller, names in NAMES.items()
+}
 
 
 class NewRows(NamedTuple):
@@ -68,8 +63,14 @@ def describe(call: CacheCall) -> CachePlan:
     Raises ValueError for a malformed call, NotImplementedError for one that is not served; both name the argument.
     """
     q, k_cache, v_cache = call.q, call.k_cache, call.v_cache
-    packed, paged = call.cu_seqlens_q is not None, call.block_table is not None
-    checks.qkv(q, k_cache, v_cache, (_Q_PACKED if packed else _Q, _PAGES if paged else _CACHE), _NAMES)
+    if call.cu_seqlens_q is not None:  # before it is held against q that it is not packed, or against k_cache
+        checks.tensor(call.cu_seqlens_q, "cu_seqlens_q", "batch + 1,")
+    kv_dims = _CACHE
+    if call.block_table is not None:
+        name = call.name("block_table")
+        checks.tensor(call.block_table, name, "batch, blocks per sequence")
+        kv_dims = f"{_PAGES} with {name}"
+    checks.qkv(q, k_cache, v_cache, (_Q if call.cu_seqlens_q is None else _Q_PACKED, kv_dims), _NAMES[call.caller])
     if call.cu_seqlens_q is None:
         queries, batch = Lengths(q.shape[1]), q.shape[0]
     else:
@@ -83,7 +84,7 @@ def describe(call: CacheCall) -> CachePlan:
     new = _new(call, batch, room, cached)
     rotary = _rotary(call, batch, queries, cached, new)
     if call.seqused_q is not None:
-        queries = used(queries, call.seqused_q, "seqused_q", batch, q)
+        queries = used(queries, call.seqused_q, "seqused_q", batch, q, call.lengths_of_q)
     problem = _problem(call, batch, room, queries, cached, new, leftpad)
     if call.qv is not None:
         checks.qv(call.qv, problem.out_shape, q)
@@ -121,17 +122,23 @@ def _with_entries(call: CacheCall, batch: int) -> CacheCall:
     """
     k_cache, block_table, entries = call.k_cache, call.block_table, call.cache_batch_idx
     if block_table is not None:
-        dims = "batch, blocks per sequence" if entries is None else "entries, blocks per sequence"
-        checks.int32(block_table, call.block_table_name, dims, batch if entries is None else None, call.q)
+        dims = (
+            f"batch of {call.lengths_of_q}, blocks per sequence" if entries is None else "entries, blocks per sequence"
+        )
+        checks.int32(block_table, call.name("block_table"), dims, batch if entries is None else None, call.q)
     elif entries is None and k_cache.shape[0] != batch:
-        raise checks.malformed("k_cache", k_cache, f"a batch of {batch}, that of q, without cache_batch_idx")
+        accepted = (
+            f"a batch of {batch}, that of q, without {call.name('cache_batch_idx')} or {call.name('block_table')}"
+        )
+        raise checks.malformed(call.name("k_cache"), k_cache, accepted)
     if entries is None:
         return call
-    checks.int32(entries, "cache_batch_idx", "batch,", batch, call.q)
+    name = call.name("cache_batch_idx")
+    checks.int32(entries, name, "batch,", batch, call.q)
     if block_table is None:
-        checks.indices(entries, "cache_batch_idx", k_cache.shape[0], "the entries of k_cache")
+        checks.indices(entries, name, k_cache.shape[0], f"the entries of {call.name('k_cache')}")
         return call
-    checks.indices(entries, "cache_batch_idx", block_table.shape[0], f"the rows of {call.block_table_name}")
+    checks.indices(entries, name, block_table.shape[0], f"the rows of {call.name('block_table')}")
     return dataclasses.replace(call, block_table=block_table.index_select(0, entries), cache_batch_idx=None)
 
 
@@ -140,20 +147,22 @@ def _cached(call: CacheCall, batch: int, room: int) -> Rows:
     seqlens = call.cache_seqlens
     if seqlens is None:
         return Rows(room, [room] * batch)
+    name, of = call.name("cache_seqlens"), call.name("k_cache" if call.block_table is None else "block_table")
     if isinstance(seqlens, torch.Tensor) and seqlens.dim() > 0:
-        return Rows(seqlens, checks.lengths(seqlens, "cache_seqlens", batch, room, call.q))
-    accepted = f"None, an integer or a (batch,) int32 tensor, between 0 and {room}"
-    number = checks.integer(seqlens, "cache_seqlens", accepted)
+        return Rows(seqlens, checks.lengths(seqlens, name, batch, room, call.q, of))
+    accepted = f"None, an integer or a (batch,) int32 tensor, between 0 and {room}, the room of {of}"
+    number = checks.integer(seqlens, name, accepted)
     if not 0 <= number <= room:
-        raise checks.malformed("cache_seqlens", seqlens, accepted)
+        raise checks.malformed(name, seqlens, accepted)
     return Rows(number, [number] * batch)
 
 
 def _leftpad(leftpad: torch.Tensor, call: CacheCall, batch: int, room: int, cached: Rows) -> Rows:
     """The rows of the cache in front of each sequence."""
-    known = checks.lengths(leftpad, "cache_leftpad", batch, room, call.q)
+    name = call.name("cache_leftpad")
+    known = checks.lengths(leftpad, name, batch, room, call.q, call.name("k_cache"))
     if known and cached.known and any(a > b for a, b in zip(known, cached.known, strict=True)):
-        raise checks.malformed("cache_leftpad", known, f"at most cache_seqlens, {cached.known}")
+        raise checks.malformed(name, known, f"at most {call.name('cache_seqlens')}, {cached.known}")
     return Rows(leftpad, known)
 
 
@@ -164,35 +173,40 @@ def _new(call: CacheCall, batch: int, room: int, cached: Rows) -> NewRows | None
         if cu_seqlens is not None:
             raise checks.malformed("cu_seqlens_k_new", "new lengths without k and v", "None, or k and v too")
         return None
-    for name, value in (("k", call.k), ("v", call.v), ("cache_seqlens", call.cache_seqlens)):
+    names = k_name, v_name, seqlens_name = call.name("k"), call.name("v"), call.name("cache_seqlens")
+    for name, value in zip(names, (call.k, call.v, call.cache_seqlens), strict=True):
         if value is None:
-            raise checks.malformed(name, "None", "k, v and cache_seqlens together, to append to the cache")
+            raise checks.malformed(name, "None", f"{', '.join(names)} together, to append to the cache")
     k, v = _new_tensor(call.k, "k", call.k_cache, call), _new_tensor(call.v, "v", call.v_cache, call)
     if cu_seqlens is None and k.shape[0] != batch:
-        raise checks.malformed("k", k, f"a batch of {batch}, that of q")
+        raise checks.malformed(k_name, k, f"a batch of {batch}, that of q")
     if v.shape[:-1] != k.shape[:-1]:
-        raise checks.malformed("v", v, f"the shape of k, {tuple(k.shape)}, up to head_dim")
+        raise checks.malformed(v_name, v, f"the shape of {k_name}, {tuple(k.shape)}, up to head_dim")
     if cu_seqlens is None:
         rows = Rows(k.shape[1], [k.shape[1]] * batch)
     else:
-        known = checks.cu_seqlens(cu_seqlens, "cu_seqlens_k_new", k.shape[0], "k", call.q)
+        known = checks.cu_seqlens(cu_seqlens, "cu_seqlens_k_new", k.shape[0], k_name, call.q)
         if cu_seqlens.shape[0] != batch + 1:
             raise checks.malformed("cu_seqlens_k_new", cu_seqlens, f"{batch + 1} values")
         rows = Rows(cu_seqlens.diff(), known)
     longest = _longest(cached.known, rows.known)
     if longest > room:
-        raise checks.malformed("k", f"{longest} keys after appending", f"at most {room}, the room of k_cache")
+        came = f"{longest} keys after appending to those of {seqlens_name}"
+        raise checks.malformed(k_name, came, f"at most {room}, the room of {call.name('k_cache')}")
     return NewRows(k, v, cu_seqlens, rows)
 
 
-def _new_tensor(value: Any, name: str, cache: torch.Tensor, call: CacheCall) -> torch.Tensor:
-    packed = call.cu_seqlens_k_new is not None
-    dims = "total_k_new, heads_k, head_dim" if packed else "batch, seqlen_new, heads_k, head_dim"
+def _new_tensor(value: Any, field: str, cache: torch.Tensor, call: CacheCall) -> torch.Tensor:
+    name, cache_name, dims = call.name(field), call.name(f"{field}_cache"), "batch, seqlen_new, heads_k, head_dim"
+    if call.cu_seqlens_k_new is not None:
+        checks.tensor(call.cu_seqlens_k_new, "cu_seqlens_k_new", "batch + 1,")
+        dims = "total_k_new, heads_k, head_dim with cu_seqlens_k_new"
+    checks.own_memory(cache, cache_name)
     tensor = checks.tensor(value, name, dims, call.q)
     if tensor.dtype != cache.dtype:
-        raise checks.malformed(name, f"dtype {tensor.dtype}", f"{cache.dtype}, the dtype of {name}_cache")
+        raise checks.malformed(name, f"dtype {tensor.dtype}", f"{cache.dtype}, the dtype of {cache_name}")
     if tensor.shape[-2:] != cache.shape[-2:]:
-        raise checks.malformed(name, tensor, f"(heads, head_dim) = {tuple(cache.shape[-2:])} as {name}_cache")
+        raise checks.malformed(name, tensor, f"(heads, head_dim) = {tuple(cache.shape[-2:])} as {cache_name}")
     return tensor
 
 
@@ -216,10 +230,13 @@ def _rotary(call: CacheCall, batch: int, queries: Lengths, cached: Rows, new: Ne
     if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
         raise checks.malformed("rotary_cos", cos, f"rotary_dim / 2 of at most {q.shape[-1] // 2}, half the head_dim")
     if new is None:
-        raise checks.malformed("rotary_cos", "rotary embedding without k and v", "k and v too")
+        accepted = f"{call.name('k')} and {call.name('v')} too"
+        raise checks.malformed("rotary_cos", "rotary embedding without new keys", accepted)
     start = cached
     if seqlens is not None:
-        start = Rows(seqlens, checks.lengths(seqlens, "rotary_seqlens", batch, cos.shape[0], q))
+        start = Rows(
+            seqlens, checks.lengths(seqlens, call.name("rotary_seqlens"), batch, cos.shape[0], q, "rotary_cos")
+        )
     _check_table(cos, start, new.rows.known, "keys")
     # Upstream's rule: without causal, window and chunk all queries have the position after the cache.
     window = checks.window(call.options.window_size, call.options.causal)
@@ -257,12 +274,12 @@ def _problem(
     q, k, v, block_table = call.q, call.k_cache, call.v_cache, call.block_table
     rows = cached
     if new is not None:
-        rows = _each(operator.add, rows, new.rows)
+        rows = rows.each(operator.add, new.rows)
     if block_table is not None:
         first = None if leftpad is None else leftpad.known
-        check_pages(block_table, k, rows.known, "cache_seqlens", call.block_table_name, first)
+        check_pages(block_table, k, rows.known, call.name("cache_seqlens"), call.name("block_table"), first)
     if leftpad is not None:
-        rows = _each(operator.sub, rows, leftpad)
+        rows = rows.each(operator.sub, leftpad)
     number, known = rows
     seqused = None
     if isinstance(number, torch.Tensor):
@@ -291,14 +308,6 @@ def _problem(
         lengths_q=queries.lengths,
         lengths_k=known,
     )
-
-
-def _each(change: Callable[[Any, Any], Any], a: Rows, b: Rows) -> Rows:
-    """`change` of the rows of each sequence by those of another kind."""
-    known = None
-    if a.known is not None and b.known is not None:
-        known = [change(n, m) for n, m in zip(a.known, b.known, strict=True)]
-    return Rows(change(a.number, b.number), known)
 
 
 def _rotated_queries(rotary: Rotary, p: AttentionProblem) -> torch.Tensor:

@@ -85,7 +85,7 @@ def _flash_attn_forward(
                 cache_batch_idx=kv_batch_idx,
                 cache_leftpad=leftpad_k,
                 block_table=page_table,
-                block_table_name="page_table",
+                caller="fa3_private",
                 cu_seqlens_q=cu_seqlens_q,
                 cu_seqlens_k_new=cu_seqlens_k_new,
                 max_seqlen_q=max_seqlen_q,

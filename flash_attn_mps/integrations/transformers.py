@@ -24,7 +24,7 @@ from ..problem import with_mask, with_sinks
 
 NAME = "mps_fa"
 
-_MASKS = (torch.bool, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+_MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _DIMS = "batch, heads, seqlen, head_dim"
 # The arguments of `attention` that this package calls by other names.
 _NAMES = {
@@ -177,12 +177,12 @@ def _computed(problem, s_aux):
 def _window(module, causal, sliding_window):
     if sliding_window is None:
         return (-1, -1)
-    sliding_window = checks.integer(sliding_window, "sliding_window", "None or a number of tokens")
+    reach = max(checks.integer(sliding_window, "sliding_window", "None or a number of tokens"), 0) - 1
     if causal:
-        return (sliding_window - 1, 0)
+        return (reach, 0)
     # What the model's own mask says. In 5.23 ModernBERT passes one more than that to the layer, T5Gemma does not.
-    reach = getattr(module.config, "sliding_window", None)
-    return (reach, reach) if reach is not None else (sliding_window - 1, sliding_window - 1)
+    of_mask = getattr(module.config, "sliding_window", None)
+    return (reach, reach) if of_mask is None else (of_mask, of_mask)
 
 
 def _padded(q, k, v, keep, options, s_aux):
@@ -192,7 +192,7 @@ def _padded(q, k, v, keep, options, s_aux):
     if k.shape[0] != batch:
         raise checks.malformed("key", k, f"a batch of {batch}, that of query")
     if keep.dtype not in _MASKS or keep.device != q.device or keep.shape[0] != batch or keep.shape[1] > k.shape[1]:
-        accepted = f"a bool, int32 or int64 mask ({batch}, keys) for at most {k.shape[1]} keys, on {q.device}"
+        accepted = f"a bool or integer mask ({batch}, keys) for at most {k.shape[1]} keys, on {q.device}"
         raise checks.malformed("attention_mask", keep, accepted)
     k, v = k[:, : keep.shape[1]], v[:, : keep.shape[1]]
     if options.causal or options.window_size != (-1, -1) or keep.dtype != torch.bool:
@@ -213,14 +213,19 @@ def _padded(q, k, v, keep, options, s_aux):
         v.flatten(0, 1)[rows_k],
         cu_seqlens_q,
         cu_seqlens_k,
-        cu_seqlens_q.diff().max(),
-        cu_seqlens_k.diff().max(),
+        _longest(cu_seqlens_q),
+        _longest(cu_seqlens_k),
         options,
         names=_NAMES,
     )
     packed = _computed(problem, s_aux)
     out = packed.new_zeros(batch * seqlen_q, *packed.shape[1:])
     return out.index_put((rows_q,), packed).unflatten(0, (batch, seqlen_q))
+
+
+def _longest(cu_seqlens):
+    lengths = cu_seqlens.diff()
+    return lengths.max() if lengths.numel() else 0
 
 
 def _pack(keep):

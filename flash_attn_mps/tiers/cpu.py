@@ -85,7 +85,7 @@ def _run(p: AttentionProblem) -> Result:
 def _backward(
     p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, _dlse: torch.Tensor | None
 ) -> Gradients:
-    tensors = _heads_first(dout.contiguous(), p.q, p.k, p.v, out)
+    tensors = _heads_first(dout.contiguous(), p.q, p.k, p.v, out.contiguous())
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, **_options(p))
     dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
     return dq, dk, dv, None

@@ -126,7 +126,9 @@ class QueryRows:
         rows = torch.arange(self.total, device=device, dtype=self.starts.dtype)
         if not self.lengths.shape[0]:
             return torch.zeros_like(rows, dtype=torch.bool)
-        seqs = (torch.searchsorted(self.starts, rows, right=True) - 1).clamp_(max=self.lengths.shape[0] - 1)
+        seqs = (torch.searchsorted(self.starts.contiguous(), rows, right=True) - 1).clamp_(
+            max=self.lengths.shape[0] - 1
+        )
         return rows < (self.starts[:-1] + self.lengths)[seqs]
 
     def _index(self, group: Group, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
