@@ -90,7 +90,7 @@ def check_pages(
 ) -> None:
     """Check `block_table` `(batch, blocks per sequence)` against the pages of k and the lengths that it must hold.
 
-    With `first` the rows of a sequence from there on count alone.
+    `first` is the row at which each sequence starts, 0 by default: nothing before it is looked at.
     """
     num_blocks, block_size = k.shape[:2]
     if lengths is None or not checks.readable(block_table):
@@ -101,8 +101,8 @@ def check_pages(
             lengths_name, f"a sequence of {max(lengths)} keys", f"at most {room}, the room of {name}"
         )
     # Only blocks that hold keys are looked at.
-    keys = [range(begin, end) for begin, end in zip(first or [0] * len(lengths), lengths, strict=True)]
-    blocks = torch.tensor([(n[0] // block_size, n[-1] // block_size) if n else (0, -1) for n in keys], device="cpu")
-    column = torch.arange(block_table.shape[1], device="cpu")
-    counts = (column >= blocks[:, :1]) & (column <= blocks[:, 1:])
-    checks.indices(block_table, name, num_blocks, "the blocks of k", counts)
+    begin = torch.tensor(first or [0] * len(lengths), device="cpu")[:, None]
+    end = torch.tensor(lengths, device="cpu")[:, None]
+    row = torch.arange(block_table.shape[1], device="cpu") * block_size
+    holds_keys = (begin < end) & (row < end) & (begin < row + block_size)
+    checks.indices(block_table, name, num_blocks, "the blocks of k", holds_keys)

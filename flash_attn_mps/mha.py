@@ -61,14 +61,14 @@ def with_usual_strides(tensor: torch.Tensor) -> torch.Tensor:
 
 def _remove() -> None:
     global _torchs, _function
-    if is_installed():
+    if _torchs is not None and is_installed():
         F.multi_head_attention_forward = _torchs
     _torchs = _function = None
 
 
 def _normalizing(torchs: Callable, devices: Collection[str] | None) -> Callable:
     @functools.wraps(torchs)
-    def multi_head_attention_forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any):
+    def multi_head_attention_forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         # Compilers choose layouts themselves, and tensors of other types may not be what they seem.
         wanted = type(query) is torch.Tensor and (devices is None or query.device.type in devices)
         if wanted and not torch.compiler.is_compiling():
@@ -78,5 +78,5 @@ def _normalizing(torchs: Callable, devices: Collection[str] | None) -> Callable:
             query, key, value = (normal[id(tensor)] for tensor in (query, key, value))
         return torchs(query, key, value, *args, **kwargs)
 
-    multi_head_attention_forward.__prepare_scriptable__ = lambda: torchs  # torch.jit.script takes torch's
+    vars(multi_head_attention_forward)["__prepare_scriptable__"] = lambda: torchs  # torch.jit.script takes torch's
     return multi_head_attention_forward

@@ -6,9 +6,13 @@ directory `flash_attn_mps`: pip lets them, and the last one wins. Nothing here r
 looked up.
 """
 
+from __future__ import annotations
+
 import os
 import sys
+from collections.abc import Iterator
 from importlib import metadata, util
+from typing import Any
 
 DISTRIBUTION = "mtlflashattn"
 PACKAGE = "flash_attn_mps"
@@ -17,17 +21,17 @@ _INIT = f"{PACKAGE}/__init__.py"
 _MARK = f'__distribution__ = "{DISTRIBUTION}"'  # a line of our flash_attn_mps/__init__.py
 
 
-def distributions():
+def distributions() -> list[tuple[metadata.Distribution, bool]]:
     """The installed distributions named `mtlflashattn`, in the order of `sys.path`: (the distribution, is it ours?)."""
     return [(found, _is_ours(found)) for found in metadata.distributions(name=DISTRIBUTION)]
 
 
-def our_distribution():
+def our_distribution() -> metadata.Distribution | None:
     """Our own distribution, None if it is not installed (a checkout on PYTHONPATH, a zipapp)."""
     return next((found for found, ours in distributions() if ours), None)
 
 
-def foreign_package():
+def foreign_package() -> str | None:
     """Why `import flash_attn_mps` does not give our package, and what to do, in words; None if it does.
 
     Does not import it: another project's may need what is not there, or take long.
@@ -45,12 +49,12 @@ def foreign_package():
     return f"`import {PACKAGE}` finds {here}, which belongs to {whose}, not to {DISTRIBUTION}: {remedy}"
 
 
-def claims():
+def claims() -> list[metadata.Distribution]:
     """The installed distributions that say that they installed `flash_attn_mps/__init__.py`."""
     return [found for found in metadata.distributions() if _records(found, _INIT)]
 
 
-def findings():
+def findings() -> dict[str, Any]:
     """Name -> lines of text: who owns our names here."""
     owned = [f"{'this project' if ours else 'ANOTHER PROJECT'}: {_describe(d)}" for d, ours in distributions()]
     foreign = foreign_package()
@@ -63,7 +67,7 @@ def findings():
     }
 
 
-def advice():
+def advice() -> Iterator[str]:
     """What to do about other projects under our names, a sentence for each."""
     for found, ours in distributions():
         if not ours:

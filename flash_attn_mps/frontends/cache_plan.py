@@ -214,7 +214,7 @@ def _longest(starts: list[int] | None, lengths: list[int] | None) -> int:
     """How far the farthest sequence reaches, as far as the host knows."""
     if not starts or not lengths:
         return 0
-    return max(start + length for start, length in zip(starts, lengths, strict=True))
+    return max((start + length for start, length in zip(starts, lengths, strict=True) if length), default=0)
 
 
 def _rotary(call: CacheCall, batch: int, queries: Lengths, cached: Rows, new: NewRows | None) -> Rotary | None:
@@ -238,7 +238,7 @@ def _rotary(call: CacheCall, batch: int, queries: Lengths, cached: Rows, new: Ne
             seqlens, checks.lengths(seqlens, call.name("rotary_seqlens"), batch, cos.shape[0], q, "rotary_cos")
         )
     _check_table(cos, start, new.rows.known, "keys")
-    # Upstream's rule: queries that are neither causal nor local all have the position after the cache.
+    # Upstream's rule: without causal, window and chunk all queries have the position after the cache.
     window = checks.window(call.options.window_size, call.options.causal)
     advances = window != (-1, -1) or checks.attention_chunk(call.options.attention_chunk) > 0
     lengths = [q.shape[1]] * batch if call.cu_seqlens_q is None else queries.lengths

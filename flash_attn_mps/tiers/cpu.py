@@ -49,7 +49,7 @@ def _backward_limits(p: AttentionProblem) -> list[str]:
     if p.heads != p.heads_k and p.q.dtype != torch.float32:
         return ["heads share keys in half precision, in which PyTorch would sum their gradients"]
     reasons = _limits(p)
-    if not reasons and _largest_score(p) > _LARGEST_TO_SUBTRACT_FROM:
+    if not reasons and p.features <= _FEATURES and _largest_score(p) > _LARGEST_TO_SUBTRACT_FROM:
         return ["scores are large, and whoever gave the log-sum-exp may have rounded them otherwise"]
     return reasons
 

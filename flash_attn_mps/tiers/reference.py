@@ -46,7 +46,7 @@ def run(p: AttentionProblem) -> Result:
         for block in blocks(p, group, queries, keys):
             s, _ = block.scores(block.heads_first(queries.take(q, group, block.first, block.last)), k_rows)
             v_seen = v_rows[:, :, block.lo : block.hi]
-            seen = s != -torch.inf if _may_hold_nonfinite(p, v_seen) else None
+            seen = s != -torch.inf if _may_hold_nonfinite(p, False, v_seen) else None
             prob, block_lse = block.softmax(s)
             if probs is not None:
                 probs[group.seqs, :, block.first : block.last, block.lo : block.hi] = prob.flatten(1, 2).to(q.dtype)
@@ -99,7 +99,7 @@ def backward(
             if dlse is not None:
                 delta -= rows(dlse[..., None])
             s, capped = block.scores(q_rows, k_rows, keep_capped=True)
-            hidden = s == -torch.inf if _may_hold_nonfinite(p, q_rows, k_seen, v_seen) else None
+            hidden = s == -torch.inf if _may_hold_nonfinite(p, p.ragged_q, q_rows, k_seen, v_seen) else None
             prob, own_lse = block.softmax(s)
             if hidden is not None:
                 prob.masked_fill_(hidden, 0.0)
@@ -113,10 +113,10 @@ def backward(
                 kept, dp = prob * keep, dp.mul_(keep)
             dv_rows[:, :, block.lo : block.hi] += kept.flatten(2, 3).transpose(-1, -2) @ do
             ds = dp.sub_(block.split(delta)).mul_(prob)
-            if hidden is not None:
-                ds.masked_fill_(hidden, 0.0)
             if capped is not None:
                 ds.mul_(1.0 - capped.div_(p.softcap).square_())
+            if hidden is not None:
+                ds.masked_fill_(hidden, 0.0)
             ds = ds.flatten(2, 3)
             queries.put(dq, group, block.first, block.last, block.rows_first(block.split(block.scaled(ds @ k_seen))))
             dk_rows[:, :, block.lo : block.hi] += ds.transpose(-1, -2) @ block.scaled(q_rows)
@@ -150,12 +150,13 @@ def _gradient_of_sinks(
     return -(prob * delta).masked_fill_(prob == 0.0, 0.0).flatten(0, -2).sum(0)
 
 
-def _may_hold_nonfinite(p: AttentionProblem, *rows: torch.Tensor) -> bool:
+def _may_hold_nonfinite(p: AttentionProblem, rows_are_hidden: bool, *rows: torch.Tensor) -> bool:
     """May something that is hidden from some queries be NaN or infinite, so that 0 times it would reach them?
 
-    Where looking would wait for the device, the answer is yes: a hidden value never matters, on no tier.
+    `rows_are_hidden`: are there keys that only rows which are no queries could see? Where looking would wait for the
+    device, the answer is yes: a hidden value never matters, on no tier.
     """
-    if p.mask is None and p.window == (-1, -1) and not p.attention_chunk:
+    if p.mask is None and p.window == (-1, -1) and not p.attention_chunk and not rows_are_hidden:
         return False
     return not all(map(readable, rows)) or not all(bool(t.isfinite().all()) for t in rows)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -53,7 +54,9 @@ class Dropout:
 class Block:
     """Queries `first` to `last` of a group against the keys `lo` to `hi`, all that any of them may see."""
 
-    def __init__(self, p: AttentionProblem, group: Group, queries: QueryRows, keys: KeyRows, first: int, last: int):
+    def __init__(
+        self, p: AttentionProblem, group: Group, queries: QueryRows, keys: KeyRows, first: int, last: int
+    ) -> None:
         self.p, self.group, self.queries, self.keys = p, group, queries, keys
         self.first, self.last = first, last
         self.lo, self.hi = 0, group.seqlen_k
@@ -133,7 +136,8 @@ class Block:
         The rounding of a sum of products in float32 is relative to the sum of their magnitudes, at most |q| |k|.
         """
         largest = q_rows.norm(dim=-1, keepdim=True) * k_seen.norm(dim=-1).amax(-1)[..., None, None]
-        largest = self.split(largest) * abs(self.p.softmax_scale)
+        scale: Any = self.p.softmax_scale  # a number or a 0-d tensor
+        largest = self.split(largest) * abs(scale)
         if self.p.softcap:
             largest = largest.clamp(max=self.p.softcap)
         return 8 * torch.finfo(torch.float32).eps * (largest + lse.abs())

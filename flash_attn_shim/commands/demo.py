@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from typing import Any
 
 import flash_attn_shim
 from flash_attn_shim import owners, policy
@@ -62,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         return SentenceTransformer(path, device=device, model_kwargs={"attn_implementation": attention})
 
     model, eager = load("flash_attention_2"), load("eager")
-    sentences = _readme_sentences(ours.metadata.get_payload())
+    description: Any = ours.metadata  # an email.message.Message, whose body it is
+    sentences = _readme_sentences(description.get_payload())
     texts = [*sentences, *arguments.questions]
     began = time.perf_counter()
     embeddings = torch.from_numpy(model.encode(texts))

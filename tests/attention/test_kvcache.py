@@ -224,7 +224,7 @@ def test_pages_in_front_of_a_sequence_are_not_looked_at(append):
     holes = torch.tensor([[-1, -1, -1, -1], [-1, 5, 3, -1], [-1, -1, 2, 0]], dtype=torch.int32)
     call = {
         "cache_seqlens": torch.tensor([10, 9], dtype=torch.int32),
-        "cache_leftpad": torch.tensor([8, 7], dtype=torch.int32),
+        "cache_leftpad": torch.tensor([8, 6], dtype=torch.int32),
         "cache_batch_idx": torch.tensor([2, 1], dtype=torch.int32),
         "causal": True,
     }
@@ -237,6 +237,26 @@ def test_pages_in_front_of_a_sequence_are_not_looked_at(append):
     with pytest.raises(ValueError, match=r"block_table: got values from -1"):
         call["cache_leftpad"] = torch.tensor([8, 3], dtype=torch.int32)
         flash_attn_with_kvcache(q, k_cache, v_cache, block_table=holes, **call)
+
+
+def test_padding_alone_needs_no_page():
+    """cache_leftpad == cache_seqlens: the sequence has no key, and none of its pages is looked at."""
+    pages, q = randn(2, 4, 2, 32, dtype=torch.float32), randn(1, 2, 2, 32, dtype=torch.float32)
+    five = torch.tensor([5], dtype=torch.int32)
+    table = torch.full((1, 2), -1, dtype=torch.int32)
+    out, lse = flash_attn_with_kvcache(
+        q, pages, pages, cache_seqlens=five, cache_leftpad=five, block_table=table, return_softmax_lse=True
+    )
+    assert not out.any()
+    assert torch.isneginf(lse).all()
+
+
+def test_no_sequences_in_pages():
+    pages, none = randn(2, 4, 2, 32, dtype=torch.float32), torch.zeros(0, dtype=torch.int32)
+    out = flash_attn_with_kvcache(
+        pages[:0], pages, pages, cache_seqlens=none, cache_leftpad=none, block_table=torch.zeros(0, 2).int()
+    )
+    assert out.shape == (0, 4, 2, 32)
 
 
 def test_one_row_of_the_table_for_many_sequences():

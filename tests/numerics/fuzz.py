@@ -37,18 +37,19 @@ SAME_QUERIES = ("dense", "cache", "paged-cache")  # storages in which all sequen
 def kind_of(r: random.Random) -> dict:
     """What a kernel is compiled for."""
     dtype = r.choice((torch.float16, torch.bfloat16, torch.float32))
-    dims = r.choice(DIMS)
+    dims, storage = r.choice(DIMS), r.choice(("dense", "varlen", *STORAGES))
+    masks = (None, None, None, "bool", "same", "float32") if storage in SAME_QUERIES else (None,)  # not for packed ones
     return {
         "tier": r.choice((*TIERS, "simdgroup", "simdgroup")),
         "variant": r.choice(simdgroup.FORWARD.fitting(dtype.itemsize, *dims)),
         "dtype": dtype,
         "dims": dims,
-        "storage": r.choice(("dense", "varlen", *STORAGES)),
+        "storage": storage,
         "window": r.choice(((0, 0), (0, 0), (0, 1), (0, 1), (1, 0), (1, 1))),  # which sides are closed
         "softcap": r.choice((0.0, 0.0, 0.0, 3.0)),
         "alibi": r.choice((None, None, None, "H", "BH")),
         "sinks": r.random() < 0.2,
-        "mask": r.choice((None, None, None, "bool", "same", "float32")),
+        "mask": r.choice(masks),
         "scale": r.choice(("number", "number", "float16", "float32")),
         "lse": r.random() < 0.7,
         "layout": tuple(r.choice(LAYOUTS) for _ in range(3)),
@@ -137,10 +138,10 @@ def errors(call: Call, gradients: bool, r: random.Random) -> list[str]:
         if p.want_lse and result.lse is not None:
             got["lse"] = result.lse.detach().transpose(-1, -2)[s.place]
         for name, value in got.items():
-            if value is not None and (
-                why := _differs(value, exact[name], plain[name], rounded[name], name == "lse", p)
-            ):
-                wrong.append(f"{name}: {why}")
+            if value is not None:
+                more = _cancelled(name, s, dout[s.place])
+                why = _differs(value, exact[name], plain[name], rounded[name], name == "lse", more)
+                wrong += [f"{name}: {why}"] if why else []
     if not (result.out[~read_q] == 0).all():
         wrong.append("out: a row of no sequence is not zero")
     for name, grad, read in (("dq", grads[0], read_q), ("dk", grads[1], read_k), ("dv", grads[2], read_k)):
@@ -159,27 +160,41 @@ def _computed(s: Sequence, dout: torch.Tensor, number: torch.dtype, rounded_to: 
     dout = dout.to(number)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
     if rounded_to is not None:
-        # delta = rowsum(dout * out) changes with the output, and ds = p (dp - delta) by p times that: as if lse had it as
-        # its gradient.
+        # delta = rowsum(dout * out) changes with the output, and ds = p (dp - delta) by p times that: as if it were a
+        # gradient of lse.
         change = ((out.detach().to(rounded_to).to(number) - out.detach()) * dout).sum(-1).T
         more_dq, more_dk = torch.autograd.grad(lse, (q, k), -change.masked_fill(lse.isinf(), 0.0))
         dq, dk = dq + more_dq, dk + more_dk
     return {"out": out.detach(), "lse": lse.detach().T, "dq": dq, "dk": dk, "dv": dv}
 
 
-def _differs(got, exact, plain, rounded, is_lse: bool, p) -> str | None:
-    """Why a result is wrong. None where its error is that of float32 arithmetic, of a rounded output, or its rounding."""
+def _cancelled(name: str, s: Sequence, dout: torch.Tensor) -> float:
+    """What rounding leaves of dp - delta, two sums of products of dout and v: equal where a probability is 1."""
+    if name not in ("dq", "dk") or not dout.numel() or not s.k.numel():
+        return 0.0
+    q, k, v = (x.detach().double().abs().max().item() for x in (s.q, s.k, s.v))
+    scale = s.how["softmax_scale"]
+    scale = abs(s.q.shape[-1] ** -0.5 if scale is None else float(scale))
+    products = dout.double().abs().sum(-1).max().item() * v
+    queries = dout.shape[0] * (s.q.shape[1] // s.k.shape[1])  # that a key's gradient is summed over
+    return 2e-6 * products * scale * (k if name == "dq" else q * queries)
+
+
+def _differs(got, exact, plain, rounded, is_lse: bool, more: float) -> str | None:
+    """Why a result is wrong; None where its error is that of float32 arithmetic, of a rounded output, or its own."""
+    dtype = torch.finfo(got.dtype)
     got, exact, plain, rounded = (x.double() for x in (got, exact, plain, rounded))
-    finite = exact.isfinite()
-    if not torch.equal(plain.isfinite(), finite):
+    if not torch.equal(plain.isfinite(), exact.isfinite()):
         return None  # float32 overflows
-    if not torch.equal(got.isfinite(), finite):
-        return "finite in other places"
+    finite = exact.isfinite()
     if not finite.any():
-        return None
-    error, size = (got - exact)[finite].abs().max().item(), exact[finite].abs().max().item()
-    allowed = 4 * (plain - exact)[finite].abs().max().item() + 2 * (rounded - exact)[finite].abs().max().item()
-    allowed += (4e-6 if is_lse else 4 * torch.finfo(p.q.dtype).eps + 1e-5) * (1 + size)
+        return None if torch.equal(got.isfinite(), finite) else "finite in other places"
+    size = exact[finite].abs().max().item()
+    allowed = 4 * (plain - exact)[finite].abs().max().item() + 2 * (rounded - exact)[finite].abs().max().item() + more
+    allowed += (4e-6 if is_lse else 4 * dtype.eps + 1e-5) * (1 + size)
+    if not torch.equal(got.isfinite(), finite):
+        return None if size + allowed > dtype.max else "finite in other places"
+    error = (got - exact)[finite].abs().max().item()
     return None if error <= allowed else f"error {error:.3g}, allowed {allowed:.3g}, size {size:.3g}"
 
 

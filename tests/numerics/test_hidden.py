@@ -59,6 +59,22 @@ def test_a_hidden_key_and_gradients(tier, readable_by):
     torch.testing.assert_close(dq[:, :15].double(), exact[:, :15], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", [{}, {"softcap": 2.0}], ids=["plain", "softcap"])
+def test_keys_of_a_sequence_without_queries(tier, readable_by, how):
+    """They have no gradient, whatever they are, and the others have theirs."""
+    cu_q, cu_k = torch.tensor([0, 0, 9], dtype=torch.int32), torch.tensor([0, 6, 20], dtype=torch.int32)
+    q, k, v = torch.randn(9, 2, 16), torch.randn(20, 1, 16), torch.randn(20, 1, 16)
+    leaves = [x.double()[None].requires_grad_() for x in (q, k[6:], v[6:])]
+    exact = torch.autograd.grad(oracle.dense(*leaves, **how).out.sum(), leaves)
+    k[:6], v[:6] = math.nan, math.nan
+    mine = [x.requires_grad_() for x in (q, k, v)]
+    grads = torch.autograd.grad(flash_attn_varlen_func(*mine, cu_q, cu_k, 9, 14, **how).sum(), mine)
+    for grad, other in zip((grads[0], grads[1][6:], grads[2][6:]), exact, strict=True):
+        torch.testing.assert_close(grad.double(), other[0], rtol=1e-4, atol=1e-5)
+    for grad in grads[1:]:
+        assert torch.equal(grad[:6], torch.zeros_like(grad[:6]))
+
+
 @pytest.mark.parametrize("operand", [1, 2], ids=["k", "v"])
 def test_a_key_that_a_mask_hides(tier, readable_by, operand):
     q, k, v = drawn(torch.float32)

@@ -1,5 +1,8 @@
 """What `importlib.metadata` says about flash-attn, and that it says everything else as before."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 
 from .environments import MAC, make_venv, write
@@ -109,10 +112,10 @@ def test_a_directory_that_is_listed_has_no_flash_attn(installed):
 
 
 def test_pip_sees_no_flash_attn(tmp_path, wheel):
-    import pip
-
+    # Not imported: an imported pip keeps setuptools, which torch.utils.benchmark needs, from finding its distutils.
+    pip = Path(importlib.util.find_spec("pip").origin)
     interpreter = make_venv(tmp_path, wheel)
-    (interpreter.site_packages / "pip.pth").write_text(pip.__path__[0].rpartition("/")[0] + "\n")
+    (interpreter.site_packages / "pip.pth").write_text(f"{pip.parents[1]}\n")
     listed = interpreter.start("-m", "pip", "list", "--path", interpreter.site_packages, **ON)
     assert "mtlflashattn" in _first_words(listed.stdout), listed.stderr
     assert "flash-attn" not in _first_words(listed.stdout)

@@ -1,5 +1,6 @@
 """What a type checker sees of `flash_attn` where mtlflashattn is installed: the stub-only packages of the wheel."""
 
+import ast
 import json
 import re
 import runpy
@@ -131,3 +132,30 @@ def test_the_stubs_name_what_the_modules_have(with_torch):
     print(missing, unnamed, names > 200)
     """
     assert with_torch.run(program, MTLFLASHATTN_SHIM="on") == "[] [] True"
+
+
+def _public_functions(body, prefix=""):
+    """`(name, node)` of functions, and of methods of public classes."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and node.name[0] != "_":
+            yield from _public_functions(node.body, f"{node.name}.")
+        elif isinstance(node, ast.FunctionDef) and (node.name[0] != "_" or node.name == "__init__"):
+            yield prefix + node.name, node
+
+
+@pytest.mark.parametrize("package", ["flash_attn_mps", "flash_attn_shim"])
+def test_every_public_function_is_annotated(package):
+    bare = []
+    for file in sorted((ROOT / package).rglob("*.py")):
+        for name, node in _public_functions(ast.parse(file.read_text()).body):
+            arguments = [
+                node.args.vararg,
+                node.args.kwarg,
+                *node.args.posonlyargs,
+                *node.args.args,
+                *node.args.kwonlyargs,
+            ]
+            untyped = [a.arg for a in arguments if a and a.annotation is None and a.arg not in ("self", "cls")]
+            if untyped or node.returns is None:
+                bare.append((file.relative_to(ROOT).as_posix(), name, untyped))
+    assert not bare

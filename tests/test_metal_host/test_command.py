@@ -2,6 +2,7 @@
 
 import pytest
 
+from metal_host import survey
 from metal_host.__main__ import main
 
 SOURCE = """#include <metal_stdlib>
@@ -48,3 +49,28 @@ def test_tells_faults_and_errors(file, capsys, tmp_path):
     (tmp_path / "wrong.metal").write_text("kernel void k(device float* o) { o[0] = missing; }")
     assert main([str(tmp_path / "wrong.metal")]) == 1
     assert "undeclared identifier 'missing'" in capsys.readouterr().err
+
+
+def test_survey(tmp_path, capsys, monkeypatch):
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "shared.h").write_text("inline float one() { return 1; }\n")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "good.metal").write_text(
+        """#include "shared.h"
+        template <typename T> [[kernel]] void f(device T* o) { o[0] = one(); }
+        template [[host_name("f_float")]] [[kernel]] void f<float>(device float* o);
+        template [[host_name("f_int")]] [[kernel]] void f<int>(device int* o);
+        kernel void g(device float* o) { o[0] = one(); }"""
+    )
+    (tmp_path / "kernels" / "bad.metal").write_text(
+        """kernel void works(device float* o) { o[0] = 1; }
+        template <typename T> kernel void fails(device T* o) { o[0] = T::missing; }
+        template [[host_name("fails")]] kernel void fails<float>(device float* o);"""
+    )
+    (tmp_path / "kernels" / "absent.metal").write_text('#include "absent.h"\nkernel void h(device float* o) {}')
+    monkeypatch.setattr("sys.argv", ["survey", f"ours={tmp_path}", "--files", "--all", "--workers", "1"])
+    survey.main()
+    out, err = capsys.readouterr()
+    assert "| ours | 3 | 5 | 4 | 5 | 3 (60 %) |" in out
+    assert "| kernels/good.metal | | 3 | 3 | 2 | 2 |" in out
+    assert "'absent.h' file not found" in err

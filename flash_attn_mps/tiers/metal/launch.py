@@ -36,7 +36,7 @@ def limits(p: AttentionProblem) -> list[str]:
         reasons.append("there are no scores")
     if p.q.shape[-1] > MAX_HEAD_DIM or p.v.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head_dim above {MAX_HEAD_DIM}")
-    if "scale_tensor" in p.features and p.softmax_scale.dtype not in _TYPES:
+    if isinstance(p.softmax_scale, torch.Tensor) and p.softmax_scale.dtype not in _TYPES:
         reasons.append("softmax_scale is a tensor of another dtype than float")
     return reasons
 
