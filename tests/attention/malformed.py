@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from flash_attn_mps.frontends import fa2, fa2_private, fa3, fa3_private, heads_first
-from tests.hostile import nested, quantized
+
+from .hostile import nested, quantized
 
 NAN, INF = float("nan"), float("inf")
 F16, F64 = torch.float16, torch.float64
@@ -484,6 +485,8 @@ KVCACHE = [
 ]
 
 APPEND = [
+    ("k_cache expanded", lambda a: {"k_cache": a.k_cache[:1].expand(2, -1, -1, -1)}, "k_cache"),
+    ("v_cache expanded", lambda a: {"v_cache": a.v_cache[:, :1].expand(-1, 12, -1, -1)}, "v_cache"),
     ("k without v", lambda a: {"v": None}, ("k", "v")),
     ("v without k", lambda a: {"k": None, "rotary_cos": None, "rotary_sin": None}, ("k", "v")),
     ("k without cache_seqlens", lambda a: {"cache_seqlens": None}, "cache_seqlens"),

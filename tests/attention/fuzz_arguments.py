@@ -1,8 +1,8 @@
 """Calls with hostile arguments: each gives a right result, or an error that names an argument that was hostile.
 
-    python -m tests.fuzz_arguments [--calls 60000] [--seed 0] [--only flash_attn_varlen]
+    python -m tests.attention.fuzz_arguments [--calls 60000] [--seed 0] [--only flash_attn_varlen]
 
-A call is a good one in which one or two arguments are replaced (tests/hostile.py). Right is what the `torch` tier gives
+A call is a good one in which one or two arguments are replaced (hostile.py). Right is what the `torch` tier gives
 too, and what is a number where the arguments are numbers. An error is a ValueError or a NotImplementedError in this
 package's words, with the name of an argument that was replaced as the caller writes it. A warning counts as an error of
 another kind: NumPy and PyTorch warn where they guess what was meant.
@@ -26,9 +26,10 @@ import torch
 
 from flash_attn_mps.frontends import fa2, fa2_private, fa3, fa3_private, heads_first
 from flash_attn_mps.integrations import transformers, transformers_fa2
-from tests.attention import malformed
-from tests.attention.malformed import ints
-from tests.hostile import ANYTHING, OF_A_TENSOR
+
+from . import malformed
+from .hostile import ANYTHING, OF_A_TENSOR
+from .malformed import ints
 
 TAME = 1e4  # beyond, scores are so large that two right results differ, or that float32 ends
 
