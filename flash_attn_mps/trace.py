@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .problem import FEATURES, AttentionProblem
-from .tools.text_table import aligned
+from .text_table import aligned
 
 
 class Call(NamedTuple):

@@ -1,6 +1,6 @@
 """What clang's C++ for OpenCL takes and Metal before 4.0 does not.
 
-Checked on tokens; address spaces, C++17 and double are left to the compiler, recursion to recursion.py.
+Checked on tokens; address spaces, C++17 and double are left to the compiler, recursion to calls.py.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from . import counters, serve
 from .call import Arguments
 from .counters import stats
 from .decision import Decision, Reason
-from .patch import install, installed, is_installed, scaled_dot_product_attention, uninstall
+from .registration import install, installed, is_installed, scaled_dot_product_attention, uninstall
 from .serve import reset
 from .settings import SWITCH, wanted
 from .torch_paths import version

@@ -14,7 +14,6 @@ from .call import Arguments
 
 # torch finds graphs on disk by what Dynamo saw, which is torch's function with this package and without.
 _TAG = "+mtlflashattn.sdpa"
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 and later
 
 
 def in_dynamo(
@@ -32,7 +31,7 @@ def in_dynamo(
     for tensor in tensors:
         if type(tensor) not in obstacles.PLAIN:
             return None
-    if not obstacles.is_served(query) or _is_exporting() or torch.is_autocast_enabled(query.device.type):
+    if not obstacles.is_served(query) or torch.compiler.is_exporting() or torch.is_autocast_enabled(query.device.type):
         return None
     if _need_gradient(tensors):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 
-from ..tools.text_table import aligned
+from ..text_table import aligned
 
 TAKEN, LEFT, FELL = "taken", "left", "fell through"
 ELSEWHERE = "not on MPS"

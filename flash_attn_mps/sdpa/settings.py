@@ -47,7 +47,7 @@ def read(env: Mapping[str, str] = os.environ) -> Settings:
 
 
 def wanted(env: Mapping[str, str] = os.environ) -> bool:
-    """Is the patch to be installed when the package is imported?"""
+    """Is the kernel to be registered when the package is imported?"""
     return env.get(SWITCH, "").lower() in ("on", "1", "true", "yes")
 
 

@@ -26,7 +26,7 @@ _SWITCHES = (
 
 
 def everything() -> dict[str, Any]:
-    """All findings: names, owners, switches, hook, system, attention, libraries, programs, advice."""
+    """All findings: names, owners, switches, hook, system, attention, libraries, programs, sdpa, advice."""
     status = flash_attn_shim.status()  # before anything below imports a library and so changes the answer
     hook = _hook(status)
     attention = _attention()
@@ -37,7 +37,7 @@ def everything() -> dict[str, Any]:
         "hook": hook,
         "system": _system(),
         "attention": attention,
-        "libraries": _libraries(status),
+        "libraries": _libraries(),
         "programs": _programs(status),
     }
     findings["sdpa"] = _sdpa()
@@ -102,7 +102,7 @@ def _attention():
     if foreign := owners.foreign_package():
         return {**found, "tier": f"none: {foreign}"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # who owns the names is said under Names
+        warnings.simplefilter("ignore")  # who owns the names is said under "Our names"
         from flash_attn_mps import dispatch
         from flash_attn_mps.describe import CallOptions, dense
 
@@ -158,15 +158,15 @@ def _sdpa():
     }
 
 
-def _libraries(status):
+def _libraries():
     """What libraries that ask for flash_attn conclude here."""
     return {
-        "transformers": _transformers(status),
+        "transformers": _transformers(),
         "diffusers": _diffusers(),
     }
 
 
-def _transformers(status):
+def _transformers():
     version = _version("transformers")
     if version is None:
         return "not installed"

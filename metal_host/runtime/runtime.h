@@ -18,7 +18,7 @@ void* memcpy(void*, const void*, size_t);
 void* memmove(void*, const void*, size_t);
 void* memset(void*, int, size_t);
 
-// Collectives; the numbers are known to include/msl/cpu.h and to faults.py.
+// Collectives; ../instrumented.py knows the numbers.
 enum mh_kind { MH_NONE, MH_SHUFFLE, MH_GATHER, MH_VOTE, MH_MATRIX, MH_SIMDGROUP_BARRIER, MH_THREADGROUP_BARRIER };
 enum { MH_MEM_DEVICE = 1, MH_MEM_THREADGROUP = 2 };
 

@@ -194,7 +194,7 @@ void __mh_simdgroup_barrier(uint32_t flags) {
   collective(MH_SIMDGROUP_BARRIER, SITE, 0, 0, 0, 0);
 }
 
-// Identifiers, in the order of include/msl/identifiers.h.
+// Identifiers, declared in include/msl/cpu.h; `which` is numbered as in ../kernels.py.
 uint32_t __mh_identifier(uint32_t which, uint32_t axis) {
   uint32_t t = __mh_self.thread, x = t % mh.group_size[0], y = t / mh.group_size[0] % mh.group_size[1],
            z = t / mh.group_size[0] / mh.group_size[1];

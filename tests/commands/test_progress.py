@@ -3,7 +3,7 @@
 import io
 
 from flash_attn_mps.tools.progress import Progress
-from flash_attn_mps.tools.text_table import aligned
+from flash_attn_mps.text_table import aligned
 
 
 class Terminal(io.StringIO):

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "flash_attn_mps"
 
-# From the top down: a module imports from its own layer and from those below it. docs/architecture.md draws this.
+# From the top down: a module imports from its own layer and from those below it. docs/architecture.md says so too.
 LAYERS = [
     {"__init__", "tools", "integrations", "mha"},
     {"frontends.heads_first", "frontends.fa2", "frontends.fa3", "frontends"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"tiers"},
     {"trace", "timing", "describe", "project"},
     {"problem", "lengths"},
-    {"checks", "tools.text_table"},
+    {"checks", "text_table"},
 ]
 
 

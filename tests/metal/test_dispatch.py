@@ -146,10 +146,21 @@ def test_a_kernel_that_does_not_compile_is_replaced(refuse, qkv, monkeypatch):
     text = str(caught[0].message)
     assert "report" in text
     assert "Failed to create" in text
-    with warnings.catch_warnings():  # another kernel is tried too, and fails in silence
+    with warnings.catch_warnings():  # another specialization is tried too, and fails in silence
         warnings.simplefilter("error")
         assert served_by(monkeypatch, *qkv) == ("torch", [])
     assert compile_.call_count == 2
+
+
+def test_each_kernel_that_does_not_compile_gives_a_warning(qkv, monkeypatch):
+    monkeypatch.setattr(compiler, "compile_shader", refused_when_compiled)
+    for tier, entry in (("simdgroup", "attention_forward"), ("scalar", "attention_scalar")):
+        monkeypatch.setenv("MTLFLASHATTN_KERNEL", tier)
+        with (
+            pytest.warns(RuntimeWarning, match=f"{entry} did not compile"),
+            pytest.raises(NotImplementedError, match=f"{tier}: its kernel does not compile"),
+        ):
+            flash_attn_func(*qkv)
 
 
 def test_a_forced_kernel_that_does_not_compile_is_an_error(qkv, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flash_attn_mps import mha, sdpa
-from flash_attn_mps.sdpa import obstacles, patch, settings
+from flash_attn_mps.sdpa import obstacles, registration, settings
 from flash_attn_mps.sdpa.settings import GIB, Settings
 from flash_attn_mps.tiers.metal import compiler, store, variants
 from metal_host import compile_shader
@@ -21,9 +21,9 @@ def _anew(monkeypatch, tmp_path):
     torch.manual_seed(0)
     sdpa.reset()
     threads = threading.active_count()  # torch.compile and others leave some
-    monkeypatch.setattr(patch, "_is_alone", lambda: threading.active_count() <= threads)
+    monkeypatch.setattr(registration, "_is_alone", lambda: threading.active_count() <= threads)
     yield
-    monkeypatch.setattr(patch, "_is_alone", lambda: True)
+    monkeypatch.setattr(registration, "_is_alone", lambda: True)
     sdpa.uninstall()
     mha.uninstall()
     sdpa.reset()

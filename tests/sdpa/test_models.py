@@ -1,4 +1,4 @@
-"""Whole models under the patch: their own results where calls are left to torch, right ones where they are taken."""
+"""Whole models with the kernel registered: their own results where calls are left to torch, right ones where they are taken."""
 
 import pytest
 import torch

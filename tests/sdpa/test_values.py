@@ -21,7 +21,7 @@ def qkv(q, k=None, v=None, dtype=HALF):
 
 
 def called(tensors, **how):
-    """The result under the patch, of which no part may be torch's."""
+    """The result with the kernel registered, of which no part may be torch's."""
     with sdpa.installed():
         out = F.scaled_dot_product_attention(*tensors, **how)
     stats = sdpa.stats()

@@ -57,13 +57,13 @@ def clear() -> None:
     _warned.clear()
 
 
-_warned: set[str] = set()
+_warned: set[str] = set()  # entries of kernels
 
 
 def _warn_once(specialization: Specialization, error: Exception) -> None:
-    if _warned:
-        return
     entry = specialization.kernel.entry
+    if entry in _warned:
+        return
     _warned.add(entry)
     reason = str(error).strip().splitlines()
     warnings.warn(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..text_table import aligned
+from ...text_table import aligned
 from .contenders import STOCK
 from .measure import Measurement
 from .workloads import KINDS

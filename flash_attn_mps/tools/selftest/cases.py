@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from ...tiers import BY_NAME
+from ...tiers import BY_NAME, METAL, cpu
 from ...tiers.metal import simdgroup
+
+TILED = simdgroup.TIER
+KERNEL = simdgroup.FORWARD  # of TILED: a case that names a variant runs it
 
 
 class Feature(NamedTuple):
@@ -109,7 +112,6 @@ _VARIANTS = {
     "usual": ([(64, 64), (128, 128)], DTYPES, 1),
     "full": ([*_USUAL, (72, 72)], DTYPES, 3),
 }
-LEVELS = tuple(_HEAD_DIMS)
 
 
 def cases(level: str, metal: bool) -> Iterator[Case]:
@@ -117,20 +119,20 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
     head_dims = _HEAD_DIMS[level]
     if metal:
         for dtype in DTYPES:
-            yield from (Case("simdgroup", dtype, *dims, feature) for dims in head_dims for feature in FEATURES)
+            yield from (Case(TILED.name, dtype, *dims, feature) for dims in head_dims for feature in FEATURES)
         wanted, dtypes, features = _VARIANTS[level]
         for dtype in dtypes:
             for dims in wanted:
                 for variant in _variants(dtype, *dims):
-                    yield from (Case("simdgroup", dtype, *dims, f, variant) for f in _OF_VARIANTS[:features])
+                    yield from (Case(TILED.name, dtype, *dims, f, variant) for f in _OF_VARIANTS[:features])
     few = _USUAL if level == "full" else head_dims[:2]
     # The tiled kernel is covered above. The cpu tier is PyTorch's own code, which needs no test on a Mac.
-    skipped = {"simdgroup", "cpu"} if metal else {"simdgroup", "scalar"}
+    skipped = {TILED.name, cpu.TIER.name} if metal else METAL
     for name in [name for name in BY_NAME if name not in skipped]:
         for dtype in DTYPES:
             yield from (Case(name, dtype, *dims, feature) for dims in few for feature in FEATURES)
 
 
 def _variants(dtype: str, head_dim: int, head_dim_v: int) -> list[str]:
-    found = simdgroup.FORWARD.fitting(getattr(torch, dtype).itemsize, head_dim, head_dim_v)
+    found = KERNEL.fitting(getattr(torch, dtype).itemsize, head_dim, head_dim_v)
     return list(map(str, found))

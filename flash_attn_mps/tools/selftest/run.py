@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 
 from ...problem import AttentionProblem, Result
-from ...tiers import BY_NAME
-from ...tiers.metal import compiler, launch, simdgroup
+from ...tiers import BY_NAME, cpu
+from ...tiers.metal import compiler, launch
 from .build import Built, build
-from .cases import Case
+from .cases import KERNEL, Case
 
 # The outcomes of a case. If the cpu tier does not support it, that is no failure: PyTorch decides what it supports.
 RIGHT, WRONG, NOT_COMPILED, RAISED, NOT_SERVED = "right", "wrong", "not compiled", "raised", "not served"
@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        return self.status != RIGHT and not (self.status == NOT_SERVED and self.case.tier == "cpu")
+        return self.status != RIGHT and not (self.status == NOT_SERVED and self.case.tier == cpu.TIER.name)
 
 
 def run(case: Case, device: torch.device | str) -> Outcome:
@@ -50,9 +50,8 @@ def run(case: Case, device: torch.device | str) -> Outcome:
 def _result(case: Case, p: AttentionProblem) -> Result | None:
     if not case.variant:
         return BY_NAME[case.tier].run(p)
-    kernel = simdgroup.FORWARD
-    found = kernel.fitting(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
-    return launch.run(p, kernel, next(v for v in found if str(v) == case.variant))
+    found = KERNEL.fitting(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
+    return launch.run(p, KERNEL, next(v for v in found if str(v) == case.variant))
 
 
 def _judged(case: Case, built: Built, result: Result) -> Outcome:
