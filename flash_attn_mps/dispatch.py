@@ -18,7 +18,8 @@ __all__ = ["attention", "explain", "gradients"]
 def attention(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Result:
     """Compute `p` on the first tier that serves it, differentiably; while a graph is captured, when the graph runs.
 
-    `without` the tiers of these names, unless one is forced; ignored while a graph is captured. Raises NotImplementedError if no tier serves it.
+    `without` the tiers of these names, unless one is forced; ignored while a graph is captured. Raises
+    NotImplementedError if no tier serves it.
     """
     if torch.compiler.is_compiling():
         return attention_op.attention(p)

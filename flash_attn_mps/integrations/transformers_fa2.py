@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import checks
 from ..describe import CallOptions, dense, varlen
 from ..frontends.shared import finish
 from ..problem import AttentionProblem, with_sinks
@@ -32,6 +33,7 @@ def flash_attn_func(
     s_aux: Tensor | None = None,
 ) -> Tensor | Any:
     """`flash_attn_mps.flash_attn_func` with sinks `s_aux` `(heads,)`, not scaled; None for none."""
+    checks.flag(deterministic, "deterministic")
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     return finish(_with(dense(q, k, v, options), s_aux))
 
@@ -56,6 +58,7 @@ def flash_attn_varlen_func(
     s_aux: Tensor | None = None,
 ) -> Tensor | Any:
     """`flash_attn_mps.flash_attn_varlen_func` with sinks `s_aux` `(heads,)`, not scaled; None for none."""
+    checks.flag(deterministic, "deterministic")
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return finish(_with(varlen(q, k, v, *lengths, options, block_table=block_table), s_aux))

@@ -60,9 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _variants(arguments, watch):
     """0 if every class of calls has a variant now."""
     from flash_attn_mps import project
+    from flash_attn_mps.text_table import aligned
     from flash_attn_mps.tiers.metal import simdgroup, store, tune, variants
     from flash_attn_mps.tools.progress import Progress
-    from flash_attn_mps.text_table import aligned
 
     kernel = simdgroup.FORWARD
     keys = tune.keys(kernel, arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
@@ -94,8 +94,8 @@ def _lengths(arguments, watch):
     """0 if every kind of call has a length now."""
     from flash_attn_mps import sdpa
     from flash_attn_mps.sdpa import crossover, measured
-    from flash_attn_mps.tools.progress import Progress
     from flash_attn_mps.text_table import aligned
+    from flash_attn_mps.tools.progress import Progress
 
     causal = [mask == "causal" for mask in arguments.mask if mask != "window"]  # torch has no windows
     kinds = crossover.kinds(arguments.dtype, arguments.head_dim, causal)

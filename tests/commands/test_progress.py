@@ -2,8 +2,8 @@
 
 import io
 
-from flash_attn_mps.tools.progress import Progress
 from flash_attn_mps.text_table import aligned
+from flash_attn_mps.tools.progress import Progress
 
 
 class Terminal(io.StringIO):

@@ -1,4 +1,4 @@
-"""Whole models with the kernel registered: their own results where calls are left to torch, right ones where they are taken."""
+"""Whole models, installed: their own results where calls are left to torch, right ones where they are taken."""
 
 import pytest
 import torch

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...text_table import aligned
 from ...tiers import BY_NAME
 from ...tiers.metal import compiler
-from ...text_table import aligned
 from . import run
 from .cases import DTYPES, FEATURES
 from .run import Outcome
