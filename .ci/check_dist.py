@@ -22,7 +22,9 @@ def main(directory: Path) -> None:
     assert recorded == names, sorted(recorded ^ names)
     needed = {
         "flash_attn_mps/py.typed",
+        "flash_attn_mps/tiers/metal/kernels/forward.metal",
         "flash_attn_shim/presents/flash_attn/__init__.py",
+        "flash_attn_shim/presents/flash_attn_interface.py",
         "flash_attn-stubs/__init__.pyi",
         "flash_attn_interface-stubs/__init__.pyi",
         f"{info}/licenses/LICENSE",
@@ -31,7 +33,13 @@ def main(directory: Path) -> None:
     with tarfile.open(sdist) as archive:
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     tracked = {"README.md", "CONTRIBUTING.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "pyproject.toml", *HOOKS}
-    tracked.add("metal_host/README.md")
+    tracked |= {"metal_host/README.md", "constraints-transformers4.txt"}
+    tracked |= {
+        ".ci/run",
+        ".github/workflows/test.yml",
+        ".gitignore",
+        ".pre-commit-config.yaml",
+    }  # tests read such files
     assert tracked <= held, sorted(tracked - held)
     print(f"{wheel.name}: {len(names)} files; {sdist.name}: {len(held)} files")
 

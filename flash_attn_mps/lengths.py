@@ -74,9 +74,9 @@ def packed_lengths(
     return queries, keys
 
 
-def used(side: Lengths, seqused: Any, name: str, batch: int, like: torch.Tensor, of: str) -> Lengths:
+def used(side: Lengths, seqused: Any, name: str, batch: int, like: torch.Tensor, room_of: str) -> Lengths:
     """`side` with only the first `seqused` rows of each sequence in use."""
-    known = checks.lengths(seqused, name, batch, side.lengths or side.max_seqlen, like, of)
+    known = checks.lengths(seqused, name, batch, side.lengths or side.max_seqlen, like, room_of)
     return Lengths(side.max_seqlen, side.max_seqlen_tensor, known)
 
 

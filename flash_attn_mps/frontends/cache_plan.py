@@ -137,10 +137,11 @@ def _cached(call: CacheCall, batch: int, room: int) -> Rows:
     seqlens = call.cache_seqlens
     if seqlens is None:
         return Rows(room, [room] * batch)
-    name, of = call.name("cache_seqlens"), call.name("k_cache" if call.block_table is None else "block_table")
+    name = call.name("cache_seqlens")
+    room_of = call.name("k_cache" if call.block_table is None else "block_table")
     if isinstance(seqlens, torch.Tensor) and seqlens.dim() > 0:
-        return Rows(seqlens, checks.lengths(seqlens, name, batch, room, call.q, of))
-    accepted = f"None, an integer or a (batch,) int32 tensor, between 0 and {room}, the room of {of}"
+        return Rows(seqlens, checks.lengths(seqlens, name, batch, room, call.q, room_of))
+    accepted = f"None, an integer or a (batch,) int32 tensor, between 0 and {room}, the room of {room_of}"
     number = checks.integer(seqlens, name, accepted)
     if not 0 <= number <= room:
         raise checks.malformed(name, seqlens, accepted)

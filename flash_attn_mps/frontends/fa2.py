@@ -6,7 +6,7 @@ key-value cache (`fa2_kvcache`). Softmax and accumulation are float32 for every 
 semantics of masks, ALiBi and soft-capping in full.
 
 A function that may return a tuple is annotated `Tensor | Any`, unless it has overloads: type checkers then let a caller
-use the result as either.
+use the result as either. The last overload of a function is for a `bool` that is known only when the call is made.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Kind(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    of: CallClass
+    call_class: CallClass
     shortest: float  # tokens; NEVER if ours is not faster even at the longest that was timed
     seconds: dict[int, tuple[float, float]]  # length -> ours and torch's, as far as they were timed
 
@@ -57,7 +57,7 @@ def measure(
 ) -> Outcome:
     """The least of `lengths` such that ours is faster there and at all longer ones. `tick` is called for each."""
     call = call_of(_draw(kind, device, max(lengths)))
-    of = class_of(call, torch_paths.route(call, torch_paths.version(torch.__version__)))
+    call_class = class_of(call, torch_paths.route(call, torch_paths.version(torch.__version__)))
     shortest, lost, seconds = NEVER, False, {}
     for length in sorted(lengths, reverse=True):
         if not lost:
@@ -65,7 +65,7 @@ def measure(
             lost = ours == math.inf or ours > _GAIN * theirs
             shortest = shortest if lost else float(length)
         tick()
-    return Outcome(of, shortest, seconds)
+    return Outcome(call_class, shortest, seconds)
 
 
 def _draw(kind: Kind, device: torch.device | str, length: int) -> Arguments:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend
 from ..problem import AttentionProblem, Result
 from .tier import Gradients, Tier
 
-_FEATURES = frozenset({"causal", "gradients"})
+_SERVES = frozenset({"causal", "gradients"})
 _LARGEST_SCORE = 1e38  # float32 ends at 3.4e38
 _LARGEST_TO_SUBTRACT_FROM = 1e4  # the backward pass takes exp(score - log-sum-exp): half an ulp of this is 5e-4
 
@@ -34,7 +34,7 @@ def _limits(p: AttentionProblem) -> list[str]:
     causal = "causal" in p.features
     if causal and q.shape[1] != k.shape[1]:
         return ["causal with seqlen_q != seqlen_k (PyTorch aligns it to the top left)"]
-    if not p.features <= _FEATURES:
+    if not p.features <= _SERVES:
         return []  # it is out already
     if causal and not _scale(p) > 0:
         return ["causal with a softmax_scale that is not above 0"]
@@ -49,7 +49,7 @@ def _backward_limits(p: AttentionProblem) -> list[str]:
     if p.heads != p.heads_k and p.q.dtype != torch.float32:
         return ["heads share keys in half precision, in which PyTorch would sum their gradients"]
     reasons = _limits(p)
-    if not reasons and p.features <= _FEATURES and _largest_score(p) > _LARGEST_TO_SUBTRACT_FROM:
+    if not reasons and p.features <= _SERVES and _largest_score(p) > _LARGEST_TO_SUBTRACT_FROM:
         return ["scores are large, and whoever gave the log-sum-exp may have rounded them otherwise"]
     return reasons
 
@@ -99,4 +99,4 @@ def _options(p: AttentionProblem) -> dict[str, object]:
     return {"dropout_p": 0.0, "is_causal": "causal" in p.features, "scale": p.softmax_scale}
 
 
-TIER = Tier("cpu", _FEATURES, _limits, _run, _FEATURES, _backward, _backward_limits)
+TIER = Tier("cpu", _SERVES, _limits, _run, _SERVES, _backward, _backward_limits)

@@ -18,7 +18,7 @@ import torch
 from ..checks import readable
 from ..problem import AttentionProblem, Result
 from .layout import Group, KeyRows, QueryRows, groups
-from .score_blocks import FEATURES, Block, Dropout, blocks
+from .score_blocks import SERVES, Block, Dropout, blocks
 from .tier import LSE_GRADIENT, Gradients, Tier
 
 
@@ -169,8 +169,8 @@ def _weighted(prob: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None) ->
     """p v. With `seen`, a value that is not finite counts for the queries that see its key, and makes them NaN."""
     if seen is None:
         return prob @ v
-    spoilt = seen.flatten(2, 3).to(torch.float32) @ (~v.isfinite()).to(torch.float32)
-    return (prob @ _finite(v)).masked_fill_(spoilt > 0.0, torch.nan)
+    nonfinite_seen = seen.flatten(2, 3).to(torch.float32) @ (~v.isfinite()).to(torch.float32)
+    return (prob @ _finite(v)).masked_fill_(nonfinite_seen > 0.0, torch.nan)
 
 
-TIER = Tier("torch", FEATURES, _limits, run, FEATURES | {LSE_GRADIENT}, backward)
+TIER = Tier("torch", SERVES, _limits, run, SERVES | {LSE_GRADIENT}, backward)

@@ -16,7 +16,7 @@ from ..problem import AttentionProblem
 from .layout import Group, KeyRows, QueryRows
 
 # What the tier honours: features of the layout in layout.py, those of scores here.
-FEATURES = frozenset(
+SERVES = frozenset(
     {
         "causal",
         "window",

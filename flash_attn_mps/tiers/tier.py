@@ -23,7 +23,8 @@ class Tier:
     """One way to compute attention. What it does not name it does not get: no call with a feature outside of `serves`.
 
     `name`: as `MTLFLASHATTN_KERNEL`, the trace and messages have it.
-    `serves`: the features (`problem.FEATURES`) that its forward pass honours.
+    `serves`: the features (`problem.FEATURES`) that its forward pass honours; "gradients" among them means the forward
+    pass of a call that will be differentiated.
     `limits`: why it does not serve a problem with these features (device, head dims, ...), in words; empty if it does.
     `run`: the forward pass, without autograd. None where this machine turns out unable to.
     `serves_backward`, `backward`, `backward_limits` (None: as `limits`): likewise for gradients; without them another

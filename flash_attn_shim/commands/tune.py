@@ -105,7 +105,7 @@ def _lengths(arguments, watch):
             for kind in kinds:
                 progress.step(str(kind), 0)
                 outcomes.append(crossover.measure(kind, arguments.device, watch, tick=progress.step))
-                measured.save({outcomes[-1].of: outcomes[-1].shortest})
+                measured.save({outcomes[-1].call_class: outcomes[-1].shortest})
         except KeyboardInterrupt:
             pass  # what was measured is saved
         except OSError as error:
@@ -126,7 +126,7 @@ def _length_row(kind, outcome):
         "{:.2f}, {:.2f}".format(*(1e3 * s for s in outcome.seconds[length])) if length in outcome.seconds else "-"
         for length in sorted(crossover.LENGTHS)
     )
-    return (kind, outcome.of.route, "never" if never else f"{outcome.shortest:g}", *times)
+    return (kind, outcome.call_class.route, "never" if never else f"{outcome.shortest:g}", *times)
 
 
 def _tell_where(unkept, found):

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from flash_attn_mps.tiers.metal import compiler, variants
-from metal_host import compile_shader
+from flash_attn_mps.tiers.metal import variants
+from tests.metal_tiers import metal_on
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +22,7 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def metal(monkeypatch):
+def metal():
     """The Metal tiers serve CPU tensors, on the runner."""
-    monkeypatch.setattr(compiler, "compile_shader", compile_shader)
-    monkeypatch.setattr(compiler, "device_types", frozenset({"cpu"}))
-    compiler.clear()
-    yield
-    compiler.clear()
+    with metal_on("cpu"):
+        yield

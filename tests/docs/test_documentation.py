@@ -55,10 +55,12 @@ def test_paths_in_maps_exist(page):
     assert missing == []
 
 
-def test_every_test_of_attention_and_kernels_is_in_the_map():
+def test_every_test_of_attention_kernels_and_numerics_is_in_the_map():
     """There the features are; the other folders are small enough to look into."""
     text = (ROOT / "tests/README.md").read_text()
-    files = [file for folder in ("attention", "metal") for file in (ROOT / "tests" / folder).glob("test_*.py")]
+    files = [
+        file for folder in ("attention", "metal", "numerics") for file in (ROOT / "tests" / folder).glob("test_*.py")
+    ]
     assert len(files) > 20
     assert [name(file) for file in files if file.name not in text] == []
 

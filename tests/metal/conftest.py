@@ -3,8 +3,8 @@ import os
 import pytest
 import torch
 
-from flash_attn_mps.tiers.metal import compiler, store, variants
-from metal_host import compile_shader
+from flash_attn_mps.tiers.metal import store, variants
+from tests.metal_tiers import metal_on
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -15,11 +15,8 @@ def _metal_on_the_cpu(tmp_path_factory):
             patch.delenv(name)
         patch.setenv(store.CACHE, str(tmp_path_factory.mktemp("cache")))
         variants.forget()
-        patch.setattr(compiler, "compile_shader", compile_shader)
-        patch.setattr(compiler, "device_types", frozenset({"cpu"}))
-        compiler.clear()
-        yield
-        compiler.clear()
+        with metal_on("cpu"):
+            yield
         variants.forget()
 
 

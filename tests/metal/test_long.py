@@ -10,8 +10,7 @@ import torch
 
 import flash_attn_mps as fa
 from flash_attn_mps import trace
-from flash_attn_mps.tiers.metal import compiler
-from metal_host import compile_shader
+from tests.metal_tiers import metal_on
 
 pytestmark = pytest.mark.metal_full
 
@@ -31,14 +30,11 @@ SHAPES = [  # lengths of queries and of keys, heads, heads_k, head_dim, head_dim
 
 
 @pytest.fixture
-def on_gpu(request, monkeypatch):
+def on_gpu(request):
     if request.config.getoption("--metal-device") != "cuda":
         pytest.skip("needs --metal-device cuda: these lengths take hours on a CPU")
-    monkeypatch.setattr(compiler, "compile_shader", compile_shader)
-    monkeypatch.setattr(compiler, "device_types", frozenset({"cuda"}))
-    compiler.clear()
-    yield
-    compiler.clear()
+    with metal_on("cuda"):
+        yield
 
 
 def attention(q, k, v, options, dtype):

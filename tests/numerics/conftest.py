@@ -1,9 +1,12 @@
+import contextlib
+
 import pytest
 import torch
 
 from flash_attn_mps import checks
-from flash_attn_mps.tiers.metal import compiler, store, variants
-from metal_host import compile_shader
+from flash_attn_mps.tiers import METAL
+from flash_attn_mps.tiers.metal import store, variants
+from tests.metal_tiers import metal_on
 
 # Forced tier and variant: "auto" is what a CPU tensor gets, the cpu tier wherever that serves the call.
 TIERS = {
@@ -24,12 +27,10 @@ def tier(request, monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    if kernel in ("simdgroup", "scalar"):
-        monkeypatch.setattr(compiler, "compile_shader", compile_shader)
-        monkeypatch.setattr(compiler, "device_types", frozenset({"cpu"}))
     variants.forget()
     torch.manual_seed(0)
-    yield request.param
+    with metal_on("cpu") if kernel in METAL else contextlib.nullcontext():
+        yield request.param
     variants.forget()
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import random
 import sys
 import time
@@ -19,13 +18,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from flash_attn_mps import dispatch
-from flash_attn_mps.tiers.metal import compiler, simdgroup, variants
-from metal_host import compile_shader
+from flash_attn_mps.tiers import METAL
+from flash_attn_mps.tiers.metal import simdgroup, variants
 from tests.attention import oracle
 from tests.metal.calls import STORAGES, Call, Sequence, Spec, draw
+from tests.metal_tiers import metal_on
 
 TIERS = ("auto", "torch", "simdgroup", "scalar")
 DIMS = ((64, 64), (32, 32), (16, 16), (128, 128), (40, 40), (13, 13), (8, 24), (96, 64), (1, 1))
@@ -100,19 +101,15 @@ def spec_of(kind: dict, r: random.Random) -> Spec:
 @contextlib.contextmanager
 def served_by(tier: str, variant: simdgroup.Variant) -> Iterator[None]:
     """The tier computes every call; the Metal ones on the runner."""
-    before = dict(os.environ), compiler.compile_shader, compiler.device_types
-    os.environ["MTLFLASHATTN_KERNEL"] = tier
-    os.environ[simdgroup.FORWARD.variable] = str(variant)
-    if tier in ("simdgroup", "scalar"):
-        compiler.compile_shader, compiler.device_types = compile_shader, frozenset({"cpu"})
-    variants.forget()
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before[0])
-        compiler.compile_shader, compiler.device_types = before[1:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTLFLASHATTN_KERNEL", tier)
+        patch.setenv(simdgroup.FORWARD.variable, str(variant))
         variants.forget()
+        try:
+            with metal_on("cpu") if tier in METAL else contextlib.nullcontext():
+                yield
+        finally:
+            variants.forget()
 
 
 def errors(call: Call, gradients: bool, r: random.Random) -> list[str]:
@@ -209,17 +206,17 @@ def fuzz(calls: int, kinds: int, seed: int, note: Callable[[str], object] = lamb
     r = random.Random(seed)
     found = Found(calls, Counter(), [])
     each = -(-calls // kinds)
-    for number in range(calls):
-        if number % each == 0:
-            kind = kind_of(r)
-            note(f"{number} calls, {len(found.wrong)} wrong; next: {kind['tier']} {kind['storage']}")
-        call_seed = r.getrandbits(32)
+    for first in range(0, calls, each):
+        kind = kind_of(r)
+        note(f"{first} calls, {len(found.wrong)} wrong; next: {kind['tier']} {kind['storage']}")
         with served_by(kind["tier"], kind["variant"]):
-            why = examine(kind, call_seed)
-        found.tiers[kind["tier"]] += 1
-        if why:
-            found.wrong.append(f"seed {call_seed}, {kind}: {'; '.join(why)}")
-            note(found.wrong[-1])
+            for _ in range(min(each, calls - first)):
+                call_seed = r.getrandbits(32)
+                why = examine(kind, call_seed)
+                found.tiers[kind["tier"]] += 1
+                if why:
+                    found.wrong.append(f"seed {call_seed}, {kind}: {'; '.join(why)}")
+                    note(found.wrong[-1])
     return found
 
 

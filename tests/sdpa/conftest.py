@@ -7,8 +7,8 @@ import torch
 from flash_attn_mps import mha, sdpa
 from flash_attn_mps.sdpa import obstacles, registration, settings
 from flash_attn_mps.sdpa.settings import GIB, Settings
-from flash_attn_mps.tiers.metal import compiler, store, variants
-from metal_host import compile_shader
+from flash_attn_mps.tiers.metal import store, variants
+from tests.metal_tiers import metal_on
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +52,9 @@ def as_mps(monkeypatch, given):
 @pytest.fixture
 def metal(monkeypatch, as_mps):
     """`as_mps`, and the Metal kernels serve CPU tensors, on the runner."""
-    monkeypatch.setattr(compiler, "compile_shader", compile_shader)
-    monkeypatch.setattr(compiler, "device_types", frozenset({"cpu"}))
     monkeypatch.delenv("MTLFLASHATTN_KERNEL")
-    compiler.clear()
-    yield
-    compiler.clear()
+    with metal_on("cpu"):
+        yield
 
 
 @pytest.fixture(params=["torch", "metal"])

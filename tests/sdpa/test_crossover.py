@@ -10,9 +10,9 @@ from flash_attn_mps import sdpa, timing
 from flash_attn_mps.sdpa import crossover, measured
 from flash_attn_mps.sdpa.crossover import Kind
 from flash_attn_mps.sdpa.measured import NEVER, CallClass
-from flash_attn_mps.tiers.metal import compiler, gpu, store, variants
+from flash_attn_mps.tiers.metal import gpu, store, variants
 from flash_attn_shim.commands import main
-from metal_host import compile_shader
+from tests.metal_tiers import metal_on
 
 KIND = Kind("float16", 64, True, False)
 CLASS = CallClass("float16", 64, True, False, "prefill")
@@ -46,7 +46,7 @@ class Clock:
 def test_the_least_length_from_which_on_ours_stays_faster(ours, shortest, timed):
     clock, ticks = Clock(ours), []
     outcome = crossover.measure(KIND, "cpu", clock, tick=lambda: ticks.append(1))
-    assert (outcome.of, outcome.shortest) == (CLASS, shortest)
+    assert (outcome.call_class, outcome.shortest) == (CLASS, shortest)
     assert len(outcome.seconds) == timed
     assert len(ticks) == len(crossover.LENGTHS)
     assert outcome.seconds[4096] == (ours(4096) / 1e3, 4.096)
@@ -73,7 +73,7 @@ def test_what_is_timed_is_of_the_kind(kind):
     assert {asked[1:] for asked in clock.asked} == {(64, kind.gradient, kind.causal, dtype, kind.head_dim)}
     assert {asked[0] for asked in clock.asked} == {crossover._ours, crossover._torchs}
     route = "math" if kind.gradient else "general" if kind.head_dim == 40 else "prefill"
-    assert outcome.of == CallClass(kind.dtype, kind.head_dim, kind.causal, kind.gradient, route)
+    assert outcome.call_class == CallClass(kind.dtype, kind.head_dim, kind.causal, kind.gradient, route)
 
 
 def test_both_sides_compute_what_is_timed():
@@ -153,11 +153,8 @@ def test_the_command_where_nothing_can_be_kept(a_mac, tmp_path, monkeypatch, cap
 
 def test_a_real_measurement_on_the_runner(monkeypatch):
     """No clock of the test's, short lengths: whatever is faster here, both sides run and an answer comes."""
-    monkeypatch.setattr(compiler, "compile_shader", compile_shader)
-    monkeypatch.setattr(compiler, "device_types", frozenset({"cpu"}))
     monkeypatch.setattr(crossover, "_BATCH_SECONDS", 1e-6)
     variants.forget()
-    compiler.clear()
-    outcome = crossover.measure(KIND, "cpu", timing.stopwatch("cpu"), lengths=[16])
-    compiler.clear()
+    with metal_on("cpu"):
+        outcome = crossover.measure(KIND, "cpu", timing.stopwatch("cpu"), lengths=[16])
     assert all(seconds > 0 for seconds in outcome.seconds[16])

@@ -14,8 +14,9 @@ from ...problem import AttentionProblem
 
 Grid = tuple[tuple[int, int, int], tuple[int, int, int]]  # threads in all, threads of a group
 
-# What every Metal kernel for attention honours. (A kernel's gradient is another tier's.)
-FEATURES = frozenset(
+# What every Metal kernel for attention honours. "gradients": the forward pass of a call that will be differentiated;
+# another tier computes the gradients.
+SERVES = frozenset(
     {
         "causal",
         "window",

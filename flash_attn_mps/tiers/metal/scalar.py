@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
 from . import launch
-from .kernel import FEATURES, OPTIONAL_BUFFERS, Grid, Kernel
+from .kernel import OPTIONAL_BUFFERS, SERVES, Grid, Kernel
 
 
 class Variant(NamedTuple):
@@ -35,4 +35,4 @@ def _run(p: AttentionProblem) -> Result | None:
     return launch.run(p, FORWARD, VARIANT)
 
 
-TIER = Tier("scalar", FEATURES, launch.limits, _run, metal=True)
+TIER = Tier("scalar", SERVES, launch.limits, _run, metal=True)

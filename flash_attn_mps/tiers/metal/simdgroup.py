@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
 from . import gpu, launch, tune, variants
-from .kernel import FEATURES, OPTIONAL_BUFFERS, Grid, TunedKernel
+from .kernel import OPTIONAL_BUFFERS, SERVES, Grid, TunedKernel
 
 
 class Variant(NamedTuple):
@@ -89,4 +89,4 @@ def _run(p: AttentionProblem) -> Result | None:
     return launch.run(p, FORWARD, variants.chosen(p, FORWARD, tune.briefly))
 
 
-TIER = Tier("simdgroup", FEATURES, launch.limits, _run, metal=True)
+TIER = Tier("simdgroup", SERVES, launch.limits, _run, metal=True)

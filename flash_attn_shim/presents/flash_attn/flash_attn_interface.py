@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 
-import flash_attn_shim.needs_torch  # noqa: F401
+import flash_attn_shim.needs_torch  # noqa: F401  (first: it turns a broken torch into an ImportError)
 
 # isort: split
 import torch

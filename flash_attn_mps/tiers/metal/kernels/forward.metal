@@ -264,8 +264,8 @@ kernel void attention_forward(
 #endif
 #endif
 
-  // Lines 12 to 15: o / l, and the log-sum-exp m + log(l). A query that saw no key has l = 0: zeros and -inf. So have the rows
-  // that are no queries, which saw what they should not have.
+  // Lines 12 to 15: o / l, and the log-sum-exp m + log(l). A query that saw no key has l = 0: zeros and -inf. Padding
+  // rows get the same; their state is garbage.
   device T* out_head = out + sequence.batch * params[OUT_BATCH] + sequence.first_q * params[OUT_ROW] + head * params[OUT_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = state.first_row + 8 * r + lane.row;

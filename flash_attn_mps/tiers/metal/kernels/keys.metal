@@ -1,10 +1,10 @@
 // The keys and values of one sequence and head in device memory: dense, packed, or in pages.
 
 struct Rows {
-  device const T* rows;
-  long row;                 // stride
+  device const T* base;
+  long row_stride;
 #if HAS_BLOCK_TABLE
-  long page;                // stride
+  long page_stride;
   device const int* pages;  // this sequence's row of block_table
   int page_size;
 #if HAS_LEFTPAD_K
@@ -15,10 +15,10 @@ struct Rows {
 #if HAS_LEFTPAD_K
     key += leftpad;
 #endif
-    return rows + pages[key / page_size] * page + key % page_size * row;
+    return base + pages[key / page_size] * page_stride + key % page_size * row_stride;
   }
 #else
-  METAL_FUNC device const T* at(int key) const thread { return rows + key * row; }
+  METAL_FUNC device const T* at(int key) const thread { return base + key * row_stride; }
 #endif
 };
 
@@ -33,13 +33,13 @@ METAL_FUNC Keys keys_of(Sequence sequence, int head, device const T* k, device c
   int head_k = head / int(params[HEADS_PER_KV_HEAD]);
   Keys keys;
   keys.seqlen = sequence.seqlen_k;
-  keys.k.rows = k + head_k * params[K_HEAD];
-  keys.v.rows = v + head_k * params[V_HEAD];
-  keys.k.row = params[K_ROW];
-  keys.v.row = params[V_ROW];
+  keys.k.base = k + head_k * params[K_HEAD];
+  keys.v.base = v + head_k * params[V_HEAD];
+  keys.k.row_stride = params[K_ROW];
+  keys.v.row_stride = params[V_ROW];
 #if HAS_BLOCK_TABLE
-  keys.k.page = params[K_BATCH];
-  keys.v.page = params[V_BATCH];
+  keys.k.page_stride = params[K_BATCH];
+  keys.v.page_stride = params[V_BATCH];
   keys.k.pages = keys.v.pages = in.block_table + sequence.batch * params[BLOCK_TABLE_ROW];
   keys.k.page_size = keys.v.page_size = int(params[PAGE_SIZE]);
 #if HAS_LEFTPAD_K
@@ -54,8 +54,8 @@ METAL_FUNC Keys keys_of(Sequence sequence, int head, device const T* k, device c
 #if HAS_LEFTPAD_K
   first += in.leftpad_k[sequence.batch];
 #endif
-  keys.k.rows += entry * params[K_BATCH] + first * params[K_ROW];
-  keys.v.rows += entry * params[V_BATCH] + first * params[V_ROW];
+  keys.k.base += entry * params[K_BATCH] + first * params[K_ROW];
+  keys.v.base += entry * params[V_BATCH] + first * params[V_ROW];
 #endif
   return keys;
 }

@@ -36,7 +36,7 @@ struct Scoring {
   float sign;   // of softmax_scale: q is multiplied by it, -1, 0 or 1
   float exp2_scale;  // what makes a difference of scores an exponent of 2
 #if HAS_SOFTCAP
-  float inner;  // abs(softmax_scale) / softcap
+  float scale_over_softcap;  // abs(softmax_scale) / softcap
   float softcap;
 #endif
 #if HAS_ALIBI_SLOPES
@@ -69,7 +69,7 @@ METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
   scoring.scale = scale;
   scoring.exp2_scale = SCORES_ARE_SCALED ? LOG2E : scale * LOG2E;
 #if HAS_SOFTCAP
-  scoring.inner = scale / as_float(params[SOFTCAP]);
+  scoring.scale_over_softcap = scale / as_float(params[SOFTCAP]);
   scoring.softcap = as_float(params[SOFTCAP]);
 #endif
 #if HAS_ALIBI_SLOPES
@@ -109,7 +109,7 @@ METAL_FUNC float tanh_of(float x) {
 METAL_FUNC float score_mod(float qk, Scoring scoring, int row, int key) {
   float s = qk;
 #if HAS_SOFTCAP
-  s = scoring.softcap * tanh_of(s * scoring.inner);
+  s = scoring.softcap * tanh_of(s * scoring.scale_over_softcap);
 #elif SCORES_ARE_SCALED
   s *= scoring.scale;
 #endif

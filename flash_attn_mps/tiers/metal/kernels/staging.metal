@@ -17,10 +17,10 @@ METAL_FUNC int slot_of(uint key) {
 
 template <int STAGED_ROW>
 struct StagedRows {
-  threadgroup const T* rows;
+  threadgroup const T* base;
   int first_key;  // the key that they begin with
 
-  METAL_FUNC threadgroup const T* at(int key) const thread { return rows + slot_of(key - first_key) * STAGED_ROW; }
+  METAL_FUNC threadgroup const T* at(int key) const thread { return base + slot_of(key - first_key) * STAGED_ROW; }
 };
 
 struct StagedKeys {
@@ -71,9 +71,9 @@ METAL_FUNC StagedKeys stage(threadgroup Staging& staging, Keys keys, int first_k
   copy_rows<HEAD_DIM_V, VECTOR_V, STAGED_V_ROW>(staging.v, keys.v, first_key, keys.seqlen, thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   StagedKeys staged;
-  staged.k.rows = staging.k;
+  staged.k.base = staging.k;
   staged.k.first_key = first_key;
-  staged.v.rows = staging.v;
+  staged.v.base = staging.v;
   staged.v.first_key = first_key;
   staged.seqlen = keys.seqlen;
   return staged;
