@@ -66,7 +66,8 @@ def tensor_of_rank(value: Any, name: str, ranks: tuple[int, ...], dims: str) -> 
 def tensor(value: Any, name: str, dims: str, like: torch.Tensor | None = None) -> torch.Tensor:
     """A strided tensor of as many dimensions as `dims` names, on the device of `like`."""
     rank = dims.count(", ") + 1
-    if not (isinstance(value, torch.Tensor) and _is_strided(value)) or value.dim() != rank:
+    strided = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
+    if not strided or value.dim() != rank:  # `_is_strided` written out: four to seven tensors a call come here
         tensor_of_rank(value, name, (rank,), dims)  # which says what is wrong
     if like is not None and value.device != like.device:
         raise malformed(name, value, f"a tensor on {like.device}, where the queries are")

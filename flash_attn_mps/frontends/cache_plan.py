@@ -137,7 +137,9 @@ def _cached(call: CacheCall, batch: int, room: int) -> Rows:
     seqlens = call.cache_seqlens
     if seqlens is None:
         return Rows(room, [room] * batch)
-    name, of = call.name("cache_seqlens"), call.name("k_cache" if call.block_table is None else "block_table")
+    names = NAMES[call.caller].get
+    name = names("cache_seqlens", "cache_seqlens")
+    of = names("k_cache", "k_cache") if call.block_table is None else names("block_table", "block_table")
     if isinstance(seqlens, torch.Tensor) and seqlens.dim() > 0:
         return Rows(seqlens, checks.lengths(seqlens, name, batch, room, call.q, of))
     accepted = f"None, an integer or a (batch,) int32 tensor, between 0 and {room}, the room of {of}"
