@@ -30,7 +30,7 @@ _function: Callable | None = None
 def install(devices: Collection[str] | None = None) -> None:
     """Normalize the strides of query, key and value on `devices`, like `["mps"]`; None: on any, which alters no number.
 
-    Again is harmless, and may change `devices`.
+    Idempotent; a second call may change `devices`.
     """
     global _torchs, _function
     with _lock:

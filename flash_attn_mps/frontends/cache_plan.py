@@ -15,6 +15,7 @@ import torch
 from .. import checks, dispatch
 from ..lengths import Lengths, Rows, check_pages, used
 from ..problem import AttentionProblem, Result, with_qv
+from .cache_append import NewRows, append, sequence_of_rows
 from .cache_call import NAMES, CacheCall
 from .rotary import rotated
 
@@ -23,15 +24,6 @@ _Q_PACKED = "total_q, heads, head_dim with cu_seqlens_q"
 _CACHE = "batch, seqlen, heads_k, head_dim"
 _PAGES = "num_blocks, block_size, heads_k, head_dim"
 _NAMES = {caller: {"k": names["k_cache"], "v": names["v_cache"]} for caller, names in NAMES.items()}
-
-
-class NewRows(NamedTuple):
-    """The rows that go into the caches, behind those of each sequence."""
-
-    k: torch.Tensor
-    v: torch.Tensor
-    cu_seqlens: torch.Tensor | None
-    rows: Rows
 
 
 class Rotary(NamedTuple):
@@ -97,9 +89,7 @@ def run(plan: CachePlan) -> Result:
     if rotary is not None:
         problem = dataclasses.replace(problem, q=_rotated_queries(rotary, problem))
     if new is not None:
-        where = _destination(plan, new)
-        call.k_cache[where] = new.k if rotary is None else _rotated_keys(rotary, new)
-        call.v_cache[where] = new.v
+        append(call, plan.cached, new, new.k if rotary is None else _rotated_keys(rotary, new))
     if call.qv is not None:
         problem = with_qv(problem, call.qv, call.options.softmax_scale)
     return dispatch.attention(problem)
@@ -187,6 +177,8 @@ def _new(call: CacheCall, batch: int, room: int, cached: Rows) -> NewRows | None
         if cu_seqlens.shape[0] != batch + 1:
             raise checks.malformed("cu_seqlens_k_new", cu_seqlens, f"{batch + 1} values")
         rows = Rows(cu_seqlens.diff(), known)
+        if known is not None:  # rows behind the last sequence are no sequence's
+            k, v = k[: sum(known)], v[: sum(known)]
     longest = _longest(cached.known, rows.known)
     if longest > room:
         came = f"{longest} keys after appending to those of {seqlens_name}"
@@ -316,32 +308,10 @@ def _rotated_queries(rotary: Rotary, p: AttentionProblem) -> torch.Tensor:
     if cu_seqlens is None:  # all at one position: as if all were heads of one query
         return rotated(q.flatten(1, 2).unsqueeze(1), cos, sin, start, None, interleaved).view(q.shape)
     if isinstance(start, torch.Tensor):
-        start = start[_sequence_of_rows(cu_seqlens, q.shape[0])]
+        start = start[sequence_of_rows(cu_seqlens, q.shape[0])]
     # As if each query were a sequence.
     return rotated(q.unsqueeze(1), cos, sin, start, None, interleaved).squeeze(1)
 
 
 def _rotated_keys(rotary: Rotary, new: NewRows) -> torch.Tensor:
     return rotated(new.k, rotary.cos, rotary.sin, rotary.start, new.cu_seqlens, rotary.interleaved)
-
-
-def _sequence_of_rows(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
-    """`(total,)`: to which sequence each packed row belongs; the last one for rows past its end."""
-    rows = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:], rows, right=True).clamp_(max=cu_seqlens.shape[0] - 2)
-
-
-def _destination(plan: CachePlan, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each new row goes: indices into the first two dimensions of the caches, of the shape of k's rows."""
-    call, cached, device = plan.call, plan.cached, new.k.device
-    if new.cu_seqlens is None:
-        batch, seqlen = new.k.shape[:2]
-        sequence, row = torch.arange(batch, device=device)[:, None], torch.arange(seqlen, device=device)
-    else:
-        sequence = _sequence_of_rows(new.cu_seqlens, new.k.shape[0])
-        row = torch.arange(new.k.shape[0], device=device) - new.cu_seqlens[sequence]
-    position = row + (cached if isinstance(cached, int) else cached[sequence])
-    if call.block_table is not None:
-        block_size = call.k_cache.shape[1]
-        return call.block_table[sequence, position // block_size], position % block_size
-    return sequence if call.cache_batch_idx is None else call.cache_batch_idx[sequence], position

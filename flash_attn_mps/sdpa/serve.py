@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch
+from ..project import please_report
 from ..tiers import METAL
 from . import attention, counters, obstacles, settings
 from .call import Arguments, Call, call_of
@@ -88,8 +89,8 @@ def _warn_once(error: Exception, decision: Decision) -> None:
     but = f", although {decision.reasons[0].words}" if decision.needed else ""
     warnings.warn(
         f"mtlflashattn: torch's scaled_dot_product_attention serves a call{but}, because this package's failed: "
-        f"{type(error).__name__}: {error}. Further failures of this kind are counted in sdpa.stats() alone. "
-        "Please report it with the output of `mtlflashattn doctor`.",
+        f"{type(error).__name__}: {error}. Further failures of this kind only show in "
+        f"sdpa.stats(). {please_report('doctor')}",
         RuntimeWarning,
         stacklevel=5,
     )

@@ -69,6 +69,6 @@ def _number(env: Mapping[str, str], name: str) -> float | None:
     except ValueError:
         number = -1.0
     if not number >= 0:
-        warnings.warn(f'{name}={env[name]} is ignored: a number from 0 on, "never" or "auto" is expected', stacklevel=3)
+        warnings.warn(f'ignoring {name}={env[name]}; expected a number from 0 on, "never" or "auto"', stacklevel=3)
         return None
     return number

@@ -129,7 +129,7 @@ def _share(lse: torch.Tensor, own_lse: torch.Tensor, rounding: torch.Tensor) -> 
     """How much of a row's whole probability falls to the keys that are here, whose own log-sum-exp is `own_lse`.
 
     `lse` may be that of more keys. Where both differ by no more than the rounding of a score they mean the same, and
-    the share is exactly 1: another tier rounded its scores otherwise, and exp makes much of half an ulp of 1e6.
+    the share is exactly 1: another tier rounded its scores otherwise, and exp magnifies half an ulp of a large one.
     """
     # Against +inf the share of a row that sees nothing is 0, not NaN.
     difference = own_lse - lse.masked_fill(lse == -torch.inf, torch.inf)

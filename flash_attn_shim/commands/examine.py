@@ -152,7 +152,7 @@ def _sdpa():
         if sdpa.is_installed()
         else f"torch's own ({sdpa.SWITCH}=on serves it on MPS)",
         "nn.MultiheadAttention": "usual strides" if mha.is_installed() else "torch's own",
-        f"torch {'.'.join(map(str, given.torch))} on MPS is wrong": known or "in no way that is known",
+        f"known MPS bugs in torch {'.'.join(map(str, given.torch))}": known or "none",
         "budget of its score matrix": f"{given.budget / (1 << 30):.3g} GB",
         "lengths measured": f"for {len(given.measured)} kinds of calls" if given.measured else "none",
     }

@@ -215,7 +215,7 @@ def test_the_budget_from_the_environment(text, size):
 @pytest.mark.parametrize("text", ["much", "-1", "nan"])
 @pytest.mark.parametrize("name", [settings.MIN_GB, settings.MIN_SEQ, settings.FAST_MIN_SEQ])
 def test_nonsense_in_the_environment_is_said(name, text):
-    with pytest.warns(UserWarning, match=f"{name}={text} is ignored"):
+    with pytest.warns(UserWarning, match=f"ignoring {name}={text}; expected a number"):
         found = settings.read({name: text})
     assert (found.budget, found.min_seq, found.fast_min_seq) == (4 * GIB, None, None)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from flash_attn_mps import mha, sdpa
 
@@ -54,14 +54,16 @@ SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_atte
 
 def bert():
     dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(**SMALL, **dropouts, intermediate_size=64, attn_implementation="sdpa")
+    config = transformers.BertConfig(**SMALL, **dropouts, intermediate_size=64, attn_implementation="sdpa")
     ids = torch.randint(0, 100, (2, 11))
-    return BertModel(config), (ids,), {"attention_mask": (torch.arange(11) < torch.tensor([[11], [6]])).long()}
+    mask = (torch.arange(11) < torch.tensor([[11], [6]])).long()
+    return transformers.BertModel(config), (ids,), {"attention_mask": mask}
 
 
 def gpt2():
-    config = GPT2Config(**SMALL, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa")
-    return GPT2LMHeadModel(config), (torch.randint(0, 100, (2, 11)),), {}
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = transformers.GPT2Config(**SMALL, **dropouts, attn_implementation="sdpa")
+    return transformers.GPT2LMHeadModel(config), (torch.randint(0, 100, (2, 11)),), {}
 
 
 MODELS = {"TransformerEncoder": encoder, "diffusers": block, "BERT": bert, "GPT-2": gpt2}

@@ -13,7 +13,6 @@ import traceback
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import flash_attn_shim
 from flash_attn_mps import trace
@@ -40,13 +39,14 @@ def t5gemma(layers):
         **GROUPED,
         **BIG,
     }
-    config = AutoConfig.for_model("t5gemma", encoder=module, decoder=module, vocab_size=VOCABULARY, pad_token_id=0)
+    modules = {"encoder": module, "decoder": module}
+    config = transformers.AutoConfig.for_model("t5gemma", **modules, vocab_size=VOCABULARY, pad_token_id=0)
     config.bos_token_id = config.decoder.bos_token_id = config.decoder_start_token_id = 2
     return config
 
 
 def bart():
-    return AutoConfig.for_model(
+    return transformers.AutoConfig.for_model(
         "bart",
         vocab_size=VOCABULARY,
         d_model=32,
@@ -68,28 +68,28 @@ def qwen2_vl():
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 2, "mlp_ratio": 2}
     tokens = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
     if MAJOR < 5:
-        return AutoConfig.for_model("qwen2_vl", **text, vision_config=vision, **tokens)
-    return AutoConfig.for_model("qwen2_vl", text_config=text, vision_config=vision, **tokens)
+        return transformers.AutoConfig.for_model("qwen2_vl", **text, vision_config=vision, **tokens)
+    return transformers.AutoConfig.for_model("qwen2_vl", text_config=text, vision_config=vision, **tokens)
 
 
 def of(model_type, **options):
-    return lambda: AutoConfig.for_model(model_type, **{**options, **BIG})
+    return lambda: transformers.AutoConfig.for_model(model_type, **{**options, **BIG})
 
 
 FA2, MPS_FA = "flash_attention_2", "mps_fa"
 EVERY = {(4, FA2), (4, MPS_FA), (5, FA2), (5, MPS_FA)}
 SINCE_5 = {(5, FA2), (5, MPS_FA)}
 
-#: name -> (makes the configuration, the class that runs it, (major version of transformers, attention) that it has)
+#: name -> (makes the configuration, its class in transformers, (major version of transformers, attention) that it has)
 MODELS = {
-    "llama": (of("llama", **GROUPED), AutoModelForCausalLM, EVERY),
-    "mistral": (of("mistral", **GROUPED, sliding_window=WINDOW), AutoModelForCausalLM, EVERY),
+    "llama": (of("llama", **GROUPED), "AutoModelForCausalLM", EVERY),
+    "mistral": (of("mistral", **GROUPED, sliding_window=WINDOW), "AutoModelForCausalLM", EVERY),
     "gemma2": (
         of("gemma2", **GROUPED, sliding_window=WINDOW, attn_logit_softcapping=2.0, query_pre_attn_scalar=8),
-        AutoModelForCausalLM,
+        "AutoModelForCausalLM",
         EVERY,
     ),
-    "bert": (of("bert", **HEADS), transformers.BertModel, SINCE_5),
+    "bert": (of("bert", **HEADS), "BertModel", SINCE_5),
     "modernbert": (
         of(
             "modernbert",
@@ -103,14 +103,14 @@ MODELS = {
             eos_token_id=2,
             sep_token_id=2,
         ),
-        AutoModel,  # imports ModernBERT after main() has installed the shim: 4.57's asks at its import
+        "AutoModel",  # imports ModernBERT after main() has installed the shim: 4.57's asks at its import
         {(4, FA2), *SINCE_5},
     ),
-    "qwen2_vl": (qwen2_vl, transformers.Qwen2VLForConditionalGeneration, EVERY),
-    "bart": (bart, AutoModelForSeq2SeqLM, EVERY),
-    "t5gemma": (lambda: t5gemma(["full_attention"] * 2), AutoModelForSeq2SeqLM, SINCE_5),
+    "qwen2_vl": (qwen2_vl, "Qwen2VLForConditionalGeneration", EVERY),
+    "bart": (bart, "AutoModelForSeq2SeqLM", EVERY),
+    "t5gemma": (lambda: t5gemma(["full_attention"] * 2), "AutoModelForSeq2SeqLM", SINCE_5),
     # With flash_attention_2, transformers gives this encoder a window that is one smaller than the one of "eager".
-    "t5gemma, window": (lambda: t5gemma(["sliding_attention"] * 2), AutoModelForSeq2SeqLM, {(5, MPS_FA)}),
+    "t5gemma, window": (lambda: t5gemma(["sliding_attention"] * 2), "AutoModelForSeq2SeqLM", {(5, MPS_FA)}),
 }
 
 
@@ -145,7 +145,7 @@ def relative_difference(one, other, mask):
 
 def make_pair(name, implementation):
     """The same weights with "eager" and with another attention, both loaded from files."""
-    make, model_class = MODELS[name][:2]
+    make, model_class = MODELS[name][0], getattr(transformers, MODELS[name][1])
     torch.manual_seed(0)
     from_config = getattr(model_class, "_from_config", None) or model_class.from_config
     model = from_config(make(), attn_implementation="eager")
