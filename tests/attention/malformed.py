@@ -569,6 +569,11 @@ SEQUSED = [
     ("seqused_k list", lambda a: {"seqused_k": [1, 1]}, "seqused_k"),
 ]
 
+NUM_HEADS = [
+    *integer_rows("num_heads_q"),
+    ("num_heads_q that k does not divide", lambda a: {"num_heads_q": 2}, "num_heads_q"),
+    ("num_heads_q of all heads", lambda a: {"num_heads_q": 8}, "num_heads_q"),
+]
 BACKWARD = [
     *[
         row
@@ -682,7 +687,7 @@ TABLES = [
     (fa3.flash_attn_func, dense, integer_rows("num_splits")),
     (fa3.flash_attn_varlen_func, varlen, VARLEN + SEQUSED + FLAGS + CHUNK + RULES3),
     (fa3.flash_attn_qkvpacked_func, qkvpacked, not_tensors("qkv") + FLAGS + CHUNK + RULES3),
-    (fa3.flash_attn_qkvpacked_func, flat_qkv, not_tensors("qkv") + integer_rows("num_heads_q")),
+    (fa3.flash_attn_qkvpacked_func, flat_qkv, not_tensors("qkv") + NUM_HEADS),
     (fa3.flash_attn_with_kvcache, kvcache, KVCACHE + CHUNK + RULES3),
     (fa3.flash_attn_combine, combine, COMBINE),
     (fa3_private._flash_attn_forward, dense, PRIVATE3),
