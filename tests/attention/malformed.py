@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from flash_attn_mps.frontends import fa2, fa2_private, fa3, fa3_private, heads_first
+from flash_attn_mps.integrations import transformers_fa2
 
 from .hostile import nested, quantized
 
@@ -698,4 +699,6 @@ TABLES = [
     ),
     (fa3_private._flash_attn_backward, private3_varlen_backward, SEQUSED3),
     (heads_first.flash_attention, heads_first_call, HEADS_FIRST),
+    (transformers_fa2.flash_attn_func, dense, DENSE + FLAGS + RULES + DROPOUT + KINDS),
+    (transformers_fa2.flash_attn_varlen_func, varlen, VARLEN + NO_PAGES + FLAGS + RULES + DROPOUT),
 ]

@@ -1,11 +1,12 @@
 """`mtlflashattn selftest`: it is right about what is right, and finds what is planted."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from flash_attn_mps.tiers import reference
+from flash_attn_mps.tiers import BY_NAME, reference
 from flash_attn_mps.tiers.metal import compiler, simdgroup
 from flash_attn_mps.tiers.metal.kernel import OPTIONAL_BUFFERS
 from flash_attn_mps.tools.selftest import build, cases, run
@@ -93,6 +94,12 @@ def test_cases_are_named_without_ambiguity(level, metal_is_there):
     tried = {case.variant for case in found if (case.tier, case.dtype, case.head_dim) == ("simdgroup", "float16", 64)}
     fitting = set(map(str, simdgroup.FORWARD.fitting(2, 64, 64)))
     assert tried - {""} == (fitting if metal_is_there else set())
+
+
+@pytest.mark.parametrize("metal_is_there", [False, True])
+def test_another_metal_tier_is_run_where_there_is_metal(metal_is_there, monkeypatch):
+    monkeypatch.setitem(BY_NAME, "another", dataclasses.replace(simdgroup.TIER, name="another"))
+    assert ("another" in {case.tier for case in cases.cases("quick", metal_is_there)}) == metal_is_there
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...tiers import BY_NAME, METAL, cpu
+from ...tiers import BY_NAME, cpu
 from ...tiers.metal import simdgroup
 
 TILED = simdgroup.TIER
@@ -127,8 +127,9 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
                     yield from (Case(TILED.name, dtype, *dims, f, variant) for f in _OF_VARIANTS[:features])
     few = _USUAL if level == "full" else head_dims[:2]
     # The tiled kernel is covered above. The cpu tier is PyTorch's own code, which needs no test on a Mac.
-    skipped = {TILED.name, cpu.TIER.name} if metal else METAL
-    for name in [name for name in BY_NAME if name not in skipped]:
+    for name, tier in BY_NAME.items():
+        if name in (TILED.name, cpu.TIER.name) if metal else tier.metal:
+            continue
         for dtype in DTYPES:
             yield from (Case(name, dtype, *dims, feature) for dims in few for feature in FEATURES)
 
