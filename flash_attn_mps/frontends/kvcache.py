@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,22 +11,25 @@ from ..problem import Result
 from .cache_call import CacheCall
 from .cache_plan import describe, run
 
-_NOTHING = nullcontext()
-
 
 def attention(call: CacheCall) -> Result:
     """Append the new keys and values to the caches, rotate what is to be rotated, and attend.
 
     Not differentiable: the result's backward raises `NotImplementedError`.
     """
-    with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
-        result = kvcache_op.captured(call) if torch.compiler.is_compiling() else run(describe(call))
-    if torch.is_grad_enabled():
-        for tensor in (call.q, call.k_cache, call.v_cache, call.k, call.v, call.qv):
-            if tensor is not None and tensor.requires_grad:
-                result.out = _NoBackward.apply(result.out, tensor)
-                break
+    if not torch.is_grad_enabled():
+        return _computed(call)
+    with torch.no_grad():
+        result = _computed(call)
+    for tensor in (call.q, call.k_cache, call.v_cache, call.k, call.v, call.qv):
+        if tensor is not None and tensor.requires_grad:
+            result.out = _NoBackward.apply(result.out, tensor)
+            break
     return result
+
+
+def _computed(call: CacheCall) -> Result:
+    return kvcache_op.captured(call) if torch.compiler.is_compiling() else run(describe(call))
 
 
 class _NoBackward(torch.autograd.Function):
