@@ -66,7 +66,8 @@ def tensor_of_rank(value: Any, name: str, ranks: tuple[int, ...], dims: str) -> 
 def tensor(value: Any, name: str, dims: str, like: torch.Tensor | None = None) -> torch.Tensor:
     """A strided tensor of as many dimensions as `dims` names, on the device of `like`."""
     rank = dims.count(", ") + 1
-    if not (isinstance(value, torch.Tensor) and _is_strided(value)) or value.dim() != rank:
+    strided = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
+    if not strided or value.dim() != rank:
         tensor_of_rank(value, name, (rank,), dims)  # which says what is wrong
     if like is not None and value.device != like.device:
         raise malformed(name, value, f"a tensor on {like.device}, where the queries are")
@@ -167,16 +168,17 @@ def softmax_scale(value: Any, head_dim: int, like: torch.Tensor, names: Names = 
     """None (1 / sqrt(head_dim)), a number, or a 0-d tensor; a tensor on another device than the CPU stays there."""
     if value is None:
         return head_dim**-0.5
-    accepted = "None, a finite float32 number or a 0-d tensor"
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:  # as nearly always: the name is not needed
+        return value
+    accepted = f"None, a finite float32 number or a 0-d tensor on {like.device} or on the CPU"
     name = names.get("softmax_scale", "softmax_scale")
     if isinstance(value, torch.Tensor) and value.dim() == 0:
         if value.requires_grad and torch.is_grad_enabled():
             raise unsupported(name, "a tensor that requires grad", "a detached tensor; or scale q yourself")
-        if not _is_strided(value) or value.is_complex() or value.is_quantized or value.dtype == torch.bool:
+        plain = _is_strided(value) and not value.is_complex() and not value.is_quantized and value.dtype != torch.bool
+        if not plain or (value.device.type != "cpu" and value.device != like.device):
             raise malformed(name, value, accepted)
         if not readable(value):
-            if value.device.type != "cpu" and value.device != like.device:
-                raise malformed(name, value, f"a 0-d tensor on {like.device} or on the CPU")
             return value
     scale = number(value, name, accepted)
     if not -_LARGEST <= scale <= _LARGEST:  # nor NaN
@@ -186,8 +188,7 @@ def softmax_scale(value: Any, head_dim: int, like: torch.Tensor, names: Names = 
 
 def softcap(value: Any) -> float:
     accepted = "0 (off) or a number above 0, in the range of float32"
-    cap = number(value, "softcap", accepted)
-    if cap and not _SMALLEST <= cap <= _LARGEST:  # scores are divided by it
+    if (cap := number(value, "softcap", accepted)) and not _SMALLEST <= cap <= _LARGEST:  # scores are divided by it
         raise malformed("softcap", show(value), accepted)
     return cap
 

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from ..describe import CallOptions
-
-# What the callers call the fields of a `CacheCall`, where it is something else.
-NAMES: dict[str, Mapping[str, str]] = {
-    "fa2": {},
-    "fa3": {"block_table": "page_table"},
-    "fa3_private": {
-        "k_cache": "k",
-        "v_cache": "v",
-        "k": "k_new",
-        "v": "v_new",
-        "rotary_seqlens": "seqlens_rotary",
-        "cache_seqlens": "seqused_k",
-        "cache_batch_idx": "kv_batch_idx",
-        "cache_leftpad": "leftpad_k",
-        "block_table": "page_table",
-    },
-}
 
 
 @dataclass(slots=True, eq=False)
@@ -56,11 +39,31 @@ class CacheCall:
     max_seqlen_q: int | torch.Tensor | None = None  # with cu_seqlens_q
     seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
 
-    def name(self, field: str) -> str:
-        """What the caller calls a field."""
-        return NAMES[self.caller].get(field, field)
+    @property
+    def names(self) -> dict[str, str]:
+        """What the caller calls each field."""
+        return NAMES[self.caller]
 
     @property
     def lengths_of_q(self) -> str:
         """The argument that says how many queries there are."""
         return "q" if self.cu_seqlens_q is None else "cu_seqlens_q"
+
+
+_FA3_PRIVATE = {
+    "k_cache": "k",
+    "v_cache": "v",
+    "k": "k_new",
+    "v": "v_new",
+    "rotary_seqlens": "seqlens_rotary",
+    "cache_seqlens": "seqused_k",
+    "cache_batch_idx": "kv_batch_idx",
+    "cache_leftpad": "leftpad_k",
+    "block_table": "page_table",
+}
+_RENAMED: dict[str, dict[str, str]] = {"fa2": {}, "fa3": {"block_table": "page_table"}, "fa3_private": _FA3_PRIVATE}
+# Callers to what they call each field of a `CacheCall`.
+NAMES = {
+    caller: {field.name: renamed.get(field.name, field.name) for field in dataclasses.fields(CacheCall)}
+    for caller, renamed in _RENAMED.items()
+}

@@ -15,6 +15,7 @@ import torch
 from .. import checks, dispatch
 from ..lengths import Lengths, Rows, check_pages, used
 from ..problem import AttentionProblem, Result, with_qv
+from .cache_append import NewRows, append, sequence_of_rows
 from .cache_call import NAMES, CacheCall
 from .rotary import rotated
 
@@ -22,19 +23,7 @@ _Q = "batch, seqlen_q, heads, head_dim"
 _Q_PACKED = "total_q, heads, head_dim with cu_seqlens_q"
 _CACHE = "batch, seqlen, heads_k, head_dim"
 _PAGES = "num_blocks, block_size, heads_k, head_dim"
-_NAMES = {
-    caller: {"k": names.get("k_cache", "k_cache"), "v": names.get("v_cache", "v_cache")}
-    for caller, names in NAMES.items()
-}
-
-
-class NewRows(NamedTuple):
-    """The rows that go into the caches, behind those of each sequence."""
-
-    k: torch.Tensor
-    v: torch.Tensor
-    cu_seqlens: torch.Tensor | None
-    rows: Rows
+_NAMES = {caller: {"k": names["k_cache"], "v": names["v_cache"]} for caller, names in NAMES.items()}
 
 
 class Rotary(NamedTuple):
@@ -67,7 +56,7 @@ def describe(call: CacheCall) -> CachePlan:
         checks.tensor(call.cu_seqlens_q, "cu_seqlens_q", "batch + 1,")
     kv_dims = _CACHE
     if call.block_table is not None:
-        name = call.name("block_table")
+        name = call.names["block_table"]
         checks.tensor(call.block_table, name, "batch, blocks per sequence")
         kv_dims = f"{_PAGES} with {name}"
     checks.qkv(q, k_cache, v_cache, (_Q if call.cu_seqlens_q is None else _Q_PACKED, kv_dims), _NAMES[call.caller])
@@ -100,9 +89,7 @@ def run(plan: CachePlan) -> Result:
     if rotary is not None:
         problem = dataclasses.replace(problem, q=_rotated_queries(rotary, problem))
     if new is not None:
-        where = _destination(plan, new)
-        call.k_cache[where] = new.k if rotary is None else _rotated_keys(rotary, new)
-        call.v_cache[where] = new.v
+        append(call, plan.cached, new, new.k if rotary is None else _rotated_keys(rotary, new))
     if call.qv is not None:
         problem = with_qv(problem, call.qv, call.options.softmax_scale)
     return dispatch.attention(problem)
@@ -125,20 +112,20 @@ def _with_entries(call: CacheCall, batch: int) -> CacheCall:
         dims = (
             f"batch of {call.lengths_of_q}, blocks per sequence" if entries is None else "entries, blocks per sequence"
         )
-        checks.int32(block_table, call.name("block_table"), dims, batch if entries is None else None, call.q)
+        checks.int32(block_table, call.names["block_table"], dims, batch if entries is None else None, call.q)
     elif entries is None and k_cache.shape[0] != batch:
         accepted = (
-            f"a batch of {batch}, that of q, without {call.name('cache_batch_idx')} or {call.name('block_table')}"
+            f"a batch of {batch}, that of q, without {call.names['cache_batch_idx']} or {call.names['block_table']}"
         )
-        raise checks.malformed(call.name("k_cache"), k_cache, accepted)
+        raise checks.malformed(call.names["k_cache"], k_cache, accepted)
     if entries is None:
         return call
-    name = call.name("cache_batch_idx")
+    name = call.names["cache_batch_idx"]
     checks.int32(entries, name, "batch,", batch, call.q)
     if block_table is None:
-        checks.indices(entries, name, k_cache.shape[0], f"the entries of {call.name('k_cache')}")
+        checks.indices(entries, name, k_cache.shape[0], f"the entries of {call.names['k_cache']}")
         return call
-    checks.indices(entries, name, block_table.shape[0], f"the rows of {call.name('block_table')}")
+    checks.indices(entries, name, block_table.shape[0], f"the rows of {call.names['block_table']}")
     return dataclasses.replace(call, block_table=block_table.index_select(0, entries), cache_batch_idx=None)
 
 
@@ -147,7 +134,8 @@ def _cached(call: CacheCall, batch: int, room: int) -> Rows:
     seqlens = call.cache_seqlens
     if seqlens is None:
         return Rows(room, [room] * batch)
-    name, of = call.name("cache_seqlens"), call.name("k_cache" if call.block_table is None else "block_table")
+    names = call.names
+    name, of = names["cache_seqlens"], names["k_cache" if call.block_table is None else "block_table"]
     if isinstance(seqlens, torch.Tensor) and seqlens.dim() > 0:
         return Rows(seqlens, checks.lengths(seqlens, name, batch, room, call.q, of))
     accepted = f"None, an integer or a (batch,) int32 tensor, between 0 and {room}, the room of {of}"
@@ -159,10 +147,10 @@ def _cached(call: CacheCall, batch: int, room: int) -> Rows:
 
 def _leftpad(leftpad: torch.Tensor, call: CacheCall, batch: int, room: int, cached: Rows) -> Rows:
     """The rows of the cache in front of each sequence."""
-    name = call.name("cache_leftpad")
-    known = checks.lengths(leftpad, name, batch, room, call.q, call.name("k_cache"))
+    name = call.names["cache_leftpad"]
+    known = checks.lengths(leftpad, name, batch, room, call.q, call.names["k_cache"])
     if known and cached.known and any(a > b for a, b in zip(known, cached.known, strict=True)):
-        raise checks.malformed(name, known, f"at most {call.name('cache_seqlens')}, {cached.known}")
+        raise checks.malformed(name, known, f"at most {call.names['cache_seqlens']}, {cached.known}")
     return Rows(leftpad, known)
 
 
@@ -173,7 +161,7 @@ def _new(call: CacheCall, batch: int, room: int, cached: Rows) -> NewRows | None
         if cu_seqlens is not None:
             raise checks.malformed("cu_seqlens_k_new", "new lengths without k and v", "None, or k and v too")
         return None
-    names = k_name, v_name, seqlens_name = call.name("k"), call.name("v"), call.name("cache_seqlens")
+    names = k_name, v_name, seqlens_name = call.names["k"], call.names["v"], call.names["cache_seqlens"]
     for name, value in zip(names, (call.k, call.v, call.cache_seqlens), strict=True):
         if value is None:
             raise checks.malformed(name, "None", f"{', '.join(names)} together, to append to the cache")
@@ -189,15 +177,17 @@ def _new(call: CacheCall, batch: int, room: int, cached: Rows) -> NewRows | None
         if cu_seqlens.shape[0] != batch + 1:
             raise checks.malformed("cu_seqlens_k_new", cu_seqlens, f"{batch + 1} values")
         rows = Rows(cu_seqlens.diff(), known)
+        if known is not None:  # rows behind the last sequence are no sequence's
+            k, v = k[: sum(known)], v[: sum(known)]
     longest = _longest(cached.known, rows.known)
     if longest > room:
         came = f"{longest} keys after appending to those of {seqlens_name}"
-        raise checks.malformed(k_name, came, f"at most {room}, the room of {call.name('k_cache')}")
+        raise checks.malformed(k_name, came, f"at most {room}, the room of {call.names['k_cache']}")
     return NewRows(k, v, cu_seqlens, rows)
 
 
 def _new_tensor(value: Any, field: str, cache: torch.Tensor, call: CacheCall) -> torch.Tensor:
-    name, cache_name, dims = call.name(field), call.name(f"{field}_cache"), "batch, seqlen_new, heads_k, head_dim"
+    name, cache_name, dims = call.names[field], call.names[f"{field}_cache"], "batch, seqlen_new, heads_k, head_dim"
     if call.cu_seqlens_k_new is not None:
         checks.tensor(call.cu_seqlens_k_new, "cu_seqlens_k_new", "batch + 1,")
         dims = "total_k_new, heads_k, head_dim with cu_seqlens_k_new"
@@ -230,12 +220,12 @@ def _rotary(call: CacheCall, batch: int, queries: Lengths, cached: Rows, new: Ne
     if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
         raise checks.malformed("rotary_cos", cos, f"rotary_dim / 2 of at most {q.shape[-1] // 2}, half the head_dim")
     if new is None:
-        accepted = f"{call.name('k')} and {call.name('v')} too"
+        accepted = f"{call.names['k']} and {call.names['v']} too"
         raise checks.malformed("rotary_cos", "rotary embedding without new keys", accepted)
     start = cached
     if seqlens is not None:
         start = Rows(
-            seqlens, checks.lengths(seqlens, call.name("rotary_seqlens"), batch, cos.shape[0], q, "rotary_cos")
+            seqlens, checks.lengths(seqlens, call.names["rotary_seqlens"], batch, cos.shape[0], q, "rotary_cos")
         )
     _check_table(cos, start, new.rows.known, "keys")
     # Upstream's rule: without causal, window and chunk all queries have the position after the cache.
@@ -277,7 +267,7 @@ def _problem(
         rows = rows.each(operator.add, new.rows)
     if block_table is not None:
         first = None if leftpad is None else leftpad.known
-        check_pages(block_table, k, rows.known, call.name("cache_seqlens"), call.name("block_table"), first)
+        check_pages(block_table, k, rows.known, call.names["cache_seqlens"], call.names["block_table"], first)
     if leftpad is not None:
         rows = rows.each(operator.sub, leftpad)
     number, known = rows
@@ -318,32 +308,10 @@ def _rotated_queries(rotary: Rotary, p: AttentionProblem) -> torch.Tensor:
     if cu_seqlens is None:  # all at one position: as if all were heads of one query
         return rotated(q.flatten(1, 2).unsqueeze(1), cos, sin, start, None, interleaved).view(q.shape)
     if isinstance(start, torch.Tensor):
-        start = start[_sequence_of_rows(cu_seqlens, q.shape[0])]
+        start = start[sequence_of_rows(cu_seqlens, q.shape[0])]
     # As if each query were a sequence.
     return rotated(q.unsqueeze(1), cos, sin, start, None, interleaved).squeeze(1)
 
 
 def _rotated_keys(rotary: Rotary, new: NewRows) -> torch.Tensor:
     return rotated(new.k, rotary.cos, rotary.sin, rotary.start, new.cu_seqlens, rotary.interleaved)
-
-
-def _sequence_of_rows(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
-    """`(total,)`: to which sequence each packed row belongs; the last one for rows past its end."""
-    rows = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:], rows, right=True).clamp_(max=cu_seqlens.shape[0] - 2)
-
-
-def _destination(plan: CachePlan, new: NewRows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each new row goes: indices into the first two dimensions of the caches, of the shape of k's rows."""
-    call, cached, device = plan.call, plan.cached, new.k.device
-    if new.cu_seqlens is None:
-        batch, seqlen = new.k.shape[:2]
-        sequence, row = torch.arange(batch, device=device)[:, None], torch.arange(seqlen, device=device)
-    else:
-        sequence = _sequence_of_rows(new.cu_seqlens, new.k.shape[0])
-        row = torch.arange(new.k.shape[0], device=device) - new.cu_seqlens[sequence]
-    position = row + (cached if isinstance(cached, int) else cached[sequence])
-    if call.block_table is not None:
-        block_size = call.k_cache.shape[1]
-        return call.block_table[sequence, position // block_size], position % block_size
-    return sequence if call.cache_batch_idx is None else call.cache_batch_idx[sequence], position

@@ -177,13 +177,13 @@ def flash_attn_qkvpacked_func(
     )
     dims = "batch, seqlen, 3, heads, head_dim; or batch, seqlen, heads of q, k and v, head_dim"
     if checks.tensor_of_rank(qkv, "qkv", (4, 5), dims).dim() == 4:
-        accepted = "the number of query heads, with an even number of heads left for k and v"
+        accepted = "the number of query heads; of those left, half are for k, which must divide it, and half for v"
         if num_heads_q is None:
             raise checks.malformed("num_heads_q", None, f"{accepted}, when qkv has 4 dimensions")
         heads = checks.integer(num_heads_q, "num_heads_q", accepted)
         left = qkv.shape[2] - heads
-        if heads <= 0 or left <= 0 or left % 2:
-            raise checks.malformed("num_heads_q", f"{heads} of {qkv.shape[2]} heads", accepted)
+        if heads <= 0 or left <= 0 or left % 2 or heads % (left // 2):
+            raise checks.malformed("num_heads_q", f"{heads} of the {qkv.shape[2]} heads of qkv", accepted)
         q, k, v = qkv.split([heads, left // 2, left // 2], dim=2)
     else:
         q, k, v = unpack(qkv, "qkv", "batch, seqlen, 3, heads, head_dim", 3)

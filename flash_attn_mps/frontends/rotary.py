@@ -141,6 +141,8 @@ def _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen) -> None:
         raise ValueError(
             f"cos and sin must both be (seqlen_ro, rotary_dim / 2), got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
+    if not cos.is_floating_point() or not sin.is_floating_point():
+        raise ValueError(f"cos and sin must be of a floating dtype, got {cos.dtype} and {sin.dtype}")
     seqlen_ro, half = cos.shape
     if 2 * half > x.shape[-1]:
         raise ValueError(

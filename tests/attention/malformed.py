@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from flash_attn_mps.frontends import fa2, fa2_private, fa3, fa3_private, heads_first
-from tests.hostile import nested, quantized
+
+from .hostile import nested, quantized
 
 NAN, INF = float("nan"), float("inf")
 F16, F64 = torch.float16, torch.float64
@@ -484,6 +485,8 @@ KVCACHE = [
 ]
 
 APPEND = [
+    ("k_cache expanded", lambda a: {"k_cache": a.k_cache[:1].expand(2, -1, -1, -1)}, "k_cache"),
+    ("v_cache expanded", lambda a: {"v_cache": a.v_cache[:, :1].expand(-1, 12, -1, -1)}, "v_cache"),
     ("k without v", lambda a: {"v": None}, ("k", "v")),
     ("v without k", lambda a: {"k": None, "rotary_cos": None, "rotary_sin": None}, ("k", "v")),
     ("k without cache_seqlens", lambda a: {"cache_seqlens": None}, "cache_seqlens"),
@@ -566,6 +569,11 @@ SEQUSED = [
     ("seqused_k list", lambda a: {"seqused_k": [1, 1]}, "seqused_k"),
 ]
 
+NUM_HEADS = [
+    *integer_rows("num_heads_q"),
+    ("num_heads_q that k does not divide", lambda a: {"num_heads_q": 2}, "num_heads_q"),
+    ("num_heads_q of all heads", lambda a: {"num_heads_q": 8}, "num_heads_q"),
+]
 BACKWARD = [
     *[
         row
@@ -679,7 +687,7 @@ TABLES = [
     (fa3.flash_attn_func, dense, integer_rows("num_splits")),
     (fa3.flash_attn_varlen_func, varlen, VARLEN + SEQUSED + FLAGS + CHUNK + RULES3),
     (fa3.flash_attn_qkvpacked_func, qkvpacked, not_tensors("qkv") + FLAGS + CHUNK + RULES3),
-    (fa3.flash_attn_qkvpacked_func, flat_qkv, not_tensors("qkv") + integer_rows("num_heads_q")),
+    (fa3.flash_attn_qkvpacked_func, flat_qkv, not_tensors("qkv") + NUM_HEADS),
     (fa3.flash_attn_with_kvcache, kvcache, KVCACHE + CHUNK + RULES3),
     (fa3.flash_attn_combine, combine, COMBINE),
     (fa3_private._flash_attn_forward, dense, PRIVATE3),

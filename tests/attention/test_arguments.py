@@ -10,9 +10,9 @@ import torch
 
 from flash_attn_mps import checks
 from flash_attn_mps.frontends import fa2, fa2_private, fa3
-from tests import fuzz_arguments
 from tests.compiled import compiled
 
+from . import fuzz_arguments
 from .malformed import private_backward
 
 Q = torch.randn(1, 6, 2, 8, generator=torch.Generator().manual_seed(0))
@@ -20,7 +20,7 @@ Q = torch.randn(1, 6, 2, 8, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize("seed", range(0, 600, 100))
 def test_some_hundred_hostile_calls(seed):
-    """`python -m tests.fuzz_arguments` makes 60,000."""
+    """`python -m tests.attention.fuzz_arguments` makes 60,000."""
     problems = {n: fuzz_arguments.problem_of(n) for n in range(seed, seed + 100)}
     assert not {n: problem for n, problem in problems.items() if problem is not None}
 

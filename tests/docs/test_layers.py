@@ -16,7 +16,7 @@ LAYERS = [
     {"sdpa"},
     {"frontends.kvcache"},
     {"graph.kvcache_op"},
-    {"frontends.cache_plan", "frontends.cache_call", "frontends.rotary"},
+    {"frontends.cache_plan", "frontends.cache_append", "frontends.cache_call", "frontends.rotary"},
     {"dispatch"},
     {"graph"},
     {"tiers"},

@@ -41,7 +41,9 @@ def test_varlen(tier, read_by, lengths, causal):
     q[sum(lengths_q) :], k[sum(lengths_k) :], v[sum(lengths_k) :] = torch.nan, torch.nan, torch.nan
     longest = max(lengths_q, default=3), max(lengths_k, default=3)
     if not lengths_q and tier not in ("auto", "torch"):
-        pytest.skip("no kernel is launched for no sequence: the torch tier serves it")
+        with pytest.raises(NotImplementedError, match="there are no scores"):
+            fa2.flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest)
+        return
     with unwritten_memory_is_nan():
         out, lse, _ = fa2.flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, causal=causal, return_attn_probs=True)
     for b, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
@@ -95,6 +97,30 @@ def test_packed_queries_of_a_cache(tier, read_by):
         torch.testing.assert_close(out[None, rows].double(), exact.out, rtol=1e-5, atol=1e-5)
     assert torch.equal(out[5:], torch.zeros(4, 2, 16))
     assert torch.isneginf(lse[:, 5:]).all()
+
+
+@pytest.mark.parametrize("lengths", [[2, 3], [0, 4], [3, 0], [0, 0]], ids=str)
+@pytest.mark.parametrize("paged", [False, True])
+def test_new_rows_of_a_cache(read_by, lengths, paged):
+    """Rows behind the last sequence are not appended, and nothing else is touched. (By no tier: it comes before.)"""
+    cu, used = cumulative(lengths), torch.tensor([5, 9], dtype=torch.int32)
+    q, new = torch.randn(2, 1, 2, 16), torch.randn(2, 9, 1, 16)
+    caches = torch.randn(2, 2, 16, 1, 16)
+    expected = caches.clone()
+    for b, (first, n) in enumerate(zip(cu.tolist(), lengths, strict=False)):
+        expected[:, b, used[b] : used[b] + n] = new[:, first : first + n]
+    how = {"cache_seqlens": used, "cu_seqlens_k_new": cu, "causal": True}
+    given = caches.clone()
+    if paged:  # entries of the table that hold no key may be anything
+        given = given.view(2, 8, 4, 1, 16)
+        how["page_table"] = torch.arange(8, dtype=torch.int32).view(2, 4)
+    out = fa3.flash_attn_with_kvcache(q, given[0], given[1], new[0], new[1], **how)
+    assert torch.equal(given.view_as(expected), expected)
+    for b in range(2):
+        keys = slice(0, int(used[b]) + lengths[b])
+        qkv = (q[b : b + 1], expected[0, b : b + 1, keys], expected[1, b : b + 1, keys])
+        exact = oracle.dense(*(x.double() for x in qkv), causal=True)
+        torch.testing.assert_close(out[b : b + 1].double(), exact.out, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("function", [fa2.flash_attn_varlen_func, fa3.flash_attn_varlen_func])

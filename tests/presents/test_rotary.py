@@ -126,6 +126,8 @@ def test_tables_of_another_dtype():
         ({"x": torch.randn(5, 2, 8), "cu_seqlens": torch.tensor([0, 5])}, "max_seqlen must be given"),
         ({"x": torch.randn(5, 2, 8), "cu_seqlens": torch.tensor([0]), "max_seqlen": 5}, "cu_seqlens must be"),
         ({"x": torch.randn(9, 2, 8), "cu_seqlens": torch.tensor([0, 9]), "max_seqlen": 9}, "5 rows"),
+        ({"cos": torch.ones(5, 4, dtype=torch.complex64)}, "floating dtype"),
+        ({"sin": torch.ones(5, 4, dtype=torch.int32)}, "floating dtype"),
     ],
 )
 def test_malformed_calls(changes, message):

@@ -89,7 +89,7 @@ def arguments(
     given: list[str] = []
     values: list[Any] = []
     params: list[Any] = [*problem_parameters(p)]
-    # In their lowest bits: what the addresses of all rows of head_dim, and of head_dim_v, elements are multiples of.
+    # Offsets and strides, or-ed: the lowest bit set is what all rows of head_dim, or head_dim_v, are aligned to.
     aligned: Any = 16 // q.itemsize
     aligned_v: Any = aligned
     for name, (_, dim, optional) in kernel.buffers.items():
@@ -170,7 +170,7 @@ def outputs(p: AttentionProblem) -> Result:
 
 
 def tiles_of_queries(p: AttentionProblem, rows: int, threads: int) -> Grid:
-    """A group of `threads` for each tile of `rows` queries, head and sequence; the other half is tile_of in Metal."""
+    """A group of `threads` for each tile of `rows` queries, head and sequence; must match tile_of in scoring.metal."""
     if p.cu_seqlens_q is None:
         return (-(-p.max_seqlen_q // rows) * threads, p.heads, p.batch), (threads, 1, 1)
     return ((p.q.shape[0] // rows + p.batch) * threads, p.heads, 1), (threads, 1, 1)
@@ -190,7 +190,7 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
         heads_per_kv_head=heads // p.heads_k,
         lse_batch=lse_batch,
         lse_head=lse_head,
-        # A side that a model's window leaves open at this length keeps its kernel: only the bound fits the length.
+        # A window wider than the sequence stays a window: what a kernel is compiled for must not depend on the length.
         window_left=min(p.window_left, p.max_seqlen_k),
         window_right=min(p.window_right, seqlen_q),
         softmax_scale=_bits(0.0 if isinstance(scale, torch.Tensor) else scale),
@@ -207,4 +207,6 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
 
 def _bits(value: float) -> int:
     """The bits of a float32."""
+    if not value:
+        return 0
     return _INT.unpack(_FLOAT.pack(value))[0]

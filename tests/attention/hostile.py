@@ -122,7 +122,7 @@ def _others():
 def _tensors():
     for dtype in DTYPES:
         for shape in ((), (1,), (2,)):
-            yield lambda dtype=dtype, shape=shape: torch.ones(shape).to(dtype)
+            yield quietly(lambda dtype=dtype, shape=shape: torch.ones(shape).to(dtype))
     for number in (0.5, -1.0, 1e39, NAN, INF):
         yield lambda number=number: torch.tensor(number)
         yield lambda number=number: torch.tensor(number, dtype=torch.float64)
