@@ -13,6 +13,7 @@ once. A session's fixture is made once in each worker that asks for it. Therefor
 `pytest -n 0` runs everything in this process, as does naming one file or tests of it: there `-s` and a debugger work.
 """
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,17 @@ def pytest_xdist_auto_num_workers(config):
     """Of one file a second worker would get nothing, so no worker is started for it."""
     files = {config.invocation_params.dir / argument.partition("::")[0] for argument in config.args}
     return 0 if len(files) == 1 and files.pop().is_file() else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported and collected stays: the garbage collector need not look at it, now or during a test."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -5,6 +5,7 @@ once a process. `python forked.py` reads a JSON object a line, "arguments" (as p
 [file, ...]) and "environment", and answers with one a line: "returncode", "stdout", "stderr".
 """
 
+import gc
 import importlib
 import json
 import os
@@ -57,6 +58,7 @@ def main():
         importlib.import_module(name)
     early = sorted(name for name in sys.modules if name.partition(".")[0] in NOT_BEFORE)
     assert not early, early
+    gc.freeze()  # else a fork's collector looks at all that was imported here, and copies the memory that it is in
     arguments = serve()
     if arguments is None:
         return
