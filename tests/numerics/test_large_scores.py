@@ -106,3 +106,11 @@ def test_a_scale_that_is_no_normal_number(tier):
     mean = v[0, :, 0].cumsum(0) / torch.arange(1, 10)[:, None]
     torch.testing.assert_close(out[0, :, 0], mean, rtol=1e-5, atol=1e-6)
     assert math.isfinite(out.sum())
+
+
+def test_a_softcap_that_is_tiny_beside_the_scale(tier):
+    """Their ratio is beyond float32; a score of 0 stays 0, and any other is the cap."""
+    q, v = torch.zeros(1, 3, 1, 16), torch.randn(1, 3, 1, 16)
+    q[0, 2] = 1.0
+    out = flash_attn_func(q, q, v, softmax_scale=1e30, softcap=1e-30)
+    torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(v), rtol=1e-5, atol=1e-6)

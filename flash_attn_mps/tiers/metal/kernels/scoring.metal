@@ -69,7 +69,8 @@ METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
   scoring.scale = scale;
   scoring.exp2_scale = SCORES_ARE_SCALED ? LOG2E : scale * LOG2E;
 #if HAS_SOFTCAP
-  scoring.scale_over_softcap = scale / as_float(params[SOFTCAP]);
+  // At most the largest number: 0 times infinity would be NaN.
+  scoring.scale_over_softcap = min(scale / as_float(params[SOFTCAP]), 3.40282347e38f);
   scoring.softcap = as_float(params[SOFTCAP]);
 #endif
 #if HAS_ALIBI_SLOPES
