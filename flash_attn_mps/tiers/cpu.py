@@ -19,11 +19,26 @@ from .tier import Gradients, Tier
 
 _SERVES = frozenset({"causal", "gradients"})
 _LARGEST_SCORE = 1e38  # float32 ends at 3.4e38
-_LARGEST_TO_SUBTRACT_FROM = 1e4  # the backward pass takes exp(score - log-sum-exp): half an ulp of this is 5e-4
+# The backward pass takes exp(score - log-sum-exp), which whoever gave the latter may have rounded otherwise: half an
+# ulp of this is 5e-4.
+_LARGEST_TO_SUBTRACT_FROM = 1e4
 
 
 def _limits(p: AttentionProblem) -> list[str]:
-    """Why this tier does not serve `p` although it serves its features, in words; empty if it does."""
+    return _reasons(p, _LARGEST_SCORE)
+
+
+def _backward_limits(p: AttentionProblem) -> list[str]:
+    if p.heads != p.heads_k and p.q.dtype != torch.float32:
+        return ["heads share keys in half precision, in which PyTorch would sum their gradients"]
+    return _reasons(p, _LARGEST_TO_SUBTRACT_FROM)
+
+
+def _reasons(p: AttentionProblem, largest: float) -> list[str]:
+    """Why this tier does not serve `p` although it serves its features, in words; empty if it does.
+
+    `largest`: what no score may reach.
+    """
     q, k = p.q, p.k
     if q.device.type != "cpu":
         return [f"tensors are on {q.device}, not on the CPU"]
@@ -40,23 +55,11 @@ def _limits(p: AttentionProblem) -> list[str]:
         return ["causal with a softmax_scale that is not above 0"]
     if not _is_flash(p, causal):
         return ["PyTorch would not use its flash attention for these head dims, strides or settings"]
-    if not _largest_score(p) < _LARGEST_SCORE or not _largest(p.v) < math.inf:
-        return ["values or scores are not finite"]
+    # More than any score can be, scaled or not; NaN if a value is.
+    bound = _largest(q) * _largest(k) * q.shape[-1] * max(1.0, abs(_scale(p)))
+    if not bound < largest or not _largest(p.v) < math.inf:
+        return [f"values are not finite, or scores may reach {largest:g}"]
     return []
-
-
-def _backward_limits(p: AttentionProblem) -> list[str]:
-    if p.heads != p.heads_k and p.q.dtype != torch.float32:
-        return ["heads share keys in half precision, in which PyTorch would sum their gradients"]
-    reasons = _limits(p)
-    if not reasons and p.features <= _SERVES and _largest_score(p) > _LARGEST_TO_SUBTRACT_FROM:
-        return ["scores are large, and whoever gave the log-sum-exp may have rounded them otherwise"]
-    return reasons
-
-
-def _largest_score(p: AttentionProblem) -> float:
-    """More than any score of `p` can be, scaled or not; NaN if a value is."""
-    return _largest(p.q) * _largest(p.k) * p.q.shape[-1] * max(1.0, abs(_scale(p)))
 
 
 def _scale(p: AttentionProblem) -> float:
