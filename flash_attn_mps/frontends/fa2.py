@@ -258,10 +258,10 @@ def flash_attn_varlen_func(
         k: keys `(total_k, heads_k, head_dim)`, dtype and device of q; heads_k divides heads. With `block_table`, pages
             `(num_blocks, block_size, heads_k, head_dim)`.
         v: values `(total_k, heads_k, head_dim_v)`, or pages like k; head_dim_v may differ from head_dim.
-        cu_seqlens_q: int32 `(batch + 1,)`, from 0 to total_q: where the queries of each sequence start. Stays on the
-            device, as all lengths do.
-        cu_seqlens_k: int32 `(batch + 1,)`, from 0 to total_k, for the keys. With `block_table` its differences are the
-            lengths.
+        cu_seqlens_q: int32 `(batch + 1,)`, from 0 to at most total_q: where the queries of each sequence start. Stays
+            on the device, as all lengths do.
+        cu_seqlens_k: int32 `(batch + 1,)`, from 0 to at most total_k, for the keys. With `block_table` its differences
+            are the lengths.
         max_seqlen_q: the longest sequence of queries, or more: an int or a 0-d integer tensor.
         max_seqlen_k: the longest sequence of keys, or more: an int or a 0-d integer tensor.
         dropout_p: probability in [0, 1) that an attention weight is dropped; 0.0 to evaluate.
@@ -278,13 +278,14 @@ def flash_attn_varlen_func(
             order; None if k and v are packed.
 
     Returns:
-        out: `(total_q, heads, head_dim_v)`, dtype of q, contiguous. A query that sees no key gives zeros.
+        out: `(total_q, heads, head_dim_v)`, dtype of q, contiguous. A query that sees no key gives zeros, and so do
+            rows behind the last sequence.
         With `return_attn_probs`, the tuple `(out, softmax_lse, S_dmask)`: softmax_lse is float32 `(heads, total_q)`;
         S_dmask under dropout `(batch, heads, max_seqlen_q, max_seqlen_k)`, as in `flash_attn_func`.
 
     Raises:
-        ValueError: a malformed argument, such as lengths that do not add up to total_q, where they can be read without
-            waiting for a device. The message says which, what came and what would be accepted.
+        ValueError: a malformed argument, such as lengths that add up to more than total_q, where they can be read
+            without waiting for a device. The message says which, what came and what would be accepted.
         NotImplementedError: a call that nothing here computes, as in `flash_attn_func`.
 
     Example:

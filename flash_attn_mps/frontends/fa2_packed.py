@@ -170,8 +170,8 @@ def flash_attn_varlen_kvpacked_func(
     Args:
         q: queries `(total_q, heads, head_dim)`; float16, bfloat16 or float32, head_dim up to 512.
         kv: keys and values `(total_k, 2, heads_k, head_dim)`, dtype and device of q; heads_k divides heads.
-        cu_seqlens_q: int32 `(batch + 1,)`, from 0 to total_q: where the queries of each sequence start.
-        cu_seqlens_k: int32 `(batch + 1,)`, from 0 to total_k: where the keys of each sequence start.
+        cu_seqlens_q: int32 `(batch + 1,)`, from 0 to at most total_q: where the queries of each sequence start.
+        cu_seqlens_k: int32 `(batch + 1,)`, from 0 to at most total_k: where the keys of each sequence start.
         max_seqlen_q: the longest sequence of queries, or more: an int or a 0-d integer tensor.
         max_seqlen_k: the longest sequence of keys, or more: an int or a 0-d integer tensor.
         dropout_p: probability in [0, 1) that an attention weight is dropped; 0.0 to evaluate.
@@ -237,7 +237,7 @@ def flash_attn_varlen_qkvpacked_func(
 
     Args:
         qkv: queries, keys and values `(total, 3, heads, head_dim)`; float16, bfloat16 or float32, head_dim up to 512.
-        cu_seqlens: int32 `(batch + 1,)`, from 0 to total: where each sequence starts.
+        cu_seqlens: int32 `(batch + 1,)`, from 0 to at most total: where each sequence starts.
         max_seqlen: the longest sequence, or more: an int or a 0-d integer tensor.
         dropout_p: probability in [0, 1) that an attention weight is dropped; 0.0 to evaluate.
         softmax_scale: factor of the scores, a number or a 0-d tensor; None for `1 / sqrt(head_dim)`.

@@ -233,9 +233,9 @@ def flash_attn_varlen_func(
         q: queries `(total_q, heads, head_dim)`; float16, bfloat16 or float32, head_dim up to 512.
         k: keys `(total_k, heads_k, head_dim)`, dtype and device of q; heads_k divides heads.
         v: values `(total_k, heads_k, head_dim_v)`, like k; head_dim_v may differ from head_dim.
-        cu_seqlens_q: int32 `(batch + 1,)`, from 0 to total_q: where the queries of each sequence start. Stays on the
-            device, as all lengths do.
-        cu_seqlens_k: int32 `(batch + 1,)`, from 0 to total_k: where the keys of each sequence start.
+        cu_seqlens_q: int32 `(batch + 1,)`, from 0 to at most total_q: where the queries of each sequence start. Stays
+            on the device, as all lengths do.
+        cu_seqlens_k: int32 `(batch + 1,)`, from 0 to at most total_k: where the keys of each sequence start.
         max_seqlen_q: the longest sequence of queries, or more: an int or a 0-d integer tensor.
         max_seqlen_k: the longest sequence of keys, or more: an int or a 0-d integer tensor.
         seqused_q: int32 `(batch,)`: how many queries of each sequence count; the others give zeros. None for all.
@@ -258,13 +258,14 @@ def flash_attn_varlen_func(
         return_attn_probs: return a tuple, see below.
 
     Returns:
-        out: `(total_q, heads, head_dim_v)`, dtype of q, contiguous. A query that sees no key gives zeros.
+        out: `(total_q, heads, head_dim_v)`, dtype of q, contiguous. A query that sees no key gives zeros, and so do
+            rows behind the last sequence.
         With `return_attn_probs`, the tuple `(out, softmax_lse)`. softmax_lse, float32 `(heads, total_q)`, is
         the natural logarithm of the sum of a query's exponentiated scores; -inf where it sees no key.
 
     Raises:
-        ValueError: a malformed argument, such as lengths that do not add up to total_q, where they can be read without
-            waiting for a device. The message says which, what came and what would be accepted.
+        ValueError: a malformed argument, such as lengths that add up to more than total_q, where they can be read
+            without waiting for a device. The message says which, what came and what would be accepted.
         NotImplementedError: a call that nothing here computes, such as float8 tensors, head_dim over 512, or a
             softmax_scale that requires a gradient.
 

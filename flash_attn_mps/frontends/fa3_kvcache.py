@@ -78,9 +78,9 @@ def flash_attn_with_kvcache(
             that; None for its own.
         cache_leftpad: int32 `(batch,)`: at which row of the cache a sequence starts; None for 0.
         page_table: int32 `(batch, blocks per sequence)`: which pages of the cache a sequence has, in order.
-        cu_seqlens_q: int32 `(batch + 1,)`, from 0 to total_q: where the queries of each sequence start; None if q is
-            not packed.
-        cu_seqlens_k_new: int32 `(batch + 1,)`, from 0 to total_new, for the new keys; None if k is not packed.
+        cu_seqlens_q: int32 `(batch + 1,)`, from 0 to at most total_q: where the queries of each sequence start; None if
+            q is not packed.
+        cu_seqlens_k_new: int32 `(batch + 1,)`, from 0 to at most total_new, for the new keys; None if k is not packed.
         max_seqlen_q: the longest sequence of queries, or more, with `cu_seqlens_q`: an int or a 0-d integer tensor.
         rotary_seqlens: int32 `(batch,)`: positions to rotate from, instead of `cache_seqlens`; no effect without
             rotary_cos.
