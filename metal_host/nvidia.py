@@ -31,6 +31,7 @@ _SHARED = re.compile(
     re.MULTILINE,
 )
 _CONSTANT = re.compile(r"\bld\.const\b|(?<=[\s;])\.const\b")
+_DYNAMIC = "__mh_dynamic_shared"
 _ENTRY = re.compile(r"(\.entry (\w+)\(.*?\n\))", re.DOTALL)
 
 
@@ -82,7 +83,12 @@ def compile_ptx(unit: Unit, host_names: list[str]) -> tuple[str, dict[str, str]]
 
 
 def shared_and_global(ptx: str) -> str:
-    """Put threadgroup variables into shared memory, and Metal's constant memory, which is buffers, into global."""
+    """Put threadgroup variables into shared memory, and Metal's constant memory, which is buffers, into global; declare
+    the dynamic shared memory that [[threadgroup(n)]] arguments are in."""
+    if _DYNAMIC in ptx:
+        ptx = ptx.replace(
+            "\n.address_size 64\n", f"\n.address_size 64\n.extern .shared .align 16 .b8 {_DYNAMIC}[];\n", 1
+        )
     return _CONSTANT.sub(lambda m: m[0].replace("const", "global"), _SHARED.sub(r".shared \1", ptx))
 
 
@@ -134,6 +140,7 @@ class _Arguments(ctypes.Structure):
         ("arguments", ctypes.c_uint64 * abi.MAX_BUFFERS),
         ("grid", ctypes.c_uint32 * 3),
         ("group", ctypes.c_uint32 * 3),
+        ("threadgroup_offsets", ctypes.c_uint32 * abi.MAX_BUFFERS),
     ]
 
 
@@ -160,8 +167,6 @@ class Module:
         self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
 
     def launch(self, name: str, bindings: Bindings, shape: Shape) -> None:
-        if bindings.threadgroup_bytes:
-            raise RuntimeError("[[threadgroup(n)]] arguments run on the CPU only")
         grid, group = shape
         threads = -(-group[0] * group[1] * group[2] // 32) * 32
         arguments = _Arguments(grid=(ctypes.c_uint32 * 3)(*grid), group=(ctypes.c_uint32 * 3)(*group))
@@ -173,11 +178,15 @@ class Module:
         for index, data in bindings.inline.items():
             kept.append(torch.frombuffer(bytearray(data), dtype=torch.uint8).cuda())
             arguments.arguments[index] = kept[-1].data_ptr()
+        shared = 0
+        for index, size in bindings.threadgroup_bytes.items():
+            arguments.threadgroup_offsets[index] = shared
+            shared += size  # a multiple of 16
         blocks = [-(-n // g) for n, g in zip(grid, group, strict=True)]
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         function = self._function(self.entries[name], threads)
-        _call("cuLaunchKernel", function, *blocks, threads, 1, 1, 0, stream, pointers, None)
+        _call("cuLaunchKernel", function, *blocks, threads, 1, 1, shared, stream, pointers, None)
 
     def _function(self, entry: str, threads: int) -> ctypes.c_void_p:
         if (entry, threads) not in self._functions:

@@ -8,6 +8,7 @@
 struct __mh_launch_t {
   ulong arguments[31];
   uint grid[3], group[3];  // in threads; blocks are launched in one dimension, whole warps
+  uint threadgroup_offsets[31];  // in dynamic shared memory
 };
 
 #define __MH_DEVICE inline __attribute__((always_inline, convergent))
@@ -43,9 +44,10 @@ struct __mh_context_t {
     return thread_index < size[0] * size[1] * size[2];
   }
   ulong argument(uint index) const thread { return launch.arguments[index]; }
-  ulong threadgroup_argument(uint) const thread {  // nvidia.py launches no kernel that has one
-    __builtin_trap();
-    return 0;
+  ulong threadgroup_argument(uint index) const thread {  // nvidia.py declares the variable
+    ulong address;
+    __asm__("mov.b64 %0, __mh_dynamic_shared;" : "=l"(address));
+    return address + launch.threadgroup_offsets[index];
   }
   uint in_group(uint axis) const thread {
     return axis == 0   ? thread_index % size[0]
