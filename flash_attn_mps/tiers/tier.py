@@ -13,7 +13,9 @@ from ..problem import FEATURES, AttentionProblem, Result
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"]
 
 # (problem, out, lse, dout, dlse) -> gradients, whichever tier gave `out` and `lse`. dlse: the gradient of lse, if any.
-Backward = Callable[[AttentionProblem, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], Gradients]
+Backward = Callable[
+    [AttentionProblem, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], "Gradients | None"
+]
 
 LSE_GRADIENT = "lse_gradient"  # a feature of backward passes alone
 
@@ -27,8 +29,8 @@ class Tier:
     pass of a call that will be differentiated.
     `limits`: why it does not serve a problem with these features (device, head dims, ...), in words; empty if it does.
     `run`: the forward pass, without autograd. None where this machine turns out unable to.
-    `serves_backward`, `backward`, `backward_limits` (None: as `limits`): likewise for gradients; without them another
-    tier computes these.
+    `serves_backward`, `backward`, `backward_limits` (None: as `limits`): likewise for gradients; without them, or where
+    `backward` gives None, another tier computes these.
     `metal`: does it run Metal kernels?
     """
 
