@@ -52,20 +52,26 @@ def run(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Result:
 
 
 def gradients(
-    p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None
+    p: AttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    needed: frozenset[str],
 ) -> Gradients:
-    """The gradients of q, k, v and sinks, whichever tier gave `out` and `lse`: the one rule about who computes them.
+    """The gradients of `needed` tensors, whichever tier gave `out` and `lse`: the one rule about who computes them.
 
     It is the first tier that serves them; a forced one comes first, but forcing a tier without a backward pass does not
-    leave a call without gradients. `dlse` is the gradient of the log-sum-exp, if it has one.
+    leave a call without gradients. `dlse` is the gradient of the log-sum-exp, if it has one. `needed`: names of
+    `problem.DIFFERENTIABLE`.
     """
     refusals: trace.Refusals = []
     for tier in _asked_for_gradients():
-        reasons = tier.unsupported_backward_reasons(p, dlse is not None)
+        reasons = tier.unsupported_backward_reasons(p, dlse is not None, needed)
         if not reasons and tier.backward is not None:
             off = torch.autocast(p.q.device.type, enabled=False) if _is_autocast(p.q.device.type) else nullcontext()
             with torch.no_grad(), off:
-                found = tier.backward(p, out, lse, dout, dlse)
+                found = tier.backward(p, out, lse, dout, dlse, needed)
             if found is not None:
                 if trace.enabled:
                     trace.record(p, tier.name, refusals, "backward")
@@ -80,9 +86,11 @@ def explain(p: AttentionProblem) -> dict[str, list[str]]:
     return {tier.name: tier.unsupported_reasons(p) for tier in _asked()}
 
 
-def explain_gradients(p: AttentionProblem, dlse: bool = False) -> dict[str, list[str]]:
-    """Likewise, why each tier does not compute the gradients of `p`. `dlse`: has the log-sum-exp a gradient?"""
-    return {tier.name: tier.unsupported_backward_reasons(p, dlse) for tier in _asked_for_gradients()}
+def explain_gradients(
+    p: AttentionProblem, dlse: bool = False, needed: frozenset[str] = frozenset("qkv")
+) -> dict[str, list[str]]:
+    """Likewise, why each tier does not compute the gradients of `needed`. `dlse`: has the log-sum-exp a gradient?"""
+    return {tier.name: tier.unsupported_backward_reasons(p, dlse, needed) for tier in _asked_for_gradients()}
 
 
 def _asked_for_gradients() -> tuple[Tier, ...]:
