@@ -205,7 +205,7 @@ def test_what_nobody_needs_is_not_computed(names, products):
 def test_explain_gradients_says_why_each_tier_does_not_compute_them():
     p = problem(window_left=3, window_right=0)
     assert tiers.explain_gradients(p) == {
-        "simdgroup": tiers.BY_NAME["simdgroup"].unsupported_backward_reasons(p, False, QKV),
+        "simdgroup": tiers.BY_NAME["simdgroup"].unsupported_backward_reasons(p, False, frozenset("qkv")),
         "cpu": ["does not support window"],
         "torch": [],
     }

@@ -233,3 +233,36 @@ def test_demo_respects_the_switch():
     result = mtlflashattn("demo", MTLFLASHATTN_SHIM="off")
     assert result.returncode == 2
     assert "MTLFLASHATTN_SHIM=off" in result.stderr
+
+
+TRAINING = """
+from flash_attn_mps import tiers
+from flash_attn_shim.commands import demo, main
+demo._readme_sentences = lambda text: ["Cats purr.", "It rains.", "Rain is wet.", "Cats are soft.", "Stop."]
+print(main(["demo", "--train", "--steps", "3"]))
+right = tiers.reference.backward
+def wrong(*arguments):
+    gradients = right(*arguments)
+    return gradients._replace(dv=-gradients.dv)
+object.__setattr__(tiers.BY_NAME["torch"], "backward", wrong)
+print(main(["demo", "--train", "--steps", "3"]))
+"""
+
+
+def test_demo_trains_as_eager_does_and_notices_a_wrong_gradient():
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MTLFLASHATTN_")}
+    command = [sys.executable, "-W", "ignore", "-c", TRAINING]
+    result = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    right, wrong, rest = re.split(r"^(?:0|1)\n", result.stdout, flags=re.MULTILINE)
+    assert rest == ""
+    assert "3 steps of 2 pairs" in right
+    losses = [[float(word) for word in line.split()[2:]] for line in right.splitlines() if line.startswith("step ")]
+    first, _, last = losses
+    assert all(after < before for before, after in zip(first, last, strict=True) if before > 0.1)
+    assert last[3] != last[4] != last[0]  # dropout is on
+    # Six layers, three steps, two columns of texts.
+    assert re.search(r"dropout\S+ +backward +\S+ +36$", right, re.MULTILINE)
+    assert "below 0.001" in right
+    assert "NOT below 0.001" not in right
+    assert "NOT below 0.001" in wrong
