@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
+from importlib import import_module
 
 _PAIRS = 8  # of a batch
 _LEARNING_RATE = 5e-5
@@ -26,10 +27,11 @@ def train(load, sentences: list[str], steps: int) -> int:
 
     batches = _batches(sentences, steps)
     print(
-        f"Training: {steps} steps of {len(batches[0][0])} pairs of neighbouring sentences of the README, AdamW, learning"
-        f" rate {_LEARNING_RATE:g}; with both attentions, without and with dropout"
+        f"Training: {steps} steps of {len(batches[0][0])} pairs of neighbouring sentences of the README, AdamW,"
+        f" learning rate {_LEARNING_RATE:g}; with both attentions, without and with dropout"
     )
-    losses, seconds = {}, {}
+    losses: dict[tuple[bool, str], list[float]] = {}
+    seconds: dict[tuple[bool, str], list[float]] = {}
     with Progress(4 * steps, "train") as progress:
         for dropout in (False, True):
             for attention in _ATTENTION:
@@ -63,12 +65,12 @@ def _batches(sentences, steps):
 def _run(model, batches, dropout):
     """A training loop as anybody writes it; yields (loss, seconds) of each step."""
     import torch
-    from sentence_transformers import losses
     from sentence_transformers.util import batch_to_device
 
     torch.manual_seed(0)
     model.train(dropout)
     prepared = getattr(model, "preprocess", None) or model.tokenize  # the name before version 6
+    losses = import_module("sentence_transformers.losses")  # version 6 makes this name when it is asked for
     measure = losses.MultipleNegativesRankingLoss(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
     for texts in batches:
