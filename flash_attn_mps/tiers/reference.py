@@ -18,7 +18,7 @@ import torch
 from ..checks import readable
 from ..problem import AttentionProblem, Result
 from .layout import Group, KeyRows, QueryRows, groups
-from .score_blocks import SERVES, Block, Dropout, blocks
+from .score_blocks import SERVES, Block, blocks
 from .tier import LSE_GRADIENT, Gradients, Tier
 
 
@@ -40,7 +40,6 @@ def run(p: AttentionProblem) -> Result:
     lse = queries.new(q, (p.heads,), -torch.inf, torch.float32)
     if p.sinks is not None:  # what a query has that sees no key
         lse.copy_(p.sinks)
-    dropout = Dropout(p)
     for group in () if p.empty else groups(p):
         k_rows, v_rows = keys.take(k, group), keys.take(v, group)
         for block in blocks(p, group, queries, keys):
@@ -51,7 +50,7 @@ def run(p: AttentionProblem) -> Result:
             if probs is not None:
                 probs[group.seqs, :, block.first : block.last, block.lo : block.hi] = prob.flatten(1, 2).to(q.dtype)
             if p.dropout_p:
-                keep = dropout.keep(prob)
+                keep = block.kept()
                 if probs is not None:
                     signs = keep.flatten(1, 2) * 2.0 - 1.0
                     probs[group.seqs, :, block.first : block.last, block.lo : block.hi] *= signs.to(q.dtype)
@@ -85,7 +84,6 @@ def backward(
     dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device) if "v" in needed else None
     lse, dlse = lse.transpose(-1, -2), None if dlse is None else dlse.transpose(-1, -2)
     dsinks = None if p.sinks is None or "sinks" not in needed else _gradient_of_sinks(p.sinks, out, lse, dout, dlse)
-    dropout = Dropout(p)
     for group in groups(p) if (of_scores or dv is not None) and not p.empty else ():
         k_rows, v_rows = keys.take(k, group), keys.take(v, group)
         dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
@@ -104,7 +102,7 @@ def backward(
                 k_seen, v_seen = _finite(k_seen), _finite(v_seen)
             if p.mask is None:
                 prob *= _share(block.split(rows(lse[..., None])), own_lse, block.rounding(q_rows, k_seen, own_lse))
-            keep = dropout.keep(prob).to(torch.float32).div_(1.0 - p.dropout_p) if p.dropout_p else None
+            keep = block.kept().to(torch.float32).div_(1.0 - p.dropout_p) if p.dropout_p else None
             if dv is not None:
                 kept = prob if keep is None else prob * keep
                 dv_rows[:, :, block.lo : block.hi] += kept.flatten(2, 3).transpose(-1, -2) @ do
