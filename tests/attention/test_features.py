@@ -42,6 +42,8 @@ USED = {
     "block_table": INDEX[None],
     "kv_batch_idx": INDEX,
     "leftpad_k": INDEX,
+    "k_descale": torch.ones(1, 2),
+    "v_descale": torch.ones(1, 2),
     "mask": torch.ones(1, 2, 9, 9, dtype=torch.bool),
     "sinks": torch.zeros(2),
     "needs_grad": True,
@@ -75,6 +77,12 @@ def test_every_feature_is_brought_by_a_field():
     brought = set().union(*(problem(**{name: value}).features for name, value in USED.items()))
     assert brought | {"scale_tensor"} == set(FEATURES)
     assert set(DETAILS.values()) <= brought
+
+
+def test_codes_are_a_feature_without_a_descale_too():
+    p = problem()
+    p.k = p.v = p.k.to(torch.int8)
+    assert p.features == {"quantised"}
 
 
 def test_features_are_what_the_call_comes_to():

@@ -273,7 +273,7 @@ kernel void attention_forward(
     if (row < sequence.rows_q) {
       bool is_query = row < sequence.seqlen_q;
       if (!is_query) UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
-      float factor = statistics.l > 0.0f ? statistics.rescale / statistics.l : 0.0f;
+      float factor = statistics.l > 0.0f ? keys.v_descale * statistics.rescale / statistics.l : 0.0f;
       SlabV::store(out_head + row * params[OUT_ROW], state.o[r], factor, lane);
 #if HAS_LSE
       if (lane.column == 0)
