@@ -25,6 +25,7 @@ SERVES = frozenset(
         "softcap",
         "alibi",
         "dropout",
+        "probabilities",
         "varlen",
         "seqused",
         "paged",
