@@ -18,12 +18,14 @@ typedef simdgroup_matrix<float, 8, 8> Accumulator;
 struct Lane {
   short row;     // 0 to 7
   short column;  // 0, 2, 4 or 6: the first of two
+  ushort index;  // in the simdgroup
 };
 
 METAL_FUNC Lane lane_of(ushort index) {
   Lane lane;
   lane.row = short((index >> 2 & 4) | (index >> 1 & 3));
   lane.column = short((index >> 1 & 4) | (index & 1) << 1);
+  lane.index = index;
   return lane;
 }
 
