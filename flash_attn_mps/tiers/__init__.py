@@ -61,7 +61,9 @@ def gradients(
         if tier.backward is not None and not tier.unsupported_backward_reasons(p, dlse is not None):
             off = torch.autocast(p.q.device.type, enabled=False) if _is_autocast(p.q.device.type) else nullcontext()
             with torch.no_grad(), off:
-                return tier.backward(p, out, lse, dout, dlse)
+                grads = tier.backward(p, out, lse, dout, dlse)
+            if grads is not None:
+                return grads
     raise NotImplementedError("no tier computes the gradients of this attention call")
 
 

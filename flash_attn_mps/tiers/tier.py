@@ -13,7 +13,10 @@ from ..problem import FEATURES, AttentionProblem, Result
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"]
 
 # (problem, out, lse, dout, dlse) -> gradients, whichever tier gave `out` and `lse`. dlse: the gradient of lse, if any.
-Backward = Callable[[AttentionProblem, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], Gradients]
+# None where this machine turns out unable to compute them.
+Backward = Callable[
+    [AttentionProblem, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], "Gradients | None"
+]
 
 LSE_GRADIENT = "lse_gradient"  # a feature of backward passes alone
 
