@@ -154,6 +154,10 @@ class AttentionProblem:
         )
 
 
+# The tensors that may have a gradient: what a backward pass is asked for is a set of these names.
+DIFFERENTIABLE = ("q", "k", "v", "sinks", "mask")
+
+
 # Every feature, in the order in which people read them.
 FEATURES = (
     "causal",

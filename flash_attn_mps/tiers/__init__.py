@@ -50,18 +50,24 @@ def run(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Result:
 
 
 def gradients(
-    p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None
+    p: AttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    needed: frozenset[str],
 ) -> Gradients:
-    """The gradients of q, k, v and sinks, whichever tier gave `out` and `lse`: the one rule about who computes them.
+    """The gradients of `needed` tensors, whichever tier gave `out` and `lse`: the one rule about who computes them.
 
     It is the first tier that serves them; a forced one comes first, but forcing a tier without a backward pass does not
-    leave a call without gradients. `dlse` is the gradient of the log-sum-exp, if it has one.
+    leave a call without gradients. `dlse` is the gradient of the log-sum-exp, if it has one. `needed`: names of
+    `problem.DIFFERENTIABLE`.
     """
     for tier in (*_asked(), *ORDER):
-        if tier.backward is not None and not tier.unsupported_backward_reasons(p, dlse is not None):
+        if tier.backward is not None and not tier.unsupported_backward_reasons(p, dlse is not None, needed):
             off = torch.autocast(p.q.device.type, enabled=False) if _is_autocast(p.q.device.type) else nullcontext()
             with torch.no_grad(), off:
-                grads = tier.backward(p, out, lse, dout, dlse)
+                grads = tier.backward(p, out, lse, dout, dlse, needed)
             if grads is not None:
                 return grads
     raise NotImplementedError("no tier computes the gradients of this attention call")

@@ -229,7 +229,12 @@ KEYS_OF_EACH_HEAD = dataclasses.replace(
 
 
 def run(
-    p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
+    p: AttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    needed: frozenset[str],
 ) -> Gradients | None:
     """The gradients, enqueued without waiting. None where a kernel does not compile on this machine."""
     q, k, v, out, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (p.q, p.k, p.v, out, dout))
@@ -239,34 +244,45 @@ def run(
     large = {"large_lse": launch.float_bits(_LARGE_LSE[q.dtype])}
     if not launch.enqueue(ROWS, p, _ROWS_VARIANT, {**inputs, **rows}, large):
         return None
-    dq = q.new_empty(q.shape)
-    if not launch.enqueue(QUERIES, p, variants.chosen(p, QUERIES), {**inputs, "terms": terms, "dq": dq}):
-        return None
-    of_keys = _gradients_of_keys(p, {**inputs, "terms": terms}, variants.chosen(p, KEYS))
-    if of_keys is None:
-        return None
-    dsinks = None if p.sinks is None else terms[..., 3].transpose(-1, -2).flatten(0, -2).sum(0)
-    return dq, *of_keys, dsinks
+    inputs["terms"] = terms
+    dsinks = terms[..., 3].transpose(-1, -2).flatten(0, -2).sum(0) if "sinks" in needed else None
+    dq = None
+    if "q" in needed:
+        dq = q.new_empty(q.shape)
+        if not launch.enqueue(QUERIES, p, variants.chosen(p, QUERIES), {**inputs, "dq": dq}):
+            return None
+    if not needed & {"k", "v"}:
+        return Gradients(dq, dsinks=dsinks)
+    of_keys = _gradients_of_keys(p, inputs, needed)
+    return None if of_keys is None else Gradients(dq, *of_keys, dsinks)
 
 
 def _gradients_of_keys(
-    p: AttentionProblem, tensors: dict[str, torch.Tensor], variant: Variant
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """dk and dv."""
+    p: AttentionProblem, inputs: dict[str, torch.Tensor], needed: frozenset[str]
+) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+    """dk and dv, those that are needed."""
+    variant = variants.chosen(p, KEYS)
     group_heads = p.heads // p.heads_k
     apart = group_heads > 1 and _simdgroups(p, variant) < _SIMDGROUPS_PER_CORE * gpu.cores()
     kernel, heads, dtype = (KEYS_OF_EACH_HEAD, p.heads, torch.float32) if apart else (KEYS, p.heads_k, p.q.dtype)
-    dk, dv = (t.new_empty((*t.shape[:-2], heads, t.shape[-1]), dtype=dtype) for t in (tensors["k"], tensors["v"]))
     parameters = {
         "total_k": p.k.shape[1] if p.cu_seqlens_k is None else p.k.shape[0],
         "heads_together": p.heads // heads,
     }
-    launches = [{"dk": dk, "dv": None}, {"dk": None, "dv": dv}] if variant.split else [{"dk": dk, "dv": dv}]
+    made: dict[str, torch.Tensor | None] = {"dk": None, "dv": None}
+    for name in ("k", "v"):
+        if name in needed:
+            *rows, _, dim = inputs[name].shape
+            made["d" + name] = inputs[name].new_empty((*rows, heads, dim), dtype=dtype)
+    launches = [made]
+    if variant.split and needed >= {"k", "v"}:
+        launches = [{**made, "dv": None}, {**made, "dk": None}]
     for outputs in launches:
-        if not launch.enqueue(kernel, p, variant, {**tensors, **outputs}, parameters):
+        if not launch.enqueue(kernel, p, variant, {**inputs, **outputs}, parameters):
             return None
+    dk, dv = made.values()
     if apart:
-        dk, dv = (t.unflatten(-2, (p.heads_k, group_heads)).sum(-2).to(p.q.dtype) for t in (dk, dv))
+        dk, dv = (t if t is None else t.unflatten(-2, (p.heads_k, -1)).sum(-2).to(p.q.dtype) for t in (dk, dv))
     return dk, dv
 
 
