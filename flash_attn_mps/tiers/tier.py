@@ -24,7 +24,8 @@ class Gradients(NamedTuple):
 # (problem, out, lse, dout, dlse, needed) -> gradients, whichever tier gave `out` and `lse`. dlse: the gradient of lse,
 # if any. needed: of which of `problem.DIFFERENTIABLE` a gradient is asked for; nothing is computed for another alone.
 Backward = Callable[
-    [AttentionProblem, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", frozenset[str]], Gradients
+    [AttentionProblem, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", frozenset[str]],
+    "Gradients | None",
 ]
 
 # Features of backward passes alone: has the log-sum-exp a gradient, is one of the mask needed?
@@ -40,8 +41,8 @@ class Tier:
     pass of a call that will be differentiated.
     `limits`: why it does not serve a problem with these features (device, head dims, ...), in words; empty if it does.
     `run`: the forward pass, without autograd. None where this machine turns out unable to.
-    `serves_backward`, `backward`, `backward_limits` (None: as `limits`): likewise for gradients; without them another
-    tier computes these.
+    `serves_backward`, `backward`, `backward_limits` (None: as `limits`): likewise for gradients; without them, or where
+    `backward` gives None, another tier computes these.
     `metal`: does it run Metal kernels?
     """
 

@@ -43,6 +43,8 @@ USED = {
     "block_table": INDEX[None],
     "kv_batch_idx": INDEX,
     "leftpad_k": INDEX,
+    "k_descale": torch.ones(1, 2),
+    "v_descale": torch.ones(1, 2),
     "mask": torch.ones(1, 2, 9, 9, dtype=torch.bool),
     "sinks": torch.zeros(2),
     "needs_grad": True,
@@ -76,6 +78,12 @@ def test_every_feature_is_brought_by_a_field():
     brought = set().union(*(problem(**{name: value}).features for name, value in USED.items()))
     assert brought | {"scale_tensor"} == set(FEATURES)
     assert set(DETAILS.values()) <= brought
+
+
+def test_codes_are_a_feature_without_a_descale_too():
+    p = problem()
+    p.k = p.v = p.k.to(torch.int8)
+    assert p.features == {"quantised"}
 
 
 def test_features_are_what_the_call_comes_to():
@@ -201,3 +209,30 @@ def test_what_nobody_needs_is_not_computed(names, products):
     for name in ("q", "k", "v", "sinks", "mask"):
         gradient = getattr(some, f"d{name}")
         assert gradient is None if name not in names else torch.equal(gradient, getattr(every, f"d{name}"))
+
+
+def test_explain_gradients_says_why_each_tier_does_not_compute_them():
+    p = problem(window_left=3, window_right=0)
+    assert tiers.explain_gradients(p) == {
+        "simdgroup": tiers.BY_NAME["simdgroup"].unsupported_backward_reasons(p, False, frozenset("qkv")),
+        "cpu": ["does not support window"],
+        "torch": [],
+    }
+    assert "does not support lse_gradient" in dispatch.explain_gradients(problem(), dlse=True)["cpu"]
+
+
+def test_a_forced_tier_computes_gradients_or_leaves_them_to_the_others(monkeypatch):
+    monkeypatch.setenv("MTLFLASHATTN_KERNEL", "torch")
+    assert list(tiers.explain_gradients(problem())) == ["torch", "simdgroup", "cpu"]
+
+
+def test_a_tier_that_turns_out_unable_leaves_gradients_to_the_next(monkeypatch):
+    asked = []
+    replace_tier(monkeypatch, "cpu", backward=lambda *_: asked.append("cpu"))
+    q = torch.randn(1, 9, 2, 16, requires_grad=True)
+    (expected,) = torch.autograd.grad(fa2.flash_attn_func(q, q, q, causal=True).sum(), q)
+    assert asked == ["cpu"]
+    replace_tier(monkeypatch, "torch", backward=lambda *_: None)
+    with pytest.raises(NotImplementedError, match=r"cpu: its kernel does not compile on this machine \| torch: its"):
+        torch.autograd.grad(fa2.flash_attn_func(q, q, q, causal=True).sum(), q)
+    assert expected.isfinite().all()

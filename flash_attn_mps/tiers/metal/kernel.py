@@ -14,8 +14,8 @@ from ...problem import AttentionProblem
 
 Grid = tuple[tuple[int, int, int], tuple[int, int, int]]  # threads in all, threads of a group
 
-# What every Metal kernel for attention honours. "gradients": the forward pass of a call that will be differentiated;
-# another tier computes the gradients.
+# What every Metal kernel for attention honours; "quantised" is for each to add, whose loads decode (codes.metal).
+# "gradients": the forward pass of a call that will be differentiated; another tier computes the gradients.
 SERVES = frozenset(
     {
         "causal",
@@ -49,6 +49,8 @@ OPTIONAL_BUFFERS = {
     "sinks": "float",
     "mask": "MASK_T",
     "softmax_scale": "SCALE_T",
+    "k_descale": "float",
+    "v_descale": "float",
 }
 
 
@@ -80,12 +82,16 @@ class Parameters(NamedTuple):
     mask_head: int
     mask_row: int
     mask_column: int
+    k_descale_batch: int  # strides
+    k_descale_head: int
+    v_descale_batch: int
+    v_descale_head: int
 
 
 class Buffer(NamedTuple):
     """A buffer that a kernel has besides those of `OPTIONAL_BUFFERS`."""
 
-    type: str  # Metal's, of its elements: "const T", "float"
+    type: str  # Metal's, of its elements: "const T", "float"; "const KV_T" for keys and values that may be quantised
     # "head_dim" or "head_dim_v": its rows have so many elements, next to each other. The strides of its batch, rows and
     # heads are parameters: Q_BATCH (0 in a packed tensor), Q_ROW, Q_HEAD.
     row: str = ""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ... import quantised
 from ...philox import threshold
 from ...problem import AttentionProblem, Result
 from . import compiler
@@ -24,6 +25,7 @@ _TYPES = {
     torch.int64: "long",
 }
 MAX_HEAD_DIM = 256
+_STRIDED = frozenset({"mask", "k_descale", "v_descale"})  # their strides are parameters; the others are contiguous
 _INT, _FLOAT = struct.Struct("<i"), struct.Struct("<f")
 _NO_MORE: Mapping[str, int] = MappingProxyType({})
 
@@ -44,8 +46,8 @@ def limits(p: AttentionProblem) -> list[str]:
 
 FORWARD_BUFFERS = {
     "q": Buffer("const T", row="head_dim"),
-    "k": Buffer("const T", row="head_dim"),
-    "v": Buffer("const T", row="head_dim_v"),
+    "k": Buffer("const KV_T", row="head_dim"),
+    "v": Buffer("const KV_T", row="head_dim_v"),
     "out": Buffer("T", row="head_dim_v"),
     "lse": Buffer("float", optional=True),
 }
@@ -122,11 +124,11 @@ def arguments(
         if t is None or not isinstance(t, torch.Tensor):  # softmax_scale may be a number
             continue
         given.append(name)
-        # Strides of the mask are parameters; the others are contiguous.
-        values.append(t if name == "mask" or t.is_contiguous() else t.contiguous())
+        values.append(t if name in _STRIDED or t.is_contiguous() else t.contiguous())
     specialization = Specialization(
         kernel,
         _TYPES[q.dtype],
+        "" if p.k.dtype is q.dtype else quantised.FORMATS[p.k.dtype].name,
         q.shape[-1],
         p.v.shape[-1],
         aligned & -aligned,
@@ -184,6 +186,8 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
     lse_batch, lse_head = (0, p.q.shape[0]) if p.cu_seqlens_q is not None else (heads * seqlen_q, seqlen_q)
     page_size, block_table_row = (0, 0) if p.block_table is None else (p.k.shape[1], p.block_table.shape[1])
     mask_batch, mask_head, mask_row, mask_column = (0, 0, 0, 0) if p.mask is None else p.mask.stride()
+    k_descale_batch, k_descale_head = (0, 0) if p.k_descale is None else p.k_descale.stride()
+    v_descale_batch, v_descale_head = (0, 0) if p.v_descale is None else p.v_descale.stride()
     return Parameters(
         seqlen_q=seqlen_q,
         seqlen_k=p.max_seqlen_k,
@@ -208,6 +212,10 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
         mask_head=mask_head,
         mask_row=mask_row,
         mask_column=mask_column,
+        k_descale_batch=k_descale_batch,
+        k_descale_head=k_descale_head,
+        v_descale_batch=v_descale_batch,
+        v_descale_head=v_descale_head,
     )
 
 

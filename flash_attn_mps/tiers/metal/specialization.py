@@ -25,6 +25,7 @@ class Specialization(NamedTuple):
 
     kernel: Kernel
     dtype: str  # Metal's name: half, bfloat, float
+    kv_format: str  # of k and v where they are quantised, as quantised.Format names it; else empty
     head_dim: int
     head_dim_v: int
     vector: int  # elements to which rows of head_dim elements are aligned, 16 bytes at most
@@ -56,6 +57,10 @@ class Specialization(NamedTuple):
         return {
             "T": self.dtype,
             "ELEMENT_BYTES": 4 if self.dtype == "float" else 2,
+            "T_IS_HALF": int(self.dtype == "half"),
+            "T_IS_BFLOAT": int(self.dtype == "bfloat"),
+            "KV_T": "uchar" if self.kv_format else "T",
+            "KV_FORMAT": f"KV_IS_{self.kv_format.upper()}" if self.kv_format else 0,
             "HEAD_DIM": self.head_dim,
             "HEAD_DIM_V": self.head_dim_v,
             "VECTOR": self.vector,
