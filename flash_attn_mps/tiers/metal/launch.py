@@ -197,8 +197,8 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
         # A window wider than the sequence stays a window: what a kernel is compiled for must not depend on the length.
         window_left=min(p.window_left, p.max_seqlen_k),
         window_right=min(p.window_right, seqlen_q),
-        softmax_scale=_bits(0.0 if isinstance(scale, torch.Tensor) else scale),
-        softcap=_bits(p.softcap),
+        softmax_scale=float_bits(0.0 if isinstance(scale, torch.Tensor) else scale),
+        softcap=float_bits(p.softcap),
         alibi_batch=heads if p.alibi_slopes is not None and p.alibi_slopes.dim() == 2 else 0,
         page_size=page_size,
         block_table_row=block_table_row,
@@ -213,8 +213,8 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
     )
 
 
-def _bits(value: float) -> int:
-    """The bits of a float32."""
+def float_bits(value: float) -> int:
+    """The bits of a float32, as a parameter has them."""
     if not value:
         return 0
     return _INT.unpack(_FLOAT.pack(value))[0]
