@@ -237,6 +237,23 @@ def run(
     needed: frozenset[str],
 ) -> Gradients | None:
     """The gradients, enqueued without waiting. None where a kernel does not compile on this machine."""
+    queries, keys = variants.chosen(p, QUERIES), variants.chosen(p, KEYS)
+    few = _simdgroups(p, keys) < _SIMDGROUPS_PER_CORE * gpu.cores()
+    return compute(p, out, lse, dout, dlse, needed, queries, keys, p.heads > p.heads_k and few)
+
+
+def compute(
+    p: AttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    needed: frozenset[str],
+    queries: Variant,
+    keys: Variant,
+    each_head: bool,
+) -> Gradients | None:
+    """`run` by these variants. `each_head`: is there a threadgroup of *keys* for each query head, not each KV head?"""
     q, k, v, out, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (p.q, p.k, p.v, out, dout))
     inputs = {"q": q, "k": k, "v": v, "dout": dout}
     terms = q.new_empty((*p.lse_shape, 4), dtype=torch.float32)
@@ -245,26 +262,25 @@ def run(
     if not launch.enqueue(ROWS, p, _ROWS_VARIANT, {**inputs, **rows}, large):
         return None
     inputs["terms"] = terms
-    dsinks = terms[..., 3].transpose(-1, -2).flatten(0, -2).sum(0) if "sinks" in needed else None
-    dq = None
+    dq = dk = dv = None
     if "q" in needed:
         dq = q.new_empty(q.shape)
-        if not launch.enqueue(QUERIES, p, variants.chosen(p, QUERIES), {**inputs, "dq": dq}):
+        if not launch.enqueue(QUERIES, p, queries, {**inputs, "dq": dq}):
             return None
-    if not needed & {"k", "v"}:
-        return Gradients(dq, dsinks=dsinks)
-    of_keys = _gradients_of_keys(p, inputs, needed)
-    return None if of_keys is None else Gradients(dq, *of_keys, dsinks)
+    if needed & {"k", "v"}:
+        made = _gradients_of_keys(p, inputs, needed, keys, each_head)
+        if made is None:
+            return None
+        dk, dv = made
+    dsinks = terms[..., 3].transpose(-1, -2).flatten(0, -2).sum(0) if "sinks" in needed else None
+    return Gradients(dq, dk, dv, dsinks)
 
 
 def _gradients_of_keys(
-    p: AttentionProblem, inputs: dict[str, torch.Tensor], needed: frozenset[str]
+    p: AttentionProblem, inputs: dict[str, torch.Tensor], needed: frozenset[str], variant: Variant, each_head: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
     """dk and dv, those that are needed."""
-    variant = variants.chosen(p, KEYS)
-    group_heads = p.heads // p.heads_k
-    apart = group_heads > 1 and _simdgroups(p, variant) < _SIMDGROUPS_PER_CORE * gpu.cores()
-    kernel, heads, dtype = (KEYS_OF_EACH_HEAD, p.heads, torch.float32) if apart else (KEYS, p.heads_k, p.q.dtype)
+    kernel, heads, dtype = (KEYS_OF_EACH_HEAD, p.heads, torch.float32) if each_head else (KEYS, p.heads_k, p.q.dtype)
     parameters = {
         "total_k": p.k.shape[1] if p.cu_seqlens_k is None else p.k.shape[0],
         "heads_together": p.heads // heads,
@@ -281,7 +297,7 @@ def _gradients_of_keys(
         if not launch.enqueue(kernel, p, variant, {**inputs, **outputs}, parameters):
             return None
     dk, dv = made.values()
-    if apart:
+    if each_head:
         dk, dv = (t if t is None else t.unflatten(-2, (p.heads_k, -1)).sum(-2).to(p.q.dtype) for t in (dk, dv))
     return dk, dv
 

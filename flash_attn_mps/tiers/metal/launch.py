@@ -98,6 +98,7 @@ def arguments(
         t = tensors[name]
         if optional:
             if t is None:
+                params += (0, 0, 0) if dim else ()
                 continue
             given.append(name)
         elif t is None:
