@@ -10,9 +10,9 @@ import torch
 from . import tiers
 from .graph import attention_op, autograd, transforms
 from .problem import AttentionProblem, Result
-from .tiers import Gradients, explain
+from .tiers import Gradients, explain, explain_gradients
 
-__all__ = ["attention", "explain", "gradients"]
+__all__ = ["attention", "explain", "explain_gradients", "gradients"]
 
 
 def attention(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Result:

@@ -17,6 +17,7 @@ import torch
 
 from ..checks import readable
 from ..problem import AttentionProblem, Result
+from .dequantised import Rows, rows_of, summed
 from .layout import Group, KeyRows, QueryRows, groups
 from .score_blocks import SERVES, Block, blocks
 from .tier import LSE_GRADIENT, Gradients, Tier
@@ -41,7 +42,7 @@ def run(p: AttentionProblem) -> Result:
     if p.sinks is not None:  # what a query has that sees no key
         lse.copy_(p.sinks)
     for group in () if p.empty else groups(p):
-        k_rows, v_rows = keys.take(k, group), keys.take(v, group)
+        k_rows, v_rows = rows_of(keys, k, p.k_descale, group), rows_of(keys, v, p.v_descale, group)
         for block in blocks(p, group, queries, keys):
             s, _ = block.scores(block.heads_first(queries.take(q, group, block.first, block.last)), k_rows)
             v_seen = v_rows[:, :, block.lo : block.hi]
@@ -162,7 +163,7 @@ def _gradient_of_sinks(
     return -(prob * delta).masked_fill_(prob == 0.0, 0.0).flatten(0, -2).sum(0)
 
 
-def _may_hold_nonfinite(p: AttentionProblem, rows_are_hidden: bool, *rows: torch.Tensor) -> bool:
+def _may_hold_nonfinite(p: AttentionProblem, rows_are_hidden: bool, *rows: Rows) -> bool:
     """May something that is hidden from some queries be NaN or infinite, so that 0 times it would reach them?
 
     `rows_are_hidden`: are there keys that only rows which are no queries could see? Where looking would wait for the
@@ -170,19 +171,23 @@ def _may_hold_nonfinite(p: AttentionProblem, rows_are_hidden: bool, *rows: torch
     """
     if p.mask is None and p.window == (-1, -1) and not p.attention_chunk and not rows_are_hidden:
         return False
-    return not all(map(readable, rows)) or not all(bool(t.isfinite().all()) for t in rows)
+    return not all(isinstance(t, torch.Tensor) and readable(t) and bool(t.isfinite().all()) for t in rows)
 
 
 def _finite(rows: torch.Tensor) -> torch.Tensor:
     return rows.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _weighted(prob: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+def _weighted(prob: torch.Tensor, v: Rows, seen: torch.Tensor | None) -> torch.Tensor:
     """p v. With `seen`, a value that is not finite counts for the queries that see its key, and makes them NaN."""
-    if seen is None:
-        return prob @ v
-    nonfinite_seen = seen.flatten(2, 3).to(torch.float32) @ (~v.isfinite()).to(torch.float32)
-    return (prob @ _finite(v)).masked_fill_(nonfinite_seen > 0.0, torch.nan)
+
+    def part(at: slice, v: torch.Tensor) -> torch.Tensor:
+        if seen is None:
+            return prob[..., at] @ v
+        nonfinite_seen = seen.flatten(2, 3)[..., at].to(torch.float32) @ (~v.isfinite()).to(torch.float32)
+        return (prob[..., at] @ _finite(v)).masked_fill_(nonfinite_seen > 0.0, torch.nan)
+
+    return summed(v, part)
 
 
-TIER = Tier("torch", SERVES, _limits, run, SERVES | {LSE_GRADIENT}, backward)
+TIER = Tier("torch", SERVES, _limits, run, SERVES - {"quantised"} | {LSE_GRADIENT}, backward)

@@ -14,6 +14,7 @@ import torch
 
 from .. import philox
 from ..problem import AttentionProblem
+from .dequantised import Rows, products
 from .layout import Group, KeyRows, QueryRows
 
 # What the tier honours: features of the layout in layout.py, those of scores here.
@@ -25,11 +26,13 @@ SERVES = frozenset(
         "softcap",
         "alibi",
         "dropout",
+        "probabilities",
         "varlen",
         "seqused",
         "paged",
         "kv_batch_idx",
         "leftpad_k",
+        "quantised",
         "mask",
         "sinks",
         "scale_tensor",
@@ -76,14 +79,14 @@ class Block:
         return rows.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def scores(
-        self, q_rows: torch.Tensor, k_rows: torch.Tensor, keep_capped: bool = False
+        self, q_rows: torch.Tensor, k_rows: Rows, keep_capped: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores `(g, heads_k, r, c, n)`, -inf where masked.
 
         With `keep_capped` also as they were before bias and mask.
         """
         p = self.p
-        s = self.split(self.scaled(q_rows) @ k_rows[:, :, self.lo : self.hi].transpose(-1, -2))
+        s = self.split(products(self.scaled(q_rows), k_rows[:, :, self.lo : self.hi]))
         capped = None
         if p.softcap:
             s = s.div_(p.softcap).tanh_().mul_(p.softcap)

@@ -42,8 +42,8 @@ class Tier:
     pass of a call that will be differentiated.
     `limits`: why it does not serve a problem with these features (device, head dims, ...), in words; empty if it does.
     `run`: the forward pass, without autograd. None where this machine turns out unable to.
-    `serves_backward`, `backward`, `backward_limits` (None: as `limits`): likewise for gradients; without them another
-    tier computes these.
+    `serves_backward`, `backward`, `backward_limits` (None: as `limits`): likewise for gradients; without them, or where
+    `backward` gives None, another tier computes these.
     `metal`: does it run Metal kernels?
     """
 
@@ -66,9 +66,11 @@ class Tier:
         """Why it does not compute the `needed` gradients of `p`. `dlse`: has the log-sum-exp a gradient?"""
         if self.backward is None:
             return ["has no backward pass"]
-        features = p.features | {LSE_GRADIENT} if dlse else p.features
+        features = p.features - {"probabilities"}  # which only a forward pass gives
+        if dlse:
+            features |= {LSE_GRADIENT}
         if "mask" in needed:
-            features = features | {MASK_GRADIENT}
+            features |= {MASK_GRADIENT}
         return _beyond(features, self.serves_backward) + (self.backward_limits or self.limits)(p)
 
 

@@ -24,7 +24,7 @@ def _grid(p: AttentionProblem, variant: Variant) -> Grid:
 FORWARD = Kernel(
     entry="attention_scalar",
     headers=("metal_stdlib",),
-    sources=("scoring", "keys", "scalar"),
+    sources=("scoring", "philox", "codes", "keys", "scalar"),
     buffers=launch.FORWARD_BUFFERS,
     optional=tuple(OPTIONAL_BUFFERS),
     grid=_grid,
@@ -35,4 +35,4 @@ def _run(p: AttentionProblem) -> Result | None:
     return launch.run(p, FORWARD, VARIANT)
 
 
-TIER = Tier("scalar", SERVES, launch.limits, _run, metal=True)
+TIER = Tier("scalar", SERVES | {"quantised"}, launch.limits, _run, metal=True)
