@@ -169,6 +169,7 @@ FEATURES = (
     "softcap",
     "alibi",
     "dropout",
+    "probabilities",
     "varlen",
     "seqused",
     "paged",
@@ -200,6 +201,8 @@ def _features_of(p: AttentionProblem) -> frozenset[str]:
         found.append("alibi")
     if p.dropout_p:
         found.append("dropout")
+    if p.want_probs:
+        found.append("probabilities")
     if p.cu_seqlens_q is not None or p.cu_seqlens_k is not None:
         found.append("varlen")
     if p.seqused_q is not None or p.seqused_k is not None:

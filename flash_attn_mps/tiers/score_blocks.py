@@ -26,6 +26,7 @@ SERVES = frozenset(
         "softcap",
         "alibi",
         "dropout",
+        "probabilities",
         "varlen",
         "seqused",
         "paged",

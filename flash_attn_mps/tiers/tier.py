@@ -66,9 +66,11 @@ class Tier:
         """Why it does not compute the `needed` gradients of `p`. `dlse`: has the log-sum-exp a gradient?"""
         if self.backward is None:
             return ["has no backward pass"]
-        features = p.features | {LSE_GRADIENT} if dlse else p.features
+        features = p.features - {"probabilities"}  # which only a forward pass gives
+        if dlse:
+            features |= {LSE_GRADIENT}
         if "mask" in needed:
-            features = features | {MASK_GRADIENT}
+            features |= {MASK_GRADIENT}
         return _beyond(features, self.serves_backward) + (self.backward_limits or self.limits)(p)
 
 

@@ -35,6 +35,7 @@ USED = {
     "softcap": 2.0,
     "alibi_slopes": torch.ones(2),
     "dropout_p": 0.1,
+    "want_probs": True,
     "cu_seqlens_q": INDEX,
     "cu_seqlens_k": INDEX,
     "seqused_q": INDEX,
@@ -57,7 +58,7 @@ def problem(**fields) -> AttentionProblem:
 
 
 # Fields that say more about a feature that another field brings.
-DETAILS = {"seed": "dropout", "want_probs": "dropout", "max_seqlen_q_tensor": "varlen", "max_seqlen_k_tensor": "varlen"}
+DETAILS = {"seed": "dropout", "max_seqlen_q_tensor": "varlen", "max_seqlen_k_tensor": "varlen"}
 
 
 def test_every_field_is_basic_or_belongs_to_a_feature():
@@ -103,7 +104,7 @@ def test_a_tier_is_not_given_what_it_does_not_name(tier):
         if tier.backward is not None:
             reasons = tier.unsupported_backward_reasons(p, dlse=False, needed=frozenset("qkv"))
             refused = f"does not support {feature}" in reasons
-            assert refused == (feature not in tier.serves_backward)
+            assert refused == (feature not in tier.serves_backward and feature != "probabilities")
 
 
 def test_a_feature_that_nobody_names_is_refused(monkeypatch):

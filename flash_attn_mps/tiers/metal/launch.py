@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ... import quantised
+from ...philox import threshold
 from ...problem import AttentionProblem, Result
 from . import compiler
 from .kernel import Buffer, Grid, Kernel, Parameters
@@ -136,6 +137,7 @@ def arguments(
         p.window_left >= 0,
         p.window_right >= 0,
         p.softcap > 0,
+        p.dropout_p > 0,
         tuple(given),
         mask_layout(p.mask) if p.mask is not None else None,
         _TYPES[scale.dtype] if isinstance(scale, torch.Tensor) else "float",
@@ -192,6 +194,7 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
         seqlen_k=p.max_seqlen_k,
         total_q=p.q.shape[0],
         batch=p.batch,
+        heads=heads,
         heads_per_kv_head=heads // p.heads_k,
         lse_batch=lse_batch,
         lse_head=lse_head,
@@ -200,6 +203,9 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
         window_right=min(p.window_right, seqlen_q),
         softmax_scale=float_bits(0.0 if isinstance(scale, torch.Tensor) else scale),
         softcap=float_bits(p.softcap),
+        seed=int(p.seed),
+        dropout_threshold=threshold(p.dropout_p) if p.dropout_p else 0,
+        dropout_scale=float_bits(1.0 / (1.0 - p.dropout_p)) if p.dropout_p else 0,
         alibi_batch=heads if p.alibi_slopes is not None and p.alibi_slopes.dim() == 2 else 0,
         page_size=page_size,
         block_table_row=block_table_row,

@@ -68,7 +68,7 @@ def _grid(p: AttentionProblem, variant: Variant) -> Grid:
 FORWARD = TunedKernel(
     entry="attention_forward",
     headers=("metal_stdlib", "metal_simdgroup_matrix"),
-    sources=("codes", "fragment", "scoring", "range", "masking", "keys", "staging", "forward"),
+    sources=("codes", "fragment", "scoring", "philox", "dropout", "range", "masking", "keys", "staging", "forward"),
     buffers=launch.FORWARD_BUFFERS,
     optional=tuple(OPTIONAL_BUFFERS),
     grid=_grid,
