@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ...tiers import BY_NAME, cpu
-from ...tiers.metal import simdgroup
+from ...tiers.metal import decode, simdgroup
 
 TILED = simdgroup.TIER
 KERNEL = simdgroup.FORWARD  # of TILED: a case that names a variant runs it
@@ -68,8 +68,20 @@ FEATURES = {
     "heads first": Feature(strides="heads first"),
     "gaps": Feature(strides="gaps", causal=True),
     "strided last dim": Feature(strides="last"),
+    "few queries": Feature(((3, 700), (3, 700)), (8, 1), causal=True),
+    "few queries, everything": Feature(
+        ((4, 700), (1, 70), (0, 9), (3, 0), (7, 257)), (8, 2), "packed", "gaps", True, (300, 0), 5.0, "batch", True
+    ),
+    "few queries, bool mask": Feature(((3, 500), (3, 500)), (4, 2), mask="bool"),
+    "few queries, float mask": Feature(((5, 300),), (6, 2), mask="float", sinks=True),
     **{f"{q} queries, {k} keys": Feature(((q, k),), causal=True) for q, k in ((1, 257), (7, 31), (32, 32), (257, 64))},
 }
+# Those that the decode tier serves.
+_FEW = [
+    name
+    for name, feature in FEATURES.items()
+    if max(q for q, _ in feature.lengths) <= decode.MAX_QUERIES and max(k for _, k in feature.lengths) >= decode.MIN_KEYS
+]
 # What shows whether a variant works: both edges, lengths that are no multiple of any block, sequences of no length.
 _OF_VARIANTS = ("packed, everything", "full", "causal")
 
@@ -120,18 +132,20 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
     if metal:
         for dtype in DTYPES:
             yield from (Case(TILED.name, dtype, *dims, feature) for dims in head_dims for feature in FEATURES)
-        wanted, dtypes, features = _VARIANTS[level]
+        wanted, dtypes, count = _VARIANTS[level]
         for dtype in dtypes:
             for dims in wanted:
                 for variant in _variants(dtype, *dims):
-                    yield from (Case(TILED.name, dtype, *dims, f, variant) for f in _OF_VARIANTS[:features])
+                    yield from (Case(TILED.name, dtype, *dims, f, variant) for f in _OF_VARIANTS[:count])
     few = _USUAL if level == "full" else head_dims[:2]
     # The tiled kernel is covered above. The cpu tier is PyTorch's own code, which needs no test on a Mac.
     for name, tier in BY_NAME.items():
         if name in (TILED.name, cpu.TIER.name) if metal else tier.metal:
             continue
+        features = _FEW if tier is decode.TIER else FEATURES
+        wide = [(decode.MAX_HEAD_DIM, decode.MAX_HEAD_DIM)] if tier is decode.TIER else []
         for dtype in DTYPES:
-            yield from (Case(name, dtype, *dims, feature) for dims in few for feature in FEATURES)
+            yield from (Case(name, dtype, *dims, feature) for dims in [*few, *wide] for feature in features)
 
 
 def _variants(dtype: str, head_dim: int, head_dim_v: int) -> list[str]:
