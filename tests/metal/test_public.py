@@ -1,4 +1,4 @@
-"""The public functions with the runner in the product's seam: served by a Metal tier, in the launches of its kernels, right."""
+"""The public functions with the runner in the product's seam: served by a Metal tier, in one launch, right."""
 
 import pytest
 import torch

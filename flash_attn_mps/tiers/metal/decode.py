@@ -15,7 +15,7 @@ import torch
 
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
-from . import gpu, launch
+from . import gpu, launch, simdgroup
 from .kernel import OPTIONAL_BUFFERS, SERVES, Buffer, Grid, Kernel
 
 
@@ -47,7 +47,7 @@ MAX_QUERIES = 32  # of a sequence: with more of them the tiled kernel is faster
 MIN_KEYS = 65  # with fewer keys there is nothing to divide
 MAX_SPLITS = 128
 _MAX_ROWS = 32
-_MAX_THREADGROUP_BYTES = 20 << 10  # of the 60 KB of an Apple core, for three threadgroups
+_THREADGROUP_BYTES = 20 << 10  # of the 60 KB of an Apple core, for three threadgroups; more only where nothing else fits
 _MAX_REGISTERS = 112  # of a lane, in 32 bits: of the 128 that an Apple GPU has, what addresses and loops leave
 _SIMDGROUPS = 8  # of a threadgroup
 _GROUPS_PER_CORE = 2  # threadgroups that a core works on at a time
@@ -68,24 +68,20 @@ def threadgroup_bytes(variant: Variant, head_dim_v: int) -> int:
     return max(exchanged, merged, 1) * 32 * 8
 
 
-def fits(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> bool:
-    return (
-        registers(variant, element_bytes, head_dim, head_dim_v) <= _MAX_REGISTERS
-        and threadgroup_bytes(variant, head_dim_v) <= _MAX_THREADGROUP_BYTES
-    )
-
-
 @functools.lru_cache(maxsize=512)
 def shapes(rows: int, heads_in_tile: int, element_bytes: int, head_dim: int, head_dim_v: int) -> tuple[Variant, ...]:
     """For tiles of `rows`, in the order in which to try them: the later ones need fewer threads in a group."""
     found = []
     for simdgroups in (_SIMDGROUPS, _SIMDGROUPS // 2):
-        tried = (
-            Variant(rows, heads_in_tile, slices, max(simdgroups // slices, 1), keys)
+        tried = [
+            variant
             for slices in (1, 2, 4, 8, 16)
             for keys in (32, 16, 8)
-        )
-        found += [v for v in tried if fits(v, element_bytes, head_dim, head_dim_v)][:1]
+            for variant in [Variant(rows, heads_in_tile, slices, max(simdgroups // slices, 1), keys)]
+            if registers(variant, element_bytes, head_dim, head_dim_v) <= _MAX_REGISTERS
+            and threadgroup_bytes(variant, head_dim_v) <= simdgroup.MAX_THREADGROUP_BYTES
+        ]
+        found.append(min(tried, key=lambda variant: threadgroup_bytes(variant, head_dim_v) > _THREADGROUP_BYTES))
     return tuple(dict.fromkeys(found))
 
 

@@ -76,12 +76,15 @@ FEATURES = {
     "few queries, float mask": Feature(((5, 300),), (6, 2), mask="float", sinks=True),
     **{f"{q} queries, {k} keys": Feature(((q, k),), causal=True) for q, k in ((1, 257), (7, 31), (32, 32), (257, 64))},
 }
-# Those that the decode tier serves.
-_FEW = [
-    name
-    for name, feature in FEATURES.items()
-    if max(q for q, _ in feature.lengths) <= decode.MAX_QUERIES and max(k for _, k in feature.lengths) >= decode.MIN_KEYS
-]
+
+
+def _is_few(feature: Feature) -> bool:
+    """Does the decode tier serve it?"""
+    queries, keys = map(max, zip(*feature.lengths, strict=True))
+    return queries <= decode.MAX_QUERIES and keys >= decode.MIN_KEYS
+
+
+_FEW = [name for name, feature in FEATURES.items() if _is_few(feature)]
 # What shows whether a variant works: both edges, lengths that are no multiple of any block, sequences of no length.
 _OF_VARIANTS = ("packed, everything", "full", "causal")
 

@@ -230,7 +230,7 @@ kernel void attention_decode(
   state.slice = simdgroup % SLICES;
   device const T* q_sequence = q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-    int row = clamp(first_row + 8 * r + lane.row, 0, rows - 1);
+    int row = max(0, min(first_row + 8 * r + lane.row, rows - 1));
     int head = first_head + row % HEADS_IN_TILE;
     if (first_row < rows)
       SliceD::load_left(
