@@ -45,6 +45,9 @@ class AttentionProblem:
     want_lse: bool = False  # is the log-sum-exp wanted too?
     lengths_q: list[int] | None = None  # the lengths, where the host can read them for free; None where it cannot
     lengths_k: list[int] | None = None
+    # At most into how many parts keys may be split, to be computed apart: 0, as many as suit; 1, none, so that a
+    # sequence's result does not depend on the batch around it.
+    num_splits: int = 0
     # From here on each field belongs to a feature: see `_features_of`.
     window_left: int = -1
     window_right: int = -1

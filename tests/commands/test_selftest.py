@@ -95,7 +95,8 @@ def test_cases_are_named_without_ambiguity(level, metal_is_there):
     assert len(set(map(str, found))) == len(found)
     step = max(1, len(found) // 300)
     assert all(cases.parse(str(case)) == case for case in found[::step])
-    assert {case.tier for case in found} == ({"simdgroup", "scalar", "torch"} if metal_is_there else {"torch", "cpu"})
+    tiers = {"decode", "simdgroup", "scalar", "torch"} if metal_is_there else {"torch", "cpu"}
+    assert {case.tier for case in found} == tiers
     tried = {case.variant for case in found if (case.tier, case.dtype, case.head_dim) == ("simdgroup", "float16", 64)}
     fitting = set(map(str, simdgroup.FORWARD.fitting(2, 64, 64)))
     assert tried - {""} == (fitting if metal_is_there else set())

@@ -26,7 +26,7 @@ MAX_THREADGROUP_BYTES = 32 << 10
 _OF_CACHES = ("kv_batch_idx", "leftpad_k", "block_table", "k_descale", "v_descale")
 # Keys in pages, in entries of a cache or behind padding are those of inference: the tier `torch` has their gradients.
 _OPTIONAL = tuple(name for name in OPTIONAL_BUFFERS if name not in _OF_CACHES)
-SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {LSE_GRADIENT}
+SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {"dropout", LSE_GRADIENT}
 
 # A log-sum-exp of this size is rounded by 2^-24 of it, which is little beside how the dtype rounds a probability. Where
 # one is larger, *rows* computes the scores of the query once more.

@@ -21,6 +21,16 @@ def name() -> str:
     return f"{chip}, {count()} cores"  # one name is sold with different numbers of cores
 
 
+_UNKNOWN_CORES = 16  # between an M1 and an M4 Max
+
+
+@functools.cache
+def cores() -> int:
+    """How many there are: what runs at a time is so many times what one core runs."""
+    count = getattr(torch.backends.mps, "get_core_count", None)
+    return count() if count is not None and torch.backends.mps.is_available() else _UNKNOWN_CORES
+
+
 @functools.cache
 def generation() -> int:
     """The number in "Apple M3 Max"; 0 where there is none to be found."""

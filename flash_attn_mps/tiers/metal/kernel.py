@@ -22,7 +22,6 @@ SERVES = frozenset(
         "window",
         "softcap",
         "alibi",
-        "dropout",
         "varlen",
         "seqused",
         "paged",

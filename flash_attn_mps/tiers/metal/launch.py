@@ -30,15 +30,15 @@ _INT, _FLOAT = struct.Struct("<i"), struct.Struct("<f")
 _NO_MORE: Mapping[str, int] = MappingProxyType({})
 
 
-def limits(p: AttentionProblem) -> list[str]:
-    """Why no Metal kernel serves `p` although they serve its features, in words."""
+def limits(p: AttentionProblem, widest: int = MAX_HEAD_DIM) -> list[str]:
+    """Why no Metal kernel for head dims up to `widest` serves `p` although it serves its features, in words."""
     if p.q.device.type not in compiler.device_types:
         return [f"tensors are on {p.q.device}"]
     reasons = []
     if p.empty:
         reasons.append("there are no scores")
-    if p.q.shape[-1] > MAX_HEAD_DIM or p.v.shape[-1] > MAX_HEAD_DIM:
-        reasons.append(f"head_dim above {MAX_HEAD_DIM}")
+    if p.q.shape[-1] > widest or p.v.shape[-1] > widest:
+        reasons.append(f"head_dim above {widest}")
     if isinstance(p.softmax_scale, torch.Tensor) and p.softmax_scale.dtype not in _TYPES:
         reasons.append("softmax_scale is a tensor of another dtype than float")
     return reasons

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ...tiers import BY_NAME, Tier, cpu
-from ...tiers.metal import simdgroup
+from ...tiers.metal import decode, simdgroup
 
 TILED = simdgroup.TIER
 KERNEL = simdgroup.FORWARD  # of TILED: a case that names a variant runs it
@@ -73,6 +73,12 @@ FEATURES = {
     "heads first": Feature(strides="heads first"),
     "gaps": Feature(strides="gaps", causal=True),
     "strided last dim": Feature(strides="last"),
+    "few queries": Feature(((3, 700), (3, 700)), (8, 1), causal=True),
+    "few queries, everything": Feature(
+        ((4, 700), (1, 70), (0, 9), (3, 0), (7, 257)), (8, 2), "packed", "gaps", True, (300, 0), 5.0, "batch", True
+    ),
+    "few queries, bool mask": Feature(((3, 500), (3, 500)), (4, 2), mask="bool"),
+    "few queries, float mask": Feature(((5, 300),), (6, 2), mask="float", sinks=True),
     **{f"{q} queries, {k} keys": Feature(((q, k),), causal=True) for q, k in ((1, 257), (7, 31), (32, 32), (257, 64))},
     "dropout": Feature(dropout=0.3, causal=True, heads=(4, 2)),
     "packed, dropout": Feature(_RAGGED, layout="packed", dropout=0.3),
@@ -102,6 +108,7 @@ _DIFFERENTIATED = (
     "packed, dropout",
 )
 FEATURES |= {f"gradients, {name}": FEATURES[name]._replace(gradients=True) for name in _DIFFERENTIATED}
+
 # What shows whether a variant works: both edges, lengths that are no multiple of any block, sequences of no length.
 _OF_VARIANTS = ("packed, everything", "full", "causal")
 
@@ -152,23 +159,31 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
     if metal:
         for dtype in DTYPES:
             yield from (Case(TILED.name, dtype, *dims, feature) for dims in head_dims for feature in _served(TILED))
-        wanted, dtypes, features = _VARIANTS[level]
+        wanted, dtypes, count = _VARIANTS[level]
         for dtype in dtypes:
             for dims in wanted:
                 for variant in _variants(dtype, *dims):
-                    yield from (Case(TILED.name, dtype, *dims, f, variant) for f in _OF_VARIANTS[:features])
+                    yield from (Case(TILED.name, dtype, *dims, f, variant) for f in _OF_VARIANTS[:count])
     few = _USUAL if level == "full" else head_dims[:2]
     # The tiled kernel is covered above. The cpu tier is PyTorch's own code, which needs no test on a Mac.
     for name, tier in BY_NAME.items():
         if name in (TILED.name, cpu.TIER.name) if metal else tier.metal:
             continue
+        wide = [(decode.MAX_HEAD_DIM, decode.MAX_HEAD_DIM)] if tier is decode.TIER else []
         for dtype in DTYPES:
-            yield from (Case(name, dtype, *dims, feature) for dims in few for feature in _served(tier))
+            yield from (Case(name, dtype, *dims, feature) for dims in [*few, *wide] for feature in _served(tier))
+
+
+def _is_few(feature: Feature) -> bool:
+    """Does the decode tier serve it?"""
+    queries, keys = map(max, zip(*feature.lengths, strict=True))
+    return queries <= decode.MAX_QUERIES and keys >= decode.MIN_KEYS
 
 
 def _served(tier: Tier) -> Iterator[str]:
-    """Without gradients for a tier that computes none."""
-    return (name for name, feature in FEATURES.items() if tier.backward is not None or not feature.gradients)
+    """Without gradients for a tier that computes none; few queries for the tier of these."""
+    names = (name for name, feature in FEATURES.items() if tier.backward is not None or not feature.gradients)
+    return (name for name in names if tier is not decode.TIER or _is_few(FEATURES[name]))
 
 
 def _variants(dtype: str, head_dim: int, head_dim_v: int) -> list[str]:
