@@ -299,7 +299,8 @@ kernel void attention_forward(
 #else
   for (int first_key = group_range.visible_begin; first_key < group_range.visible_end; first_key += KEYS) {
     StagedKeys staged = stage(staging, keys, first_key, ushort(simdgroup * 32 + index));
-    if (range.overlaps(first_key, KEYS) && is_needed) dispatch_block(false, state, staged, scoring, dropout, range, first_key, lane);
+    if (range.overlaps(first_key, KEYS) && is_needed)
+      dispatch_block(false, state, staged, scoring, dropout, range, first_key, lane);
   }
 #endif
 #else
