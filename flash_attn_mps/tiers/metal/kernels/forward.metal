@@ -54,7 +54,6 @@ METAL_FUNC void online_softmax(
     int first_key,
     int seqlen_k,
     Lane lane) {
-  state.kept.move_to(state.first_row, first_key, lane);
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     // Scale, soft-cap, ALiBi, window, mask.
     int row = state.first_row + 8 * r + lane.row;
@@ -164,6 +163,7 @@ template <bool EDGE, bool MASKED, typename AnyKeys>
 METAL_FUNC void attend_block(thread State& state, AnyKeys keys, Scoring scoring, MaskTile mask_tile, int first_key, Lane lane) {
   Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
   Operand p[ROW_FRAGMENTS][KEY_FRAGMENTS];
+  state.kept.move_to(state.first_row, first_key, lane);  // before s takes registers
   compute_qk<EDGE>(s, state, keys, first_key, lane);
   online_softmax<EDGE, MASKED>(s, p, state, scoring, mask_tile, first_key, keys.seqlen, lane);
   accumulate_pv<EDGE, MASKED>(s, p, state, keys, first_key, lane);
