@@ -69,6 +69,11 @@ def _variants(split: tuple[bool, ...]) -> tuple[Variant, ...]:
     )
 
 
+def _worth_tuning(variant: Variant) -> bool:
+    """Small blocks load directly, larger ones pay for the barriers of staging them."""
+    return variant.simdgroups == 4 and variant.staged == (variant.passing > 8)
+
+
 def threadgroup_bytes(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> int:
     """What a threadgroup needs of its memory: backward.metal, `Memory`."""
     total = 0
@@ -187,6 +192,8 @@ QUERIES = TunedKernel(
     fits=functools.partial(_fits, 1),
     default=functools.partial(_default, 1),
     variable="MTLFLASHATTN_VARIANT_DQ",
+    gradients=frozenset("q"),
+    worth_tuning=_worth_tuning,
 )
 
 KEYS = TunedKernel(
@@ -214,6 +221,8 @@ KEYS = TunedKernel(
     fits=functools.partial(_fits, 2),
     default=functools.partial(_default, 2),
     variable="MTLFLASHATTN_VARIANT_DKV",
+    gradients=frozenset("kv"),
+    worth_tuning=_worth_tuning,
 )
 
 # The same where KV heads are so few that it takes a threadgroup for each of the query heads to fill the GPU: their
@@ -239,8 +248,12 @@ def run(
 ) -> Gradients | None:
     """The gradients, enqueued without waiting. None where a kernel does not compile on this machine."""
     queries, keys = variants.chosen(p, QUERIES), variants.chosen(p, KEYS)
-    few = _simdgroups(p, keys) < _SIMDGROUPS_PER_CORE * gpu.cores()
-    return compute(p, out, lse, dout, dlse, needed, queries, keys, p.heads > p.heads_k and few)
+    return compute(p, out, lse, dout, dlse, needed, queries, keys, each_head(p, keys))
+
+
+def each_head(p: AttentionProblem, keys: Variant) -> bool:
+    """Are KV heads so few that the GPU is only filled by a threadgroup of *keys* for each query head?"""
+    return p.heads > p.heads_k and _simdgroups(p, keys) < _SIMDGROUPS_PER_CORE * gpu.cores()
 
 
 def compute(

@@ -119,6 +119,10 @@ class Kernel:
         return self.entry
 
 
+def _always(_variant: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class TunedKernel(Kernel):
     """A kernel of several variants. Head dims decide which of them fit; which is fastest depends on the GPU.
@@ -130,7 +134,9 @@ class TunedKernel(Kernel):
     fits: Callable[[Any, int, int, int], bool]  # variant, bytes of an element, head_dim, head_dim_v
     default: Callable[[int, int, int], Any]  # one that fits: what this GPU should do well with
     variable: str  # of the environment, which forces one
+    gradients: frozenset[str] = frozenset()  # of which tensors it computes them; of none: it computes the output
+    worth_tuning: Callable[[Any], bool] = _always  # is a variant one of those that `tune` times?
 
     def fitting(self, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Any]:
-        """What `tune` tries, and what the tests run."""
+        """Those that these head dims allow."""
         return [variant for variant in self.variants if self.fits(variant, element_bytes, head_dim, head_dim_v)]

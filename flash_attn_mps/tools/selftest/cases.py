@@ -7,15 +7,14 @@ Its name says all of it, so that a failure on somebody's machine can be run agai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ...tiers import BY_NAME, Tier, cpu
-from ...tiers.metal import decode, simdgroup
+from ...tiers.metal import backward, decode, simdgroup
 
-TILED = simdgroup.TIER
-KERNEL = simdgroup.FORWARD  # of TILED: a case that names a variant runs it
+TILED = simdgroup.TIER  # a case of it that names a variant runs that: of the forward kernel, or of those of gradients
 
 
 class Feature(NamedTuple):
@@ -111,6 +110,7 @@ FEATURES |= {f"gradients, {name}": FEATURES[name]._replace(gradients=True) for n
 
 # What shows whether a variant works: both edges, lengths that are no multiple of any block, sequences of no length.
 _OF_VARIANTS = ("packed, everything", "full", "causal")
+_OF_BACKWARD_VARIANTS = tuple(f"gradients, {name}" for name in _OF_VARIANTS)
 
 
 class Case(NamedTuple):
@@ -136,7 +136,7 @@ def parse(text: str) -> Case:
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
     case = Case(tier, dtype, int(head_dim), int(head_dim_v), feature, *variant)
-    if case.variant and case.variant not in _variants(case.dtype, case.head_dim, case.head_dim_v):
+    if case.variant and case.variant not in variants(case):
         raise ValueError(f"variant {case.variant!r} does not exist for {case}")
     return case
 
@@ -162,8 +162,11 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
         wanted, dtypes, count = _VARIANTS[level]
         for dtype in dtypes:
             for dims in wanted:
-                for variant in _variants(dtype, *dims):
-                    yield from (Case(TILED.name, dtype, *dims, f, variant) for f in _OF_VARIANTS[:count])
+                for names in (_OF_VARIANTS, _OF_BACKWARD_VARIANTS):
+                    plain = [Case(TILED.name, dtype, *dims, name) for name in names[:count]]
+                    for name, variant in variants(plain[0]).items():
+                        if level == "full" or not FEATURES[names[0]].gradients or backward.KEYS.worth_tuning(variant):
+                            yield from (case._replace(variant=name) for case in plain)
     few = _USUAL if level == "full" else head_dims[:2]
     # The tiled kernel is covered above. The cpu tier is PyTorch's own code, which needs no test on a Mac.
     for name, tier in BY_NAME.items():
@@ -186,6 +189,10 @@ def _served(tier: Tier) -> Iterator[str]:
     return (name for name in names if tier is not decode.TIER or _is_few(FEATURES[name]))
 
 
-def _variants(dtype: str, head_dim: int, head_dim_v: int) -> list[str]:
-    found = KERNEL.fitting(getattr(torch, dtype).itemsize, head_dim, head_dim_v)
-    return list(map(str, found))
+def variants(case: Case) -> dict[str, Any]:
+    """Those of the kernel that computes the case, by name: of the forward kernel, or of those of gradients."""
+    shape = getattr(torch, case.dtype).itemsize, case.head_dim, case.head_dim_v
+    if not FEATURES[case.feature].gradients:
+        return {str(variant): variant for variant in simdgroup.FORWARD.fitting(*shape)}
+    of_queries = set(backward.QUERIES.fitting(*shape))
+    return {str(v): v for v in backward.KEYS.fitting(*shape) if v._replace(split=False) in of_queries}
