@@ -105,6 +105,18 @@ def test_against_the_oracle(case, monkeypatch):
     assert (of_mask.double() - exactly.sum_to_size(mask.shape)).abs().max() <= 2 * error + 1e-5
 
 
+def test_many_blocks_are_added_up_in_float32(monkeypatch):
+    """A bias in half precision of keys that 600 queries see, two a block: it is rounded once, at the end."""
+    monkeypatch.setattr(score_blocks, "SCORES", 2 * 20)
+    q, k, v, do = (torch.randn(1, 1, n, 8, dtype=torch.float16) for n in (600, 20, 20, 600))
+    bias = torch.zeros(1, 20, dtype=torch.float16, requires_grad=True)
+    (mine,) = torch.autograd.grad(flash_attention(q, k, v, attn_mask=bias), bias, do)
+    exact_bias = bias.detach().double().requires_grad_()
+    p = (q[0, 0].double() @ k[0, 0].double().T / math.sqrt(8) + exact_bias).softmax(-1)
+    (exact,) = torch.autograd.grad(p @ v[0, 0].double(), exact_bias, do[0, 0].double())
+    assert (mine - exact).abs().max() <= 0.8 * torch.finfo(torch.float16).eps * exact.abs().max()
+
+
 def small(*shape):
     return torch.randn(shape).requires_grad_()
 
