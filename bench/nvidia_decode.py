@@ -31,7 +31,7 @@ import nvidia_forward as forward
 import torch
 
 from flash_attn_mps.problem import AttentionProblem
-from flash_attn_mps.tiers.metal import decode, launch, simdgroup
+from flash_attn_mps.tiers.metal import decode, gpu, launch, simdgroup
 from flash_attn_mps.tiers.metal.decode import Variant
 from metal_host import nvidia
 
@@ -98,7 +98,10 @@ def variants(p: AttentionProblem) -> list[Variant]:
         if value >= (8 if field == "keys" else 1)
     ]
     room = simdgroup.MAX_THREADGROUP_BYTES
-    return [default, *(v for v in near if decode.threadgroup_bytes(v, p.v.shape[-1]) <= room and v.keys <= 64)]
+    return [
+        default,
+        *(v for v in near if decode.threadgroup_bytes(v, p.q.shape[-1], p.v.shape[-1]) <= room and v.keys <= 32),
+    ]
 
 
 def launches_of(p: AttentionProblem, variant: Variant, out: torch.Tensor) -> list[tuple[Any, list[Any], Any]]:
@@ -231,6 +234,7 @@ class Contender(NamedTuple):
 class Bench:
     def __init__(self, directory: Path) -> None:
         nvidia._driver()
+        gpu.cores = lambda: CORES
         entries = json.loads((directory / "entries.json").read_text())
         jobs = [
             (name, limit)
@@ -255,9 +259,8 @@ class Bench:
         """The default first, as far as registers go the better of `LIMITS`."""
         default, *_ = decode.variants(problem(shape, q, k, v))
         for variant in variants(problem(shape, q, k, v)) if every else [default]:
-            groups = -(-shape.queries * shape.group // variant.rows) * shape.batch * (HEADS // shape.group)
             most = -(-shape.keys // (variant.units * variant.keys))
-            automatic = decode.filling(groups, min(most, decode.MAX_SPLITS), CORES * 2)
+            automatic = decode.splits_of(problem(shape, q, k, v), variant)
             for splits in sorted({automatic, *(automatic * 2, -(-automatic // 2))} if every else {automatic}):
                 if not 1 <= splits <= min(most, decode.MAX_SPLITS) or (splits == 1 and variant != default):
                     continue
