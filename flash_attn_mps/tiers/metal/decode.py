@@ -8,6 +8,7 @@ them. Where tiles alone do not fill the GPU the keys of each are split between t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -53,6 +54,9 @@ _THREADGROUP_BYTES = (
 _MAX_REGISTERS = 112  # of a lane, in 32 bits: of the 128 that an Apple GPU has, what addresses and loops leave
 _SIMDGROUPS = 8  # of a threadgroup
 _GROUPS_PER_CORE = 2  # threadgroups that a core works on at a time
+# Of a split at least, so that its keys and values are more than its queries and results: rounds of all units, and keys.
+_ROUNDS = 2
+_KEYS_OF_A_ROW = 8
 
 
 def registers(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> int:
@@ -63,11 +67,12 @@ def registers(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: i
     return variant.rows // 8 * of_a_row + max(d, dv) * words
 
 
-def threadgroup_bytes(variant: Variant, head_dim_v: int) -> int:
+def threadgroup_bytes(variant: Variant, head_dim: int, head_dim_v: int) -> int:
     """As decode.metal declares them: SHARED."""
     exchanged = 2 * variant.simdgroups * (variant.rows // 8) * (variant.keys // 8) if variant.slices > 1 else 0
     merged = variant.units // 2 * variant.slices * (variant.rows // 8) * (1 + variant.fragments(head_dim_v))
-    return max(exchanged, merged, 1) * 32 * 8
+    q = variant.slices * (variant.rows // 8) * variant.fragments(head_dim) if variant.units > 1 else 0
+    return max(exchanged, merged, q, 1) * 32 * 8
 
 
 @functools.lru_cache(maxsize=512)
@@ -81,9 +86,11 @@ def shapes(rows: int, heads_in_tile: int, element_bytes: int, head_dim: int, hea
             for keys in (32, 16, 8)
             for variant in [Variant(rows, heads_in_tile, slices, max(simdgroups // slices, 1), keys)]
             if registers(variant, element_bytes, head_dim, head_dim_v) <= _MAX_REGISTERS
-            and threadgroup_bytes(variant, head_dim_v) <= simdgroup.MAX_THREADGROUP_BYTES
+            and threadgroup_bytes(variant, head_dim, head_dim_v) <= simdgroup.MAX_THREADGROUP_BYTES
         ]
-        found.append(min(tried, key=lambda variant: threadgroup_bytes(variant, head_dim_v) > _THREADGROUP_BYTES))
+        found.append(
+            min(tried, key=lambda variant: threadgroup_bytes(variant, head_dim, head_dim_v) > _THREADGROUP_BYTES)
+        )
     return tuple(dict.fromkeys(found))
 
 
@@ -111,26 +118,27 @@ def splits_of(p: AttentionProblem, variant: Variant) -> int:
     longest = p.max_seqlen_k
     if p.window_left >= 0:
         longest = min(longest, p.window_left + p.max_seqlen_q)
-    most = min(-(-longest // (variant.units * variant.keys)), MAX_SPLITS)
+    a_round = variant.units * variant.keys
     if p.num_splits > 1:
-        return min(p.num_splits, most)
+        return min(p.num_splits, MAX_SPLITS, -(-longest // a_round))
     tiles, batch = _tiles(p, variant.rows)
-    return filling(tiles * batch * p.heads_k, most, gpu.cores() * _GROUPS_PER_CORE)
+    most = longest // max(_ROUNDS * a_round, _KEYS_OF_A_ROW * variant.rows)
+    return filling(tiles * batch * p.heads_k, max(1, min(most, MAX_SPLITS)), gpu.cores() * _GROUPS_PER_CORE)
 
 
 @functools.lru_cache(maxsize=4096)
 def filling(groups: int, most: int, places: int) -> int:
     """The least number of splits, `most` at most, with which `groups` threadgroups keep `places` nearly as busy as any.
 
-    `places` threadgroups run at a time; a last turn that is not full is lost time. As FlashAttention-2's
-    num_splits_heuristic has it: https://github.com/Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp.
+    `places` threadgroups run at a time; a last turn that is not full is lost time. After FlashAttention-2's
+    num_splits_heuristic: https://github.com/Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp.
     """
-    if groups >= 0.8 * places:
-        return 1
     turns = [groups * splits / places for splits in range(1, most + 1)]
-    busy = [n / -(-n // 1) for n in turns]
-    best = max(busy, default=0.0)
-    return next((n + 1 for n, share in enumerate(busy) if share >= 0.85 * best), 1)
+    busy = [n / math.ceil(n) for n in turns]
+    if busy[0] >= 0.8 or turns[0] >= 2:
+        return 1
+    enough = 0.85 * max(busy)
+    return next(n + 1 for n, share in enumerate(busy) if share >= enough)
 
 
 def _grid(p: AttentionProblem, variant: Variant) -> Grid:

@@ -8,19 +8,28 @@
 // * A unit is SLICES simdgroups, each with a slice of both head dims, so that ROWS rows of q and o fit into registers: the s of
 //   a slice are added up in threadgroup memory.
 
-// Line 8: s = q k^T, over the slice.
+template <int N>
+METAL_FUNC void clear(thread Operand (&x)[N]) {
+  UNROLL for (int f = 0; f < N; ++f) x[f].thread_elements()[0] = x[f].thread_elements()[1] = T(0.0f);
+}
+
+// Line 8: s = q k^T, over the slice. EDGE: there may be fewer keys than the block has; those past the end count as 0.
 template <bool EDGE>
 METAL_FUNC void compute_qk(
-    thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread State& state, Keys keys, int first_key, Lane lane) {
+    thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread State& state, BlockKeys keys, int first_key, Lane lane) {
   UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
     int key0 = key_of(first_key, n, lane.column, 0);
     int key1 = key_of(first_key, n, lane.column, 1);
+    bool exists = !EDGE || key0 < keys.seqlen;
     if (EDGE) {
       key0 = min(key0, keys.seqlen - 1);
       key1 = min(key1, keys.seqlen - 1);
     }
+    device const T* row0 = keys.k.at(key0);
+    device const T* row1 = keys.k.at(key1);
     Operand k[D_FRAGMENTS];
-    SliceD::load_right_transposed(k, keys.k.at(key0), keys.k.at(key1), state.slice, lane);
+    if (EDGE) clear(k);
+    if (exists) SliceD::load_right_transposed(k, row0, row1, state.slice, lane);
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
       s[r][n] = zeros();
       UNROLL for (int f = 0; f < D_FRAGMENTS; ++f) simdgroup_multiply_accumulate(s[r][n], state.q[r][f], k[f], s[r][n]);
@@ -89,14 +98,17 @@ METAL_FUNC void accumulate_pv(
     thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread State& state,
-    Keys keys,
+    BlockKeys keys,
     int first_key,
     Lane lane) {
   UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
     int key = key_of(first_key, n, lane.row, 0);
+    bool exists = !EDGE || key < keys.seqlen;
     if (EDGE) key = min(key, keys.seqlen - 1);
+    device const T* row = keys.v.at(key);
     Operand v[DV_FRAGMENTS];
-    SliceV::load_right(v, keys.v.at(key), state.slice, lane);
+    if (EDGE) clear(v);
+    if (exists) SliceV::load_right(v, row, state.slice, lane);
     if (EDGE || MASKED) {
       float nan_if_nonfinite = 0.0f;
       UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
@@ -132,7 +144,7 @@ template <bool EDGE, bool MASKED>
 METAL_FUNC void attend_block(
     thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread State& state,
-    Keys keys,
+    BlockKeys keys,
     Scoring scoring,
     MaskTile mask_tile,
     int first_key,
@@ -148,7 +160,7 @@ METAL_FUNC void dispatch_block(
     thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     bool altered,
     thread State& state,
-    Keys keys,
+    BlockKeys keys,
     Scoring scoring,
     VisibleRange range,
     int first_key,
@@ -173,7 +185,7 @@ METAL_FUNC void round_of_slices(
     bool active,
     bool altered,
     thread State& state,
-    Keys keys,
+    Keys all_keys,
     Scoring scoring,
     VisibleRange range,
     int first_key,
@@ -181,6 +193,7 @@ METAL_FUNC void round_of_slices(
     ushort index) {
   Lane lane = lane_of(index);
   Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
+  BlockKeys keys = keys_of_block(all_keys, active ? first_key : 0, index);
   if (active) {
     if (range.contains(first_key, KEYS)) {
       compute_qk<false>(s, state, keys, first_key, lane);
@@ -232,7 +245,7 @@ kernel void attention_decode(
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = max(0, min(first_row + 8 * r + lane.row, rows - 1));
     int head = first_head + row % HEADS_IN_TILE;
-    if (first_row < rows)
+    if (first_row < rows && unit == 0)
       SliceD::load_left(
           state.q[r], q_sequence + query_of(row) * params[Q_ROW] + head * params[Q_HEAD], state.slice, scoring.sign, lane);
     UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
@@ -243,8 +256,10 @@ kernel void attention_decode(
 #endif
   }
 
-  Keys keys = keys_of(sequence, first_head, k, v, in);
   threadgroup float2 shared[SHARED * 32];
+  share_q(shared, state, unit, index);
+
+  Keys keys = keys_of(sequence, first_head, k, v, in);
 #if HAS_MASK
   for (int run = part.visible_begin; run < part.visible_end; run += BLOCKS_PER_RUN * ROUND) {
     BlockFlags flags = scan_mask(part, scoring, first_row, run + unit * KEYS, ROUND, keys.seqlen, lane);
@@ -257,8 +272,9 @@ kernel void attention_decode(
     for (; flags.visible; flags.visible &= flags.visible - 1) {
       uint block = ctz(flags.visible);
       Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
+      int first_key = run + int(block) * ROUND + unit * KEYS;
       dispatch_block(
-          s, flags.altered >> block & 1, state, keys, scoring, part, run + int(block) * ROUND + unit * KEYS, lane);
+          s, flags.altered >> block & 1, state, keys_of_block(keys, first_key, index), scoring, part, first_key, lane);
     }
 #endif
   }
@@ -273,7 +289,7 @@ kernel void attention_decode(
 #else
   for (int first_key = part.visible_begin + unit * KEYS; first_key < part.visible_end; first_key += ROUND) {
     Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
-    dispatch_block(s, false, state, keys, scoring, part, first_key, lane);
+    dispatch_block(s, false, state, keys_of_block(keys, first_key, index), scoring, part, first_key, lane);
   }
 #endif
   merge_units(shared, state, scoring, unit, index);

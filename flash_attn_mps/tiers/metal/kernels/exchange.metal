@@ -1,10 +1,37 @@
-// What the simdgroups of a threadgroup tell each other: while they attend, the s of their slices, for two rounds by turns, so that
-// one barrier a round is enough; after that, m, l and o of the units. A lane's two elements of a fragment lie together.
+// What the simdgroups of a threadgroup tell each other: at first q, which unit 0 reads for all; then the s of their slices, for two
+// rounds by turns, so that one barrier a round is enough; after that, m, l and o of the units. A lane's two elements of a fragment
+// lie together.
 constant constexpr int S_FRAGMENTS = SLICES > 1 ? ROW_FRAGMENTS * KEY_FRAGMENTS : 0;
 constant constexpr int MERGED_FRAGMENTS = ROW_FRAGMENTS * (1 + DV_FRAGMENTS);
 constant constexpr int EXCHANGED = 2 * SIMDGROUPS * S_FRAGMENTS;
 constant constexpr int MERGED = UNITS / 2 * SLICES * MERGED_FRAGMENTS;
-constant constexpr int SHARED = EXCHANGED > MERGED ? EXCHANGED : MERGED > 0 ? MERGED : 1;
+constant constexpr int Q_FRAGMENTS = UNITS > 1 ? ROW_FRAGMENTS * D_FRAGMENTS : 0;
+
+inline constexpr int largest(int a, int b) { return a > b ? a : b; }
+constant constexpr int SHARED = largest(1, largest(Q_FRAGMENTS * SLICES, largest(EXCHANGED, MERGED)));
+
+// All have unit 0's q.
+METAL_FUNC void share_q(threadgroup float2* shared, thread State& state, int unit, ushort index) {
+  if (UNITS == 1) return;
+  threadgroup float2* place = shared + state.slice * Q_FRAGMENTS * 32 + index;
+  if (unit == 0) {
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
+      UNROLL for (int f = 0; f < D_FRAGMENTS; ++f)
+        place[(r * D_FRAGMENTS + f) * 32] =
+            float2(state.q[r][f].thread_elements()[0], state.q[r][f].thread_elements()[1]);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (unit > 0) {
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+      UNROLL for (int f = 0; f < D_FRAGMENTS; ++f) {
+        float2 x = place[(r * D_FRAGMENTS + f) * 32];
+        state.q[r][f].thread_elements()[0] = T(x.x);
+        state.q[r][f].thread_elements()[1] = T(x.y);
+      }
+    }
+  }
+  if (SLICES > 1) threadgroup_barrier(mem_flags::mem_threadgroup);  // until all have read
+}
 
 METAL_FUNC void give_slice(
     threadgroup float2* shared, thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], int simdgroup, ushort index) {

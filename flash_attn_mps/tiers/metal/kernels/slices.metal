@@ -81,6 +81,60 @@ typedef Slice<HEAD_DIM_V, VECTOR_V> SliceV;
 constant constexpr int D_FRAGMENTS = SliceD::FRAGMENTS;
 constant constexpr int DV_FRAGMENTS = SliceV::FRAGMENTS;
 
+// The keys of one block, for all lanes together. Pages are looked up by a lane for each key.
+#if HAS_BLOCK_TABLE
+struct BlockRows {
+  device const T* base;
+  long page_stride;
+  long row_stride;
+  int first_key;
+  int page;  // of key first_key + the lane's index
+  int row;   // in that page
+
+  METAL_FUNC device const T* at(int key) const thread {
+    ushort lane = ushort(key - first_key);
+    return base + simd_shuffle(page, lane) * page_stride + simd_shuffle(row, lane) * row_stride;
+  }
+};
+
+struct BlockKeys {
+  BlockRows k;
+  BlockRows v;
+  int seqlen;
+};
+
+METAL_FUNC BlockRows rows_of_block(Rows rows, int first_key, int page, int row) {
+  BlockRows block;
+  block.base = rows.base;
+  block.page_stride = rows.page_stride;
+  block.row_stride = rows.row_stride;
+  block.first_key = first_key;
+  block.page = page;
+  block.row = row;
+  return block;
+}
+
+METAL_FUNC BlockKeys keys_of_block(Keys keys, int first_key, ushort index) {
+  int key = first_key + int(index), page = 0, row = 0;
+  if (index < KEYS && key < keys.seqlen) {
+#if HAS_LEFTPAD_K
+    key += keys.k.leftpad;
+#endif
+    page = keys.k.pages[key / keys.k.page_size];
+    row = key % keys.k.page_size;
+  }
+  BlockKeys block;
+  block.k = rows_of_block(keys.k, first_key, page, row);
+  block.v = rows_of_block(keys.v, first_key, page, row);
+  block.seqlen = keys.seqlen;
+  return block;
+}
+#else
+typedef Keys BlockKeys;
+
+METAL_FUNC BlockKeys keys_of_block(Keys keys, int first_key, ushort index) { return keys; }
+#endif
+
 // A tile's rows, and their attention over a unit's blocks so far: the slice of one simdgroup.
 struct State {
   Operand q[ROW_FRAGMENTS][D_FRAGMENTS];
