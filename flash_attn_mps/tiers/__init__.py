@@ -44,7 +44,7 @@ def run(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Result:
             if result is not None:
                 trace.record(p, tier.name)
                 return result
-            reasons = ["its kernel does not compile on this machine"]
+            reasons = ["its kernel does not work on this machine"]
         refusals.append(f"{tier.name}: {'; '.join(reasons)}")
     raise NotImplementedError("no tier serves this attention call: " + " | ".join(refusals))
 

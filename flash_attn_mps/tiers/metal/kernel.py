@@ -6,7 +6,7 @@ to Metal, `launch.arguments` fills it in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,6 +101,9 @@ class Kernel:
     optional: tuple[str, ...]  # which of OPTIONAL_BUFFERS it reads
     parameters: tuple[str, ...] = ()  # names of those that it has besides `Parameters` and strides
     grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
+    # Of a specialization and its compiled function: why that is not to be used, a `refusals.Refusal`; None if it is.
+    # Asked when it is first used on a machine (`prove.by`).
+    proof: Callable[[Any, Any], Any | None] | None = None
 
     def __repr__(self) -> str:
         return self.entry
@@ -117,6 +120,8 @@ class TunedKernel(Kernel):
     fits: Callable[[Any, int, int, int], bool]  # variant, bytes of an element, head_dim, head_dim_v
     default: Callable[[int, int, int], Any]  # one that fits: what this GPU should do well with
     variable: str  # of the environment, which forces one
+    # What to try in turn where one is refused on this machine, by the arguments of `fits`.
+    fallbacks: Callable[[Any, int, int, int], Sequence[Any]] = lambda *_: ()
 
     def fitting(self, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Any]:
         """What `tune` tries, and what the tests run."""

@@ -75,7 +75,7 @@ def _ours(tier: Tier, workload: Workload, x: Inputs) -> Call:
     def call() -> torch.Tensor:
         result = tier.run(build(workload, x))  # what the caller pays on the host is part of the time
         if result is None:
-            raise Unsupported("its kernel does not compile on this machine")
+            raise Unsupported("its kernel does not work on this machine")
         return result.out
 
     return call

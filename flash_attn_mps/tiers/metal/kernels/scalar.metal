@@ -1,7 +1,7 @@
 // One thread for one query of one head, key by key: slow, and simple enough to check the tiled kernel against. The lines are
 // those of FlashAttention-2's algorithm 1, as in forward.metal, with blocks of one query and one key.
 
-[[max_total_threads_per_threadgroup(THREADS)]]
+[[max_total_threads_per_threadgroup(BOUND(THREADS))]]
 kernel void attention_scalar(
     BUFFERS
     uint3 group [[threadgroup_position_in_grid]],
