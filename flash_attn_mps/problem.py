@@ -8,7 +8,7 @@ other strides and indices. The semantics are FlashAttention's (version 2.1 and l
   that is -1 is open. Causal is right = 0.
 * With `attention_chunk` a query sees only the keys of its own chunk: `j // chunk == (i + offset) // chunk`.
 * A score is scaled, soft-capped (`cap * tanh(s / cap)`), biased by ALiBi (`- slope * |i + offset - j|`) and masked.
-* Query head h reads kv head `h // (heads // heads_k)`.
+* Query head h reads kv head `h // (heads // heads_k)`. Quantised keys and values count as what they stand for.
 * A query that sees no key gives zeros, a log-sum-exp of -inf and no gradient.
 """
 
@@ -64,6 +64,9 @@ class AttentionProblem:
     block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
     kv_batch_idx: torch.Tensor | None = None  # (batch,): the entry of k and v a sequence reads; not with block_table
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
+    # (batch, heads_k), float32: what k and v are to be multiplied by, where their dtype is one of quantised.FORMATS.
+    k_descale: torch.Tensor | None = None
+    v_descale: torch.Tensor | None = None
     # Broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added.
     mask: torch.Tensor | None = None
     # (heads,), float32: an extra score for every query of the head, in addition to its keys.
@@ -154,6 +157,10 @@ class AttentionProblem:
         )
 
 
+# The tensors that may have a gradient: what a backward pass is asked for is a set of these names.
+DIFFERENTIABLE = ("q", "k", "v", "sinks", "mask")
+
+
 # Every feature, in the order in which people read them.
 FEATURES = (
     "causal",
@@ -162,11 +169,13 @@ FEATURES = (
     "softcap",
     "alibi",
     "dropout",
+    "probabilities",
     "varlen",
     "seqused",
     "paged",
     "kv_batch_idx",
     "leftpad_k",
+    "quantised",
     "mask",
     "sinks",
     "scale_tensor",
@@ -192,6 +201,8 @@ def _features_of(p: AttentionProblem) -> frozenset[str]:
         found.append("alibi")
     if p.dropout_p:
         found.append("dropout")
+    if p.want_probs:
+        found.append("probabilities")
     if p.cu_seqlens_q is not None or p.cu_seqlens_k is not None:
         found.append("varlen")
     if p.seqused_q is not None or p.seqused_k is not None:
@@ -202,6 +213,8 @@ def _features_of(p: AttentionProblem) -> frozenset[str]:
         found.append("kv_batch_idx")
     if p.leftpad_k is not None:
         found.append("leftpad_k")
+    if p.k.dtype is not p.q.dtype or p.k_descale is not None or p.v_descale is not None:
+        found.append("quantised")
     if p.mask is not None:
         found.append("mask")
     if p.sinks is not None:

@@ -31,7 +31,12 @@ def test_its_oracle_agrees_with_that_of_the_tests(name):
     scale = float(p.softmax_scale)
     how = {"softmax_scale": scale, "causal": feature.causal, "window_size": feature.window, "softcap": feature.softcap}
     how["alibi_slopes"] = p.alibi_slopes
-    q, k, v = p.q.double(), p.k.double(), p.v.double()
+    q, k, v = p.q.double(), p.k, p.v
+    if feature.codes == "uint8":
+        k, v = k.view(torch.float8_e4m3fn), v.view(torch.float8_e4m3fn)
+    k, v = k.double(), v.double()
+    if feature.codes:
+        k, v = k * p.k_descale.double()[:, None, :, None], v * p.v_descale.double()[:, None, :, None]
     if feature.layout.startswith("packed"):
         exact = independent.varlen(
             q, k, v, p.cu_seqlens_q, p.cu_seqlens_k, seqused_q=p.seqused_q, seqused_k=p.seqused_k, **how

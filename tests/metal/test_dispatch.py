@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flash_attn_mps import dispatch, tiers, trace
+from flash_attn_mps.frontends import fa3
 from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_varlen_func
 from flash_attn_mps.tiers.metal import compiler, simdgroup, variants
 from flash_attn_mps.tiers.metal.simdgroup import Variant
@@ -73,7 +74,7 @@ def test_the_variable_forces_a_tier(force, tier, kernels, qkv, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dropout_p": 0.1}, "does not support dropout"),
+        ({"attention_chunk": 4}, "does not support attention_chunk"),
         ({"head_dim": 264}, "head_dim above 256"),
         ({"seqlen_k": 0}, "there are no scores"),
     ],
@@ -84,7 +85,7 @@ def test_a_force_that_cannot_serve_says_why(force, change, reason, monkeypatch):
     q = torch.randn(1, 9, 2, change.get("head_dim", 16))
     k = torch.randn(1, change.get("seqlen_k", 9), 2, change.get("head_dim", 16))
     with pytest.raises(NotImplementedError, match=f"{force}: .*{reason}"):
-        flash_attn_func(q, k, k, dropout_p=change.get("dropout_p", 0.0))
+        fa3.flash_attn_func(q, k, k, attention_chunk=change.get("attention_chunk", 0))
 
 
 @pytest.mark.parametrize("force", ["simdgroup", "scalar"])
@@ -263,6 +264,7 @@ def test_kernels_that_are_kept_are_limited(compilations):
         False,
         False,
         False,
+        False,
         (),
         None,
         "float",
@@ -274,10 +276,10 @@ def test_kernels_that_are_kept_are_limited(compilations):
 
 
 def test_explain_gives_the_reasons_of_each_tier(qkv):
-    p = dispatch.AttentionProblem(*qkv, 1, 20, 20, 0.25, dropout_p=0.5)
+    p = dispatch.AttentionProblem(*qkv, 1, 20, 20, 0.25, dropout_p=0.5, want_probs=True)
     reasons = dispatch.explain(p)
     assert list(reasons) == ["simdgroup", "cpu", "torch"]
-    assert reasons["simdgroup"] == ["does not support dropout"]
+    assert reasons["simdgroup"] == ["does not support probabilities"]
     assert reasons["torch"] == []
 
 

@@ -14,14 +14,15 @@ from ...problem import AttentionProblem
 
 Grid = tuple[tuple[int, int, int], tuple[int, int, int]]  # threads in all, threads of a group
 
-# What every Metal kernel for attention honours. "gradients": the forward pass of a call that will be differentiated;
-# another tier computes the gradients.
+# What every Metal kernel for attention honours; "quantised" is for each to add, whose loads decode (codes.metal).
+# "gradients": the forward pass of a call that will be differentiated; another tier computes the gradients.
 SERVES = frozenset(
     {
         "causal",
         "window",
         "softcap",
         "alibi",
+        "dropout",
         "varlen",
         "seqused",
         "paged",
@@ -48,6 +49,8 @@ OPTIONAL_BUFFERS = {
     "sinks": "float",
     "mask": "MASK_T",
     "softmax_scale": "SCALE_T",
+    "k_descale": "float",
+    "v_descale": "float",
 }
 
 
@@ -61,6 +64,7 @@ class Parameters(NamedTuple):
     seqlen_k: int
     total_q: int  # rows of q, where the batch is packed
     batch: int  # sequences
+    heads: int
     heads_per_kv_head: int
     lse_batch: int  # strides of the log-sum-exp; a packed batch has none of its own
     lse_head: int
@@ -68,6 +72,9 @@ class Parameters(NamedTuple):
     window_right: int
     softmax_scale: int  # float bits, unless it is a buffer
     softcap: int  # float bits
+    seed: int  # of dropout
+    dropout_threshold: int  # see philox.py
+    dropout_scale: int  # float bits
     alibi_batch: int  # stride
     page_size: int
     block_table_row: int  # stride
@@ -75,12 +82,16 @@ class Parameters(NamedTuple):
     mask_head: int
     mask_row: int
     mask_column: int
+    k_descale_batch: int  # strides
+    k_descale_head: int
+    v_descale_batch: int
+    v_descale_head: int
 
 
 class Buffer(NamedTuple):
     """A buffer that a kernel has besides those of `OPTIONAL_BUFFERS`."""
 
-    type: str  # Metal's, of its elements: "const T", "float"
+    type: str  # Metal's, of its elements: "const T", "float"; "const KV_T" for keys and values that may be quantised
     # "head_dim" or "head_dim_v": its rows have so many elements, next to each other. The strides of its batch, rows and
     # heads are parameters: Q_BATCH (0 in a packed tensor), Q_ROW, Q_HEAD.
     row: str = ""

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ... import quantised
+from ...philox import threshold
 from ...problem import AttentionProblem, Result
 from . import compiler
 from .kernel import Buffer, Grid, Kernel, Parameters
@@ -23,6 +25,7 @@ _TYPES = {
     torch.int64: "long",
 }
 MAX_HEAD_DIM = 256
+_STRIDED = frozenset({"mask", "k_descale", "v_descale"})  # their strides are parameters; the others are contiguous
 _INT, _FLOAT = struct.Struct("<i"), struct.Struct("<f")
 _NO_MORE: Mapping[str, int] = MappingProxyType({})
 
@@ -43,8 +46,8 @@ def limits(p: AttentionProblem) -> list[str]:
 
 FORWARD_BUFFERS = {
     "q": Buffer("const T", row="head_dim"),
-    "k": Buffer("const T", row="head_dim"),
-    "v": Buffer("const T", row="head_dim_v"),
+    "k": Buffer("const KV_T", row="head_dim"),
+    "v": Buffer("const KV_T", row="head_dim_v"),
     "out": Buffer("T", row="head_dim_v"),
     "lse": Buffer("float", optional=True),
 }
@@ -121,11 +124,11 @@ def arguments(
         if t is None or not isinstance(t, torch.Tensor):  # softmax_scale may be a number
             continue
         given.append(name)
-        # Strides of the mask are parameters; the others are contiguous.
-        values.append(t if name == "mask" or t.is_contiguous() else t.contiguous())
+        values.append(t if name in _STRIDED or t.is_contiguous() else t.contiguous())
     specialization = Specialization(
         kernel,
         _TYPES[q.dtype],
+        "" if p.k.dtype is q.dtype else quantised.FORMATS[p.k.dtype].name,
         q.shape[-1],
         p.v.shape[-1],
         aligned & -aligned,
@@ -133,6 +136,7 @@ def arguments(
         p.window_left >= 0,
         p.window_right >= 0,
         p.softcap > 0,
+        p.dropout_p > 0,
         tuple(given),
         mask_layout(p.mask) if p.mask is not None else None,
         _TYPES[scale.dtype] if isinstance(scale, torch.Tensor) else "float",
@@ -182,11 +186,14 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
     lse_batch, lse_head = (0, p.q.shape[0]) if p.cu_seqlens_q is not None else (heads * seqlen_q, seqlen_q)
     page_size, block_table_row = (0, 0) if p.block_table is None else (p.k.shape[1], p.block_table.shape[1])
     mask_batch, mask_head, mask_row, mask_column = (0, 0, 0, 0) if p.mask is None else p.mask.stride()
+    k_descale_batch, k_descale_head = (0, 0) if p.k_descale is None else p.k_descale.stride()
+    v_descale_batch, v_descale_head = (0, 0) if p.v_descale is None else p.v_descale.stride()
     return Parameters(
         seqlen_q=seqlen_q,
         seqlen_k=p.max_seqlen_k,
         total_q=p.q.shape[0],
         batch=p.batch,
+        heads=heads,
         heads_per_kv_head=heads // p.heads_k,
         lse_batch=lse_batch,
         lse_head=lse_head,
@@ -195,6 +202,9 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
         window_right=min(p.window_right, seqlen_q),
         softmax_scale=_bits(0.0 if isinstance(scale, torch.Tensor) else scale),
         softcap=_bits(p.softcap),
+        seed=int(p.seed),
+        dropout_threshold=threshold(p.dropout_p) if p.dropout_p else 0,
+        dropout_scale=_bits(1.0 / (1.0 - p.dropout_p)) if p.dropout_p else 0,
         alibi_batch=heads if p.alibi_slopes is not None and p.alibi_slopes.dim() == 2 else 0,
         page_size=page_size,
         block_table_row=block_table_row,
@@ -202,6 +212,10 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
         mask_head=mask_head,
         mask_row=mask_row,
         mask_column=mask_column,
+        k_descale_batch=k_descale_batch,
+        k_descale_head=k_descale_head,
+        v_descale_batch=v_descale_batch,
+        v_descale_head=v_descale_head,
     )
 
 

@@ -29,7 +29,7 @@ def _trial(s: Specialization) -> trial.Trial:
 FORWARD = Kernel(
     entry="attention_scalar",
     headers=("metal_stdlib",),
-    sources=("scoring", "keys", "scalar"),
+    sources=("scoring", "philox", "codes", "keys", "scalar"),
     buffers=launch.FORWARD_BUFFERS,
     optional=tuple(OPTIONAL_BUFFERS),
     grid=_grid,
@@ -41,4 +41,4 @@ def _run(p: AttentionProblem) -> Result | None:
     return launch.run(p, FORWARD, VARIANT)
 
 
-TIER = Tier("scalar", SERVES, launch.limits, _run, metal=True)
+TIER = Tier("scalar", SERVES | {"quantised"}, launch.limits, _run, metal=True)

@@ -83,7 +83,7 @@ def _grid(p: AttentionProblem, variant: Variant) -> Grid:
 FORWARD = TunedKernel(
     entry="attention_forward",
     headers=("metal_stdlib", "metal_simdgroup_matrix"),
-    sources=("fragment", "scoring", "range", "masking", "keys", "staging", "forward"),
+    sources=("codes", "fragment", "scoring", "philox", "dropout", "range", "masking", "keys", "staging", "forward"),
     buffers=launch.FORWARD_BUFFERS,
     optional=tuple(OPTIONAL_BUFFERS),
     grid=_grid,
@@ -111,4 +111,4 @@ def _run(p: AttentionProblem) -> Result | None:
     return result
 
 
-TIER = Tier("simdgroup", SERVES, launch.limits, _run, metal=True)
+TIER = Tier("simdgroup", SERVES | {"quantised"}, launch.limits, _run, metal=True)

@@ -31,6 +31,7 @@ class Specialization(NamedTuple):
 
     kernel: Kernel
     dtype: str  # Metal's name: half, bfloat, float
+    kv_format: str  # of k and v where they are quantised, as quantised.Format names it; else empty
     head_dim: int
     head_dim_v: int
     vector: int  # elements to which rows of head_dim elements are aligned, 16 bytes at most
@@ -38,6 +39,7 @@ class Specialization(NamedTuple):
     left: bool  # is that side of the window closed?
     right: bool
     softcap: bool
+    dropout: bool
     buffers: tuple[str, ...]  # the optional ones that are given
     mask: Mask | None
     scale_type: str
@@ -63,6 +65,10 @@ class Specialization(NamedTuple):
         return {
             "T": self.dtype,
             "ELEMENT_BYTES": 4 if self.dtype == "float" else 2,
+            "T_IS_HALF": int(self.dtype == "half"),
+            "T_IS_BFLOAT": int(self.dtype == "bfloat"),
+            "KV_T": "uchar" if self.kv_format else "T",
+            "KV_FORMAT": f"KV_IS_{self.kv_format.upper()}" if self.kv_format else 0,
             "HEAD_DIM": self.head_dim,
             "HEAD_DIM_V": self.head_dim_v,
             "VECTOR": self.vector,
@@ -70,6 +76,7 @@ class Specialization(NamedTuple):
             "HAS_WINDOW_LEFT": int(self.left),
             "HAS_WINDOW_RIGHT": int(self.right),
             "HAS_SOFTCAP": int(self.softcap),
+            "HAS_DROPOUT": int(self.dropout),
             **{f"HAS_{name.upper()}": int(name in self.buffers) for name in optional},
             "MASK_IS_BOOL": int(self.mask is not None and mask.type == "uchar"),
             "MASK_IS_ADDED": int(self.mask is not None and mask.type != "uchar"),

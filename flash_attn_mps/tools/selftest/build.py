@@ -22,7 +22,7 @@ class Sequence:
     """Inputs of one sequence on the CPU, in the dtype of the case; slopes, sinks and mask in float32 or bool."""
 
     q: torch.Tensor
-    k: torch.Tensor
+    k: torch.Tensor  # or codes, as v
     v: torch.Tensor
     slopes: torch.Tensor | None
     mask: torch.Tensor | None
@@ -70,13 +70,20 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
             mask = mask < 0.5
             mask[:, seqlen_q // 2] = False  # a query that sees nothing
         v = randn(seqlen_k, heads_k, case.head_dim_v).to(dtype)
+        if feature.codes:
+            k, v = _codes(k, feature.codes), _codes(v, feature.codes)
         sequences.append(Sequence(q, k, v, None if slopes is None else slopes[b], mask))
+    descales = {}
+    if feature.codes:
+        unit = 1 / 32 if feature.codes == "int8" else 1.0
+        shape = len(sequences), heads_k
+        descales = {f"{x}_descale": unit * torch.rand(shape, generator=generator).add_(0.5) for x in "kv"}
     left, right = feature.window[0], 0 if feature.causal else feature.window[1]
     exact = [
         oracle.attention(
             s.q,
-            s.k,
-            s.v,
+            _values(s.k, descales["k_descale"][b]) if descales else s.k,
+            _values(s.v, descales["v_descale"][b]) if descales else s.v,
             scale=scale,
             left=left,
             right=right,
@@ -85,10 +92,11 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
             sinks=sinks,
             mask=s.mask,
         )
-        for s in sequences
+        for b, s in enumerate(sequences)
     ]
     tensors: dict[str, Any] = {
         **_laid_out(sequences, feature, generator),
+        **descales,
         "alibi_slopes": slopes[0] if slopes is not None and feature.alibi == "heads" else slopes,
         "sinks": sinks,
         "mask": torch.stack([s.mask for s in sequences if s.mask is not None]) if feature.mask else None,
@@ -115,6 +123,18 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
         # Rows past the end see nothing.
         [_lengthened(lse.T, unused, -torch.inf).T for _, lse in exact],
     )
+
+
+def _codes(x: torch.Tensor, codes: str) -> torch.Tensor:
+    if codes == "int8":
+        return (x.float() * 32).round().clamp(-128, 127).to(torch.int8)
+    return x.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _values(codes: torch.Tensor, descale: torch.Tensor) -> torch.Tensor:
+    """What codes `(rows, heads, dim)` stand for, in float64."""
+    floats = codes.view(torch.float8_e4m3fn) if codes.dtype == torch.uint8 else codes
+    return floats.double() * descale.double()[:, None]
 
 
 def _laid_out(sequences: list[Sequence], feature: Feature, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -176,7 +196,7 @@ def _strided(x: torch.Tensor, strides: str) -> torch.Tensor:
     if strides == "heads first":
         return x.transpose(-3, -2).contiguous().transpose(-3, -2)
     if strides == "gaps":
-        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), _NAN)
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), _NAN if x.is_floating_point() else 127)
         wide[..., 3 : 3 + x.shape[-1]] = x
         return wide[..., 3 : 3 + x.shape[-1]]
     if strides == "last":

@@ -35,6 +35,7 @@ class Feature(NamedTuple):
     mask: str = ""  # or bool, float
     scale: str = ""  # or number, tensor
     want_lse: bool = True
+    codes: str = ""  # or uint8, int8: the dtype of k and v where they are quantised
 
 
 _RAGGED = ((100, 100), (1, 70), (0, 9), (33, 0), (64, 257))
@@ -65,6 +66,8 @@ FEATURES = {
     "left padding": Feature(((3, 50), (3, 40), (3, 90)), layout="leftpad"),
     "cache index": Feature(((5, 60), (5, 60), (5, 60)), layout="indexed", causal=True),
     "pages": Feature(((3, 50), (3, 100), (3, 7)), (4, 2), "paged", causal=True),
+    "e4m3": Feature(codes="uint8", causal=True, heads=(4, 2)),
+    "int8": Feature(((5, 257),), codes="int8", heads=(4, 2), strides="gaps"),
     "heads first": Feature(strides="heads first"),
     "gaps": Feature(strides="gaps", causal=True),
     "strided last dim": Feature(strides="last"),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ... import quantised
 from ...problem import AttentionProblem, Result
 from ...tiers import BY_NAME, cpu
 from ...tiers.metal import compiler, launch
@@ -64,7 +65,7 @@ def _judged(case: Case, built: Built, result: Result) -> Outcome:
             continue
         # Probabilities and output are rounded once each to the dtype of v. All else is float32: scores of up to 20,
         # whose exponentials a GPU gives to a few units in the last place.
-        largest = max(1.0, exact.abs().max().item(), _largest(built.problem.v))
+        largest = max(1.0, exact.abs().max().item(), _largest(built.problem))
         share, where = _share(out.double(), exact, 2 * torch.finfo(dtype).eps * largest + 2e-5)
         if share > worst:
             worst, detail = share, f"out of sequence {b} at (query, head, dim) = {where}"
@@ -80,7 +81,8 @@ def _judged(case: Case, built: Built, result: Result) -> Outcome:
     return Outcome(case, RIGHT if worst <= 1 else WRONG, worst, detail if worst > 1 else "")
 
 
-def _largest(v: torch.Tensor) -> float:
+def _largest(p: AttentionProblem) -> float:
+    v = p.v if p.v_descale is None else quantised.decoded(p.v) * p.v_descale.max()
     return v.float().nan_to_num(0.0).abs().max().item() if v.numel() else 0.0
 
 

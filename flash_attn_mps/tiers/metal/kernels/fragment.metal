@@ -18,12 +18,14 @@ typedef simdgroup_matrix<float, 8, 8> Accumulator;
 struct Lane {
   short row;     // 0 to 7
   short column;  // 0, 2, 4 or 6: the first of two
+  ushort index;  // in the simdgroup
 };
 
 METAL_FUNC Lane lane_of(ushort index) {
   Lane lane;
   lane.row = short((index >> 2 & 4) | (index >> 1 & 3));
   lane.column = short((index >> 1 & 4) | (index & 1) << 1);
+  lane.index = index;
   return lane;
 }
 
@@ -41,7 +43,13 @@ METAL_FUNC float row_sum(float x) {
   return x + simd_shuffle_xor(x, ushort(8));
 }
 
-// N neighbouring elements, N a power of two, in as few accesses as hold them.
+// N neighbouring elements, N a power of two, in as few accesses as hold them. Codes (codes.metal) are loaded as elements.
+#if KV_FORMAT
+#define ELEMENTS_OF_CODES(N) \
+  METAL_FUNC static void load(thread T* to, device const uchar* from) { Codes<N>::load(to, from); }
+#else
+#define ELEMENTS_OF_CODES(N)
+#endif
 #define ELEMENTS_IN_HALVES(SPACE)                                        \
   METAL_FUNC static void load(thread T* to, SPACE const T* from) {       \
     Elements<N / 2>::load(to, from);                                     \
@@ -75,21 +83,25 @@ template <int N>
 struct Elements {
   ELEMENTS_IN_HALVES(device)
   ELEMENTS_IN_HALVES(threadgroup)
+  ELEMENTS_OF_CODES(N)
 };
 template <>
 struct Elements<1> {
   ELEMENTS_1(device)
   ELEMENTS_1(threadgroup)
+  ELEMENTS_OF_CODES(1)
 };
 template <>
 struct Elements<2> {
   ELEMENTS_2(device)
   ELEMENTS_2(threadgroup)
+  ELEMENTS_OF_CODES(2)
 };
 template <>
 struct Elements<4> {
   ELEMENTS_4(device)
   ELEMENTS_4(threadgroup)
+  ELEMENTS_OF_CODES(4)
 };
 
 #if ELEMENT_BYTES == 2
@@ -113,6 +125,7 @@ template <>
 struct Elements<8> {
   ELEMENTS_8(device)
   ELEMENTS_8(threadgroup)
+  ELEMENTS_OF_CODES(8)
 };
 #endif
 
@@ -184,7 +197,9 @@ struct Slab<DIM, ALIGNED, FIRST, false> {
 
   template <typename Row>
   METAL_FUNC static T at(Row row, int d) {
-    return d < DIM ? row[d] : T(0);
+    T x = T(0);
+    if (d < DIM) Elements<1>::load(&x, row + d);
+    return x;
   }
 
   METAL_FUNC static void load_left(thread Operand* to, device const T* row, float factor, Lane lane) {

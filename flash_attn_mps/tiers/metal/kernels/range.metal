@@ -22,8 +22,8 @@ METAL_FUNC KeyRange key_range_of(Scoring scoring, int first_row, int last_row, i
   range.visible_begin = max(0, first_row + scoring.offset - scoring.left);
   range.full_begin = max(0, last_row + scoring.offset - scoring.left);
 #endif
-#if HAS_MASK
-  range.visible_begin -= range.visible_begin % KEYS;  // blocks begin where the mask's rows have whole vectors
+#if HAS_MASK || HAS_DROPOUT
+  range.visible_begin -= range.visible_begin % KEYS;  // where the mask's rows have whole vectors, and dropout whole eights
 #endif
   return range;
 }

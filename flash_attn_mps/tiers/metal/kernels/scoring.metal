@@ -32,8 +32,8 @@ struct Scoring {
   int offset;   // seqlen_k - seqlen_q: the last query is aligned with the last key
   int left;     // window_size
   int right;
-  float scale;  // abs(softmax_scale), or 1 where that is 0: positive, so that rowmax(s) may be scaled after
-  float sign;   // of softmax_scale: q is multiplied by it, -1, 0 or 1
+  float scale;  // abs(softmax_scale k_descale), or 1 where that is 0: positive, so that rowmax(s) may be scaled after
+  float sign;   // of that product: q is multiplied by it, -1, 0 or 1
   float exp2_scale;  // what makes a difference of scores an exponent of 2
 #if HAS_SOFTCAP
   float scale_over_softcap;  // abs(softmax_scale) / softcap
@@ -57,6 +57,10 @@ METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
   float scale = float(in.softmax_scale[0]);
 #else
   float scale = as_float(params[SOFTMAX_SCALE]);
+#endif
+#if HAS_K_DESCALE
+  long head_k = head / params[HEADS_PER_KV_HEAD];
+  scale *= in.k_descale[sequence.batch * params[K_DESCALE_BATCH] + head_k * params[K_DESCALE_HEAD]];
 #endif
   Scoring scoring;
   scoring.seqlen_q = sequence.seqlen_q;
