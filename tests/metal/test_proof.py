@@ -15,6 +15,7 @@ from flash_attn_mps.tiers.metal import compiler, gpu, launch, prove, proved, sca
 from flash_attn_mps.tiers.metal.kernel import OPTIONAL_BUFFERS
 from metal_host import compile_shader, observe
 
+from . import test_quantised
 from .calls import Spec, draw
 from .grid import cases, cases_of_every_variant, fitting, specs
 
@@ -406,7 +407,7 @@ def asked(kernel, p, variant):
     return launch.arguments(kernel, p, variant, tensors)[0]
 
 
-def specializations(all_cases):
+def specializations(all_cases, quantised=False):
     """What the calls of the grid ask for, each once."""
     found = {}
     for number, case in enumerate(all_cases):
@@ -417,12 +418,15 @@ def specializations(all_cases):
         else:
             found[asked(simdgroup.FORWARD, p, simdgroup.default(p.q.itemsize, *case["dims"]))] = None
             found[asked(scalar.FORWARD, p, scalar.VARIANT)] = None
+    for case in test_quantised.CASES if quantised else ():
+        kernel, variant = test_quantised.KERNELS[case["kernel"]]
+        found[asked(kernel, test_quantised.drawn(case).problem, variant)] = None
     return list(found)
 
 
 def test_every_specialization_has_a_trial_that_is_its_own():
     """Of the grid on which the kernels are tested, all variants among it. And each says how its results must be."""
-    every = specializations([*cases(), *cases_of_every_variant()])
+    every = specializations([*cases(), *cases_of_every_variant()], quantised=True)
     assert len(every) > 400
     for s in every:
         made = KERNELS[s.kernel](s)
@@ -452,7 +456,7 @@ def test_a_trial_has_what_goes_wrong():
 @pytest.mark.metal_full
 def test_every_kernel_of_the_grid_passes(monkeypatch):
     monkeypatch.setenv(proved.PROVE, "always")
-    for s in specializations(cases()):
+    for s in specializations(cases(), quantised=True):
         assert compiler.kernel(s) is not None, compiler.failures
 
 

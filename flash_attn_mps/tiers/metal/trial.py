@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ... import quantised
 from ...problem import AttentionProblem
 from .. import reference
 from .specialization import Specialization
@@ -24,6 +25,7 @@ _DTYPES = {
     "float": torch.float32,
     "uchar": torch.bool,
 }
+_CODES = {"e4m3": torch.uint8, "e5m2": torch.float8_e5m2, "int8": torch.int8}  # uint8: MPS has no float8_e4m3fn
 
 _HEADS, _HEADS_K = 2, 1
 _PAGE = 16
@@ -31,8 +33,9 @@ _UNUSED, _BEHIND = 2, 3  # rows that seqused_q, seqused_k leave out of a packed 
 _WINDOW_RIGHT = 3
 _SOFTCAP = 20.0
 _LARGE_SCORE = 256.0  # of the last head: half a unit in its last place is 6 % of a probability in float16
-_LARGE_K = 16.0
+_LARGE_K = 2.0
 _LARGE_V, _SPREAD_V = 8000.0, 2000.0  # of the last column of v: the sum of nine exceeds float16
+_DROPOUT, _SEED = 0.25, 0x123456789ABCDEF
 _NAN = float("nan")
 _CPU = torch.device("cpu")
 
@@ -78,7 +81,8 @@ def unwritten(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def in_fp32(p: AttentionProblem) -> AttentionProblem:
     """The same problem for the tier `torch`."""
     mask = p.mask if p.mask is None or p.mask.dtype == torch.bool else p.mask.float()
-    return dataclasses.replace(p, q=p.q.float(), k=p.k.float(), v=p.v.float(), mask=mask, want_lse=True)
+    k, v = (x if x.dtype in quantised.FORMATS else x.float() for x in (p.k, p.v))
+    return dataclasses.replace(p, q=p.q.float(), k=k, v=v, mask=mask, want_lse=True)
 
 
 def allowed(p: AttentionProblem) -> torch.Tensor:
@@ -86,10 +90,13 @@ def allowed(p: AttentionProblem) -> torch.Tensor:
 
     As in the self-test, and in addition the rounding of sums as large as those of the last head, in any order.
     """
-    largest = p.v.float().nan_to_num(0.0).abs().flatten(0, -2).amax(0)
+    v = quantised.decoded(p.v) if p.v.dtype in quantised.FORMATS else p.v.float()
+    largest = v.nan_to_num(0.0).abs().flatten(0, -2).amax(0) / (1.0 - p.dropout_p)
+    if p.v_descale is not None:
+        largest = largest * p.v_descale.max()
     sums = p.q[..., 0].float().nan_to_num(0.0).abs().flatten(0, -2).amax(0) * _LARGE_K + 6 * p.q.shape[-1] ** 0.5
     of_scores = float(p.softmax_scale) * sums * p.q.shape[-1] ** 0.5 * 2.0**-22
-    return (2 * torch.finfo(p.v.dtype).eps + of_scores[:, None]) * largest + 2e-5
+    return (2 * torch.finfo(p.q.dtype).eps + of_scores[:, None]) * largest + 2e-5
 
 
 def problem(s: Specialization, seqlen_q: int, seqlen_k: int) -> AttentionProblem:
@@ -114,8 +121,12 @@ def problem(s: Specialization, seqlen_q: int, seqlen_k: int) -> AttentionProblem
     ]
     dtype = _DTYPES[s.dtype]
     q = rows((*shape_q, _HEADS, s.head_dim), s.vector, dtype)
-    k = rows((*shape_k, _HEADS_K, s.head_dim), s.vector, dtype)
-    v = rows((*shape_k, _HEADS_K, s.head_dim_v), s.vector_v, dtype)
+    kv_dtype = _CODES[s.kv_format] if s.kv_format else dtype
+    k = rows((*shape_k, _HEADS_K, s.head_dim), s.vector, kv_dtype)
+    v = rows((*shape_k, _HEADS_K, s.head_dim_v), s.vector_v, kv_dtype)
+    unit = 1.0 if not s.kv_format else 2.0**-5 if s.kv_format == "int8" else 0.5
+    descales = unit * 2.0 ** torch.arange(batch, dtype=torch.float32, device=_CPU)[:, None].expand(batch, _HEADS_K)
+    tensors |= {name: descales for name in ("k_descale", "v_descale") if name in has}
     strange = [_strange_key(s, n) for n in lengths_k]
     for b in range(batch):
         of_q = _normal(generator, lengths_q[b], _HEADS, s.head_dim)
@@ -123,14 +134,16 @@ def problem(s: Specialization, seqlen_q: int, seqlen_k: int) -> AttentionProblem
         of_k = _normal(generator, lengths_k[b], _HEADS_K, s.head_dim)
         of_k[..., 0] = _LARGE_K
         of_v = _normal(generator, lengths_k[b], _HEADS_K, s.head_dim_v)
-        if s.head_dim_v > 1:
+        if s.head_dim_v > 1 and not s.kv_format:
             of_v[..., -1] = _LARGE_V + _SPREAD_V * of_v[..., -1]
         key = strange[b]
         if key is not None:
             of_k[key] = of_v[key] = _NAN
         if s.head_dim_v > 2 and lengths_k[b] > 4:
             of_v[-2, :, 1] = _NAN
-        q[places_q[b]], k[places_k[b]], v[places_k[b]] = of_q.to(dtype), of_k.to(dtype), of_v.to(dtype)
+        q[places_q[b]] = of_q.to(dtype)
+        for x, of_x, descale in ((k, of_k, "k_descale"), (v, of_v, "v_descale")):
+            x[places_k[b]] = _rounded(of_x, kv_dtype, descales[b, 0] if descale in has else 1.0)
     if "alibi_slopes" in has:
         tensors["alibi_slopes"] = 2.0 ** -torch.arange(1.0, 1 + batch * _HEADS, dtype=torch.float32, device=_CPU).view(
             batch, -1
@@ -153,6 +166,8 @@ def problem(s: Specialization, seqlen_q: int, seqlen_k: int) -> AttentionProblem
         window_left=seqlen_k // 3 if s.left else -1,
         window_right=_WINDOW_RIGHT if s.right else -1,
         softcap=_SOFTCAP if s.softcap else 0.0,
+        dropout_p=_DROPOUT if s.dropout else 0.0,
+        seed=_SEED if s.dropout else 0,
         want_lse="lse" in has,
     )
 
@@ -162,7 +177,16 @@ def rows(shape: tuple[int, ...], aligned: int, dtype: torch.dtype) -> torch.Tens
     pitch = -(-shape[-1] // aligned) * aligned + aligned
     if pitch % (2 * aligned) == 0 and aligned * dtype.itemsize < 16:
         pitch += aligned
+    if dtype in quantised.FORMATS:  # of the floats the code is that of NaN
+        codes = torch.full((*shape[:-1], pitch), 127, dtype=torch.uint8, device=_CPU)
+        return codes.view(dtype)[..., : shape[-1]]
     return torch.full((*shape[:-1], pitch), _NAN, dtype=dtype, device=_CPU)[..., : shape[-1]]
+
+
+def _rounded(values: torch.Tensor, dtype: torch.dtype, descale: torch.Tensor | float) -> torch.Tensor:
+    if dtype in quantised.FORMATS:
+        return quantised.encoded(values / descale, dtype).view(dtype)
+    return (values / descale).to(dtype)
 
 
 def _strange_key(s: Specialization, seqlen_k: int) -> int | None:
