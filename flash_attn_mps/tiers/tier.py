@@ -23,6 +23,7 @@ class Gradients(NamedTuple):
 
 # (problem, out, lse, dout, dlse, needed) -> gradients, whichever tier gave `out` and `lse`. dlse: the gradient of lse,
 # if any. needed: of which of `problem.DIFFERENTIABLE` a gradient is asked for; nothing is computed for another alone.
+# None where this machine turns out unable to compute them.
 Backward = Callable[
     [AttentionProblem, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", frozenset[str]],
     "Gradients | None",

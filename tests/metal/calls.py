@@ -25,7 +25,10 @@ _SLACK = 3  # rows of memory that a sequence does not use, where there are such
 
 @dataclass
 class Spec:
-    """What to draw. `lengths`: (queries, keys) of each sequence; dense ones have the same."""
+    """What to draw. `lengths`: (queries, keys) of each sequence; dense ones have the same.
+
+    `storage`: one of STORAGES, or "dense-used": dense with `seqused_k`.
+    """
 
     lengths: list[tuple[int, int]]
     dims: tuple[int, int] = (64, 64)
@@ -125,7 +128,7 @@ def draw(spec: Spec) -> Call:
     if spec.codes is not None:
         (k, v), poison = (as_codes(x, spec.codes) for x in (k, v)), 127  # which is NaN in both floats
         extra |= _descales(spec, batch, heads_k)
-    mask = _mask(spec, batch, heads, max(lengths_q), max(lengths_k))
+    mask = _mask(spec, batch, heads, max(lengths_q), max_seqlen_k)
     slopes = 2.0 ** -(1 + torch.arange(batch * heads).float() % 7)
     slopes = {None: None, "H": slopes[:heads], "BH": slopes.view(batch, heads)}[spec.alibi]
     sinks = torch.randn(heads) if spec.sinks else None
@@ -191,6 +194,10 @@ def _keys(spec: Spec, lengths: list[int], extra: dict) -> tuple[tuple[int, int] 
     longest = max(lengths)
     if storage == "dense":
         return (batch, longest), [(b, slice(0, n)) for b, n in enumerate(lengths)], longest
+    if storage == "dense-used":
+        extra["seqused_k"] = int32(lengths)
+        room = longest + _SLACK
+        return (batch, room), [(b, slice(0, n)) for b, n in enumerate(lengths)], room
     if storage in ("varlen", "varlen-used"):
         room = [n + _SLACK * (storage == "varlen-used") for n in lengths]
         starts = extra["cu_seqlens_k"] = cumulative(room)

@@ -99,7 +99,7 @@ FAULTS = {
     "a log-sum-exp of another base": Fault("log2(row.l) / LOG2E", "log2(row.l)"),
     "a mask that is not read": Fault("return x ? s : -INFINITY;", "return s;", MASKED),
     "rows of no sequence": Fault("is_query ? log_sum_exp(statistics)", "true ? log_sum_exp(statistics)", PACKED),
-    "half a block staged": Fault("i < KEYS * PIECES;", "i < KEYS * PIECES / 2;"),
+    "half a block staged": Fault("i < COUNT * PIECES;", "i < COUNT * PIECES / 2;"),
 }
 
 

@@ -29,6 +29,13 @@ def generation() -> int:
 
 
 @functools.cache
+def cores() -> int:
+    """How many cores it has; 10, as most have or more, where that is not to be found."""
+    found = re.search(r", (\d+) cores", name())
+    return int(found.group(1)) if found else 10
+
+
+@functools.cache
 def is_virtual() -> bool:
     """Is it that of a virtual machine (Apple Paravirtual device), as on the hosted runners of CI services?
 

@@ -7,7 +7,7 @@ to Metal, `launch.arguments` fills it in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ...problem import AttentionProblem
@@ -111,6 +111,9 @@ class Kernel:
     buffers: Mapping[str, Buffer]  # in the order of the arguments
     optional: tuple[str, ...]  # which of OPTIONAL_BUFFERS it reads
     parameters: tuple[str, ...] = ()  # names of those that it has besides `Parameters` and strides
+    defines: Mapping[str, int | str] = field(
+        default_factory=dict
+    )  # what its sources, shared with others, are told of it
     grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
     # Of a specialization and its compiled function: why that is not to be used, a `refusals.Refusal`; None if it is.
     # Asked when it is first used on a machine (`prove.by`).

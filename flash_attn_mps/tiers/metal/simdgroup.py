@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
-from . import gpu, launch, prove, trial, tune, variants
+from . import backward, gpu, launch, prove, trial, tune, variants
 from .kernel import OPTIONAL_BUFFERS, SERVES, Grid, TunedKernel
 from .specialization import Specialization
 
@@ -43,7 +43,7 @@ def threadgroup_bytes(variant: Variant, element_bytes: int, head_dim: int, head_
         return 0
     padding = 16 // element_bytes
     rows = sum(-(-dim // 8) * 8 + padding for dim in (head_dim, head_dim_v))
-    votes = 2 * 4 * variant.simdgroups  # under a mask: staging.metal, `visible`
+    votes = 2 * 4 * variant.simdgroups  # under a mask: staging.metal, `Votes`
     return variant.keys * rows * element_bytes + votes
 
 
@@ -111,4 +111,12 @@ def _run(p: AttentionProblem) -> Result | None:
     return result
 
 
-TIER = Tier("simdgroup", SERVES | {"quantised"}, launch.limits, _run, metal=True)
+TIER = Tier(
+    "simdgroup",
+    SERVES | {"quantised"},
+    launch.limits,
+    _run,
+    backward.SERVES_BACKWARD,
+    backward.run,
+    metal=True,
+)

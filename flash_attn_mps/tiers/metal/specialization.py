@@ -87,6 +87,7 @@ class Specialization(NamedTuple):
             "MASK_COLUMNS_ARE_ONE": int(mask.columns_are_one),
             "SCALE_T": self.scale_type,
             **{name.upper(): int(value) for name, value in self.variant._asdict().items()},
+            **self.kernel.defines,
         }
 
     def _declarations(self) -> list[str]:

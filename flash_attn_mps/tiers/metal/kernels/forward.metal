@@ -219,11 +219,11 @@ METAL_FUNC void dispatch_block(
     AnyKeys keys,
     Scoring scoring,
     Dropout dropout,
-    KeyRange range,
+    VisibleRange range,
     int first_key,
     Lane lane) {
   MaskTile mask_tile;
-  bool inner = range.contains(first_key);
+  bool inner = range.contains(first_key, KEYS);
 #if HAS_MASK
   if (altered) mask_tile.load(!inner, scoring, state.first_row, first_key, keys.seqlen, lane);
 #endif
@@ -274,20 +274,20 @@ kernel void attention_forward(
 
   // Line 6: the blocks of keys that these queries see. Under a mask in runs: `scan_mask` looks at a run's blocks together.
   Keys keys = keys_of(sequence, head, k, v, in);
-  KeyRange range = key_range_of(scoring, state.first_row, last_row, sequence.seqlen_k);
+  VisibleRange range = key_range_of(scoring, state.first_row, last_row, sequence.seqlen_k);
   bool is_needed = state.first_row < sequence.seqlen_q;  // has the simdgroup queries?
 #if STAGED
   // All simdgroups of the group copy every block that one of them sees; those that see it compute.
-  threadgroup Staging staging;
+  threadgroup Staging<KEYS, KEY_STEP> staging;
   int group_last_row = min(group_first_row + ROWS * SIMDGROUPS, sequence.seqlen_q) - 1;
-  KeyRange group_range = key_range_of(scoring, group_first_row, group_last_row, sequence.seqlen_k);
+  VisibleRange group_range = key_range_of(scoring, group_first_row, group_last_row, sequence.seqlen_k);
   if (!has_queries) group_range.visible_end = group_range.visible_begin;
 #if HAS_MASK
   for (int run = group_range.visible_begin; run < group_range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
     BlockFlags flags;
     flags.visible = flags.altered = 0;
     if (is_needed) flags = scan_mask(range, scoring, state.first_row, run, keys.seqlen, lane);
-    uint visible = visible_to_any(staging, flags.visible, run / (BLOCKS_PER_RUN * KEYS) % 2, simdgroup, index);
+    uint visible = visible_to_any(staging.votes, flags.visible, run / (BLOCKS_PER_RUN * KEYS) % 2, simdgroup, index);
     for (; visible; visible &= visible - 1) {
       uint block = ctz(visible);
       int first_key = run + int(block) * KEYS;
@@ -299,7 +299,8 @@ kernel void attention_forward(
 #else
   for (int first_key = group_range.visible_begin; first_key < group_range.visible_end; first_key += KEYS) {
     StagedKeys staged = stage(staging, keys, first_key, ushort(simdgroup * 32 + index));
-    if (range.overlaps(first_key) && is_needed) dispatch_block(false, state, staged, scoring, dropout, range, first_key, lane);
+    if (range.overlaps(first_key, KEYS) && is_needed)
+      dispatch_block(false, state, staged, scoring, dropout, range, first_key, lane);
   }
 #endif
 #else
