@@ -1,9 +1,12 @@
 """A kernel proves itself before it is believed: no fault that is planted in one reaches a caller's result."""
 
+import pkgutil
 import re
 import threading
 import timeit
 import warnings
+from functools import partial
+from importlib import import_module
 from typing import NamedTuple
 from unittest import mock
 
@@ -11,11 +14,15 @@ import pytest
 import torch
 
 from flash_attn_mps import tiers
-from flash_attn_mps.tiers.metal import compiler, gpu, launch, prove, proved, scalar, simdgroup, store, trial, variants
-from flash_attn_mps.tiers.metal.kernel import OPTIONAL_BUFFERS
+from flash_attn_mps.frontends.fa2 import flash_attn_func
+from flash_attn_mps.tiers import metal
+from flash_attn_mps.tiers.metal import compiler, gpu, launch, proved, scalar, simdgroup, store, trial, variants
+from flash_attn_mps.tiers.metal.kernel import Kernel
+from flash_attn_mps.tiers.metal.specialization import Specialization
 from metal_host import compile_shader, observe
 
 from . import test_quantised
+from .backward import grid as backward_grid
 from .calls import Spec, draw
 from .grid import cases, cases_of_every_variant, fitting, specs
 
@@ -140,6 +147,43 @@ def test_where_all_variants_are_miscompiled_plain_pytorch_serves(name, monkeypat
     assert_says(warning)
     assert [s.variant for s in compiler.failures] == [DEFAULT, *FALLBACKS]
     assert served(FAULTS[name].spec) == ([], [])
+
+
+BACKWARD_FAULTS = {
+    "attention_backward_rows": ("row_sum(SlabV::dot(do_row, out_row, lane))", "SlabV::dot(do_row, out_row, lane)"),
+    "attention_backward_queries": ("- terms.z) * slope", "- 0.0f) * slope"),
+    "attention_backward_keys": ("= T(hidden ? 0.0f : prob);", "= T(prob);"),
+}
+
+
+def gradients():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 33, 2, 8, requires_grad=True) for _ in range(3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = torch.autograd.grad(flash_attn_func(q, k, v, causal=True).square().sum(), (q, k, v))
+    return found, [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("entry", BACKWARD_FAULTS)
+def test_miscompiled_kernels_of_the_backward_pass_never_give_a_gradient(entry, monkeypatch):
+    monkeypatch.setenv("MTLFLASHATTN_KERNEL", "torch")
+    expected, _ = gradients()
+    monkeypatch.delenv("MTLFLASHATTN_KERNEL")
+    fault = Fault(*BACKWARD_FAULTS[entry])
+    compiled_by(monkeypatch, lambda source: (fault if f"kernel void {entry}(" in source else compile_shader)(source))
+
+    def right(found):
+        return all(torch.allclose(x, exact, rtol=1e-3, atol=1e-4) for x, exact in zip(found, expected, strict=True))
+
+    monkeypatch.setenv(proved.PROVE, "off")
+    assert not right(gradients()[0])
+    monkeypatch.setenv(proved.PROVE, "once")
+    compiler.clear()
+    found, (warning,) = gradients()
+    assert right(found)
+    assert f"the Metal kernel {entry} gave a wrong result for a test problem" in warning
+    assert {s.kernel.entry for s in compiler.failures} == {entry}
 
 
 def test_a_forced_variant_proves_itself_too(monkeypatch):
@@ -353,7 +397,7 @@ def test_modes_of_the_caller_do_not_reach_the_trial(trials):
             assert "randn" not in function.name()
             return function(*args, **(kwargs or {}))
 
-    s = asked(simdgroup.FORWARD, draw(CAUSAL).problem, DEFAULT)
+    (s,) = recorded([partial(tiers.run, draw(CAUSAL).problem)])
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -398,71 +442,83 @@ def test_a_trial_of_something_else_is_no_proof(monkeypatch):
     assert "its trial is for" in warning
 
 
-KERNELS = {simdgroup.FORWARD: simdgroup._trial, scalar.FORWARD: scalar._trial}
+def recorded(calls) -> list[Specialization]:
+    """What `calls` ask the compiler for, each once. Nothing is compiled."""
+    found: dict[Specialization, None] = {}
 
+    def kernel(s):
+        found[s] = None
+        return lambda *_, **__: None
 
-def asked(kernel, p, variant):
-    result = launch.outputs(p)
-    tensors = {"q": p.q, "k": p.k, "v": p.v, "out": result.out, "lse": result.lse}
-    return launch.arguments(kernel, p, variant, tensors)[0]
-
-
-def specializations(all_cases, quantised=False):
-    """What the calls of the grid ask for, each once."""
-    found = {}
-    for number, case in enumerate(all_cases):
-        (spec,) = specs(case, number, 1)
-        p = draw(spec).problem
-        if "rows" in case:
-            found[asked(simdgroup.FORWARD, p, fitting(case))] = None
-        else:
-            found[asked(simdgroup.FORWARD, p, simdgroup.default(p.q.itemsize, *case["dims"]))] = None
-            found[asked(scalar.FORWARD, p, scalar.VARIANT)] = None
-    for case in test_quantised.CASES if quantised else ():
-        kernel, variant = test_quantised.KERNELS[case["kernel"]]
-        found[asked(kernel, test_quantised.drawn(case).problem, variant)] = None
+    with mock.patch.object(compiler, "kernel", kernel):
+        for call in calls:
+            call()
     return list(found)
 
 
-def test_every_specialization_has_a_trial_that_is_its_own():
-    """Of the grid on which the kernels are tested, all variants among it. And each says how its results must be."""
-    every = specializations([*cases(), *cases_of_every_variant()], quantised=True)
-    assert len(every) > 400
+def forward_calls():
+    """Of the grids on which the kernels are tested."""
+    for number, case in enumerate([*cases(), *cases_of_every_variant()]):
+        (spec,) = specs(case, number, 1)
+        p = draw(spec).problem
+        if "rows" in case:
+            yield partial(launch.run, p, simdgroup.FORWARD, fitting(case))
+        else:
+            yield partial(launch.run, p, simdgroup.FORWARD, simdgroup.default(p.q.itemsize, *case["dims"]))
+            yield partial(launch.run, p, scalar.FORWARD, scalar.VARIANT)
+    for case in test_quantised.CASES:
+        yield partial(launch.run, test_quantised.drawn(case).problem, *test_quantised.KERNELS[case["kernel"]])
+
+
+def backward_calls():
+    for number, case in enumerate([*backward_grid.cases()[::2], *backward_grid.cases_of_every_variant()[::5]]):
+        yield partial(backward_grid.drawn(case, number).run, *backward_grid.variants(case), case["each_head"])
+
+
+CALLS = {"forward": forward_calls, "backward": backward_calls}
+
+
+@pytest.mark.parametrize("grid", CALLS)
+def test_every_specialization_has_a_trial_that_is_its_own(grid):
+    every = recorded(CALLS[grid]())
+    assert len(every) > 100
     for s in every:
-        made = KERNELS[s.kernel](s)
-        assert launch.arguments(s.kernel, made.problem, s.variant, made.tensors)[0] == s
-        assert set(made.expected) == {name for name in ("out", "lse") if made.tensors[name] is not None}
+        made = s.kernel.proof.trial(s)
+        assert launch.arguments(s.kernel, made.problem, s.variant, made.tensors, made.parameters)[0] == s
+        written = {name for name, buffer in s.kernel.buffers.items() if not buffer.type.startswith("const")}
+        assert set(made.expected) == {name for name in written if made.tensors[name] is not None}
+        assert all(made.tensors[name].isnan().all() for name in made.expected)
+        for expected in made.expected.values():
+            assert expected.value.isfinite().any()
+            assert grid == "forward" or not expected.value.isnan().any()
+        threads, group = s.kernel.grid(made.problem, s.variant)
+        assert threads[0] // group[0] >= 2, "one tile has no neighbour"
+        for x in (made.problem.k, made.problem.v):
+            memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+            assert s.kv_format or memory.isnan().any(), "nothing that must not be read"
     reached = {name for s in every for name in s.buffers}
-    assert reached >= set(OPTIONAL_BUFFERS)
-
-
-def test_a_trial_has_what_goes_wrong():
-    """In every one of them: tails, NaN behind the ends; and where a part of the keys is hidden, rows that see none."""
-    for s in specializations(cases()):
-        made = KERNELS[s.kernel](s)
-        p = made.problem
-        for x in (p.k, p.v):
-            assert (torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).isnan()).any()
-        lse = made.expected["lse"].value if "lse" in made.expected else None
-        if lse is not None and (s.right or "seqused_k" in s.buffers or "cu_seqlens_k" in s.buffers):
-            assert (lse == -torch.inf).any() or "sinks" in s.buffers
-        out = made.expected["out"].value
-        assert out.isfinite().any()
-        group = s.kernel.grid(p, s.variant)
-        tiles = group[0][0] // group[1][0]
-        assert tiles >= 2
+    # Quantised keys have no gradient.
+    assert {name for s in every for name in s.kernel.optional} - reached <= {"k_descale", "v_descale"}
 
 
 @pytest.mark.metal_full
-def test_every_kernel_of_the_grid_passes(monkeypatch):
+@pytest.mark.parametrize("grid", CALLS)
+def test_every_kernel_of_the_grids_passes(grid, monkeypatch):
     monkeypatch.setenv(proved.PROVE, "always")
-    for s in specializations(cases(), quantised=True):
+    for s in recorded(CALLS[grid]()):
         assert compiler.kernel(s) is not None, compiler.failures
+
+
+def test_every_kernel_has_a_proof():
+    """Those of every module that there is."""
+    modules = [import_module(f"{metal.__name__}.{found.name}") for found in pkgutil.iter_modules(metal.__path__)]
+    kernels = {value for module in modules for value in vars(module).values() if isinstance(value, Kernel)}
+    assert simdgroup.FORWARD in kernels
+    assert {kernel for kernel in kernels if kernel.proof is None} == set()
 
 
 def test_it_costs_little():
     """Host time of a trial without the kernel: 30 ms is the goal, and what a slow machine may take here is more."""
-    s = asked(simdgroup.FORWARD, draw(CAUSAL).problem, DEFAULT)
-    proof = prove.by(simdgroup._trial)
-    seconds = min(timeit.repeat(lambda: proof(s, lambda *_, **__: None), number=1, repeat=5))
+    (s,) = recorded([partial(tiers.run, draw(CAUSAL).problem)])
+    seconds = min(timeit.repeat(lambda: s.kernel.proof(s, lambda *_, **__: None), number=1, repeat=5))
     assert seconds < 0.1

@@ -116,7 +116,7 @@ class Kernel:
     )  # what its sources, shared with others, are told of it
     grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
     # Of a specialization and its compiled function: why that is not to be used, a `refusals.Refusal`; None if it is.
-    # Asked when it is first used on a machine (`prove.by`).
+    # Asked when it is first used on a machine (`prove.Proof`).
     proof: Callable[[Any, Any], Any | None] | None = None
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,19 +22,20 @@ from .specialization import Specialization
 from .trial import Expected, Trial
 
 
-def by(trial_of: Callable[[Specialization], Trial]) -> Callable[[Specialization, Any], Refusal | None]:
-    """`Kernel.proof`, for a kernel whose trial for a specialization is `trial_of`. A trial launches nothing else."""
+@dataclass(frozen=True)
+class Proof:
+    """`Kernel.proof`. `trial`: the trial of a specialization; it launches no other kernel."""
 
-    def proof(specialization: Specialization, compiled: Any) -> Refusal | None:
-        return _apart(lambda: _refusal(trial_of, specialization, compiled))
+    trial: Callable[[Specialization], Trial]
 
-    return proof
+    def __call__(self, specialization: Specialization, compiled: Any) -> Refusal | None:
+        """Why the kernel, compiled so, is not to be used; None if it is. Waits for the device."""
+        return _apart(lambda: _refusal(self.trial, specialization, compiled))
 
 
 def _refusal(
     trial_of: Callable[[Specialization], Trial], specialization: Specialization, compiled: Any
 ) -> Refusal | None:
-    """Why the kernel is not to be used; None if it is."""
     try:
         trial = trial_of(specialization)
         device = torch.device(next(iter(compiler.device_types)))
@@ -78,7 +80,7 @@ def _moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _worst(got: torch.Tensor | None, expected: Expected) -> tuple[float, float]:
     """The error that is largest beside what is allowed there, and that."""
     assert got is not None
-    x, exact = got.cpu().double(), expected.value.double()
+    x, exact = expected.of(got.cpu()).double(), expected.value.double()
     error = (x - exact).abs_().nan_to_num_(nan=math.inf)
     error.masked_fill_((x == exact) | (x.isnan() & exact.isnan()), 0.0)
     allowed = torch.as_tensor(expected.allowed, dtype=torch.float64, device="cpu").expand_as(error)

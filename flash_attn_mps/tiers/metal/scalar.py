@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
-from . import launch, prove, trial
+from . import launch, trial
 from .kernel import OPTIONAL_BUFFERS, SERVES, Grid, Kernel
+from .prove import Proof
 from .specialization import Specialization
 
 
@@ -33,7 +34,7 @@ FORWARD = Kernel(
     buffers=launch.FORWARD_BUFFERS,
     optional=tuple(OPTIONAL_BUFFERS),
     grid=_grid,
-    proof=prove.by(_trial),
+    proof=Proof(_trial),
 )
 
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
-from . import backward, gpu, launch, prove, trial, tune, variants
+from . import backward, gpu, launch, trial, tune, variants
 from .kernel import OPTIONAL_BUFFERS, SERVES, Grid, TunedKernel
+from .prove import Proof
 from .specialization import Specialization
 
 
@@ -98,7 +99,7 @@ FORWARD = TunedKernel(
     default=default,
     variable="MTLFLASHATTN_VARIANT",
     fallbacks=fallbacks,
-    proof=prove.by(_trial),
+    proof=Proof(_trial),
 )
 
 

@@ -8,7 +8,7 @@ large enough to show how they are summed, values whose sum overflows float16, bl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ class Expected(NamedTuple):
 
     value: torch.Tensor
     allowed: torch.Tensor | float
+    of: Callable[[torch.Tensor], torch.Tensor] = lambda t: t  # what of the tensor is held against `value`
 
 
 class Trial(NamedTuple):
@@ -99,10 +100,11 @@ def allowed(p: AttentionProblem) -> torch.Tensor:
     return (2 * torch.finfo(p.q.dtype).eps + of_scores[:, None]) * largest + 2e-5
 
 
-def problem(s: Specialization, seqlen_q: int, seqlen_k: int) -> AttentionProblem:
+def problem(s: Specialization, seqlen_q: int, seqlen_k: int, *, seen: bool = True) -> AttentionProblem:
     """A problem whose kernel is specialised as `s`, if its other tensors of rows are contiguous or made by `rows`.
 
-    seqlen_q, seqlen_k: of the longest sequence; the others have fewer where `s` knows of lengths.
+    seqlen_q, seqlen_k: of the longest sequence; the others have fewer where `s` knows of lengths. `seen`: does some
+    query see values that are NaN or very large? A gradient would be nothing else then.
     """
     generator = torch.Generator(_CPU).manual_seed(0)
     has = frozenset(s.buffers)
@@ -127,19 +129,19 @@ def problem(s: Specialization, seqlen_q: int, seqlen_k: int) -> AttentionProblem
     unit = 1.0 if not s.kv_format else 2.0**-5 if s.kv_format == "int8" else 0.5
     descales = unit * 2.0 ** torch.arange(batch, dtype=torch.float32, device=_CPU)[:, None].expand(batch, _HEADS_K)
     tensors |= {name: descales for name in ("k_descale", "v_descale") if name in has}
-    strange = [_strange_key(s, n) for n in lengths_k]
+    strange = [_strange_key(s, n, seen) for n in lengths_k]
     for b in range(batch):
         of_q = _normal(generator, lengths_q[b], _HEADS, s.head_dim)
         of_q[:, -1, 0] = _LARGE_SCORE / _LARGE_K / scale
         of_k = _normal(generator, lengths_k[b], _HEADS_K, s.head_dim)
         of_k[..., 0] = _LARGE_K
         of_v = _normal(generator, lengths_k[b], _HEADS_K, s.head_dim_v)
-        if s.head_dim_v > 1 and not s.kv_format:
+        if s.head_dim_v > 1 and seen and not s.kv_format:
             of_v[..., -1] = _LARGE_V + _SPREAD_V * of_v[..., -1]
         key = strange[b]
         if key is not None:
             of_k[key] = of_v[key] = _NAN
-        if s.head_dim_v > 2 and lengths_k[b] > 4:
+        if s.head_dim_v > 2 and lengths_k[b] > 4 and seen:
             of_v[-2, :, 1] = _NAN
         q[places_q[b]] = of_q.to(dtype)
         for x, of_x, descale in ((k, of_k, "k_descale"), (v, of_v, "v_descale")):
@@ -153,12 +155,12 @@ def problem(s: Specialization, seqlen_q: int, seqlen_k: int) -> AttentionProblem
     if "softmax_scale" in has:
         tensors["softmax_scale"] = torch.tensor(scale, dtype=_DTYPES[s.scale_type], device=_CPU)
     if s.mask is not None:
-        tensors["mask"] = _mask(s, (batch, longest[0], longest[1]), strange, generator)
+        tensors["mask"] = _mask(s, (batch, longest[0], longest[1]), strange, seen, generator)
     fields: dict[str, Any] = {"softmax_scale": scale, **tensors}
     return AttentionProblem(
         q=q,
-        k=k,
-        v=v,
+        k=k if "block_table" in has or "cu_seqlens_k" in has else k[:, :-_BEHIND],
+        v=v if "block_table" in has or "cu_seqlens_k" in has else v[:, :-_BEHIND],
         **fields,
         batch=batch,
         max_seqlen_q=longest[0],
@@ -189,15 +191,16 @@ def _rounded(values: torch.Tensor, dtype: torch.dtype, descale: torch.Tensor | f
     return (values / descale).to(dtype)
 
 
-def _strange_key(s: Specialization, seqlen_k: int) -> int | None:
-    """A key of NaN that few queries or none see; None where all see all."""
-    if seqlen_k < 5:
+def _strange_key(s: Specialization, seqlen_k: int, seen: bool) -> int | None:
+    """A key of NaN that few queries see, or none if it must not be `seen`; None where there is no such key."""
+    hideable = s.mask is not None and not s.mask.columns_are_one
+    if seqlen_k < 5 or not (seen or hideable):
         return None
     if s.right:
         return seqlen_k - 1
     if s.left:
         return 0
-    return None if s.mask is None or s.mask.columns_are_one else seqlen_k // 2
+    return seqlen_k // 2 if hideable else None
 
 
 def _queries(has: frozenset[str], lengths: list[int]) -> tuple[list[Any], tuple[int, ...], dict[str, torch.Tensor]]:
@@ -244,7 +247,7 @@ def _packed(lengths: list[int], unused: int) -> tuple[list[Any], list[int]]:
 
 
 def _mask(
-    s: Specialization, shape: tuple[int, int, int], strange: list[int | None], generator: torch.Generator
+    s: Specialization, shape: tuple[int, int, int], strange: list[int | None], seen: bool, generator: torch.Generator
 ) -> torch.Tensor:
     """`(batch, heads, queries, keys)` in memory as `s.mask` has it: blocks hidden and unaltered, a row of nothing."""
     assert s.mask is not None
@@ -260,9 +263,11 @@ def _mask(
         for b, key in enumerate(strange):
             if key is not None:
                 shown[b, :, key] = False
-                shown[b, 1:2, key] = True
+                shown[b, 1:2, key] = seen
     if row_count > 1:
         shown[:, row_count // 2 + 1] = False
+    elif column_count == 1:
+        shown[0] = True
     elements = shown if dtype == torch.bool else values.masked_fill_(~shown, -torch.inf).to(dtype)
     return _stored(elements, kind.aligned)[:, None].expand(batch, _HEADS, queries, keys)
 
