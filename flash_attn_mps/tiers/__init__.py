@@ -22,7 +22,7 @@ BY_NAME = {tier.name: tier for tier in (*ORDER, scalar.TIER)}  # scalar computes
 METAL = frozenset(tier.name for tier in BY_NAME.values() if tier.metal)
 
 _FORCE = "MTLFLASHATTN_KERNEL"
-_NOT_COMPILED = "its kernel does not compile on this machine"
+_REFUSED = "its kernel does not work on this machine"
 _AUTO = "auto"
 _unknown: set[str] = set()
 
@@ -46,7 +46,7 @@ def run(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Result:
                 if trace.enabled:
                     trace.record(p, tier.name, refusals)
                 return result
-            reasons = [_NOT_COMPILED]
+            reasons = [_REFUSED]
         refusals.append((tier.name, reasons))
     raise NotImplementedError(f"no tier serves this attention call: {_listed(refusals)}")
 
@@ -76,7 +76,7 @@ def gradients(
                 if trace.enabled:
                     trace.record(p, tier.name, refusals, "backward")
                 return found
-            reasons = [_NOT_COMPILED]
+            reasons = [_REFUSED]
         refusals.append((tier.name, reasons))
     raise NotImplementedError(f"no tier computes the gradients of this attention call: {_listed(refusals)}")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ import torch
 
 from ...problem import AttentionProblem
 from ..tier import LSE_GRADIENT, Gradients
-from . import gpu, launch, variants
+from . import backward_trials, gpu, launch, variants
 from .kernel import OPTIONAL_BUFFERS, SERVES, Buffer, Grid, Kernel, TunedKernel
+from .prove import Proof
 
 MAX_THREADGROUP_BYTES = 32 << 10
 
@@ -131,6 +133,13 @@ def _default(sums: int, element_bytes: int, head_dim: int, head_dim_v: int) -> V
     return next(v for v in candidates if _fits(sums, v, element_bytes, head_dim, head_dim_v))
 
 
+def _fallbacks(sums: int, variant: Variant, *shape: int) -> list[Variant]:
+    """Code of another kind for the same tile, then smaller tiles in smaller groups."""
+    usual = _default(sums, *shape)
+    small = usual._replace(held=8, simdgroups=2, passing=8, staged=False)
+    return [usual, usual._replace(staged=not usual.staged), small, small._replace(held_in_registers=False, reload=True)]
+
+
 class _RowsVariant(NamedTuple):
     held: int  # queries of a simdgroup
     simdgroups: int
@@ -178,6 +187,7 @@ ROWS = Kernel(
     parameters=("large_lse",),
     grid=_tiles_of_queries,
     defines={"ROWS": "HELD", "KEYS": 8, "HELD_IN_REGISTERS": 1},
+    proof=Proof(backward_trials.rows),
 )
 
 QUERIES = TunedKernel(
@@ -194,6 +204,8 @@ QUERIES = TunedKernel(
     variable="MTLFLASHATTN_VARIANT_DQ",
     gradients=frozenset("q"),
     worth_tuning=_worth_tuning,
+    fallbacks=functools.partial(_fallbacks, 1),
+    proof=Proof(backward_trials.queries),
 )
 
 KEYS = TunedKernel(
@@ -223,6 +235,8 @@ KEYS = TunedKernel(
     variable="MTLFLASHATTN_VARIANT_DKV",
     gradients=frozenset("kv"),
     worth_tuning=_worth_tuning,
+    fallbacks=functools.partial(_fallbacks, 2),
+    proof=Proof(backward_trials.keys),
 )
 
 # The same where KV heads are so few that it takes a threadgroup for each of the query heads to fill the GPU: their
@@ -279,10 +293,13 @@ def compute(
     dq = dk = dv = None
     if "q" in needed:
         dq = q.new_empty(q.shape)
-        if not launch.enqueue(QUERIES, p, queries, {**inputs, "dq": dq}):
+        tried = itertools.chain((queries,), variants.instead(p, QUERIES, queries))
+        if not any(launch.enqueue(QUERIES, p, variant, {**inputs, "dq": dq}) for variant in tried):
             return None
     if needed & {"k", "v"}:
-        made = _gradients_of_keys(p, inputs, needed, keys, each_head)
+        tried = itertools.chain((keys,), variants.instead(p, KEYS, keys))
+        makes = (_gradients_of_keys(p, inputs, needed, variant, each_head) for variant in tried)
+        made = next((made for made in makes if made is not None), None)
         if made is None:
             return None
         dk, dv = made

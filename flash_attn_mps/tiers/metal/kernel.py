@@ -6,7 +6,7 @@ to Metal, `launch.arguments` fills it in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -114,6 +114,9 @@ class Kernel:
         default_factory=dict
     )  # what its sources, shared with others, are told of it
     grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
+    # Of a specialization and its compiled function: why that is not to be used, a `refusals.Refusal`; None if it is.
+    # Asked when it is first used on a machine (`prove.Proof`).
+    proof: Callable[[Any, Any], Any | None] | None = None
 
     def __repr__(self) -> str:
         return self.entry
@@ -136,6 +139,8 @@ class TunedKernel(Kernel):
     variable: str  # of the environment, which forces one
     gradients: frozenset[str] = frozenset()  # of which tensors it computes them; of none: it computes the output
     worth_tuning: Callable[[Any], bool] = _always  # is a variant one of those that `tune` times?
+    # What to try in turn where one is refused on this machine, by the arguments of `fits`.
+    fallbacks: Callable[[Any, int, int, int], Sequence[Any]] = lambda *_: ()
 
     def fitting(self, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Any]:
         """Those that these head dims allow."""

@@ -54,7 +54,7 @@ FORWARD_BUFFERS = {
 
 
 def run(p: AttentionProblem, kernel: Kernel, variant: Any) -> Result | None:
-    """The forward pass, by a kernel of `FORWARD_BUFFERS`. None where it does not compile on this machine."""
+    """The forward pass, by a kernel of `FORWARD_BUFFERS`. None where that is not to be used on this machine."""
     result = outputs(p)
     tensors = {"q": p.q, "k": p.k, "v": p.v, "out": result.out, "lse": result.lse}
     return result if enqueue(kernel, p, variant, tensors) else None
@@ -67,7 +67,7 @@ def enqueue(
     tensors: Mapping[str, torch.Tensor | None],
     parameters: Mapping[str, int] = _NO_MORE,
 ) -> bool:
-    """One launch, without waiting for it. False where the kernel does not compile on this machine.
+    """One launch, without waiting for it. False where the kernel is not to be used on this machine.
 
     `tensors`: the kernel's own buffers; `parameters`: the values of its own parameters, by name.
     """

@@ -2,7 +2,7 @@
 // keys: backward.metal. It makes those of the two gradients that have a buffer.
 // BUFFERS, INPUTS and the names in params[...] are declared by the host: KEYS in backward.py.
 
-[[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
+[[max_total_threads_per_threadgroup(BOUND(32 * SIMDGROUPS))]]
 kernel void attention_backward_keys(
     BUFFERS
     uint3 group [[threadgroup_position_in_grid]],

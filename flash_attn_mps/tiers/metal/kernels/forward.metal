@@ -188,7 +188,7 @@ METAL_FUNC void dispatch_block(
   }
 }
 
-[[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
+[[max_total_threads_per_threadgroup(BOUND(32 * SIMDGROUPS))]]
 kernel void attention_forward(
     BUFFERS
     uint3 group [[threadgroup_position_in_grid]],
