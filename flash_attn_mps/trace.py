@@ -23,6 +23,7 @@ class Call(NamedTuple):
 
 
 calls: Counter[Call] = Counter()
+steps: Counter[tuple[str, str]] = Counter()  # what is done before attention, and how
 at_exit: list[Callable[[], str]] = []  # what else is printed: text of others, empty for nothing
 enabled = False
 
@@ -39,6 +40,12 @@ def record(p: AttentionProblem, tier: str) -> None:
     head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
     dims = str(head_dim) if head_dim == head_dim_v else f"{head_dim}/{head_dim_v}"
     calls[Call(str(p.q.dtype).removeprefix("torch."), dims, p.max_seqlen_q, p.max_seqlen_k, _features(p), tier)] += 1
+
+
+def record_step(step: str, reasons: list[str]) -> None:
+    """Count what is done before attention: by a Metal kernel, or in torch for these `reasons`."""
+    if enabled:
+        steps[step, f"torch: {'; '.join(reasons)}" if reasons else "Metal"] += 1
 
 
 def _features(p: AttentionProblem) -> str:
@@ -59,6 +66,9 @@ def table() -> str:
 
 def _print_at_exit() -> None:
     print(f"mtlflashattn: {sum(calls.values())} attention calls" + (f"\n{table()}" if calls else ""), file=sys.stderr)
+    if steps:
+        rows = [("step", "by", "calls"), *((*step, count) for step, count in steps.most_common())]
+        print(aligned(rows), file=sys.stderr)
     for text in filter(None, (text() for text in at_exit)):
         print(text, file=sys.stderr)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...project import please_report
-from .specialization import Specialization
+from .specialization import Compilable
 
 _CACHED = 512  # kernels; lengths, strides and scale are arguments, so few programs need more than a dozen
 
@@ -26,7 +26,7 @@ compile_shader: Callable[[str], Any] = _from_torch
 device_types: frozenset[str] = frozenset({"mps"})
 
 
-failures: dict[Specialization, str] = {}  # what did not compile, and the compiler's log
+failures: dict[Compilable, str] = {}  # what did not compile, and the compiler's log
 
 
 def unavailable(device: str) -> str | None:
@@ -40,7 +40,7 @@ def unavailable(device: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def kernel(specialization: Specialization) -> Any | None:
+def kernel(specialization: Compilable) -> Any | None:
     """The compiled kernel, or None, after a warning, if this machine's Metal does not accept it."""
     try:
         return getattr(compile_shader(specialization.source()), specialization.kernel.entry)
@@ -60,7 +60,7 @@ def clear() -> None:
 _warned: set[str] = set()  # entries of kernels
 
 
-def _warn_once(specialization: Specialization, error: Exception) -> None:
+def _warn_once(specialization: Compilable, error: Exception) -> None:
     entry = specialization.kernel.entry
     if entry in _warned:
         return
