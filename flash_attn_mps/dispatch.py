@@ -10,9 +10,9 @@ import torch
 from . import tiers
 from .graph import attention_op, autograd, transforms
 from .problem import AttentionProblem, Result
-from .tiers import Gradients, explain
+from .tiers import Gradients, explain, explain_gradients
 
-__all__ = ["attention", "explain", "gradients"]
+__all__ = ["attention", "explain", "explain_gradients", "gradients"]
 
 
 def attention(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Result:
@@ -31,14 +31,19 @@ def attention(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Res
 
 
 def gradients(
-    p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None
+    p: AttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    needed: frozenset[str],
 ) -> Gradients:
-    """The gradients of q, k, v and sinks, whichever tier gave `out` and `lse`; None for sinks where there are none.
+    """The gradients of the tensors that `needed` names (of `problem.DIFFERENTIABLE`), whichever tier gave `out`, `lse`.
 
     `dlse` is the gradient of the log-sum-exp, if it has one.
     """
     if torch.compiler.is_compiling():
-        return attention_op.gradients(p, out, lse, dout, dlse)
+        return attention_op.gradients(p, out, lse, dout, dlse, needed)
     if transforms.active():
         p = transforms.honoured(p)
-    return tiers.gradients(p, out, lse, dout, dlse)
+    return tiers.gradients(p, out, lse, dout, dlse, needed)

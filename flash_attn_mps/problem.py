@@ -159,6 +159,10 @@ class AttentionProblem:
         )
 
 
+# The tensors that may have a gradient: what a backward pass is asked for is a set of these names.
+DIFFERENTIABLE = ("q", "k", "v", "sinks", "mask")
+
+
 # Every feature, in the order in which people read them.
 FEATURES = (
     "causal",
@@ -167,6 +171,7 @@ FEATURES = (
     "softcap",
     "alibi",
     "dropout",
+    "probabilities",
     "varlen",
     "seqused",
     "paged",
@@ -198,6 +203,8 @@ def _features_of(p: AttentionProblem) -> frozenset[str]:
         found.append("alibi")
     if p.dropout_p:
         found.append("dropout")
+    if p.want_probs:
+        found.append("probabilities")
     if p.cu_seqlens_q is not None or p.cu_seqlens_k is not None:
         found.append("varlen")
     if p.seqused_q is not None or p.seqused_k is not None:

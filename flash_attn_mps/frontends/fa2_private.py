@@ -171,13 +171,13 @@ def backward(
     checks.of_shape(dout, "dout", p.out_shape, p.q.dtype, p.q, "as the output of q and v")
     checks.of_shape(out, "out", p.out_shape, p.q.dtype, p.q, "as the output of q and v")
     checks.of_shape(lse, "softmax_lse", p.lse_shape, torch.float32, p.q, "as the rows of q")
-    for name, buffer, like in zip(("dq", "dk", "dv"), grads, (p.q, p.k, p.v), strict=True):
-        if buffer is not None:
-            checks.output(buffer, name, like.shape, like, f"as {name[1]}")
-    dq, dk, dv, _ = dispatch.gradients(p, out, lse, dout)
-    for buffer, grad in zip(grads, (dq, dk, dv), strict=True):
-        if buffer is not None:
-            buffer.copy_(grad)
+    buffers = {name: buffer for name, buffer in zip("qkv", grads, strict=True) if buffer is not None}
+    for name, buffer in buffers.items():
+        like = getattr(p, name)
+        checks.output(buffer, f"d{name}", like.shape, like, f"as {name}")
+    computed = dispatch.gradients(p, out, lse, dout, None, frozenset(buffers))
+    for name, buffer in buffers.items():
+        buffer.copy_(getattr(computed, f"d{name}"))
     return (dout.float() * out.float()).sum(-1).transpose(-1, -2).contiguous()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import philox
 from ..problem import AttentionProblem
 from .dequantised import Rows, products
 from .layout import Group, KeyRows, QueryRows
@@ -25,6 +26,7 @@ SERVES = frozenset(
         "softcap",
         "alibi",
         "dropout",
+        "probabilities",
         "varlen",
         "seqused",
         "paged",
@@ -40,17 +42,6 @@ SERVES = frozenset(
 )
 
 SCORES = 1 << 22  # of a block: 16 MiB of float32
-
-
-class Dropout:
-    """What dropout keeps, block by block, the same in forward and backward: both take the blocks in the same order."""
-
-    def __init__(self, p: AttentionProblem) -> None:
-        self.p = p.dropout_p
-        self.generator = torch.Generator(p.q.device).manual_seed(int(p.seed)) if p.dropout_p else None
-
-    def keep(self, prob: torch.Tensor) -> torch.Tensor:
-        return torch.rand(prob.shape, generator=self.generator, dtype=torch.float32, device=prob.device) >= self.p
 
 
 class Block:
@@ -131,6 +122,14 @@ class Block:
         if sinks is not None:
             total += (sinks - base).exp_()
         return s.div_(total.masked_fill(total == 0.0, 1.0)), m + total.log()
+
+    def kept(self) -> torch.Tensor:
+        """`(g, heads_k, r, c, n)`, bool: which scores dropout keeps."""
+        p = self.p
+        seqs = torch.arange(p.batch, device=p.q.device)[self.group.seqs]
+        heads = seqs[:, None] * p.heads + torch.arange(p.heads, device=p.q.device)
+        keep = philox.keep(int(p.seed), p.dropout_p, heads, (self.first, self.last), (self.lo, self.hi))
+        return keep.unflatten(1, (p.heads_k, -1))
 
     def rounding(self, q_rows: torch.Tensor, k_seen: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """`(g, heads_k, r, c, 1)`: how far apart the log-sum-exp of these rows, here `lse`, may be elsewhere.

@@ -22,7 +22,7 @@ LAYERS = [
     {"tiers"},
     {"trace", "timing", "describe", "project"},
     {"problem", "lengths"},
-    {"checks", "text_table", "quantised"},
+    {"checks", "philox", "quantised", "text_table"},
 ]
 
 

@@ -13,18 +13,22 @@ from dataclasses import dataclass, field
 import torch
 
 from flash_attn_mps.problem import AttentionProblem, Result
-from tests.attention import oracle
+from tests.attention import oracle, philox
 from tests.attention.layouts import laid_out
 from tests.attention.rule import assert_accumulated_in_fp32, assert_lse, assert_within_rule
 
 STORAGES = ("dense", "varlen", "varlen-used", "cache", "packed-cache", "paged", "paged-cache")
 _PACKED_Q = ("varlen", "varlen-used", "packed-cache", "paged")
+SEED = (123 << 40) + 77  # of dropout: both words of it count
 _SLACK = 3  # rows of memory that a sequence does not use, where there are such
 
 
 @dataclass
 class Spec:
-    """What to draw. `lengths`: (queries, keys) of each sequence; dense ones have the same."""
+    """What to draw. `lengths`: (queries, keys) of each sequence; dense ones have the same.
+
+    `storage`: one of STORAGES, or "dense-used": dense with `seqused_k`.
+    """
 
     lengths: list[tuple[int, int]]
     dims: tuple[int, int] = (64, 64)
@@ -46,6 +50,7 @@ class Spec:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of q, k and v
     codes: torch.dtype | None = None  # of k and v where they are quantised
     descales: str = "both"  # which of them has one: "both", "k", "v", "" or "one" number for all
+    dropout_p: float = 0.0
 
 
 @dataclass
@@ -81,7 +86,7 @@ class Call:
         assert result.out.is_contiguous()
         assert_within_rule("out", result.out, plain.out, exact.out)
         values = torch.cat([s.v.flatten() for s in self.sequences]).to(p.q.dtype)
-        assert_accumulated_in_fp32(result.out, exact.out, values)
+        assert_accumulated_in_fp32(result.out, exact.out, values, p.dropout_p)
         assert (result.lse is not None) == p.want_lse
         if p.want_lse:
             assert_lse(result.lse, exact.lse)
@@ -123,11 +128,14 @@ def draw(spec: Spec) -> Call:
     if spec.codes is not None:
         (k, v), poison = (as_codes(x, spec.codes) for x in (k, v)), 127  # which is NaN in both floats
         extra |= _descales(spec, batch, heads_k)
-    mask = _mask(spec, batch, heads, max(lengths_q), max(lengths_k))
+    mask = _mask(spec, batch, heads, max(lengths_q), max_seqlen_k)
     slopes = 2.0 ** -(1 + torch.arange(batch * heads).float() % 7)
     slopes = {None: None, "H": slopes[:heads], "BH": slopes.view(batch, heads)}[spec.alibi]
     sinks = torch.randn(heads) if spec.sinks else None
 
+    keep = None
+    if spec.dropout_p:
+        keep = philox.keep(SEED, spec.dropout_p, batch, heads, max(lengths_q), max(lengths_k))
     sequences = []
     read = torch.zeros(kv_shape, dtype=torch.bool)
     for b, (place_q, place_k) in enumerate(zip(places_q, places_k, strict=True)):
@@ -138,6 +146,8 @@ def draw(spec: Spec) -> Call:
             "slopes": None if slopes is None else slopes.view(-1, heads)[b if spec.alibi == "BH" else 0],
             "mask": None if mask is None else mask[b, :, : lengths_q[b], : lengths_k[b]],
             "sinks": sinks,
+            "dropout_p": spec.dropout_p,
+            "keep": None if keep is None else keep[b, :, : lengths_q[b], : lengths_k[b]],
         }
         k_rows, v_rows = k[place_k], v[place_k]
         if spec.codes is not None:
@@ -168,6 +178,8 @@ def draw(spec: Spec) -> Call:
         window_right=spec.window[1],
         softcap=spec.softcap,
         alibi_slopes=slopes,
+        dropout_p=spec.dropout_p,
+        seed=SEED if spec.dropout_p else 0,
         want_lse=spec.lse,
         mask=mask,
         sinks=sinks,
@@ -182,6 +194,10 @@ def _keys(spec: Spec, lengths: list[int], extra: dict) -> tuple[tuple[int, int] 
     longest = max(lengths)
     if storage == "dense":
         return (batch, longest), [(b, slice(0, n)) for b, n in enumerate(lengths)], longest
+    if storage == "dense-used":
+        extra["seqused_k"] = int32(lengths)
+        room = longest + _SLACK
+        return (batch, room), [(b, slice(0, n)) for b, n in enumerate(lengths)], room
     if storage in ("varlen", "varlen-used"):
         room = [n + _SLACK * (storage == "varlen-used") for n in lengths]
         starts = extra["cu_seqlens_k"] = cumulative(room)

@@ -73,6 +73,8 @@ def test_parameters_are_what_their_names_say():
         k_descale=memory.as_strided((2, 3), (21, 5)),
         v_descale=memory.as_strided((2, 3), (23, 3)),
         want_lse=True,
+        dropout_p=0.25,
+        seed=(5 << 32) + 3,
     )
     of_dense = {
         "SEQLEN_Q": 11,
@@ -80,6 +82,8 @@ def test_parameters_are_what_their_names_say():
         "TOTAL_Q": 2,
         "BATCH": 2,
         "HEADS_PER_KV_HEAD": 2,
+        "HEADS": 6,
+        **{"SEED": (5 << 32) + 3, "DROPOUT_THRESHOLD": 1 << 14, "DROPOUT_SCALE": bits(4 / 3)},
         **{"Q_BATCH": 701, "Q_ROW": 61, "Q_HEAD": 9},
         **{"K_BATCH": 703, "K_ROW": 51, "K_HEAD": 10},
         **{"V_BATCH": 705, "V_ROW": 52, "V_HEAD": 17},
@@ -107,6 +111,7 @@ def test_parameters_are_what_their_names_say():
         **of_dense,
         **{"TOTAL_Q": 11, "BATCH": 1, "Q_BATCH": 0, "OUT_BATCH": 0, "LSE_BATCH": 0, "LSE_HEAD": 11},
         **{"WINDOW_LEFT": -1, "WINDOW_RIGHT": -1, "SOFTCAP": 0},
+        **dict.fromkeys(("SEED", "DROPOUT_THRESHOLD", "DROPOUT_SCALE"), 0),
         **{"ALIBI_BATCH": 0, "PAGE_SIZE": 13, "BLOCK_TABLE_ROW": 5},
         **dict.fromkeys((name for name in of_dense if name.startswith(("MASK", "K_DESCALE", "V_DESCALE"))), 0),
     }

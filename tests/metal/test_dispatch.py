@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flash_attn_mps import dispatch, tiers, trace
+from flash_attn_mps.frontends import fa3
 from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_varlen_func
 from flash_attn_mps.tiers.metal import compiler, simdgroup, variants
 from flash_attn_mps.tiers.metal.simdgroup import Variant
@@ -73,7 +74,7 @@ def test_the_variable_forces_a_tier(force, tier, kernels, qkv, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dropout_p": 0.1}, "does not support dropout"),
+        ({"attention_chunk": 4}, "does not support attention_chunk"),
         ({"head_dim": 264}, "head_dim above 256"),
         ({"seqlen_k": 0}, "there are no scores"),
     ],
@@ -84,18 +85,22 @@ def test_a_force_that_cannot_serve_says_why(force, change, reason, monkeypatch):
     q = torch.randn(1, 9, 2, change.get("head_dim", 16))
     k = torch.randn(1, change.get("seqlen_k", 9), 2, change.get("head_dim", 16))
     with pytest.raises(NotImplementedError, match=f"{force}: .*{reason}"):
-        flash_attn_func(q, k, k, dropout_p=change.get("dropout_p", 0.0))
+        fa3.flash_attn_func(q, k, k, attention_chunk=change.get("attention_chunk", 0))
+
+
+GRADIENTS = ["attention_backward_rows", "attention_backward_queries", "attention_backward_keys"]
 
 
 @pytest.mark.parametrize("force", ["simdgroup", "scalar"])
 def test_a_forced_kernel_leaves_gradients_to_who_has_them(force, qkv, monkeypatch):
-    """Only the forward pass is forced: a kernel without a backward pass does not keep a program from training."""
+    """Only the forward pass is forced: a kernel without a backward pass leaves gradients to the tier that has one."""
     q, k, v = (x.requires_grad_() for x in qkv)
     expected = torch.autograd.grad(flash_attn_func(q, k, v, causal=True).square().sum(), (q, k, v))
     monkeypatch.setenv("MTLFLASHATTN_KERNEL", force)
     with observe(instrumented=False) as launches:
         got = torch.autograd.grad(flash_attn_func(q, k, v, causal=True).square().sum(), (q, k, v))
-    assert len(launches) == 1
+    forward = {"simdgroup": "attention_forward", "scalar": "attention_scalar"}[force]
+    assert [launch.kernel for launch in launches] == [forward, *GRADIENTS]
     for grad, other in zip(got, expected, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
 
@@ -256,6 +261,7 @@ def test_kernels_that_are_kept_are_limited(compilations):
         False,
         False,
         False,
+        False,
         (),
         None,
         "float",
@@ -267,10 +273,10 @@ def test_kernels_that_are_kept_are_limited(compilations):
 
 
 def test_explain_gives_the_reasons_of_each_tier(qkv):
-    p = dispatch.AttentionProblem(*qkv, 1, 20, 20, 0.25, dropout_p=0.5)
+    p = dispatch.AttentionProblem(*qkv, 1, 20, 20, 0.25, dropout_p=0.5, want_probs=True)
     reasons = dispatch.explain(p)
     assert list(reasons) == ["simdgroup", "cpu", "torch"]
-    assert reasons["simdgroup"] == ["does not support dropout"]
+    assert reasons["simdgroup"] == ["does not support probabilities"]
     assert reasons["torch"] == []
 
 

@@ -29,6 +29,13 @@ def generation() -> int:
 
 
 @functools.cache
+def cores() -> int:
+    """How many cores it has; 10, as most have or more, where that is not to be found."""
+    found = re.search(r", (\d+) cores", name())
+    return int(found.group(1)) if found else 10
+
+
+@functools.cache
 def _brand() -> str:
     try:
         asked = subprocess.run(

@@ -7,7 +7,7 @@ to Metal, `launch.arguments` fills it in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ...problem import AttentionProblem
@@ -22,6 +22,7 @@ SERVES = frozenset(
         "window",
         "softcap",
         "alibi",
+        "dropout",
         "varlen",
         "seqused",
         "paged",
@@ -63,6 +64,7 @@ class Parameters(NamedTuple):
     seqlen_k: int
     total_q: int  # rows of q, where the batch is packed
     batch: int  # sequences
+    heads: int
     heads_per_kv_head: int
     lse_batch: int  # strides of the log-sum-exp; a packed batch has none of its own
     lse_head: int
@@ -70,6 +72,9 @@ class Parameters(NamedTuple):
     window_right: int
     softmax_scale: int  # float bits, unless it is a buffer
     softcap: int  # float bits
+    seed: int  # of dropout
+    dropout_threshold: int  # see philox.py
+    dropout_scale: int  # float bits
     alibi_batch: int  # stride
     page_size: int
     block_table_row: int  # stride
@@ -115,6 +120,9 @@ class Kernel(Program):
     buffers: Mapping[str, Buffer]  # in the order of the arguments
     optional: tuple[str, ...]  # which of OPTIONAL_BUFFERS it reads
     parameters: tuple[str, ...] = ()  # names of those that it has besides `Parameters` and strides
+    defines: Mapping[str, int | str] = field(
+        default_factory=dict
+    )  # what its sources, shared with others, are told of it
     grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
 
 

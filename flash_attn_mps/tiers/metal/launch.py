@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ... import quantised
+from ...philox import threshold
 from ...problem import AttentionProblem, Result
 from . import compiler
 from .kernel import Buffer, Grid, Kernel, Parameters
@@ -98,6 +99,7 @@ def arguments(
         t = tensors[name]
         if optional:
             if t is None:
+                params += (0, 0, 0) if dim else ()
                 continue
             given.append(name)
         elif t is None:
@@ -135,6 +137,7 @@ def arguments(
         p.window_left >= 0,
         p.window_right >= 0,
         p.softcap > 0,
+        p.dropout_p > 0,
         tuple(given),
         mask_layout(p.mask) if p.mask is not None else None,
         TYPES[scale.dtype] if isinstance(scale, torch.Tensor) else "float",
@@ -191,14 +194,18 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
         seqlen_k=p.max_seqlen_k,
         total_q=p.q.shape[0],
         batch=p.batch,
+        heads=heads,
         heads_per_kv_head=heads // p.heads_k,
         lse_batch=lse_batch,
         lse_head=lse_head,
         # A window wider than the sequence stays a window: what a kernel is compiled for must not depend on the length.
         window_left=min(p.window_left, p.max_seqlen_k),
         window_right=min(p.window_right, seqlen_q),
-        softmax_scale=_bits(0.0 if isinstance(scale, torch.Tensor) else scale),
-        softcap=_bits(p.softcap),
+        softmax_scale=float_bits(0.0 if isinstance(scale, torch.Tensor) else scale),
+        softcap=float_bits(p.softcap),
+        seed=int(p.seed),
+        dropout_threshold=threshold(p.dropout_p) if p.dropout_p else 0,
+        dropout_scale=float_bits(1.0 / (1.0 - p.dropout_p)) if p.dropout_p else 0,
         alibi_batch=heads if p.alibi_slopes is not None and p.alibi_slopes.dim() == 2 else 0,
         page_size=page_size,
         block_table_row=block_table_row,
@@ -213,8 +220,8 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
     )
 
 
-def _bits(value: float) -> int:
-    """The bits of a float32."""
+def float_bits(value: float) -> int:
+    """The bits of a float32, as a parameter has them."""
     if not value:
         return 0
     return _INT.unpack(_FLOAT.pack(value))[0]

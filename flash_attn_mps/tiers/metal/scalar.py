@@ -24,7 +24,7 @@ def _grid(p: AttentionProblem, variant: Variant) -> Grid:
 FORWARD = Kernel(
     entry="attention_scalar",
     headers=("metal_stdlib",),
-    sources=("scoring", "codes", "keys", "scalar"),
+    sources=("scoring", "philox", "codes", "keys", "scalar"),
     buffers=launch.FORWARD_BUFFERS,
     optional=tuple(OPTIONAL_BUFFERS),
     grid=_grid,

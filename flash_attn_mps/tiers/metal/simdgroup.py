@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
-from . import gpu, launch, tune, variants
+from . import backward, gpu, launch, tune, variants
 from .kernel import OPTIONAL_BUFFERS, SERVES, Grid, TunedKernel
 
 
@@ -42,7 +42,7 @@ def threadgroup_bytes(variant: Variant, element_bytes: int, head_dim: int, head_
         return 0
     padding = 16 // element_bytes
     rows = sum(-(-dim // 8) * 8 + padding for dim in (head_dim, head_dim_v))
-    votes = 2 * 4 * variant.simdgroups  # under a mask: staging.metal, `visible`
+    votes = 2 * 4 * variant.simdgroups  # under a mask: staging.metal, `Votes`
     return variant.keys * rows * element_bytes + votes
 
 
@@ -68,7 +68,7 @@ def _grid(p: AttentionProblem, variant: Variant) -> Grid:
 FORWARD = TunedKernel(
     entry="attention_forward",
     headers=("metal_stdlib", "metal_simdgroup_matrix"),
-    sources=("codes", "fragment", "scoring", "range", "masking", "keys", "staging", "forward"),
+    sources=("codes", "fragment", "scoring", "philox", "dropout", "range", "masking", "keys", "staging", "forward"),
     buffers=launch.FORWARD_BUFFERS,
     optional=tuple(OPTIONAL_BUFFERS),
     grid=_grid,
@@ -89,4 +89,12 @@ def _run(p: AttentionProblem) -> Result | None:
     return launch.run(p, FORWARD, variants.chosen(p, FORWARD, tune.briefly))
 
 
-TIER = Tier("simdgroup", SERVES | {"quantised"}, launch.limits, _run, metal=True)
+TIER = Tier(
+    "simdgroup",
+    SERVES | {"quantised"},
+    launch.limits,
+    _run,
+    backward.SERVES_BACKWARD,
+    backward.run,
+    metal=True,
+)

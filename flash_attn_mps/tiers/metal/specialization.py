@@ -47,6 +47,7 @@ class Specialization(NamedTuple):
     left: bool  # is that side of the window closed?
     right: bool
     softcap: bool
+    dropout: bool
     buffers: tuple[str, ...]  # the optional ones that are given
     mask: Mask | None
     scale_type: str
@@ -72,6 +73,7 @@ class Specialization(NamedTuple):
             "HAS_WINDOW_LEFT": int(self.left),
             "HAS_WINDOW_RIGHT": int(self.right),
             "HAS_SOFTCAP": int(self.softcap),
+            "HAS_DROPOUT": int(self.dropout),
             **{f"HAS_{name.upper()}": int(name in self.buffers) for name in optional},
             "MASK_IS_BOOL": int(self.mask is not None and mask.type == "uchar"),
             "MASK_IS_ADDED": int(self.mask is not None and mask.type != "uchar"),
@@ -82,6 +84,7 @@ class Specialization(NamedTuple):
             "MASK_COLUMNS_ARE_ONE": int(mask.columns_are_one),
             "SCALE_T": self.scale_type,
             **{name.upper(): int(value) for name, value in self.variant._asdict().items()},
+            **self.kernel.defines,
         }
 
     def _declarations(self) -> list[str]:

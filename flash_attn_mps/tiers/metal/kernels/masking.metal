@@ -143,7 +143,7 @@ constant constexpr int BLOCKS_IN_FLIGHT = 4;  // whose masks are loaded together
 
 // What the mask says of the run of blocks from `first_key` on, for a simdgroup's rows from `first_row` on. A block with an
 // edge counts as visible and altered, unread.
-METAL_FUNC BlockFlags scan_mask(KeyRange range, Scoring scoring, int first_row, int first_key, int seqlen, Lane lane) {
+METAL_FUNC BlockFlags scan_mask(VisibleRange range, Scoring scoring, int first_row, int first_key, int seqlen, Lane lane) {
   BlockFlags flags;
   flags.visible = flags.altered = 0;
   int inner_begin = (range.full_begin + KEYS - 1) / KEYS * KEYS;
@@ -161,9 +161,9 @@ METAL_FUNC BlockFlags scan_mask(KeyRange range, Scoring scoring, int first_row, 
     }
     UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
       uint bit = 1u << (block + i);
-      if (!range.overlaps(from + i * KEYS)) {
+      if (!range.overlaps(from + i * KEYS, KEYS)) {
         flags.visible &= ~bit;
-      } else if (!range.contains(from + i * KEYS)) {
+      } else if (!range.contains(from + i * KEYS, KEYS)) {
         flags.visible |= bit;
         flags.altered |= bit;
       }
