@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import checks, trace
+from .. import checks, quantised, trace
 from ..tiers.metal import rotary as kernel
 from ..tiers.metal.rotary import NewKeys, Queries, Rotary
 from .rotary import rotated
@@ -65,7 +65,25 @@ def _append(new: NewKeys, k: torch.Tensor) -> None:
         if not checks.readable(new.cu_seqlens):
             return _append_some(new, k, sequence, row)
     where = _places(new, sequence, row + (cached if isinstance(cached, int) else cached[sequence]))
-    new.k_cache[where], new.v_cache[where] = k, new.v
+    for cache, values in _caches(new, k):
+        cache[where] = values
+
+
+def _caches(new: NewKeys, k: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """Each cache and what goes into it: of a quantised one its bytes, and codes."""
+    if new.k_cache.dtype is k.dtype:
+        return (new.k_cache, k), (new.v_cache, new.v)
+    codes = _codes(new, k, new.k_cache, new.k_descale), _codes(new, new.v, new.v_cache, new.v_descale)
+    return (new.k_cache.view(torch.uint8), codes[0]), (new.v_cache.view(torch.uint8), codes[1])
+
+
+def _codes(new: NewKeys, x: torch.Tensor, cache: torch.Tensor, descale: torch.Tensor | None) -> torch.Tensor:
+    values = x.to(torch.float32)
+    if descale is not None:
+        cu_seqlens = new.cu_seqlens
+        of_rows = descale[:, None] if cu_seqlens is None else descale[_sequence_of_rows(cu_seqlens, x.shape[0])]
+        values = values / of_rows[..., None]
+    return quantised.encoded(values, cache.dtype)
 
 
 def _append_some(new: NewKeys, k: torch.Tensor, sequence: torch.Tensor, row: torch.Tensor) -> None:
@@ -81,7 +99,7 @@ def _append_some(new: NewKeys, k: torch.Tensor, sequence: torch.Tensor, row: tor
     position = row + (cached if isinstance(cached, int) else cached[sequence])
     first, second = _places(new, sequence, position.clamp(0, room - 1))
     where = first.clamp(0, new.k_cache.shape[0] - 1), second  # without a new row a page may be any number
-    for cache, values in ((new.k_cache, k), (new.v_cache, new.v)):
+    for cache, values in _caches(new, k):
         cache[where] = torch.where(count > 0, values[taken], cache[where])
 
 

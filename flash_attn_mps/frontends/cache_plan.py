@@ -17,6 +17,7 @@ from ..problem import AttentionProblem, Result, with_qv
 from ..tiers.metal.rotary import NewKeys, Queries, Rotary
 from .cache_append import prepare
 from .cache_call import NAMES, CacheCall
+from .cache_codes import check_descales, kv_dtype
 
 _Q = "batch, seqlen_q, heads, head_dim"
 _Q_PACKED = "total_q, heads, head_dim with cu_seqlens_q"
@@ -50,12 +51,16 @@ def describe(call: CacheCall) -> CachePlan:
         name = call.names["block_table"]
         checks.tensor(call.block_table, name, "batch, blocks per sequence")
         kv_dims = f"{_PAGES} with {name}"
-    checks.qkv(q, k_cache, v_cache, (_Q if call.cu_seqlens_q is None else _Q_PACKED, kv_dims), _NAMES[call.caller])
+    codes = kv_dtype(call)
+    dims = (_Q if call.cu_seqlens_q is None else _Q_PACKED, kv_dims)
+    checks.qkv(q, k_cache, v_cache, dims, _NAMES[call.caller], codes)
     if call.cu_seqlens_q is None:
         queries, batch = Lengths(q.shape[1]), q.shape[0]
     else:
         queries, batch = _packed_queries(call, call.cu_seqlens_q), call.cu_seqlens_q.shape[0] - 1
     _check_entries(call, batch)
+    if codes is not None:
+        check_descales(call, batch)
     room = k_cache.shape[1] * (1 if call.block_table is None else call.block_table.shape[1])
     cached = _cached(call, batch, room)
     leftpad = None
@@ -181,6 +186,8 @@ def _new(call: CacheCall, batch: int, room: int, cached: Rows) -> tuple[NewKeys 
         call.cache_batch_idx,
         call.block_table,
         call.cache_leftpad,
+        k_descale=call.k_descale,
+        v_descale=call.v_descale,
     )
     return new, rows
 
@@ -192,8 +199,8 @@ def _new_tensor(value: Any, field: str, cache: torch.Tensor, call: CacheCall) ->
         dims = "total_k_new, heads_k, head_dim with cu_seqlens_k_new"
     checks.own_memory(cache, cache_name)
     tensor = checks.tensor(value, name, dims, call.q)
-    if tensor.dtype != cache.dtype:
-        raise checks.malformed(name, f"dtype {tensor.dtype}", f"{cache.dtype}, the dtype of {cache_name}")
+    if tensor.dtype != call.q.dtype:
+        raise checks.malformed(name, f"dtype {tensor.dtype}", f"{call.q.dtype}, the dtype of q")
     if tensor.shape[-2:] != cache.shape[-2:]:
         raise checks.malformed(name, tensor, f"(heads, head_dim) = {tuple(cache.shape[-2:])} as {cache_name}")
     return tensor
@@ -304,6 +311,8 @@ def _problem(
         block_table=block_table,
         kv_batch_idx=call.cache_batch_idx,
         leftpad_k=call.cache_leftpad,
+        k_descale=call.k_descale,
+        v_descale=call.v_descale,
         lengths_q=queries.lengths,
         lengths_k=known,
     )
