@@ -8,6 +8,7 @@ from flash_attn_mps.frontends import fa2, fa3
 from metal_host import observe
 from tests.attention import oracle
 from tests.attention import test_kvcache as kvcache
+from tests.attention import test_quantised as quantised
 from tests.attention.layouts import randn
 from tests.attention.pairwise import case_id
 from tests.attention.rule import verify
@@ -151,6 +152,13 @@ def test_varlen_with_a_block_table():
 def test_kvcache_calls(case, served):
     kvcache.test_against_the_oracle(case)
     before = [] if case["seqlen_new"] is None else ["rotate_and_append"]
+    assert [launch.kernel for launch in served] == [*before, "attention_forward"]
+
+
+@pytest.mark.parametrize("case", quantised.CASES[::5], ids=case_id)
+def test_quantised_calls(case, served):
+    quantised.test_against_the_oracle(case)
+    before = ["rotate_and_append"] if case["new"] else []
     assert [launch.kernel for launch in served] == [*before, "attention_forward"]
 
 
