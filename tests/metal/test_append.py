@@ -205,33 +205,33 @@ def test_every_number_is_rounded_to_the_nearest_code(codes):
     assert codes == torch.int8 or cache[~numbers].float().isnan().all()
 
 
-@pytest.mark.parametrize("where", ["rows", "pages"])
-def test_rows_without_a_place_are_not_written(where, monkeypatch):
+@pytest.mark.parametrize(
+    ("more", "lengths", "there"),
+    [
+        # Row 3 of entry 0 is beyond the cache, row -1 of entry 2 before it; there is no entry 5.
+        ({"cache_batch_idx": int32([0, 5, 2])}, [2, 0, -1], [(0, 2), (2, 0)]),
+        # Row 6 of sequence 0 is beyond its pages, as are rows 6 and 7 of sequence 2; pages -1 and 1 << 30 do not exist.
+        ({"block_table": int32([[0, 3], [-1, 9], [1, 1 << 30]])}, [5, 0, 6], [(3, 2)]),
+        ({"block_table": int32([[0, 3], [-1, 9], [1, 1 << 30]])}, [5, 0, 2], [(3, 2), (1, 2)]),
+        # The block table has no rows 2 and -1.
+        ({"block_table": int32([[0, 3], [1, 2]]), "cache_batch_idx": int32([1, 2, -1])}, [2, 0, 0], [(1, 2), (2, 0)]),
+    ],
+    ids=["entries", "pages", "page", "rows-of-the-table"],
+)
+def test_rows_without_a_place_are_not_written(more, lengths, there, monkeypatch):
     """Lengths, entries and pages that only the device knows may be wrong."""
     monkeypatch.setattr(checks, "readable", lambda _tensor: False)
     k_cache, v_cache = torch.zeros(2, 4, 3, 2, 8).unbind()
-    more = {"cache_batch_idx": int32([0, 5, 2])}
-    if where == "pages":
-        more = {"page_table": int32([[0, 3], [-1, 9], [1, 1 << 30]])}
     q, new = torch.randn(3, 1, 2, 8), torch.ones(3, 2, 2, 8)
-    lengths = int32([5 if where == "pages" else 2, 0, 4 if where == "pages" else -1])
-    plan = describe(
-        CacheCall(
-            *(q, k_cache, v_cache, CallOptions(), new, new),
-            cache_seqlens=lengths,
-            cache_batch_idx=more.get("cache_batch_idx"),
-            block_table=more.get("page_table"),
-        )
-    )
+    call = CacheCall(q, k_cache, v_cache, CallOptions(), new, new, cache_seqlens=int32(lengths), **more)
+    plan = describe(call)
     with observe():
         cache_append.prepare(plan.new, plan.rotary, plan.queries)
-    there = torch.zeros(4, 3, dtype=torch.bool)
-    if where == "pages":
-        there[3, 2] = True  # row 5 of sequence 0; row 6 is beyond its pages
-    else:
-        there[0, 2] = there[2, 0] = True  # row 3 of sequence 0 is beyond the cache, row -1 of sequence 2 before it
+    expected = torch.zeros(4, 3, dtype=torch.bool)
+    for at in there:
+        expected[at] = True
     for cache in (k_cache, v_cache):
-        assert torch.equal(cache != 0, there[..., None, None].expand_as(cache))
+        assert torch.equal(cache != 0, expected[..., None, None].expand_as(cache))
 
 
 @pytest.mark.parametrize("inplace", [False, True])
