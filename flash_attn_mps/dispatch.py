@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from . import tiers
+from .capture import capturing
 from .graph import attention_op, autograd, transforms
 from .problem import AttentionProblem, Result
 from .tiers import Gradients, explain, explain_gradients
@@ -21,7 +22,7 @@ def attention(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Res
     `without` the tiers of these names, unless one is forced; ignored while a graph is captured. Raises
     NotImplementedError if no tier serves it.
     """
-    if torch.compiler.is_compiling():
+    if capturing(p.q):
         return attention_op.attention(p)
     if transforms.active():
         p = transforms.honoured(p)
@@ -42,7 +43,7 @@ def gradients(
 
     `dlse` is the gradient of the log-sum-exp, if it has one.
     """
-    if torch.compiler.is_compiling():
+    if capturing(p.q):
         return attention_op.gradients(p, out, lse, dout, dlse, needed)
     if transforms.active():
         p = transforms.honoured(p)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
+from ..capture import capturing
 from ..describe import CallOptions, dense, varlen
 from ..problem import AttentionProblem
 from .shared import window_of
@@ -105,7 +106,7 @@ def _flash_attn_backward(
 ) -> Tensor:
     window_size = window_of(window_size_left, window_size_right)
     checks.flag(deterministic, "deterministic")
-    seed = _seed(dropout_p, rng_state)
+    seed = _seed(q, dropout_p, rng_state)
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
     return backward(dense, (q, k, v), options, dout, out, softmax_lse, (dq, dk, dv))
 
@@ -138,7 +139,7 @@ def _flash_attn_varlen_backward(
     window_size = window_of(window_size_left, window_size_right)
     checks.flag(deterministic, "deterministic")
     checks.flag(zero_tensors, "zero_tensors")
-    seed = _seed(dropout_p, rng_state)
+    seed = _seed(q, dropout_p, rng_state)
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return backward(varlen, (q, k, v, *lengths), options, dout, out, softmax_lse, (dq, dk, dv))
@@ -181,10 +182,10 @@ def backward(
     return (dout.float() * out.float()).sum(-1).transpose(-1, -2).contiguous()
 
 
-def _seed(dropout_p: Any, rng_state: Any) -> int | Tensor | None:
+def _seed(q: Any, dropout_p: Any, rng_state: Any) -> int | Tensor | None:
     if not checks.dropout_p(dropout_p):
         return None
     checks.tensor(rng_state, "rng_state", "2,")
     if rng_state.shape != (2,) or rng_state.dtype != torch.int64 or rng_state.is_meta:
         raise checks.malformed("rng_state", rng_state, "the int64 tensor (2,) that the forward function returned")
-    return rng_state[0] if torch.compiler.is_compiling() else int(rng_state[0])
+    return rng_state[0] if capturing(q) else int(rng_state[0])

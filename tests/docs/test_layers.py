@@ -28,7 +28,7 @@ LAYERS = [
     {"tiers"},
     {"trace", "timing", "describe", "project"},
     {"problem", "lengths"},
-    {"checks", "philox", "quantised", "text_table"},
+    {"capture", "checks", "philox", "quantised", "text_table"},
 ]
 
 

@@ -48,9 +48,9 @@ class Spec:
     poison: float = math.nan
     page_size: int = 16
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of q, k and v
+    dropout_p: float = 0.0
     codes: torch.dtype | None = None  # of k and v where they are quantised
     descales: str = "both"  # which of them has one: "both", "k", "v", "" or "one" number for all
-    dropout_p: float = 0.0
 
 
 @dataclass

@@ -251,22 +251,9 @@ def test_kernels_that_are_kept_are_limited(compilations):
     limit = compiler.kernel.cache_info().maxsize
     assert limit is not None
     assert 32 <= limit <= 1024
-    kind = Specialization(
-        simdgroup.FORWARD,
-        "half",
-        0,
-        8,
-        8,
-        8,
-        False,
-        False,
-        False,
-        False,
-        (),
-        None,
-        "float",
-        Variant(8, 2, 8, False),
-    )
+    nothing = dict.fromkeys(Specialization._fields, False)
+    given = {"kernel": simdgroup.FORWARD, "dtype": "half", "variant": Variant(8, 2, 8, False), "buffers": ()}
+    kind = Specialization(**{**nothing, **given, "kv_format": "", "mask": None, "scale_type": "float"})
     for head_dim in range(limit + 20):
         compiler.kernel(kind._replace(head_dim=head_dim))
     assert compiler.kernel.cache_info().currsize == limit

@@ -23,8 +23,9 @@ from .kernel import OPTIONAL_BUFFERS, SERVES, Buffer, Grid, Kernel, TunedKernel
 
 MAX_THREADGROUP_BYTES = 32 << 10
 
+_OF_CACHES = ("kv_batch_idx", "leftpad_k", "block_table", "k_descale", "v_descale")
 # Keys in pages, in entries of a cache or behind padding are those of inference: the tier `torch` has their gradients.
-_OPTIONAL = tuple(name for name in OPTIONAL_BUFFERS if name not in ("kv_batch_idx", "leftpad_k", "block_table"))
+_OPTIONAL = tuple(name for name in OPTIONAL_BUFFERS if name not in _OF_CACHES)
 SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {LSE_GRADIENT}
 
 # A log-sum-exp of this size is rounded by 2^-24 of it, which is little beside how the dtype rounds a probability. Where
@@ -155,12 +156,12 @@ _INPUTS = {
     "dout": Buffer("const T", row="head_dim_v"),
 }
 _HEADERS = ("metal_stdlib", "metal_simdgroup_matrix")
-_SHARED = ("fragment", "scoring", "range", "keys", "staging", "held", "backward")
+_SHARED = ("codes", "fragment", "scoring", "philox", "dropout", "range", "keys", "staging", "held", "backward")
 
 ROWS = Kernel(
     entry="attention_backward_rows",
     headers=_HEADERS,
-    sources=("fragment", "scoring", "range", "keys", "held", "backward_rows"),
+    sources=("codes", "fragment", "scoring", "philox", "range", "keys", "held", "backward_rows"),
     buffers={
         **_INPUTS,
         "out": Buffer("const T", row="head_dim_v"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ... import philox
 from ...problem import AttentionProblem
 from . import oracle
 from .cases import FEATURES, Case, Feature
@@ -15,6 +16,7 @@ from .cases import FEATURES, Case, Feature
 _PAGE = 16
 _UNUSED = 5  # rows of a packed sequence beyond those that seqused counts
 _NAN = float("nan")
+_SEED = 0x1234_5678_9ABC_DEF0  # of dropout
 
 
 @dataclass
@@ -33,6 +35,8 @@ class Built:
     problem: AttentionProblem
     out: list[torch.Tensor]  # of each sequence, in float64
     lse: list[torch.Tensor]
+    dout: torch.Tensor | None = None  # the gradient of the output, where gradients are to be computed
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # of the problem's tensors, in float64
 
     def of_sequences(self, out: torch.Tensor, lse: torch.Tensor | None) -> list[tuple]:
         """What a tier gave, in the form of `self.out` and `self.lse`."""
@@ -79,18 +83,26 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
         shape = len(sequences), heads_k
         descales = {f"{x}_descale": unit * torch.rand(shape, generator=generator).add_(0.5) for x in "kv"}
     left, right = feature.window[0], 0 if feature.causal else feature.window[1]
+    of_sinks = None if sinks is None else sinks.double().requires_grad_(feature.gradients)
+    leaves = []
+    for b, s in enumerate(sequences):
+        k, v = (
+            _values(x, descales[f"{name}_descale"][b]) if descales else x.double()
+            for name, x in zip("kv", (s.k, s.v), strict=True)
+        )
+        leaves.append([x.requires_grad_(feature.gradients) for x in (s.q.double(), k, v)])
     exact = [
         oracle.attention(
-            s.q,
-            _values(s.k, descales["k_descale"][b]) if descales else s.k,
-            _values(s.v, descales["v_descale"][b]) if descales else s.v,
+            *leaves[b],
             scale=scale,
             left=left,
             right=right,
             softcap=feature.softcap,
             slopes=s.slopes,
-            sinks=sinks,
+            sinks=of_sinks,
             mask=s.mask,
+            keep=_kept(feature, b) if feature.dropout else None,
+            dropout_p=feature.dropout,
         )
         for b, s in enumerate(sequences)
     ]
@@ -115,14 +127,39 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
         window_left=left,
         window_right=right,
         softcap=feature.softcap,
+        dropout_p=feature.dropout,
+        seed=_SEED if feature.dropout else 0,
         want_lse=feature.want_lse,
+        needs_grad=feature.gradients,
     )
-    return Built(
+    built = Built(
         p,
-        [_lengthened(out, unused, 0.0) for out, _ in exact],
+        [_lengthened(out.detach(), unused, 0.0) for out, _ in exact],
         # Rows past the end see nothing.
-        [_lengthened(lse.T, unused, -torch.inf).T for _, lse in exact],
+        [_lengthened(lse.detach().T, unused, -torch.inf).T for _, lse in exact],
     )
+    if feature.gradients:
+        joined = torch.cat if feature.layout.startswith("packed") else torch.stack
+        douts = [randn(*out.shape).to(dtype) for out, _ in exact]
+        built.dout = joined([_lengthened(x, unused, 1.0) for x in douts]).to(device)
+        for (out, _), dout in zip(exact, douts, strict=True):
+            out.backward(dout.double())
+        for name, rows in zip("qkv", zip(*leaves, strict=True), strict=True):
+            built.gradients[name] = joined([_lengthened(_gradient_of(x), unused, 0.0) for x in rows])
+        if of_sinks is not None:
+            built.gradients["sinks"] = _gradient_of(of_sinks)
+    return built
+
+
+def _gradient_of(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _kept(feature: Feature, sequence: int) -> torch.Tensor:
+    """What dropout keeps of the scores of a sequence: `(heads, seqlen_q, seqlen_k)`."""
+    (seqlen_q, seqlen_k), heads = feature.lengths[sequence], feature.heads[0]
+    indices = sequence * heads + torch.arange(heads)
+    return philox.keep(_SEED, feature.dropout, indices, (0, seqlen_q), (0, seqlen_k))
 
 
 def _codes(x: torch.Tensor, codes: str) -> torch.Tensor:

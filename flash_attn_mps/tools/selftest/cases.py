@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...tiers import BY_NAME, cpu
+from ...tiers import BY_NAME, Tier, cpu
 from ...tiers.metal import simdgroup
 
 TILED = simdgroup.TIER
@@ -36,6 +36,8 @@ class Feature(NamedTuple):
     scale: str = ""  # or number, tensor
     want_lse: bool = True
     codes: str = ""  # or uint8, int8: the dtype of k and v where they are quantised
+    dropout: float = 0.0
+    gradients: bool = False  # are those of q, k, v and sinks computed too?
 
 
 _RAGGED = ((100, 100), (1, 70), (0, 9), (33, 0), (64, 257))
@@ -72,7 +74,34 @@ FEATURES = {
     "gaps": Feature(strides="gaps", causal=True),
     "strided last dim": Feature(strides="last"),
     **{f"{q} queries, {k} keys": Feature(((q, k),), causal=True) for q, k in ((1, 257), (7, 31), (32, 32), (257, 64))},
+    "dropout": Feature(dropout=0.3, causal=True, heads=(4, 2)),
+    "packed, dropout": Feature(_RAGGED, layout="packed", dropout=0.3),
 }
+_DIFFERENTIATED = (
+    "full",
+    "causal",
+    "causal, more keys",
+    "causal, more queries",
+    "window",
+    "right window",
+    "softcap",
+    "alibi of a batch",
+    "grouped",
+    "one kv head",
+    "sinks",
+    "bool mask",
+    "float mask",
+    "scale in a tensor",
+    "packed",
+    "packed, everything",
+    "packed, used",
+    "heads first",
+    "gaps",
+    "strided last dim",
+    "dropout",
+    "packed, dropout",
+)
+FEATURES |= {f"gradients, {name}": FEATURES[name]._replace(gradients=True) for name in _DIFFERENTIATED}
 # What shows whether a variant works: both edges, lengths that are no multiple of any block, sequences of no length.
 _OF_VARIANTS = ("packed, everything", "full", "causal")
 
@@ -122,7 +151,7 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
     head_dims = _HEAD_DIMS[level]
     if metal:
         for dtype in DTYPES:
-            yield from (Case(TILED.name, dtype, *dims, feature) for dims in head_dims for feature in FEATURES)
+            yield from (Case(TILED.name, dtype, *dims, feature) for dims in head_dims for feature in _served(TILED))
         wanted, dtypes, features = _VARIANTS[level]
         for dtype in dtypes:
             for dims in wanted:
@@ -134,7 +163,12 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
         if name in (TILED.name, cpu.TIER.name) if metal else tier.metal:
             continue
         for dtype in DTYPES:
-            yield from (Case(name, dtype, *dims, feature) for dims in few for feature in FEATURES)
+            yield from (Case(name, dtype, *dims, feature) for dims in few for feature in _served(tier))
+
+
+def _served(tier: Tier) -> Iterator[str]:
+    """Without gradients for a tier that computes none."""
+    return (name for name, feature in FEATURES.items() if tier.backward is not None or not feature.gradients)
 
 
 def _variants(dtype: str, head_dim: int, head_dim_v: int) -> list[str]:

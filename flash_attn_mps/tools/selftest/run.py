@@ -8,7 +8,7 @@ import torch
 
 from ... import quantised
 from ...problem import AttentionProblem, Result
-from ...tiers import BY_NAME, cpu
+from ...tiers import BY_NAME, Gradients, Tier, cpu
 from ...tiers.metal import compiler, launch
 from .build import Built, build
 from .cases import KERNEL, Case
@@ -36,14 +36,17 @@ def run(case: Case, device: torch.device | str) -> Outcome:
         built = build(case, device)
         tier = BY_NAME[case.tier]
         reasons = tier.unsupported_reasons(built.problem)
+        if built.dout is not None:
+            reasons += tier.unsupported_backward_reasons(built.problem, False, frozenset(built.gradients))
         if reasons:
-            return Outcome(case, NOT_SERVED, detail="; ".join(reasons))
+            return Outcome(case, NOT_SERVED, detail="; ".join(dict.fromkeys(reasons)))
         known = set(compiler.failures)
         result = _result(case, built.problem)
-        if result is None:
+        gradients = Gradients() if result is None else _gradients(tier, built, result)
+        if result is None or gradients is None:
             logs = [log for specialization, log in compiler.failures.items() if specialization not in known]
             return Outcome(case, NOT_COMPILED, detail=logs[0] if logs else "as in a case before")
-        return _judged(case, built, result)
+        return _judged(case, built, result, gradients)
     except Exception as error:  # whatever happens on somebody's machine belongs in the report
         return Outcome(case, RAISED, detail=f"{type(error).__name__}: {error}")
 
@@ -55,7 +58,14 @@ def _result(case: Case, p: AttentionProblem) -> Result | None:
     return launch.run(p, KERNEL, next(v for v in found if str(v) == case.variant))
 
 
-def _judged(case: Case, built: Built, result: Result) -> Outcome:
+def _gradients(tier: Tier, built: Built, result: Result) -> Gradients | None:
+    """None where a kernel does not compile; empty where none are to be computed."""
+    if built.dout is None or tier.backward is None or result.lse is None:
+        return Gradients()
+    return tier.backward(built.problem, result.out, result.lse, built.dout, None, frozenset(built.gradients))
+
+
+def _judged(case: Case, built: Built, result: Result, gradients: Gradients) -> Outcome:
     dtype = getattr(torch, case.dtype)
     lse = None if result.lse is None or not built.problem.want_lse else result.lse.cpu()
     worst, detail = 0.0, ""
@@ -65,7 +75,7 @@ def _judged(case: Case, built: Built, result: Result) -> Outcome:
             continue
         # Probabilities and output are rounded once each to the dtype of v. All else is float32: scores of up to 20,
         # whose exponentials a GPU gives to a few units in the last place.
-        largest = max(1.0, exact.abs().max().item(), _largest(built.problem))
+        largest = max(1.0, exact.abs().max().item(), _largest(built.problem)) / (1.0 - built.problem.dropout_p)
         share, where = _share(out.double(), exact, 2 * torch.finfo(dtype).eps * largest + 2e-5)
         if share > worst:
             worst, detail = share, f"out of sequence {b} at (query, head, dim) = {where}"
@@ -78,6 +88,13 @@ def _judged(case: Case, built: Built, result: Result) -> Outcome:
         share, where = _share(row_lse.double().masked_fill(same, 0.0), built.lse[b].masked_fill(same, 0.0), allowed)
         if share > worst:
             worst, detail = share, f"log-sum-exp of sequence {b} at (head, query) = {where}"
+    for name, exact in built.gradients.items():
+        # Probabilities, their gradients, the output and the result are rounded once each, and summed in float32. The
+        # gradient of a sink is a sum over all queries, each of which has a rounded output.
+        allowed = (8 if name == "sinks" else 2) * torch.finfo(dtype).eps * max(1.0, exact.abs().max().item()) + 5e-5
+        share, where = _share(getattr(gradients, f"d{name}").cpu().double(), exact, allowed)
+        if share > worst:
+            worst, detail = share, f"gradient of {name} at {where}"
     return Outcome(case, RIGHT if worst <= 1 else WRONG, worst, detail if worst > 1 else "")
 
 

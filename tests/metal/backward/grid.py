@@ -29,6 +29,7 @@ CASES = {
     "mask": [None, None, "bool", "float32", "same"],
     "broadcast": ["", "b", "hq", "bhq", "k"],
     "mask_layout": ["rows", "columns", "offset"],
+    "dropout": [0.0, 0.3],
     "scale": [None, -0.2, 0.0, "tensor"],
     "poison": [math.nan, math.inf],
     "layout": ["contiguous", "transposed", "offset", "packed", "strided_last"],
@@ -111,6 +112,7 @@ def spec(case: dict, number: int) -> Spec:
         scale,
         layout=(case["layout"],) * 3,
         poison=case["poison"],
+        dropout_p=case["dropout"],
     )
 
 

@@ -37,6 +37,16 @@ struct Memory {
 #define DECLARE_MEMORY threadgroup Memory* memory = nullptr;
 #endif
 
+#if HAS_DROPOUT
+// Passing rows whose random bits are made together: as many as give every lane a byte to make.
+constant constexpr int KEPT_PASSING = OF_KEYS ? 32 / HELD_FRAGMENTS : 8 * 32 / HELD;
+#if OF_KEYS
+typedef KeptBlock<KEPT_PASSING, HELD_FRAGMENTS> Kept;
+#else
+typedef KeptBlock<HELD, KEPT_PASSING / 8> Kept;
+#endif
+#endif
+
 struct Held {
   int first;
   int count;  // rows of the sequence on this side
@@ -49,6 +59,26 @@ struct Held {
 #endif
 #if !OF_KEYS
   float4 terms[HELD_FRAGMENTS][2];  // of the queries of this lane's two columns
+#endif
+#if HAS_DROPOUT
+  Kept kept;
+  int kept_first;  // the passing row that it begins with
+
+  // Makes the bits of the eight passing rows from `first` on, unless they are made.
+  METAL_FUNC void keep(Dropout dropout, int first_passing, Lane lane) thread {
+    if (first_passing < kept_first + KEPT_PASSING) return;
+    kept_first = first_passing;
+    kept.make(dropout, OF_KEYS ? first_passing : first, OF_KEYS ? first : first_passing, lane);
+  }
+
+  // Is the score of this lane's row of those eight and its column i of held fragment r kept?
+  METAL_FUNC bool keeps(int first_passing, int r, int i, Lane lane) const thread {
+#if OF_KEYS
+    return kept.byte(first_passing - kept_first + lane.row, r) >> (lane.column + i) & 1;
+#else
+    return kept.byte(8 * r + lane.column + i, (first_passing - kept_first) / 8) >> lane.row & 1;
+#endif
+  }
 #endif
 };
 
@@ -121,7 +151,8 @@ struct Gather<Slab<DIM, ALIGNED, FIRST, END>, FRAGMENTS, KEPT, CLEANS> {
 // Eight passing rows, from `first` on. EDGE: some of their scores may be hidden by a side of the window, or lie past the
 // sequence's end, where the last row stands for those that there are not. MASKED: the mask is applied.
 template <bool EDGE, bool MASKED, typename C, typename E>
-METAL_FUNC void attend(thread Held& held, Passing<C, E> passing, Scoring scoring, int first, Lane lane) {
+METAL_FUNC void attend(
+    thread Held& held, Passing<C, E> passing, Scoring scoring, Dropout dropout, int first, Lane lane) {
   int passes = first + lane.row, inside = EDGE ? min(passes, passing.count - 1) : passes;
   auto row_c = passing.c.at(inside);
   auto row_e = passing.e.at(inside);
@@ -138,6 +169,9 @@ METAL_FUNC void attend(thread Held& held, Passing<C, E> passing, Scoring scoring
 #endif
 
   // p = exp(s - lse) and ds = p (dp - delta). What is hidden is 0 by selection: any of the rest may be NaN.
+#if HAS_DROPOUT
+  held.keep(dropout, first, lane);
+#endif
   Operand p[HELD_FRAGMENTS], ds[HELD_FRAGMENTS];
   UNROLL for (int r = 0; r < HELD_FRAGMENTS; ++r) {
     UNROLL for (int i = 0; i < 2; ++i) {
@@ -162,8 +196,12 @@ METAL_FUNC void attend(thread Held& held, Passing<C, E> passing, Scoring scoring
       }
 #endif
       float prob = probability(s, terms, scoring);
-      float change = prob * (y[r].thread_elements()[i] - terms.z) * slope;
-      p[r].thread_elements()[i] = T(hidden ? 0.0f : prob);
+      float dp = y[r].thread_elements()[i], kept = prob;
+#if HAS_DROPOUT
+      if (!held.keeps(first, r, i, lane)) dp = kept = 0.0f;
+#endif
+      float change = prob * (dp - terms.z) * slope;
+      p[r].thread_elements()[i] = T(hidden ? 0.0f : kept);
       ds[r].thread_elements()[i] = T(hidden ? 0.0f : change);
     }
   }
@@ -187,24 +225,28 @@ METAL_FUNC void attend(thread Held& held, Passing<C, E> passing, Scoring scoring
 // its rows at once would cost many registers.
 template <typename C, typename E>
 METAL_FUNC void visit(
-    bool altered, thread Held& held, Passing<C, E> passing, Scoring scoring, VisibleRange range, int first, Lane lane) {
+    bool altered, thread Held& held, Passing<C, E> passing, Scoring scoring, Dropout dropout, VisibleRange range, int first,
+    Lane lane) {
   _Pragma("clang loop unroll(disable)") for (int n = 0; n < PASSING; n += 8) {
     if (!range.overlaps(first + n, 8)) continue;
     bool inner = range.contains(first + n, 8);
     if (inner && !(HAS_MASK && altered)) {
-      attend<false, false>(held, passing, scoring, first + n, lane);
+      attend<false, false>(held, passing, scoring, dropout, first + n, lane);
     } else if (HAS_MASK && inner) {
-      attend<false, HAS_MASK != 0>(held, passing, scoring, first + n, lane);
+      attend<false, HAS_MASK != 0>(held, passing, scoring, dropout, first + n, lane);
     } else {
-      attend<true, HAS_MASK != 0>(held, passing, scoring, first + n, lane);
+      attend<true, HAS_MASK != 0>(held, passing, scoring, dropout, first + n, lane);
     }
   }
 }
 
 // Lets all rows pass that the held ones go with: those of `range`, of `group_range` for the whole threadgroup.
 METAL_FUNC void pass_all(
-    thread Held& held, Passing<Rows, Rows> passing, Scoring scoring, VisibleRange range, VisibleRange group_range,
-    threadgroup Memory* memory, ushort simdgroup, Lane lane) {
+    thread Held& held, Passing<Rows, Rows> passing, Scoring scoring, Dropout dropout, VisibleRange range,
+    VisibleRange group_range, threadgroup Memory* memory, ushort simdgroup, Lane lane) {
+#if HAS_DROPOUT
+  held.kept_first = -KEPT_PASSING;  // none yet
+#endif
 #if STAGED
   // All simdgroups of the group copy every block that one of them needs; those that need it compute.
   for (int first = group_range.visible_begin; first < group_range.visible_end; first += PASSING) {
@@ -218,11 +260,11 @@ METAL_FUNC void pass_all(
 #if OF_KEYS
     staged.terms = passing.terms;
 #endif
-    visit(HAS_MASK, held, staged, scoring, range, first, lane);
+    visit(HAS_MASK, held, staged, scoring, dropout, range, first, lane);
   }
 #else
   for (int first = range.visible_begin; first < range.visible_end; first += PASSING)
-    visit(HAS_MASK, held, passing, scoring, range, first, lane);
+    visit(HAS_MASK, held, passing, scoring, dropout, range, first, lane);
 #endif
 }
 

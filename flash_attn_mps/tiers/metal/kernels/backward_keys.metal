@@ -49,15 +49,19 @@ kernel void attention_backward_keys(
         dout + sequence.batch * params[DOUT_BATCH] + sequence.first_q * params[DOUT_ROW] + head * params[DOUT_HEAD], params[DOUT_ROW]);
     passing.count = sequence.seqlen_q;
     passing.terms = terms + sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD];
-    pass_all(held, passing, scoring, range, group_range, memory, simdgroup, lane);
+    pass_all(held, passing, scoring, dropout_of(sequence, head, in), range, group_range, memory, simdgroup, lane);
   }
+  float factor = 1.0f;
+#if HAS_DROPOUT
+  factor = dropout_of(sequence, first_head, in).scale;
+#endif
 #if HAS_DK
   auto dk_head = dk + sequence.batch * params[DK_BATCH] + sequence.first_k * params[DK_ROW] + int(group.y) * params[DK_HEAD];
   store_rows<SlabD>(
-      held.da, dk_head, params[DK_ROW], held.first, sequence.seqlen_k, rows, scoring.sign * scoring.scale, lane);
+      held.da, dk_head, params[DK_ROW], held.first, sequence.seqlen_k, rows, scoring.sign * scoring.scale * factor, lane);
 #endif
 #if HAS_DV
   auto dv_head = dv + sequence.batch * params[DV_BATCH] + sequence.first_k * params[DV_ROW] + int(group.y) * params[DV_HEAD];
-  store_rows<SlabV>(held.db, dv_head, params[DV_ROW], held.first, sequence.seqlen_k, rows, 1.0f, lane);
+  store_rows<SlabV>(held.db, dv_head, params[DV_ROW], held.first, sequence.seqlen_k, rows, factor, lane);
 #endif
 }

@@ -47,9 +47,13 @@ kernel void attention_backward_queries(
   passing.c = keys.k;
   passing.e = keys.v;
   passing.count = sequence.seqlen_k;
-  pass_all(held, passing, scoring, range, group_range, memory, simdgroup, lane);
+  Dropout dropout = dropout_of(sequence, head, in);
+  pass_all(held, passing, scoring, dropout, range, group_range, memory, simdgroup, lane);
 
   device T* dq_head = dq + sequence.batch * params[DQ_BATCH] + sequence.first_q * params[DQ_ROW] + head * params[DQ_HEAD];
-  store_rows<SlabD>(
-      held.da, dq_head, params[DQ_ROW], held.first, sequence.seqlen_q, sequence.rows_q, scoring.sign * scoring.scale, lane);
+  float factor = scoring.sign * scoring.scale;
+#if HAS_DROPOUT
+  factor *= dropout.scale;
+#endif
+  store_rows<SlabD>(held.da, dq_head, params[DQ_ROW], held.first, sequence.seqlen_q, sequence.rows_q, factor, lane);
 }

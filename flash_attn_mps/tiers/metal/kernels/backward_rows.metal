@@ -3,6 +3,7 @@
 //   p = exp2((s - m) * exp2_scale - log2 l)   and   ds = p (dp - delta),   delta = rowsum(do o) - dlse
 //
 // and dsink is what the query gives to the gradient of its head's sink. s is a score as the kernels of the backward pass have it.
+// Under dropout dp and do count where kept, and everything is what it should be over Dropout.scale until it is stored.
 //
 // An ordinary query has m = 0 and the log-sum-exp for log2 l. But half an ulp of a log-sum-exp of 1e6 is 0.03, and one of a row
 // whose every key has the least finite number added holds no trace of l. So a query whose log-sum-exp is large walks its keys
@@ -128,6 +129,11 @@ kernel void attention_backward_rows(
 #if HAS_DLSE
     delta -= dlse[row_of_head + inside];
 #endif
+#if HAS_DROPOUT
+    float scale = dropout_of(sequence, head, in).scale;
+#else
+    float scale = 1.0f;
+#endif
     float3 logarithms = float3(0.0f, lse_of_row * LOG2E, -INFINITY);
 #if HAS_SINKS
     logarithms.z = (in.sinks[head] - lse_of_row) * LOG2E;
@@ -142,7 +148,7 @@ kernel void attention_backward_rows(
     // A row that does not exist, or whose sink is -inf and that sees nothing, has a log-sum-exp of -inf.
     bool is_row = row < sequence.seqlen_q && lse_of_row != -INFINITY;
     float of_sink = is_row ? exp2(logarithms.z) : 0.0f;
-    if (is_row) result = float4(logarithms.x, logarithms.y, delta, of_sink == 0.0f ? 0.0f : -of_sink * delta);
+    if (is_row) result = float4(logarithms.x, logarithms.y, delta / scale, of_sink == 0.0f ? 0.0f : -of_sink * delta);
   }
   if (lane.column == 0 && row < sequence.rows_q) terms[row_of_head + row] = result;
 }

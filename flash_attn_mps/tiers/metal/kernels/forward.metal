@@ -11,12 +11,6 @@ constant constexpr int DV_FRAGMENTS = (HEAD_DIM_V + 7) / 8;
 typedef Slab<HEAD_DIM, VECTOR> SlabD;
 typedef Slab<HEAD_DIM_V, VECTOR_V> SlabV;
 
-#if HAS_DROPOUT
-// Eights of keys whose random bits are made together: those of a block, or of as many as give every lane a byte to make.
-constant constexpr int KEPT_EIGHTS = KEY_FRAGMENTS * ROWS >= 32 ? KEY_FRAGMENTS : 32 / ROWS;
-constant constexpr int KEPT_ROW_BYTES = !HAS_MASK ? KEY_FRAGMENTS : KEY_FRAGMENTS < 4 ? 1 : KEY_FRAGMENTS / 4;
-#endif
-
 // A simdgroup's queries, and their attention over the blocks so far.
 struct State {
   Operand q[ROW_FRAGMENTS][D_FRAGMENTS];
@@ -24,30 +18,8 @@ struct State {
   float m[ROW_FRAGMENTS];  // running maximum of each row's scores
   float l[ROW_FRAGMENTS];  // this lane's part of the running sum of exp(s - m): the four lanes of a row are added at the end
   int first_row;
-#if HAS_DROPOUT
-  KeptBlock<ROWS, KEPT_EIGHTS> kept;
-  int kept_first_key;  // where it begins
-#endif
+  Kept kept;
 };
-
-#if HAS_DROPOUT
-// What dropout keeps of a lane's keys in its row of fragment r: a bit for each of KEY_FRAGMENTS fragments and two elements.
-struct KeptRow {
-  uint bytes[KEPT_ROW_BYTES];
-
-  // Under a mask a lane has 2 KEY_FRAGMENTS neighbouring keys, else two in each eight: see key_of.
-  METAL_FUNC void load(thread State& state, int r, int first_key, Lane lane) thread {
-    int first = (first_key - state.kept_first_key) + (HAS_MASK ? KEY_FRAGMENTS * lane.column : lane.column);
-    UNROLL for (int i = 0; i < KEPT_ROW_BYTES; ++i)
-      bytes[i] = state.kept.byte(8 * r + lane.row, first / 8 + i) >> (first % 8);
-  }
-
-  METAL_FUNC bool at(int n, int e) const thread {
-    int bit = HAS_MASK ? KEY_FRAGMENTS * e + n : 8 * n + e;
-    return bytes[bit / 8] >> (bit % 8) & 1;
-  }
-};
-#endif
 
 // Line 8: s = q k^T. EDGE: there may be fewer keys than the block has; the last one stands for those past the end.
 template <bool EDGE, typename AnyKeys>
@@ -79,16 +51,10 @@ METAL_FUNC void online_softmax(
     thread State& state,
     Scoring scoring,
     MaskTile mask_tile,
-    Dropout dropout,
     int first_key,
     int seqlen_k,
     Lane lane) {
-#if HAS_DROPOUT
-  if (KEPT_EIGHTS == KEY_FRAGMENTS || first_key / 8 / KEPT_EIGHTS != state.kept_first_key / 8 / KEPT_EIGHTS) {
-    state.kept_first_key = first_key - first_key % (8 * KEPT_EIGHTS);
-    state.kept.make(dropout, state.first_row, state.kept_first_key, lane);
-  }
-#endif
+  state.kept.move_to(state.first_row, first_key, lane);
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     // Scale, soft-cap, ALiBi, window, mask.
     int row = state.first_row + 8 * r + lane.row;
@@ -122,18 +88,12 @@ METAL_FUNC void online_softmax(
     float base = m == -INFINITY ? 0.0f : m;  // a row that has seen nothing yet: -inf - -inf would be NaN
     // p = exp(s - m_new). Dropout takes from p, not from l.
     float sum = 0.0f;
-#if HAS_DROPOUT
-    KeptRow kept;
-    kept.load(state, r, first_key, lane);
-#endif
+    KeptRow kept = state.kept.row(r, first_key, lane);
     UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
       UNROLL for (int e = 0; e < 2; ++e) {
         float x = exp_of_difference(s[r][n].thread_elements()[e], base, scoring);
         sum += x;
-#if HAS_DROPOUT
-        if (!kept.at(n, e)) x = 0.0f;
-#endif
-        p[r][n].thread_elements()[e] = T(x);
+        p[r][n].thread_elements()[e] = T(kept.at(n, e) ? x : 0.0f);
       }
     }
     // o and l by alpha = exp(m - m_new), which is 1 unless the maximum of a row has grown
@@ -201,12 +161,11 @@ METAL_FUNC void accumulate_pv(
 // Lines 7 to 10 for the block of keys from `first_key` on. EDGE: the sequence's end or a side of the window lies in it.
 // MASKED: `mask_tile` is applied, in which what lies beyond an edge is hidden too.
 template <bool EDGE, bool MASKED, typename AnyKeys>
-METAL_FUNC void attend_block(
-    thread State& state, AnyKeys keys, Scoring scoring, MaskTile mask_tile, Dropout dropout, int first_key, Lane lane) {
+METAL_FUNC void attend_block(thread State& state, AnyKeys keys, Scoring scoring, MaskTile mask_tile, int first_key, Lane lane) {
   Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
   Operand p[ROW_FRAGMENTS][KEY_FRAGMENTS];
   compute_qk<EDGE>(s, state, keys, first_key, lane);
-  online_softmax<EDGE, MASKED>(s, p, state, scoring, mask_tile, dropout, first_key, keys.seqlen, lane);
+  online_softmax<EDGE, MASKED>(s, p, state, scoring, mask_tile, first_key, keys.seqlen, lane);
   accumulate_pv<EDGE, MASKED>(s, p, state, keys, first_key, lane);
 }
 
@@ -214,25 +173,18 @@ METAL_FUNC void attend_block(
 // keep the compiler from moving loads ahead of it. `altered`: the mask changes scores of this block, so it must be read.
 template <typename AnyKeys>
 METAL_FUNC void dispatch_block(
-    bool altered,
-    thread State& state,
-    AnyKeys keys,
-    Scoring scoring,
-    Dropout dropout,
-    VisibleRange range,
-    int first_key,
-    Lane lane) {
+    bool altered, thread State& state, AnyKeys keys, Scoring scoring, VisibleRange range, int first_key, Lane lane) {
   MaskTile mask_tile;
   bool inner = range.contains(first_key, KEYS);
 #if HAS_MASK
   if (altered) mask_tile.load(!inner, scoring, state.first_row, first_key, keys.seqlen, lane);
 #endif
   if (inner && !(HAS_MASK && altered)) {
-    attend_block<false, false>(state, keys, scoring, mask_tile, dropout, first_key, lane);
+    attend_block<false, false>(state, keys, scoring, mask_tile, first_key, lane);
   } else if (HAS_MASK && inner) {
-    attend_block<false, HAS_MASK != 0>(state, keys, scoring, mask_tile, dropout, first_key, lane);
+    attend_block<false, HAS_MASK != 0>(state, keys, scoring, mask_tile, first_key, lane);
   } else {
-    attend_block<true, HAS_MASK != 0>(state, keys, scoring, mask_tile, dropout, first_key, lane);
+    attend_block<true, HAS_MASK != 0>(state, keys, scoring, mask_tile, first_key, lane);
   }
 }
 
@@ -251,7 +203,6 @@ kernel void attention_forward(
   Tile tile = tile_of(tile_index, int(group.z), ROWS * SIMDGROUPS, in);
   Sequence sequence = tile.sequence;
   Scoring scoring = scoring_of(sequence, head, in);
-  Dropout dropout = dropout_of(sequence, head, in);
   int group_first_row = tile.index * ROWS * SIMDGROUPS;
   if (group_first_row >= sequence.rows_q) return;
   bool has_queries = group_first_row < sequence.seqlen_q;  // of the group: else its rows are zeroed
@@ -259,9 +210,7 @@ kernel void attention_forward(
   // Lines 4 and 5: load q; o = 0, l = 0, m = -inf.
   State state;
   state.first_row = group_first_row + simdgroup * ROWS;
-#if HAS_DROPOUT
-  state.kept_first_key = -8 * KEPT_EIGHTS;  // none yet
-#endif
+  state.kept.begin(dropout_of(sequence, head, in));
   int last_row = min(state.first_row + ROWS, sequence.seqlen_q) - 1;
   device const T* q_head = q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
@@ -293,14 +242,13 @@ kernel void attention_forward(
       int first_key = run + int(block) * KEYS;
       StagedKeys staged = stage(staging, keys, first_key, ushort(simdgroup * 32 + index));
       if (!(flags.visible >> block & 1)) continue;
-      dispatch_block(flags.altered >> block & 1, state, staged, scoring, dropout, range, first_key, lane);
+      dispatch_block(flags.altered >> block & 1, state, staged, scoring, range, first_key, lane);
     }
   }
 #else
   for (int first_key = group_range.visible_begin; first_key < group_range.visible_end; first_key += KEYS) {
     StagedKeys staged = stage(staging, keys, first_key, ushort(simdgroup * 32 + index));
-    if (range.overlaps(first_key, KEYS) && is_needed)
-      dispatch_block(false, state, staged, scoring, dropout, range, first_key, lane);
+    if (range.overlaps(first_key, KEYS) && is_needed) dispatch_block(false, state, staged, scoring, range, first_key, lane);
   }
 #endif
 #else
@@ -311,12 +259,12 @@ kernel void attention_forward(
     for (; flags.visible; flags.visible &= flags.visible - 1) {
       uint block = ctz(flags.visible);
       int first_key = run + int(block) * KEYS;
-      dispatch_block(flags.altered >> block & 1, state, keys, scoring, dropout, range, first_key, lane);
+      dispatch_block(flags.altered >> block & 1, state, keys, scoring, range, first_key, lane);
     }
   }
 #else
   for (int first_key = range.visible_begin; first_key < range.visible_end; first_key += KEYS)
-    dispatch_block(false, state, keys, scoring, dropout, range, first_key, lane);
+    dispatch_block(false, state, keys, scoring, range, first_key, lane);
 #endif
 #endif
 
@@ -330,10 +278,7 @@ kernel void attention_forward(
       bool is_query = row < sequence.seqlen_q;
       if (!is_query) UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
       float factor = statistics.l > 0.0f ? keys.v_descale * statistics.rescale / statistics.l : 0.0f;
-#if HAS_DROPOUT
-      factor *= dropout.scale;
-#endif
-      SlabV::store(out_head + row * params[OUT_ROW], state.o[r], factor, lane);
+      SlabV::store(out_head + row * params[OUT_ROW], state.o[r], state.kept.dropout.scaled(factor), lane);
 #if HAS_LSE
       if (lane.column == 0)
         lse[sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD] + row] =

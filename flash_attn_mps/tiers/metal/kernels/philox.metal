@@ -30,9 +30,13 @@ struct Dropout {
   }
 
   METAL_FUNC bool keeps(int row, int key) const thread { return kept_of_eight(row, key / 8) >> (key % 8) & 1; }
+  METAL_FUNC float scaled(float x) const thread { return x * scale; }
 };
 #else
-struct Dropout {};
+struct Dropout {
+  METAL_FUNC bool keeps(int, int) const thread { return true; }
+  METAL_FUNC float scaled(float x) const thread { return x; }
+};
 #endif
 
 METAL_FUNC Dropout dropout_of(Sequence sequence, int head, Inputs in) {

@@ -43,17 +43,13 @@ kernel void attention_scalar(
     float rescale = exp2((m - m_new) * scoring.exp2_scale), p = exp2((s - m_new) * scoring.exp2_scale);
     l = l * rescale + p;
     m = m_new;
-#if HAS_DROPOUT
     if (!dropout.keeps(row, key)) p = 0.0f;  // which l does not see
-#endif
     for (int d = 0; d < HEAD_DIM_V; ++d) o[d] = fma(p, element(keys.v.at(key), d), o[d] * rescale);  // line 10
   }
   // Lines 12 to 15: o / l, and m + log(l). A query that saw no key has l = 0: zeros and -inf.
   RowStatistics statistics = statistics_of(m, l, scoring, head, in);
   float factor = is_query && statistics.l != 0.0f ? keys.v_descale * statistics.rescale / statistics.l : 0.0f;  // l may be NaN
-#if HAS_DROPOUT
-  factor *= dropout.scale;
-#endif
+  factor = dropout.scaled(factor);
   device T* to = out + sequence.batch * params[OUT_BATCH] + (sequence.first_q + row) * params[OUT_ROW] + head * params[OUT_HEAD];
   for (int d = 0; d < HEAD_DIM_V; ++d) to[d] = T(o[d] * factor);
 #if HAS_LSE
