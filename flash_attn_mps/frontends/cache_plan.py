@@ -6,7 +6,6 @@ attends. Lengths and indices stay on the device. Values are checked where the ho
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from typing import Any, NamedTuple
 
@@ -15,9 +14,10 @@ import torch
 from .. import checks, dispatch
 from ..lengths import Lengths, Rows, check_pages, used
 from ..problem import AttentionProblem, Result, with_qv
-from .cache_append import NewRows, append, sequence_of_rows
+from ..tiers.metal.rotary import NewKeys, Queries, Rotary
+from .cache_append import prepare
 from .cache_call import NAMES, CacheCall
-from .rotary import rotated
+from .cache_codes import check_descales, kv_dtype
 
 _Q = "batch, seqlen_q, heads, head_dim"
 _Q_PACKED = "total_q, heads, head_dim with cu_seqlens_q"
@@ -26,24 +26,16 @@ _PAGES = "num_blocks, block_size, heads_k, head_dim"
 _NAMES = {caller: {"k": names["k_cache"], "v": names["v_cache"]} for caller, names in NAMES.items()}
 
 
-class Rotary(NamedTuple):
-    """Rotary embedding of the queries and of the new keys."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    interleaved: bool
-    start: int | torch.Tensor  # the position of the first query and of the first new key of each sequence
-    advances: bool  # does the second query have the next position? Else all queries have the first one
-
-
 class CachePlan(NamedTuple):
     """What a call comes to: everything is checked, nothing is written yet."""
 
     call: CacheCall
-    problem: AttentionProblem  # over the cache as it will be, by the queries as they are
-    cached: int | torch.Tensor  # the rows of each sequence in the cache, before the new ones
-    new: NewRows | None
+    problem: (
+        AttentionProblem  # over the cache as it will be; its queries, if rotated, and seqused_k are yet to be filled
+    )
+    new: NewKeys | None
     rotary: Rotary | None
+    queries: Queries | None  # to rotate, if any are
 
 
 def describe(call: CacheCall) -> CachePlan:
@@ -59,25 +51,33 @@ def describe(call: CacheCall) -> CachePlan:
         name = call.names["block_table"]
         checks.tensor(call.block_table, name, "batch, blocks per sequence")
         kv_dims = f"{_PAGES} with {name}"
-    checks.qkv(q, k_cache, v_cache, (_Q if call.cu_seqlens_q is None else _Q_PACKED, kv_dims), _NAMES[call.caller])
+    codes = kv_dtype(call)
+    dims = (_Q if call.cu_seqlens_q is None else _Q_PACKED, kv_dims)
+    checks.qkv(q, k_cache, v_cache, dims, _NAMES[call.caller], codes)
     if call.cu_seqlens_q is None:
         queries, batch = Lengths(q.shape[1]), q.shape[0]
     else:
         queries, batch = _packed_queries(call, call.cu_seqlens_q), call.cu_seqlens_q.shape[0] - 1
-    call = _with_entries(call, batch)
+    _check_entries(call, batch)
+    if codes is not None:
+        check_descales(call, batch)
     room = k_cache.shape[1] * (1 if call.block_table is None else call.block_table.shape[1])
     cached = _cached(call, batch, room)
     leftpad = None
     if call.cache_leftpad is not None:
         leftpad = _leftpad(call.cache_leftpad, call, batch, room, cached)
-    new = _new(call, batch, room, cached)
-    rotary = _rotary(call, batch, queries, cached, new)
+    new, of_new = _new(call, batch, room, cached)
+    rotary, rotated = _rotary(call, batch, queries, cached, of_new)
     if call.seqused_q is not None:
         queries = used(queries, call.seqused_q, "seqused_q", batch, q, call.lengths_of_q)
-    problem = _problem(call, batch, room, queries, cached, new, leftpad)
+    problem = _problem(call, batch, room, queries, cached, of_new, leftpad)
+    if new is not None:
+        new = new._replace(seqused_k=problem.seqused_k)
+    if rotated is not None:
+        problem.q = rotated.out
     if call.qv is not None:
         checks.qv(call.qv, problem.out_shape, q)
-    return CachePlan(call, problem, cached.number, new, rotary)
+    return CachePlan(call, problem, new, rotary, rotated)
 
 
 def run(plan: CachePlan) -> Result:
@@ -85,11 +85,9 @@ def run(plan: CachePlan) -> Result:
 
     Computes at once and without gradients: whether there is a graph or a gradient is `kvcache.attention`'s business.
     """
-    call, problem, _, new, rotary = plan
-    if rotary is not None:
-        problem = dataclasses.replace(problem, q=_rotated_queries(rotary, problem))
+    call, problem, new, rotary, queries = plan
     if new is not None:
-        append(call, plan.cached, new, new.k if rotary is None else _rotated_keys(rotary, new))
+        prepare(new, rotary, queries)
     if call.qv is not None:
         problem = with_qv(problem, call.qv, call.options.softmax_scale)
     return dispatch.attention(problem)
@@ -101,12 +99,8 @@ def _packed_queries(call: CacheCall, cu_seqlens: torch.Tensor) -> Lengths:
     return Lengths(longest, tensor, known)
 
 
-def _with_entries(call: CacheCall, batch: int) -> CacheCall:
-    """`call`, checked to have an entry of the cache for each sequence; of a paged cache with those entries alone.
-
-    The rows of a block table are picked here, by one small gather on the device: the append needs them as the attention
-    does, and so no tier has to honour both indices at once.
-    """
+def _check_entries(call: CacheCall, batch: int) -> None:
+    """Is there an entry of the cache, or a row of the block table, for each sequence?"""
     k_cache, block_table, entries = call.k_cache, call.block_table, call.cache_batch_idx
     if block_table is not None:
         dims = (
@@ -119,14 +113,13 @@ def _with_entries(call: CacheCall, batch: int) -> CacheCall:
         )
         raise checks.malformed(call.names["k_cache"], k_cache, accepted)
     if entries is None:
-        return call
+        return
     name = call.names["cache_batch_idx"]
     checks.int32(entries, name, "batch,", batch, call.q)
     if block_table is None:
         checks.indices(entries, name, k_cache.shape[0], f"the entries of {call.names['k_cache']}")
-        return call
-    checks.indices(entries, name, block_table.shape[0], f"the rows of {call.names['block_table']}")
-    return dataclasses.replace(call, block_table=block_table.index_select(0, entries), cache_batch_idx=None)
+    else:
+        checks.indices(entries, name, block_table.shape[0], f"the rows of {call.names['block_table']}")
 
 
 def _cached(call: CacheCall, batch: int, room: int) -> Rows:
@@ -154,13 +147,13 @@ def _leftpad(leftpad: torch.Tensor, call: CacheCall, batch: int, room: int, cach
     return Rows(leftpad, known)
 
 
-def _new(call: CacheCall, batch: int, room: int, cached: Rows) -> NewRows | None:
-    """The rows that the call appends, for which there is room."""
+def _new(call: CacheCall, batch: int, room: int, cached: Rows) -> tuple[NewKeys | None, Rows | None]:
+    """The rows that the call appends, for which there is room, and how many each sequence gets."""
     cu_seqlens = call.cu_seqlens_k_new
     if call.k is None and call.v is None:
         if cu_seqlens is not None:
             raise checks.malformed("cu_seqlens_k_new", "new lengths without k and v", "None, or k and v too")
-        return None
+        return None, None
     names = k_name, v_name, seqlens_name = call.names["k"], call.names["v"], call.names["cache_seqlens"]
     for name, value in zip(names, (call.k, call.v, call.cache_seqlens), strict=True):
         if value is None:
@@ -176,14 +169,27 @@ def _new(call: CacheCall, batch: int, room: int, cached: Rows) -> NewRows | None
         known = checks.cu_seqlens(cu_seqlens, "cu_seqlens_k_new", k.shape[0], k_name, call.q)
         if cu_seqlens.shape[0] != batch + 1:
             raise checks.malformed("cu_seqlens_k_new", cu_seqlens, f"{batch + 1} values")
-        rows = Rows(cu_seqlens.diff(), known)
+        rows = Rows(cu_seqlens, known)
         if known is not None:  # rows behind the last sequence are no sequence's
             k, v = k[: sum(known)], v[: sum(known)]
     longest = _longest(cached.known, rows.known)
     if longest > room:
         came = f"{longest} keys after appending to those of {seqlens_name}"
         raise checks.malformed(k_name, came, f"at most {room}, the room of {call.names['k_cache']}")
-    return NewRows(k, v, cu_seqlens, rows)
+    new = NewKeys(
+        k,
+        v,
+        call.k_cache,
+        call.v_cache,
+        cu_seqlens,
+        cached.number,
+        call.cache_batch_idx,
+        call.block_table,
+        call.cache_leftpad,
+        k_descale=call.k_descale,
+        v_descale=call.v_descale,
+    )
+    return new, rows
 
 
 def _new_tensor(value: Any, field: str, cache: torch.Tensor, call: CacheCall) -> torch.Tensor:
@@ -193,8 +199,8 @@ def _new_tensor(value: Any, field: str, cache: torch.Tensor, call: CacheCall) ->
         dims = "total_k_new, heads_k, head_dim with cu_seqlens_k_new"
     checks.own_memory(cache, cache_name)
     tensor = checks.tensor(value, name, dims, call.q)
-    if tensor.dtype != cache.dtype:
-        raise checks.malformed(name, f"dtype {tensor.dtype}", f"{cache.dtype}, the dtype of {cache_name}")
+    if tensor.dtype != call.q.dtype:
+        raise checks.malformed(name, f"dtype {tensor.dtype}", f"{call.q.dtype}, the dtype of q")
     if tensor.shape[-2:] != cache.shape[-2:]:
         raise checks.malformed(name, tensor, f"(heads, head_dim) = {tuple(cache.shape[-2:])} as {cache_name}")
     return tensor
@@ -207,19 +213,21 @@ def _longest(starts: list[int] | None, lengths: list[int] | None) -> int:
     return max((start + length for start, length in zip(starts, lengths, strict=True) if length), default=0)
 
 
-def _rotary(call: CacheCall, batch: int, queries: Lengths, cached: Rows, new: NewRows | None) -> Rotary | None:
-    """How to rotate, with a table that reaches as far as the positions do."""
+def _rotary(
+    call: CacheCall, batch: int, queries: Lengths, cached: Rows, of_new: Rows | None
+) -> tuple[Rotary | None, Queries | None]:
+    """How to rotate, with a table that reaches as far as the positions do, and the queries with memory for them."""
     q, seqlens = call.q, call.rotary_seqlens
     if call.rotary_cos is None:
         if call.rotary_sin is not None:
             raise checks.malformed("rotary_sin", "a table without rotary_cos", "None, or rotary_cos too")
-        return None  # whatever rotary_seqlens is: upstream does not look at it either
+        return None, None  # whatever rotary_seqlens is: upstream does not look at it either
     cos, sin = _table(call.rotary_cos, "rotary_cos", q), _table(call.rotary_sin, "rotary_sin", q)
     if sin.shape != cos.shape:
         raise checks.malformed("rotary_sin", sin, f"the shape of rotary_cos, {tuple(cos.shape)}")
     if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
         raise checks.malformed("rotary_cos", cos, f"rotary_dim / 2 of at most {q.shape[-1] // 2}, half the head_dim")
-    if new is None:
+    if of_new is None:
         accepted = f"{call.names['k']} and {call.names['v']} too"
         raise checks.malformed("rotary_cos", "rotary embedding without new keys", accepted)
     start = cached
@@ -227,7 +235,7 @@ def _rotary(call: CacheCall, batch: int, queries: Lengths, cached: Rows, new: Ne
         start = Rows(
             seqlens, checks.lengths(seqlens, call.names["rotary_seqlens"], batch, cos.shape[0], q, "rotary_cos")
         )
-    _check_table(cos, start, new.rows.known, "keys")
+    _check_table(cos, start, of_new.known, "keys")
     # Upstream's rule: without causal, window and chunk all queries have the position after the cache.
     window = checks.window(call.options.window_size, call.options.causal)
     advances = window != (-1, -1) or checks.attention_chunk(call.options.attention_chunk) > 0
@@ -235,7 +243,8 @@ def _rotary(call: CacheCall, batch: int, queries: Lengths, cached: Rows, new: Ne
     if lengths is not None and not advances:
         lengths = [min(n, 1) for n in lengths]
     _check_table(cos, start, lengths, "queries")
-    return Rotary(cos, sin, call.rotary_interleaved, start.number, advances)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return Rotary(cos, sin, call.rotary_interleaved, start.number), Queries(q, out, call.cu_seqlens_q, advances)
 
 
 def _table(value: Any, name: str, q: torch.Tensor) -> torch.Tensor:
@@ -257,28 +266,35 @@ def _problem(
     room: int,
     queries: Lengths,
     cached: Rows,
-    new: NewRows | None,
+    of_new: Rows | None,
     leftpad: Rows | None,
 ) -> AttentionProblem:
     """Attention over the cache with the new rows in it."""
     q, k, v, block_table = call.q, call.k_cache, call.v_cache, call.block_table
-    rows = cached
-    if new is not None:
-        rows = rows.each(operator.add, new.rows)
+    number, known = cached
+    if of_new is not None and known is not None:
+        known = None if of_new.known is None else list(map(operator.add, known, of_new.known))
     if block_table is not None:
         first = None if leftpad is None else leftpad.known
-        check_pages(block_table, k, rows.known, call.names["cache_seqlens"], call.names["block_table"], first)
-    if leftpad is not None:
-        rows = rows.each(operator.sub, leftpad)
-    number, known = rows
-    seqused = None
-    if isinstance(number, torch.Tensor):
-        seqused = number
-    elif block_table is not None:
-        seqused = torch.full((batch,), number, dtype=torch.int32, device=q.device)
-    else:
+        table = _table_of_sequences(block_table, call.cache_batch_idx)
+        check_pages(table, k, known, call.names["cache_seqlens"], call.names["block_table"], first)
+    if leftpad is not None and known is not None:
+        known = None if leftpad.known is None else list(map(operator.sub, known, leftpad.known))
+    numbers = [number, 0 if of_new is None else of_new.number, *(() if leftpad is None else (leftpad.number,))]
+    lengths = [n for n in (*numbers, block_table) if isinstance(n, torch.Tensor)]
+    seqused: Any = None
+    if not lengths:
         # One length for all is a plain dense problem on a shorter view.
-        k, v, room, known = k[:, :number], v[:, :number], number, None
+        room = sum(numbers)
+        k, v, known = k[:, :room], v[:, :room], None
+    elif of_new is not None:
+        seqused = lengths[0].new_empty(batch)  # filled when the new rows are appended
+    elif leftpad is not None:
+        seqused = number - leftpad.number
+    elif isinstance(number, torch.Tensor):
+        seqused = number
+    else:
+        seqused = torch.full((batch,), number, dtype=torch.int32, device=q.device)
     max_seqlen_k = room if known is None else max(known, default=0)
     return AttentionProblem(
         q,
@@ -295,23 +311,15 @@ def _problem(
         block_table=block_table,
         kv_batch_idx=call.cache_batch_idx,
         leftpad_k=call.cache_leftpad,
+        k_descale=call.k_descale,
+        v_descale=call.v_descale,
         lengths_q=queries.lengths,
         lengths_k=known,
     )
 
 
-def _rotated_queries(rotary: Rotary, p: AttentionProblem) -> torch.Tensor:
-    cos, sin, interleaved, start, advances = rotary
-    q, cu_seqlens = p.q, p.cu_seqlens_q
-    if advances:
-        return rotated(q, cos, sin, start, cu_seqlens, interleaved)
-    if cu_seqlens is None:  # all at one position: as if all were heads of one query
-        return rotated(q.flatten(1, 2).unsqueeze(1), cos, sin, start, None, interleaved).view(q.shape)
-    if isinstance(start, torch.Tensor):
-        start = start[sequence_of_rows(cu_seqlens, q.shape[0])]
-    # As if each query were a sequence.
-    return rotated(q.unsqueeze(1), cos, sin, start, None, interleaved).squeeze(1)
-
-
-def _rotated_keys(rotary: Rotary, new: NewRows) -> torch.Tensor:
-    return rotated(new.k, rotary.cos, rotary.sin, rotary.start, new.cu_seqlens, rotary.interleaved)
+def _table_of_sequences(block_table: torch.Tensor, entries: torch.Tensor | None) -> torch.Tensor:
+    """`(batch, blocks per sequence)`, to be looked at where values can be read for free."""
+    if entries is None or not checks.readable(block_table) or not checks.readable(entries):
+        return block_table
+    return block_table.index_select(0, entries)
