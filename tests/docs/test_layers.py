@@ -22,7 +22,7 @@ LAYERS = [
     {"tiers"},
     {"trace", "timing", "describe", "project"},
     {"problem", "lengths"},
-    {"checks", "text_table"},
+    {"capture", "checks", "philox", "quantised", "text_table"},
 ]
 
 

@@ -161,16 +161,17 @@ def test_every_kvcache_call(case):
 
 @pytest.mark.parametrize(
     ("how", "tier"),
-    [({"dropout_p": 0.1}, "torch"), ({"seqlen_k": 0}, "torch")],
+    [({"dropout_p": 0.1, "return_attn_probs": True}, "torch"), ({"head_dim": 520}, "cpu"), ({"seqlen_k": 0}, "torch")],
     ids=str,
 )
 def test_what_the_kernels_refuse_other_tiers_serve(how, tier, monkeypatch):
+    how = dict(how)
     monkeypatch.setattr(trace, "enabled", True)
     monkeypatch.setattr(trace, "calls", trace.Counter())
-    q = torch.randn(1, 9, 2, 64)
-    k, v = (torch.randn(1, how.get("seqlen_k", 9), 2, 64) for _ in range(2))
+    head_dim, seqlen_k = how.pop("head_dim", 64), how.pop("seqlen_k", 9)
+    q = torch.randn(1, 9, 2, head_dim)
+    k, v = (torch.randn(1, seqlen_k, 2, head_dim) for _ in range(2))
     with observe(instrumented=False) as launches:
-        out = fa2.flash_attn_func(q, k, v, dropout_p=how.get("dropout_p", 0.0))
+        fa2.flash_attn_func(q, k, v, **how)
     assert not launches
     assert [call.tier for call in trace.calls] == [tier]
-    assert out.shape == q.shape

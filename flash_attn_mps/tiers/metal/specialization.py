@@ -9,6 +9,12 @@ from typing import Any, NamedTuple
 from .kernel import OPTIONAL_BUFFERS, Kernel, Parameters
 
 _KERNELS = Path(__file__).parent / "kernels"
+# The bound of a group's threads in a kernel's attribute is 64 at least: with 32 Apple's compiler got rows 4 to 7 of 8x8
+# tiles wrong (tracel-ai/cubek#645), and barriers broke (MoltenVK#2711).
+_BOUND = "#define BOUND(threads) ((threads) < 64 ? 64 : (threads))"
+# Ahead of Metal's own headers: under PYTORCH_MPS_FAST_MATH torch asks for a mode in which tests for NaN and infinities
+# may be left out. Metal 3.1 has no such pragma: there the proof finds out (prove.py).
+_MATH = ("#if __METAL_VERSION__ >= 320", "#pragma METAL fp math_mode(safe)", "#endif")
 
 
 class Mask(NamedTuple):
@@ -25,6 +31,7 @@ class Specialization(NamedTuple):
 
     kernel: Kernel
     dtype: str  # Metal's name: half, bfloat, float
+    kv_format: str  # of k and v where they are quantised, as quantised.Format names it; else empty
     head_dim: int
     head_dim_v: int
     vector: int  # elements to which rows of head_dim elements are aligned, 16 bytes at most
@@ -32,6 +39,7 @@ class Specialization(NamedTuple):
     left: bool  # is that side of the window closed?
     right: bool
     softcap: bool
+    dropout: bool
     buffers: tuple[str, ...]  # the optional ones that are given
     mask: Mask | None
     scale_type: str
@@ -41,6 +49,8 @@ class Specialization(NamedTuple):
         """The Metal source, ASCII."""
         return "\n".join(
             [
+                *_MATH,
+                _BOUND,
                 *(f"#include <{header}>" for header in self.kernel.headers),
                 "using namespace metal;",
                 *(f"#define {name} {value}" for name, value in self._defines().items()),
@@ -55,6 +65,10 @@ class Specialization(NamedTuple):
         return {
             "T": self.dtype,
             "ELEMENT_BYTES": 4 if self.dtype == "float" else 2,
+            "T_IS_HALF": int(self.dtype == "half"),
+            "T_IS_BFLOAT": int(self.dtype == "bfloat"),
+            "KV_T": "uchar" if self.kv_format else "T",
+            "KV_FORMAT": f"KV_IS_{self.kv_format.upper()}" if self.kv_format else 0,
             "HEAD_DIM": self.head_dim,
             "HEAD_DIM_V": self.head_dim_v,
             "VECTOR": self.vector,
@@ -62,6 +76,7 @@ class Specialization(NamedTuple):
             "HAS_WINDOW_LEFT": int(self.left),
             "HAS_WINDOW_RIGHT": int(self.right),
             "HAS_SOFTCAP": int(self.softcap),
+            "HAS_DROPOUT": int(self.dropout),
             **{f"HAS_{name.upper()}": int(name in self.buffers) for name in optional},
             "MASK_IS_BOOL": int(self.mask is not None and mask.type == "uchar"),
             "MASK_IS_ADDED": int(self.mask is not None and mask.type != "uchar"),
@@ -72,6 +87,7 @@ class Specialization(NamedTuple):
             "MASK_COLUMNS_ARE_ONE": int(mask.columns_are_one),
             "SCALE_T": self.scale_type,
             **{name.upper(): int(value) for name, value in self.variant._asdict().items()},
+            **self.kernel.defines,
         }
 
     def _declarations(self) -> list[str]:

@@ -162,11 +162,11 @@ METAL_FUNC void dispatch_block(
     thread State& state,
     BlockKeys keys,
     Scoring scoring,
-    KeyRange range,
+    VisibleRange range,
     int first_key,
     Lane lane) {
   MaskTile mask_tile;
-  bool inner = range.contains(first_key);
+  bool inner = range.contains(first_key, KEYS);
 #if HAS_MASK
   if (altered) mask_tile.load(!inner, scoring, state.first_row, first_key, keys.seqlen, lane);
 #endif
@@ -187,7 +187,7 @@ METAL_FUNC void round_of_slices(
     thread State& state,
     Keys all_keys,
     Scoring scoring,
-    KeyRange range,
+    VisibleRange range,
     int first_key,
     int simdgroup,
     ushort index) {
@@ -195,7 +195,7 @@ METAL_FUNC void round_of_slices(
   Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
   BlockKeys keys = keys_of_block(all_keys, active ? first_key : 0, index);
   if (active) {
-    if (range.contains(first_key)) {
+    if (range.contains(first_key, KEYS)) {
       compute_qk<false>(s, state, keys, first_key, lane);
     } else {
       compute_qk<true>(s, state, keys, first_key, lane);
@@ -228,9 +228,9 @@ kernel void attention_decode(
   int rows = sequence.seqlen_q * HEADS_IN_TILE, first_row = tile.index * ROWS;
 
   // Line 6: the blocks of keys that these queries see, and which of them are this split's.
-  KeyRange range = key_range_of_rows(scoring, first_row, rows, sequence.seqlen_k);
+  VisibleRange range = key_range_of_rows(scoring, first_row, rows, sequence.seqlen_k);
   if (first_row >= rows) range.visible_end = range.visible_begin;
-  KeyRange part = part_of(range, splits, split);
+  VisibleRange part = part_of(range, splits, split);
 #if HAS_PARTIAL_O
   if (split >= parts_of(range, splits)) return;
 #else

@@ -1,7 +1,7 @@
 // The keys and values of one sequence and head in device memory: dense, packed, or in pages.
 
 struct Rows {
-  device const T* base;
+  device const KV_T* base;
   long row_stride;
 #if HAS_BLOCK_TABLE
   long page_stride;
@@ -11,14 +11,14 @@ struct Rows {
   int leftpad;
 #endif
 
-  METAL_FUNC device const T* at(int key) const thread {
+  METAL_FUNC device const KV_T* at(int key) const thread {
 #if HAS_LEFTPAD_K
     key += leftpad;
 #endif
     return base + pages[key / page_size] * page_stride + key % page_size * row_stride;
   }
 #else
-  METAL_FUNC device const T* at(int key) const thread { return base + key * row_stride; }
+  METAL_FUNC device const KV_T* at(int key) const thread { return base + key * row_stride; }
 #endif
 };
 
@@ -26,13 +26,18 @@ struct Keys {
   Rows k;
   Rows v;
   int seqlen;
+  float v_descale;  // for the output: what v is to be multiplied by
 };
 
-METAL_FUNC Keys keys_of(Sequence sequence, int head, device const T* k, device const T* v, Inputs in) {
+METAL_FUNC Keys keys_of(Sequence sequence, int head, device const KV_T* k, device const KV_T* v, Inputs in) {
   constant long* params = in.params;
   int head_k = head / int(params[HEADS_PER_KV_HEAD]);
   Keys keys;
   keys.seqlen = sequence.seqlen_k;
+  keys.v_descale = 1.0f;
+#if HAS_V_DESCALE
+  keys.v_descale = in.v_descale[sequence.batch * params[V_DESCALE_BATCH] + head_k * params[V_DESCALE_HEAD]];
+#endif
   keys.k.base = k + head_k * params[K_HEAD];
   keys.v.base = v + head_k * params[V_HEAD];
   keys.k.row_stride = params[K_ROW];

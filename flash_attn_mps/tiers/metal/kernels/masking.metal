@@ -145,7 +145,7 @@ constant constexpr int BLOCKS_IN_FLIGHT = 4;  // whose masks are loaded together
 // What the mask says of a run of blocks, each `step` keys after the one before, from `first_key` on, for a simdgroup's rows from
 // `first_row` on. A block with an edge counts as visible and altered, unread.
 METAL_FUNC BlockFlags scan_mask(
-    KeyRange range, Scoring scoring, int first_row, int first_key, int step, int seqlen, Lane lane) {
+    VisibleRange range, Scoring scoring, int first_row, int first_key, int step, int seqlen, Lane lane) {
   BlockFlags flags;
   flags.visible = flags.altered = 0;
   int inner_begin = (range.full_begin + KEYS - 1) / KEYS * KEYS;
@@ -163,9 +163,9 @@ METAL_FUNC BlockFlags scan_mask(
     }
     UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
       uint bit = 1u << (block + i);
-      if (!range.overlaps(from + i * step)) {
+      if (!range.overlaps(from + i * step, KEYS)) {
         flags.visible &= ~bit;
-      } else if (!range.contains(from + i * step)) {
+      } else if (!range.contains(from + i * step, KEYS)) {
         flags.visible |= bit;
         flags.altered |= bit;
       }
