@@ -12,12 +12,12 @@ import torch
 from .. import trace
 from ..problem import AttentionProblem, Result
 from . import cpu, reference
-from .metal import scalar, simdgroup
+from .metal import decode, scalar, simdgroup
 from .tier import Gradients, Tier
 
 __all__ = ["BY_NAME", "METAL", "ORDER", "Gradients", "Tier", "explain", "explain_gradients", "gradients", "run"]
 
-ORDER: tuple[Tier, ...] = (simdgroup.TIER, cpu.TIER, reference.TIER)
+ORDER: tuple[Tier, ...] = (decode.TIER, simdgroup.TIER, cpu.TIER, reference.TIER)
 BY_NAME = {tier.name: tier for tier in (*ORDER, scalar.TIER)}  # scalar computes only where it is asked for by name
 METAL = frozenset(tier.name for tier in BY_NAME.values() if tier.metal)
 

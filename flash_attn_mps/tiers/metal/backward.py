@@ -28,7 +28,7 @@ MAX_THREADGROUP_BYTES = 32 << 10
 _OF_CACHES = ("kv_batch_idx", "leftpad_k", "block_table", "k_descale", "v_descale")
 # Keys in pages, in entries of a cache or behind padding are those of inference: the tier `torch` has their gradients.
 _OPTIONAL = tuple(name for name in OPTIONAL_BUFFERS if name not in _OF_CACHES)
-SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {LSE_GRADIENT}
+SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {"dropout", LSE_GRADIENT}
 
 # A log-sum-exp of this size is rounded by 2^-24 of it, which is little beside how the dtype rounds a probability. Where
 # one is larger, *rows* computes the scores of the query once more.
@@ -69,6 +69,11 @@ def _variants(split: tuple[bool, ...]) -> tuple[Variant, ...]:
         for operands in ((True, False), (False, False), (False, True))
         for apart in split
     )
+
+
+def _worth_tuning(variant: Variant) -> bool:
+    """Small blocks load directly, larger ones pay for the barriers of staging them."""
+    return variant.simdgroups == 4 and variant.staged == (variant.passing > 8)
 
 
 def threadgroup_bytes(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> int:
@@ -197,6 +202,8 @@ QUERIES = TunedKernel(
     fits=functools.partial(_fits, 1),
     default=functools.partial(_default, 1),
     variable="MTLFLASHATTN_VARIANT_DQ",
+    gradients=frozenset("q"),
+    worth_tuning=_worth_tuning,
     fallbacks=functools.partial(_fallbacks, 1),
     proof=Proof(backward_trials.queries),
 )
@@ -226,6 +233,8 @@ KEYS = TunedKernel(
     fits=functools.partial(_fits, 2),
     default=functools.partial(_default, 2),
     variable="MTLFLASHATTN_VARIANT_DKV",
+    gradients=frozenset("kv"),
+    worth_tuning=_worth_tuning,
     fallbacks=functools.partial(_fallbacks, 2),
     proof=Proof(backward_trials.keys),
 )
@@ -253,8 +262,12 @@ def run(
 ) -> Gradients | None:
     """The gradients, enqueued without waiting. None where a kernel does not compile on this machine."""
     queries, keys = variants.chosen(p, QUERIES), variants.chosen(p, KEYS)
-    few = _simdgroups(p, keys) < _SIMDGROUPS_PER_CORE * gpu.cores()
-    return compute(p, out, lse, dout, dlse, needed, queries, keys, p.heads > p.heads_k and few)
+    return compute(p, out, lse, dout, dlse, needed, queries, keys, each_head(p, keys))
+
+
+def each_head(p: AttentionProblem, keys: Variant) -> bool:
+    """Are KV heads so few that the GPU is only filled by a threadgroup of *keys* for each query head?"""
+    return p.heads > p.heads_k and _simdgroups(p, keys) < _SIMDGROUPS_PER_CORE * gpu.cores()
 
 
 def compute(

@@ -21,18 +21,21 @@ def name() -> str:
     return f"{chip}, {count()} cores"  # one name is sold with different numbers of cores
 
 
+_UNKNOWN_CORES = 16  # between an M1 and an M4 Max
+
+
+@functools.cache
+def cores() -> int:
+    """How many cores it has: what runs at a time is so many times what one core runs."""
+    count = getattr(torch.backends.mps, "get_core_count", None)
+    return count() if count is not None and torch.backends.mps.is_available() else _UNKNOWN_CORES
+
+
 @functools.cache
 def generation() -> int:
     """The number in "Apple M3 Max"; 0 where there is none to be found."""
     found = re.search(r"Apple M(\d+)", _brand())
     return int(found.group(1)) if found else 0
-
-
-@functools.cache
-def cores() -> int:
-    """How many cores it has; 10, as most have or more, where that is not to be found."""
-    found = re.search(r", (\d+) cores", name())
-    return int(found.group(1)) if found else 10
 
 
 @functools.cache

@@ -22,7 +22,6 @@ SERVES = frozenset(
         "window",
         "softcap",
         "alibi",
-        "dropout",
         "varlen",
         "seqused",
         "paged",
@@ -123,6 +122,10 @@ class Kernel:
         return self.entry
 
 
+def _always(_variant: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class TunedKernel(Kernel):
     """A kernel of several variants. Head dims decide which of them fit; which is fastest depends on the GPU.
@@ -134,9 +137,11 @@ class TunedKernel(Kernel):
     fits: Callable[[Any, int, int, int], bool]  # variant, bytes of an element, head_dim, head_dim_v
     default: Callable[[int, int, int], Any]  # one that fits: what this GPU should do well with
     variable: str  # of the environment, which forces one
+    gradients: frozenset[str] = frozenset()  # of which tensors it computes them; of none: it computes the output
+    worth_tuning: Callable[[Any], bool] = _always  # is a variant one of those that `tune` times?
     # What to try in turn where one is refused on this machine, by the arguments of `fits`.
     fallbacks: Callable[[Any, int, int, int], Sequence[Any]] = lambda *_: ()
 
     def fitting(self, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Any]:
-        """What `tune` tries, and what the tests run."""
+        """Those that these head dims allow."""
         return [variant for variant in self.variants if self.fits(variant, element_bytes, head_dim, head_dim_v)]

@@ -42,4 +42,4 @@ def _run(p: AttentionProblem) -> Result | None:
     return launch.run(p, FORWARD, VARIANT)
 
 
-TIER = Tier("scalar", SERVES | {"quantised"}, launch.limits, _run, metal=True)
+TIER = Tier("scalar", SERVES | {"dropout", "quantised"}, launch.limits, _run, metal=True)

@@ -126,7 +126,7 @@ def _run(p: AttentionProblem) -> Result | None:
 
 TIER = Tier(
     "simdgroup",
-    SERVES | {"quantised"},
+    SERVES | {"dropout", "quantised"},
     launch.limits,
     _run,
     backward.SERVES_BACKWARD,

@@ -15,7 +15,7 @@ kernel void attention_backward_keys(
   // As tile_of. Rows behind the last sequence count as its own, so that somebody writes them.
   int batch = int(group.z), tile_index = int(group.x), rows = int(params[TOTAL_K]);
 #if HAS_CU_SEQLENS_K
-  batch = packed_sequence_of(tile_index, HELD * SIMDGROUPS, in.cu_seqlens_k, int(params[BATCH]));
+  batch = packed_sequence_of(tile_index, HELD * SIMDGROUPS, 1, in.cu_seqlens_k, int(params[BATCH]));
   tile_index -= in.cu_seqlens_k[batch] / (HELD * SIMDGROUPS) + batch;
   rows = (batch == int(params[BATCH]) - 1 ? rows : in.cu_seqlens_k[batch + 1]) - in.cu_seqlens_k[batch];
 #endif
