@@ -263,7 +263,7 @@ def alibi_slopes(value: Any, batch: int, heads: int, like: torch.Tensor) -> torc
 
 
 def mask(value: Any, name: str, shape: tuple[int, int, int, int], like: torch.Tensor) -> torch.Tensor:
-    """A bool mask (False hides) or one that is added to the scores, expanded to `shape` without a copy."""
+    """A bool mask (False hides) or one that is added to the scores, in four dimensions that broadcast to `shape`."""
     tensor_of_rank(value, name, (0, 1, 2, 3, 4), "batch, heads, seqlen_q, seqlen_k; or the last of these")
     if (
         value.device != like.device
@@ -273,9 +273,7 @@ def mask(value: Any, name: str, shape: tuple[int, int, int, int], like: torch.Te
         dtypes = " or ".join(map(str, dict.fromkeys((torch.bool, like.dtype, torch.float32))))
         accepted = f"a tensor of {dtypes} that broadcasts to {shape} (batch, heads, seqlen_q, seqlen_k) of the queries"
         raise malformed(name, value, f"{accepted}, on {like.device}")
-    if value.requires_grad and torch.is_grad_enabled():
-        raise unsupported(name, "a tensor that requires grad", "a mask without gradient: pass .detach()")
-    return value.expand(shape)
+    return value if value.dim() == 4 else value[(None,) * (4 - value.dim())]
 
 
 def sinks(value: Any, name: str, heads: int, like: torch.Tensor) -> torch.Tensor:

@@ -100,7 +100,8 @@ def flash_attn_with_kvcache(
         rotary_interleaved: rotate pairs of neighbours, 0 and 1, 2 and 3, ... (GPT-J); else element i of the first half
             of rotary_dim with element i of the second (GPT-NeoX).
         scheduler_metadata: no effect: what `get_scheduler_metadata` returned.
-        num_splits: an int, no effect: how the keys are split between threads is decided here.
+        num_splits: an int: into at most how many parts the keys may be split, to be computed side by side. 1 gives each
+            sequence a result that does not depend on the batch around it; 0 or less, as many as suit the GPU.
         pack_gqa: no effect: a hint for Hopper GPUs.
         sm_margin: no effect: a hint for Hopper GPUs.
         return_softmax_lse: return a tuple, see below.
@@ -128,7 +129,6 @@ def flash_attn_with_kvcache(
         >>> torch.equal(k_cache[:, 100:101], k)
         True
     """
-    checks.integer(num_splits, "num_splits", "an integer")
     return_softmax_lse = checks.flag(return_softmax_lse, "return_softmax_lse")
     reject_descales(q_descale=q_descale)
     call = CacheCall(
@@ -136,7 +136,13 @@ def flash_attn_with_kvcache(
         k_cache,
         v_cache,
         CallOptions(
-            softmax_scale, causal, window_size, softcap, want_lse=return_softmax_lse, attention_chunk=attention_chunk
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            want_lse=return_softmax_lse,
+            attention_chunk=attention_chunk,
+            num_splits=num_splits,
         ),
         k=k,
         v=v,

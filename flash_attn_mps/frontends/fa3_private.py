@@ -64,8 +64,15 @@ def _flash_attn_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     reject_descales(q_descale=q_descale)
     window_size = window_of(window_size_left, window_size_right)
-    checks.integer(num_splits, "num_splits", "an integer")
-    options = CallOptions(softmax_scale, causal, window_size, softcap, want_lse=True, attention_chunk=attention_chunk)
+    options = CallOptions(
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        want_lse=True,
+        attention_chunk=attention_chunk,
+        num_splits=num_splits,
+    )
     # Not a decorator: who builds on this function reads its arguments with inspect.getfullargspec.
     with torch.no_grad():
         if cu_seqlens_k is None and (seqused_k is not None or k_new is not None or page_table is not None):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,15 +19,16 @@ import torch
 
 from ...problem import AttentionProblem
 from ..tier import LSE_GRADIENT, Gradients
-from . import gpu, launch, variants
+from . import backward_trials, gpu, launch, variants
 from .kernel import OPTIONAL_BUFFERS, SERVES, Buffer, Grid, Kernel, TunedKernel
+from .prove import Proof
 
 MAX_THREADGROUP_BYTES = 32 << 10
 
 _OF_CACHES = ("kv_batch_idx", "leftpad_k", "block_table", "k_descale", "v_descale")
 # Keys in pages, in entries of a cache or behind padding are those of inference: the tier `torch` has their gradients.
 _OPTIONAL = tuple(name for name in OPTIONAL_BUFFERS if name not in _OF_CACHES)
-SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {LSE_GRADIENT}
+SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {"dropout", LSE_GRADIENT}
 
 # A log-sum-exp of this size is rounded by 2^-24 of it, which is little beside how the dtype rounds a probability. Where
 # one is larger, *rows* computes the scores of the query once more.
@@ -67,6 +69,11 @@ def _variants(split: tuple[bool, ...]) -> tuple[Variant, ...]:
         for operands in ((True, False), (False, False), (False, True))
         for apart in split
     )
+
+
+def _worth_tuning(variant: Variant) -> bool:
+    """Small blocks load directly, larger ones pay for the barriers of staging them."""
+    return variant.simdgroups == 4 and variant.staged == (variant.passing > 8)
 
 
 def threadgroup_bytes(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> int:
@@ -126,6 +133,13 @@ def _default(sums: int, element_bytes: int, head_dim: int, head_dim_v: int) -> V
     return next(v for v in candidates if _fits(sums, v, element_bytes, head_dim, head_dim_v))
 
 
+def _fallbacks(sums: int, variant: Variant, *shape: int) -> list[Variant]:
+    """Code of another kind for the same tile, then smaller tiles in smaller groups."""
+    usual = _default(sums, *shape)
+    small = usual._replace(held=8, simdgroups=2, passing=8, staged=False)
+    return [usual, usual._replace(staged=not usual.staged), small, small._replace(held_in_registers=False, reload=True)]
+
+
 class _RowsVariant(NamedTuple):
     held: int  # queries of a simdgroup
     simdgroups: int
@@ -173,6 +187,7 @@ ROWS = Kernel(
     parameters=("large_lse",),
     grid=_tiles_of_queries,
     defines={"ROWS": "HELD", "KEYS": 8, "HELD_IN_REGISTERS": 1},
+    proof=Proof(backward_trials.rows),
 )
 
 QUERIES = TunedKernel(
@@ -187,6 +202,10 @@ QUERIES = TunedKernel(
     fits=functools.partial(_fits, 1),
     default=functools.partial(_default, 1),
     variable="MTLFLASHATTN_VARIANT_DQ",
+    gradients=frozenset("q"),
+    worth_tuning=_worth_tuning,
+    fallbacks=functools.partial(_fallbacks, 1),
+    proof=Proof(backward_trials.queries),
 )
 
 KEYS = TunedKernel(
@@ -214,6 +233,10 @@ KEYS = TunedKernel(
     fits=functools.partial(_fits, 2),
     default=functools.partial(_default, 2),
     variable="MTLFLASHATTN_VARIANT_DKV",
+    gradients=frozenset("kv"),
+    worth_tuning=_worth_tuning,
+    fallbacks=functools.partial(_fallbacks, 2),
+    proof=Proof(backward_trials.keys),
 )
 
 # The same where KV heads are so few that it takes a threadgroup for each of the query heads to fill the GPU: their
@@ -239,8 +262,12 @@ def run(
 ) -> Gradients | None:
     """The gradients, enqueued without waiting. None where a kernel does not compile on this machine."""
     queries, keys = variants.chosen(p, QUERIES), variants.chosen(p, KEYS)
-    few = _simdgroups(p, keys) < _SIMDGROUPS_PER_CORE * gpu.cores()
-    return compute(p, out, lse, dout, dlse, needed, queries, keys, p.heads > p.heads_k and few)
+    return compute(p, out, lse, dout, dlse, needed, queries, keys, each_head(p, keys))
+
+
+def each_head(p: AttentionProblem, keys: Variant) -> bool:
+    """Are KV heads so few that the GPU is only filled by a threadgroup of *keys* for each query head?"""
+    return p.heads > p.heads_k and _simdgroups(p, keys) < _SIMDGROUPS_PER_CORE * gpu.cores()
 
 
 def compute(
@@ -266,10 +293,13 @@ def compute(
     dq = dk = dv = None
     if "q" in needed:
         dq = q.new_empty(q.shape)
-        if not launch.enqueue(QUERIES, p, queries, {**inputs, "dq": dq}):
+        tried = itertools.chain((queries,), variants.instead(p, QUERIES, queries))
+        if not any(launch.enqueue(QUERIES, p, variant, {**inputs, "dq": dq}) for variant in tried):
             return None
     if needed & {"k", "v"}:
-        made = _gradients_of_keys(p, inputs, needed, keys, each_head)
+        tried = itertools.chain((keys,), variants.instead(p, KEYS, keys))
+        makes = (_gradients_of_keys(p, inputs, needed, variant, each_head) for variant in tried)
+        made = next((made for made in makes if made is not None), None)
         if made is None:
             return None
         dk, dv = made

@@ -6,7 +6,7 @@ to Metal, `launch.arguments` fills it in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ SERVES = frozenset(
         "window",
         "softcap",
         "alibi",
-        "dropout",
         "varlen",
         "seqused",
         "paged",
@@ -105,6 +104,9 @@ class Program:
     entry: str  # Metal's name of the function
     headers: tuple[str, ...]  # of Metal's library
     sources: tuple[str, ...]  # of kernels/, in the order in which they build on each other
+    # Of a specialization and its compiled function: why that is not to be used, a `refusals.Refusal`; None if it is.
+    # Asked when it is first used on a machine (`prove.Proof`).
+    proof: Callable[[Any, Any], Any | None] | None = None
 
     def __repr__(self) -> str:
         return self.entry
@@ -126,6 +128,10 @@ class Kernel(Program):
     grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
 
 
+def _always(_variant: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class TunedKernel(Kernel):
     """A kernel of several variants. Head dims decide which of them fit; which is fastest depends on the GPU.
@@ -137,7 +143,11 @@ class TunedKernel(Kernel):
     fits: Callable[[Any, int, int, int], bool]  # variant, bytes of an element, head_dim, head_dim_v
     default: Callable[[int, int, int], Any]  # one that fits: what this GPU should do well with
     variable: str  # of the environment, which forces one
+    gradients: frozenset[str] = frozenset()  # of which tensors it computes them; of none: it computes the output
+    worth_tuning: Callable[[Any], bool] = _always  # is a variant one of those that `tune` times?
+    # What to try in turn where one is refused on this machine, by the arguments of `fits`.
+    fallbacks: Callable[[Any, int, int, int], Sequence[Any]] = lambda *_: ()
 
     def fitting(self, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Any]:
-        """What `tune` tries, and what the tests run."""
+        """Those that these head dims allow."""
         return [variant for variant in self.variants if self.fits(variant, element_bytes, head_dim, head_dim_v)]

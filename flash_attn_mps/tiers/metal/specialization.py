@@ -10,6 +10,12 @@ from typing import Any, NamedTuple, Protocol
 from .kernel import OPTIONAL_BUFFERS, Kernel, Parameters, Program
 
 _KERNELS = Path(__file__).parent / "kernels"
+# The bound of a group's threads in a kernel's attribute is 64 at least: with 32 Apple's compiler got rows 4 to 7 of 8x8
+# tiles wrong (tracel-ai/cubek#645), and barriers broke (MoltenVK#2711).
+_BOUND = "#define BOUND(threads) ((threads) < 64 ? 64 : (threads))"
+# Ahead of Metal's own headers: under PYTORCH_MPS_FAST_MATH torch asks for a mode in which tests for NaN and infinities
+# may be left out. Metal 3.1 has no such pragma: there the proof finds out (prove.py).
+_MATH = ("#if __METAL_VERSION__ >= 320", "#pragma METAL fp math_mode(safe)", "#endif")
 
 
 class Compilable(Protocol):
@@ -113,6 +119,8 @@ def source_of(program: Program, defines: Mapping[str, object], declared: Sequenc
     """The text of a program's sources, behind what the host tells them."""
     return "\n".join(
         [
+            *_MATH,
+            _BOUND,
             *(f"#include <{header}>" for header in program.headers),
             "using namespace metal;",
             *(f"#define {name} {value}" for name, value in defines.items()),

@@ -116,44 +116,45 @@ struct Product<Slab<DIM, ALIGNED, FIRST, END>, OF_A, KEEPS> {
   METAL_FUNC static void run(thread Accumulator (&)[HELD_FRAGMENTS], thread HeldOperands&, Row, thread Operand*, Lane) {}
 };
 
-// to += w passing, w being a left operand. KEPT: the passing fragments are in `kept`. CLEANS: where `clean`, a lane takes elements
-// that are not finite for zero, since 0 * NaN is NaN.
-template <typename S, int FRAGMENTS, bool KEPT, bool CLEANS>
+// to += w passing, w being a left operand. KEPT: the passing fragments are in `kept`. With `tested` a lane that has `cleans` takes
+// elements that are not finite for zero, since 0 * NaN is NaN.
+template <typename S, int FRAGMENTS, bool KEPT>
 struct Gather {
   template <typename Row>
   METAL_FUNC static void run(
       thread Accumulator (&to)[HELD_FRAGMENTS][FRAGMENTS], thread Operand (&w)[HELD_FRAGMENTS], Row row,
-      thread Operand* kept, bool clean, Lane lane) {
+      thread Operand* kept, bool tested, bool cleans, Lane lane) {
     Operand passing[S::W];
     if (KEPT) {
       UNROLL for (int f = 0; f < S::W; ++f) passing[f] = kept[S::FRAGMENT + f];
     } else {
       S::load_right_slab(passing, row, lane);
     }
-    UNROLL for (int f = 0; f < S::W; ++f) {
-      if (CLEANS) {
+    if (tested) {
+      UNROLL for (int f = 0; f < S::W; ++f)
         UNROLL for (int i = 0; i < 2; ++i)
-          if (clean && !isfinite(float(passing[f].thread_elements()[i]))) passing[f].thread_elements()[i] = T(0.0f);
-      }
+          if (cleans && !isfinite(float(passing[f].thread_elements()[i]))) passing[f].thread_elements()[i] = T(0.0f);
+    }
+    UNROLL for (int f = 0; f < S::W; ++f)
       UNROLL for (int r = 0; r < HELD_FRAGMENTS; ++r)
         simdgroup_multiply_accumulate(to[r][S::FRAGMENT + f], w[r], passing[f], to[r][S::FRAGMENT + f]);
-    }
-    Gather<typename S::Rest, FRAGMENTS, KEPT, CLEANS>::run(to, w, row, kept, clean, lane);
+    Gather<typename S::Rest, FRAGMENTS, KEPT>::run(to, w, row, kept, tested, cleans, lane);
   }
 };
-template <int DIM, int ALIGNED, int FIRST, int FRAGMENTS, bool KEPT, bool CLEANS>
-struct Gather<Slab<DIM, ALIGNED, FIRST, END>, FRAGMENTS, KEPT, CLEANS> {
+template <int DIM, int ALIGNED, int FIRST, int FRAGMENTS, bool KEPT>
+struct Gather<Slab<DIM, ALIGNED, FIRST, END>, FRAGMENTS, KEPT> {
   template <typename Row>
   METAL_FUNC static void run(
-      thread Accumulator (&)[HELD_FRAGMENTS][FRAGMENTS], thread Operand (&)[HELD_FRAGMENTS], Row, thread Operand*, bool, Lane) {}
+      thread Accumulator (&)[HELD_FRAGMENTS][FRAGMENTS], thread Operand (&)[HELD_FRAGMENTS], Row, thread Operand*, bool, bool, Lane) {}
 };
 
-// Eight passing rows, from `first` on. EDGE: some of their scores may be hidden by a side of the window, or lie past the
-// sequence's end, where the last row stands for those that there are not. MASKED: the mask is applied.
-template <bool EDGE, bool MASKED, typename C, typename E>
+// Eight passing rows, from `first` on. `edge`: some of their scores may be hidden by a side of the window, or lie past the
+// sequence's end, where the last row stands for those that there are not. `altered`: the mask is applied. Both are tests of a
+// few instructions that the rest shares; a copy of all of it for each, as the forward pass has, costs 20 registers more.
+template <typename C, typename E>
 METAL_FUNC void attend(
-    thread Held& held, Passing<C, E> passing, Scoring scoring, Dropout dropout, int first, Lane lane) {
-  int passes = first + lane.row, inside = EDGE ? min(passes, passing.count - 1) : passes;
+    bool edge, bool altered, thread Held& held, Passing<C, E> passing, Scoring scoring, Dropout dropout, int first, Lane lane) {
+  int passes = first + lane.row, inside = min(passes, passing.count - 1);
   auto row_c = passing.c.at(inside);
   auto row_e = passing.e.at(inside);
   Operand kept_c[KEEPS_C ? D_FRAGMENTS : 1], kept_e[KEEPS_E ? DV_FRAGMENTS : 1];
@@ -167,11 +168,11 @@ METAL_FUNC void attend(
 #if NEEDS_DP
   Product<SlabV, false, KEEPS_E>::run(y, held.operands, row_e, kept_e, lane);
 #endif
-
-  // p = exp(s - lse) and ds = p (dp - delta). What is hidden is 0 by selection: any of the rest may be NaN.
 #if HAS_DROPOUT
   held.keep(dropout, first, lane);
 #endif
+
+  // p = exp(s - lse) and ds = p (dp - delta). What is hidden is 0 by selection: any of the rest may be NaN.
   Operand p[HELD_FRAGMENTS], ds[HELD_FRAGMENTS];
   UNROLL for (int r = 0; r < HELD_FRAGMENTS; ++r) {
     UNROLL for (int i = 0; i < 2; ++i) {
@@ -187,37 +188,40 @@ METAL_FUNC void attend(
 #if SCORES_ARE_SCALED
       s = score_mod(s, scoring, row, key, slope);
 #endif
-      bool hidden = EDGE && !(passes < passing.count && is_visible(scoring, row, key, OF_KEYS ? key + 1 : passing.count));
 #if HAS_MASK
-      if (MASKED) {
-        int seqlen_k = scoring.seqlen_q + scoring.offset;
-        s = apply_mask(s, *scoring.mask_at(min(row, scoring.seqlen_q - 1), min(key, seqlen_k - 1)));
-        hidden = hidden || s == -INFINITY;
-      }
+      int seqlen_k = scoring.seqlen_q + scoring.offset;
+      if (altered) s = apply_mask(s, *scoring.mask_at(min(row, scoring.seqlen_q - 1), min(key, seqlen_k - 1)));
 #endif
-      float prob = probability(s, terms, scoring);
-      float dp = y[r].thread_elements()[i], kept = prob;
+      float prob = probability(s, terms, scoring), dp = y[r].thread_elements()[i], kept = prob;
 #if HAS_DROPOUT
       if (!held.keeps(first, r, i, lane)) dp = kept = 0.0f;
 #endif
       float change = prob * (dp - terms.z) * slope;
-      p[r].thread_elements()[i] = T(hidden ? 0.0f : kept);
-      ds[r].thread_elements()[i] = T(hidden ? 0.0f : change);
+      if (edge || altered) {
+        bool hidden = altered && s == -INFINITY;
+        if (edge) hidden = hidden || passes >= passing.count || !is_visible(scoring, row, key, OF_KEYS ? key + 1 : passing.count);
+        if (hidden) kept = change = 0.0f;
+      }
+      p[r].thread_elements()[i] = T(kept);
+      ds[r].thread_elements()[i] = T(change);
     }
   }
 #if RELOAD
-  simdgroup_barrier(mem_flags::mem_none);  // else the compiler keeps the fragments whatever the source says
+  // The same row, which the compiler does not know: else it would keep the fragments whatever the source says.
+  inside = simd_shuffle(inside, lane.index);
+  row_c = passing.c.at(inside);
+  row_e = passing.e.at(inside);
 #endif
 #if HAS_DB
   // dv += p^T do. A query that sees nothing may have anything for its gradient; that of one that does must show.
   UNROLL for (int r = 0; r < HELD_FRAGMENTS; ++r) p[r] = transposed(p[r], lane.index);
   bool sees_nothing = terms_of_row.y == INFINITY;
-  Gather<SlabV, DV_FRAGMENTS, KEEPS_E, EDGE || MASKED>::run(held.db, p, row_e, kept_e, sees_nothing, lane);
+  Gather<SlabV, DV_FRAGMENTS, KEEPS_E>::run(held.db, p, row_e, kept_e, edge || altered, sees_nothing, lane);
 #endif
 #if HAS_DA
   // dq += ds k, or dk += ds^T q. Whoever sees a row that is not finite has NaN from its score.
   UNROLL for (int r = 0; r < HELD_FRAGMENTS; ++r) ds[r] = transposed(ds[r], lane.index);
-  Gather<SlabD, D_FRAGMENTS, KEEPS_C, EDGE || MASKED>::run(held.da, ds, row_c, kept_c, true, lane);
+  Gather<SlabD, D_FRAGMENTS, KEEPS_C>::run(held.da, ds, row_c, kept_c, edge || altered, true, lane);
 #endif
 }
 
@@ -227,17 +231,9 @@ template <typename C, typename E>
 METAL_FUNC void visit(
     bool altered, thread Held& held, Passing<C, E> passing, Scoring scoring, Dropout dropout, VisibleRange range, int first,
     Lane lane) {
-  _Pragma("clang loop unroll(disable)") for (int n = 0; n < PASSING; n += 8) {
-    if (!range.overlaps(first + n, 8)) continue;
-    bool inner = range.contains(first + n, 8);
-    if (inner && !(HAS_MASK && altered)) {
-      attend<false, false>(held, passing, scoring, dropout, first + n, lane);
-    } else if (HAS_MASK && inner) {
-      attend<false, HAS_MASK != 0>(held, passing, scoring, dropout, first + n, lane);
-    } else {
-      attend<true, HAS_MASK != 0>(held, passing, scoring, dropout, first + n, lane);
-    }
-  }
+  _Pragma("clang loop unroll(disable)") for (int n = 0; n < PASSING; n += 8)
+    if (range.overlaps(first + n, 8))
+      attend(!range.contains(first + n, 8), altered, held, passing, scoring, dropout, first + n, lane);
 }
 
 // Lets all rows pass that the held ones go with: those of `range`, of `group_range` for the whole threadgroup.
