@@ -12,6 +12,12 @@ from .cache_call import CacheCall
 _DESCALED = ("fa3", "fa3_private")  # callers that have descales
 
 
+def may_be_quantised(call: CacheCall) -> bool:
+    """Is there anything for `kv_dtype` to look at? Asked on every call."""
+    descales = call.k_descale is not None or call.v_descale is not None
+    return descales or getattr(call.k_cache, "dtype", None) in quantised.FORMATS
+
+
 def kv_dtype(call: CacheCall) -> torch.dtype | None:
     """The dtype of both caches if they are quantised; None if not.
 

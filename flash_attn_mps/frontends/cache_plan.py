@@ -17,7 +17,7 @@ from ..problem import AttentionProblem, Result, with_qv
 from ..tiers.metal.rotary import NewKeys, Queries, Rotary
 from .cache_append import prepare
 from .cache_call import NAMES, CacheCall
-from .cache_codes import check_descales, kv_dtype
+from .cache_codes import check_descales, kv_dtype, may_be_quantised
 
 _Q = "batch, seqlen_q, heads, head_dim"
 _Q_PACKED = "total_q, heads, head_dim with cu_seqlens_q"
@@ -51,7 +51,7 @@ def describe(call: CacheCall) -> CachePlan:
         name = call.names["block_table"]
         checks.tensor(call.block_table, name, "batch, blocks per sequence")
         kv_dims = f"{_PAGES} with {name}"
-    codes = kv_dtype(call)
+    codes = kv_dtype(call) if may_be_quantised(call) else None
     dims = (_Q if call.cu_seqlens_q is None else _Q_PACKED, kv_dims)
     checks.qkv(q, k_cache, v_cache, dims, _NAMES[call.caller], codes)
     if call.cu_seqlens_q is None:
@@ -66,17 +66,19 @@ def describe(call: CacheCall) -> CachePlan:
     leftpad = None
     if call.cache_leftpad is not None:
         leftpad = _leftpad(call.cache_leftpad, call, batch, room, cached)
-    new, of_new = _new(call, batch, room, cached)
-    rotary, rotated = _rotary(call, batch, queries, cached, of_new)
+    options = call.options.checked(q, batch)
+    rows = _new_rows(call, batch, room, cached)
+    rotary, rotated = None, None
+    if call.rotary_cos is not None or call.rotary_sin is not None:
+        rotary, rotated = _rotary(call, batch, queries, cached, rows, options)
     if call.seqused_q is not None:
         queries = used(queries, call.seqused_q, "seqused_q", batch, q, call.lengths_of_q)
-    problem = _problem(call, batch, room, queries, cached, of_new, leftpad)
-    if new is not None:
-        new = new._replace(seqused_k=problem.seqused_k)
-    if rotated is not None:
-        problem.q = rotated.out
+    problem = _problem(call, batch, room, queries, cached, rows, leftpad, options)
     if call.qv is not None:
         checks.qv(call.qv, problem.out_shape, q)
+    if rotated is not None:
+        problem.q = rotated.out
+    new = None if rows is None else _new_keys(call, rows, cached, problem.seqused_k)
     return CachePlan(call, problem, new, rotary, rotated)
 
 
@@ -147,63 +149,72 @@ def _leftpad(leftpad: torch.Tensor, call: CacheCall, batch: int, room: int, cach
     return Rows(leftpad, known)
 
 
-def _new(call: CacheCall, batch: int, room: int, cached: Rows) -> tuple[NewKeys | None, Rows | None]:
-    """The rows that the call appends, for which there is room, and how many each sequence gets."""
-    cu_seqlens = call.cu_seqlens_k_new
-    if call.k is None and call.v is None:
+def _new_rows(call: CacheCall, batch: int, room: int, cached: Rows) -> Rows | None:
+    """How many rows each sequence gets, for which there is room; the number is cu_seqlens_k_new if they are packed."""
+    cu_seqlens, k, v = call.cu_seqlens_k_new, call.k, call.v
+    if k is None and v is None:
         if cu_seqlens is not None:
             raise checks.malformed("cu_seqlens_k_new", "new lengths without k and v", "None, or k and v too")
-        return None, None
-    names = k_name, v_name, seqlens_name = call.names["k"], call.names["v"], call.names["cache_seqlens"]
-    for name, value in zip(names, (call.k, call.v, call.cache_seqlens), strict=True):
-        if value is None:
-            raise checks.malformed(name, "None", f"{', '.join(names)} together, to append to the cache")
-    k, v = _new_tensor(call.k, "k", call.k_cache, call), _new_tensor(call.v, "v", call.v_cache, call)
-    if cu_seqlens is None and k.shape[0] != batch:
-        raise checks.malformed(k_name, k, f"a batch of {batch}, that of q")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise checks.malformed(v_name, v, f"the shape of {k_name}, {tuple(k.shape)}, up to head_dim")
+        return None
+    names = call.names
+    if k is None or v is None or call.cache_seqlens is None:
+        together = {names["k"]: k, names["v"]: v, names["cache_seqlens"]: call.cache_seqlens}
+        missing = next(name for name, value in together.items() if value is None)
+        raise checks.malformed(missing, "None", f"{', '.join(together)} together, to append to the cache")
+    dims = "batch, seqlen_new, heads_k, head_dim"
+    if cu_seqlens is not None:
+        checks.tensor(cu_seqlens, "cu_seqlens_k_new", "batch + 1,")
+        dims = "total_k_new, heads_k, head_dim with cu_seqlens_k_new"
+    shape, v_shape = _new_shape(k, "k", call.k_cache, call, dims), _new_shape(v, "v", call.v_cache, call, dims)
+    if cu_seqlens is None and shape[0] != batch:
+        raise checks.malformed(names["k"], k, f"a batch of {batch}, that of q")
+    if v_shape[:-1] != shape[:-1]:
+        raise checks.malformed(names["v"], v, f"the shape of {names['k']}, {tuple(shape)}, up to head_dim")
     if cu_seqlens is None:
-        rows = Rows(k.shape[1], [k.shape[1]] * batch)
+        rows = Rows(shape[1], [shape[1]] * batch)
     else:
-        known = checks.cu_seqlens(cu_seqlens, "cu_seqlens_k_new", k.shape[0], k_name, call.q)
+        rows = Rows(cu_seqlens, checks.cu_seqlens(cu_seqlens, "cu_seqlens_k_new", shape[0], names["k"], call.q))
         if cu_seqlens.shape[0] != batch + 1:
             raise checks.malformed("cu_seqlens_k_new", cu_seqlens, f"{batch + 1} values")
-        rows = Rows(cu_seqlens, known)
-        if known is not None:  # rows behind the last sequence are no sequence's
-            k, v = k[: sum(known)], v[: sum(known)]
     longest = _longest(cached.known, rows.known)
     if longest > room:
-        came = f"{longest} keys after appending to those of {seqlens_name}"
-        raise checks.malformed(k_name, came, f"at most {room}, the room of {call.names['k_cache']}")
-    new = NewKeys(
+        came = f"{longest} keys after appending to those of {names['cache_seqlens']}"
+        raise checks.malformed(names["k"], came, f"at most {room}, the room of {names['k_cache']}")
+    return rows
+
+
+def _new_shape(value: Any, field: str, cache: torch.Tensor, call: CacheCall, dims: str) -> torch.Size:
+    names, q = call.names, call.q
+    checks.own_memory(cache, names[f"{field}_cache"])
+    tensor = checks.tensor(value, names[field], dims, q)
+    if tensor.dtype is not q.dtype:
+        raise checks.malformed(names[field], f"dtype {tensor.dtype}", f"{q.dtype}, the dtype of q")
+    shape, cache_shape = tensor.shape, cache.shape
+    if shape[-1] != cache_shape[-1] or shape[-2] != cache_shape[-2]:
+        accepted = f"(heads, head_dim) = {tuple(cache_shape[-2:])} as {names[f'{field}_cache']}"
+        raise checks.malformed(names[field], tensor, accepted)
+    return shape
+
+
+def _new_keys(call: CacheCall, rows: Rows, cached: Rows, seqused_k: torch.Tensor | None) -> NewKeys:
+    k: Any = call.k
+    v: Any = call.v
+    if call.cu_seqlens_k_new is not None and rows.known is not None:  # rows behind the last sequence are no sequence's
+        k, v = k[: sum(rows.known)], v[: sum(rows.known)]
+    return NewKeys(
         k,
         v,
         call.k_cache,
         call.v_cache,
-        cu_seqlens,
+        call.cu_seqlens_k_new,
         cached.number,
         call.cache_batch_idx,
         call.block_table,
         call.cache_leftpad,
-        k_descale=call.k_descale,
-        v_descale=call.v_descale,
+        seqused_k,
+        call.k_descale,
+        call.v_descale,
     )
-    return new, rows
-
-
-def _new_tensor(value: Any, field: str, cache: torch.Tensor, call: CacheCall) -> torch.Tensor:
-    name, cache_name, dims = call.names[field], call.names[f"{field}_cache"], "batch, seqlen_new, heads_k, head_dim"
-    if call.cu_seqlens_k_new is not None:
-        checks.tensor(call.cu_seqlens_k_new, "cu_seqlens_k_new", "batch + 1,")
-        dims = "total_k_new, heads_k, head_dim with cu_seqlens_k_new"
-    checks.own_memory(cache, cache_name)
-    tensor = checks.tensor(value, name, dims, call.q)
-    if tensor.dtype != call.q.dtype:
-        raise checks.malformed(name, f"dtype {tensor.dtype}", f"{call.q.dtype}, the dtype of q")
-    if tensor.shape[-2:] != cache.shape[-2:]:
-        raise checks.malformed(name, tensor, f"(heads, head_dim) = {tuple(cache.shape[-2:])} as {cache_name}")
-    return tensor
 
 
 def _longest(starts: list[int] | None, lengths: list[int] | None) -> int:
@@ -214,14 +225,15 @@ def _longest(starts: list[int] | None, lengths: list[int] | None) -> int:
 
 
 def _rotary(
-    call: CacheCall, batch: int, queries: Lengths, cached: Rows, of_new: Rows | None
-) -> tuple[Rotary | None, Queries | None]:
-    """How to rotate, with a table that reaches as far as the positions do, and the queries with memory for them."""
+    call: CacheCall, batch: int, queries: Lengths, cached: Rows, of_new: Rows | None, options: dict[str, Any]
+) -> tuple[Rotary, Queries]:
+    """How to rotate, with a table that reaches as far as the positions do, and the queries with memory for them.
+
+    Without tables it does not matter what rotary_seqlens is: upstream does not look at it either.
+    """
     q, seqlens = call.q, call.rotary_seqlens
     if call.rotary_cos is None:
-        if call.rotary_sin is not None:
-            raise checks.malformed("rotary_sin", "a table without rotary_cos", "None, or rotary_cos too")
-        return None, None  # whatever rotary_seqlens is: upstream does not look at it either
+        raise checks.malformed("rotary_sin", "a table without rotary_cos", "None, or rotary_cos too")
     cos, sin = _table(call.rotary_cos, "rotary_cos", q), _table(call.rotary_sin, "rotary_sin", q)
     if sin.shape != cos.shape:
         raise checks.malformed("rotary_sin", sin, f"the shape of rotary_cos, {tuple(cos.shape)}")
@@ -235,14 +247,14 @@ def _rotary(
         start = Rows(
             seqlens, checks.lengths(seqlens, call.names["rotary_seqlens"], batch, cos.shape[0], q, "rotary_cos")
         )
-    _check_table(cos, start, of_new.known, "keys")
     # Upstream's rule: without causal, window and chunk all queries have the position after the cache.
-    window = checks.window(call.options.window_size, call.options.causal)
-    advances = window != (-1, -1) or checks.attention_chunk(call.options.attention_chunk) > 0
-    lengths = [q.shape[1]] * batch if call.cu_seqlens_q is None else queries.lengths
-    if lengths is not None and not advances:
-        lengths = [min(n, 1) for n in lengths]
-    _check_table(cos, start, lengths, "queries")
+    advances = options["window_left"] >= 0 or options["window_right"] >= 0 or options["attention_chunk"] > 0
+    if start.known is not None:
+        lengths = [q.shape[1]] * batch if call.cu_seqlens_q is None else queries.lengths
+        if lengths is not None and not advances:
+            lengths = [min(n, 1) for n in lengths]
+        _check_table(cos, start, of_new.known, "keys")
+        _check_table(cos, start, lengths, "queries")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return Rotary(cos, sin, call.rotary_interleaved, start.number), Queries(q, out, call.cu_seqlens_q, advances)
 
@@ -268,6 +280,7 @@ def _problem(
     cached: Rows,
     of_new: Rows | None,
     leftpad: Rows | None,
+    options: dict[str, Any],
 ) -> AttentionProblem:
     """Attention over the cache with the new rows in it."""
     q, k, v, block_table = call.q, call.k_cache, call.v_cache, call.block_table
@@ -280,20 +293,20 @@ def _problem(
         check_pages(table, k, known, call.names["cache_seqlens"], call.names["block_table"], first)
     if leftpad is not None and known is not None:
         known = None if leftpad.known is None else list(map(operator.sub, known, leftpad.known))
-    numbers = [number, 0 if of_new is None else of_new.number, *(() if leftpad is None else (leftpad.number,))]
-    lengths = [n for n in (*numbers, block_table) if isinstance(n, torch.Tensor)]
-    seqused: Any = None
-    if not lengths:
+    of_new_rows = 0 if of_new is None else of_new.number
+    of_lengths = next(
+        (n for n in (number, of_new_rows, block_table) if isinstance(n, torch.Tensor)), call.cache_leftpad
+    )
+    seqused: Any = number
+    if of_lengths is None:
         # One length for all is a plain dense problem on a shorter view.
-        room = sum(numbers)
-        k, v, known = k[:, :room], v[:, :room], None
+        room = operator.add(number, of_new_rows)
+        k, v, known, seqused = k[:, :room], v[:, :room], None, None
     elif of_new is not None:
-        seqused = lengths[0].new_empty(batch)  # filled when the new rows are appended
+        seqused = of_lengths.new_empty(batch)  # filled when the new rows are appended
     elif leftpad is not None:
         seqused = number - leftpad.number
-    elif isinstance(number, torch.Tensor):
-        seqused = number
-    else:
+    elif isinstance(number, int):
         seqused = torch.full((batch,), number, dtype=torch.int32, device=q.device)
     max_seqlen_k = room if known is None else max(known, default=0)
     return AttentionProblem(
@@ -303,7 +316,7 @@ def _problem(
         batch,
         queries.max_seqlen,
         max_seqlen_k,
-        **call.options.checked(q, batch),
+        **options,
         cu_seqlens_q=call.cu_seqlens_q,
         seqused_q=call.seqused_q,
         seqused_k=seqused,

@@ -21,7 +21,7 @@ HOW = {"causal": True, "window_size": (20, 0), "softcap": 5.0, "softmax_scale": 
 
 @pytest.fixture
 def served(monkeypatch):
-    """The launches of a test; asserts that each call was served by a Metal tier, in one launch of its kernel."""
+    """The launches of a test; asserts that its calls were served by Metal tiers, each in one launch of its kernel."""
     monkeypatch.setattr(trace, "enabled", True)
     monkeypatch.setattr(trace, "calls", trace.Counter())
     with observe(instrumented=False) as launches:

@@ -184,43 +184,44 @@ def arguments(
     given: dict[str, torch.Tensor] = {}
     of_queries, of_new_keys, of_rotary = _NO_QUERIES, _NO_NEW_KEYS, _NO_ROTARY
     batch = heads = rows = head_dim = head_dim_v = rotary_dim = 0
+    dtype: Any = None
     kv_format, table, start_type, cu_seqlens_type, interleaved = "", "float", "int", "int", False
     aligned: Any = _PAIRS  # offsets, strides and dims, or-ed: the lowest bit set is what all are a multiple of
     if queries is not None:
         q, out, cu_seqlens, advances = queries
-        if q.stride(-1) != 1:
-            q = q.contiguous()
-        given["q"], given["rotated_q"] = q, out
-        shape, q_steps, out_steps = q.shape, _steps(q), _steps(out)
-        batch, seqlen, heads, head_dim = shape if len(shape) == 4 else (0, 0, *shape[1:])
-        rows = batch * seqlen
-        if cu_seqlens is not None:
+        given["q"], (q_steps, aligned_q) = _rows(q)
+        given["rotated_q"], (out_steps, aligned_out) = out, _layout(out)
+        shape, dtype = q.shape, q.dtype
+        if cu_seqlens is None:
+            batch, seqlen, heads, head_dim = shape
+            rows = batch * seqlen
+        else:
+            rows, heads, head_dim = shape
+            batch, seqlen = cu_seqlens.shape[0] - 1, 0
             given["cu_seqlens_q"], cu_seqlens_type = _contiguous(cu_seqlens), TYPES[cu_seqlens.dtype]
-            batch, rows = cu_seqlens.shape[0] - 1, shape[0]
         of_queries = (heads, rows, seqlen, int(advances), *q_steps, *out_steps)
-        aligned |= _together(q, q_steps) | _together(out, out_steps)
+        aligned |= aligned_q | aligned_out
         if rotary is not None and out is q:  # the rest is where it belongs
             head_dim = 2 * rotary.cos.shape[1]
     if new is not None:
-        batch, of_new_keys, together = _of_new_keys(new, given)
-        aligned |= together
+        batch, of_new_keys, aligned_new = _of_new_keys(new, given)
+        aligned |= aligned_new
         heads, rows = heads + 2 * of_new_keys[0], max(rows, of_new_keys[1])
-        head_dim, head_dim_v = new.k.shape[-1], new.v.shape[-1]
-        if new.k_cache.dtype is not new.k.dtype:
+        dtype, head_dim, head_dim_v = new.k.dtype, new.k.shape[-1], new.v.shape[-1]
+        if new.k_cache.dtype is not dtype:
             kv_format = quantised.FORMATS[new.k_cache.dtype].name
     if rotary is not None:
         cos, sin, interleaved, start, backwards = rotary
-        cos, sin = _contiguous(cos), _contiguous(sin)
+        (positions, half), (cos_row, cos_column), (sin_row, sin_column) = cos.shape, cos.stride(), sin.stride()
+        if cos_column != 1 or sin_column != 1:
+            cos, sin, cos_row, sin_row = cos.contiguous(), sin.contiguous(), half, half
         given["cosines"], given["sines"] = cos, sin
-        positions, half = cos.shape
         rotary_dim, table = 2 * half, TYPES[cos.dtype]
-        number = 0
         if isinstance(start, torch.Tensor):
-            given["start"], start_type = _contiguous(start), TYPES[start.dtype]
-        else:
-            number = start
-        of_rotary = (positions, half, half, number, -1 if backwards else 1)
-        aligned |= _together(cos, (half, 0, 0)) | _together(sin, (half, 0, 0))
+            given["start"], start_type, start = _contiguous(start), TYPES[start.dtype], 0
+        of_rotary = (positions, cos_row, sin_row, start, -1 if backwards else 1)
+        offsets: Any = cos.storage_offset(), sin.storage_offset()
+        aligned |= offsets[0] | offsets[1] | cos_row | sin_row | half
     aligned |= head_dim | head_dim_v
     pairs = aligned & -aligned
     threads = rows * -(-max(head_dim, head_dim_v) // (2 * pairs))
@@ -228,7 +229,7 @@ def arguments(
         heads, threads = heads + 1, max(threads, batch)
     movement = Movement(
         PROGRAM,
-        TYPES[_of_dtype(queries, new).dtype],
+        TYPES[dtype],
         kv_format,
         table,
         start_type,
@@ -246,26 +247,23 @@ def arguments(
 def _of_new_keys(new: NewKeys, given: dict[str, torch.Tensor]) -> tuple[int, tuple[int, ...], int]:
     """The number of sequences, the parameters `_OF_NEW_KEYS` and what rows are aligned to; buffers go to `given`."""
     k, v, k_cache, v_cache, cu_seqlens, cached, kv_batch_idx, block_table, leftpad_k, seqused_k, *descales = new
-    if k.stride(-1) != 1:
-        k = k.contiguous()
-    if v.stride(-1) != 1:
-        v = v.contiguous()
-    given["k"], given["v"], given["k_cache"], given["v_cache"] = k, v, k_cache, v_cache
-    shape, (entries, room, *_) = k.shape, k_cache.shape
+    given["k"], (k_steps, aligned_k) = _rows(k)
+    given["v"], (v_steps, aligned_v) = _rows(v)
+    k_cache_steps, aligned_k_cache = _layout(k_cache)
+    v_cache_steps, aligned_v_cache = _layout(v_cache)
+    given["k_cache"], given["v_cache"] = k_cache, v_cache
+    entries, room, heads, _ = k_cache.shape
+    page_size = table_row = table_rows = 0
     if cu_seqlens is None:
-        batch, seqlen = shape[:2]
+        batch, seqlen, _, _ = k.shape
         rows = batch * seqlen
     else:
+        batch, seqlen, rows = cu_seqlens.shape[0] - 1, 0, k.shape[0]
         given["cu_seqlens_k_new"] = _contiguous(cu_seqlens)
-        batch, seqlen, rows = cu_seqlens.shape[0] - 1, 0, shape[0]
-    number = 0
     if isinstance(cached, torch.Tensor):
-        given["cached"] = _contiguous(cached)
-    else:
-        number = cached
+        given["cached"], cached = _contiguous(cached), 0
     if kv_batch_idx is not None:
         given["kv_batch_idx"] = _contiguous(kv_batch_idx)
-    page_size = table_row = table_rows = 0
     if block_table is not None:
         given["block_table"] = _contiguous(block_table)
         page_size, (table_rows, table_row) = room, block_table.shape
@@ -274,30 +272,30 @@ def _of_new_keys(new: NewKeys, given: dict[str, torch.Tensor]) -> tuple[int, tup
         given["seqused_k"] = seqused_k
         if leftpad_k is not None:
             given["leftpad_k"] = _contiguous(leftpad_k)
-    of_descales = [0, 0, 0, 0]
-    for i, (name, descale) in enumerate(zip(("k_descale", "v_descale"), descales, strict=True)):
+    of_descales: tuple[int, ...] = ()
+    for name, descale in zip(("k_descale", "v_descale"), descales, strict=True):
+        of_descales += (0, 0) if descale is None else descale.stride()
         if descale is not None:
             given[name] = descale
-            of_descales[2 * i : 2 * i + 2] = descale.stride()
-    k_steps, v_steps, k_cache_steps, v_cache_steps = _steps(k), _steps(v), _steps(k_cache), _steps(v_cache)
-    together = _together(k, k_steps) | _together(v, v_steps)
-    together |= _together(k_cache, k_cache_steps) | _together(v_cache, v_cache_steps)
-    sizes = (shape[-2], rows, seqlen, number, room, entries, page_size, table_row, table_rows, *of_descales)
-    return batch, (*sizes, *k_steps, *v_steps, *k_cache_steps, *v_cache_steps), together
+    sizes = (heads, rows, seqlen, cached, room, entries, page_size, table_row, table_rows, *of_descales)
+    aligned = aligned_k | aligned_v | aligned_k_cache | aligned_v_cache
+    return batch, (*sizes, *k_steps, *v_steps, *k_cache_steps, *v_cache_steps), aligned
 
 
 def _contiguous(t: torch.Tensor) -> torch.Tensor:
     return t if t.is_contiguous() else t.contiguous()
 
 
-def _steps(t: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of the batch (0 if packed), of rows and of heads."""
+def _rows(t: torch.Tensor) -> tuple[torch.Tensor, tuple[tuple[int, int, int], int]]:
+    """`t` with the elements of a row next to each other, and its layout."""
+    if t.stride(-1) != 1:
+        t = t.contiguous()
+    return t, _layout(t)
+
+
+def _layout(t: torch.Tensor) -> tuple[tuple[int, int, int], int]:
+    """Strides of the batch (0 if packed), of rows and of heads; and those or-ed with the offset."""
     strides = t.stride()
-    if len(strides) == 3:
-        return 0, strides[0], strides[1]
-    return strides[0], strides[1], strides[2]
-
-
-def _together(t: torch.Tensor, steps: tuple[int, int, int]) -> int:
     offset: Any = t.storage_offset()
-    return offset | steps[0] | steps[1] | steps[2]
+    batch, row, head, _ = strides if len(strides) == 4 else (0, *strides)
+    return (batch, row, head), offset | batch | row | head
