@@ -233,9 +233,8 @@ def _kept_queries(q, k, v, keep, options):
         if keep.shape[1] < seqlen_q:
             raise checks.malformed("attention_mask", keep, f"at least {seqlen_q} keys, one for each query")
         return keep[:, keep.shape[1] - seqlen_q :]
-    return keep.new_ones(
-        batch, seqlen_q
-    )  # cross attention has this mask for the keys alone, and perhaps as many queries
+    # Cross attention has this mask for the keys alone, and perhaps as many queries.
+    return keep.new_ones(batch, seqlen_q)
 
 
 def _padded(q, k, v, keep, options, s_aux):
