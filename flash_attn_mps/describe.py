@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import checks
+from .capture import capturing
 from .lengths import packed_lengths
 from .problem import AttentionProblem
 
@@ -30,6 +31,7 @@ class CallOptions:
     want_lse: bool = False
     attention_chunk: int = 0
     want_probs: bool | None = None  # None: if want_lse; only has an effect with dropout
+    num_splits: int = 0
     seed: int | torch.Tensor | None = None  # None: from torch's default generator, if there is dropout
 
     def checked(self, q: torch.Tensor, batch: int, names: Mapping[str, str] = checks.NO_NAMES) -> dict[str, Any]:
@@ -45,20 +47,21 @@ class CallOptions:
             "dropout_p": dropout_p,
             "want_lse": checks.flag(self.want_lse, "return_attn_probs"),
             "attention_chunk": checks.attention_chunk(self.attention_chunk),
+            "num_splits": max(0, checks.integer(self.num_splits, "num_splits", "an integer")),
         }
         if dropout_p:
-            fields["seed"] = _draw_seed() if self.seed is None else self.seed
+            fields["seed"] = _draw_seed(q) if self.seed is None else self.seed
             fields["want_probs"] = fields["want_lse"] if self.want_probs is None else self.want_probs
         return fields
 
 
-def _draw_seed() -> int | torch.Tensor:
+def _draw_seed(q: torch.Tensor) -> int | torch.Tensor:
     """From torch's default generator: `torch.manual_seed` makes it reproducible, and no device is waited for.
 
     `randint`, because compilers know that it is random and never merge two of them into one.
     """
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-    return seed if torch.compiler.is_compiling() else int(seed)
+    return seed if capturing(q) else int(seed)
 
 
 def dense(q: Any, k: Any, v: Any, options: CallOptions, names: Mapping[str, str] = checks.NO_NAMES) -> AttentionProblem:

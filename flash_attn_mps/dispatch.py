@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 
 from . import tiers
+from .capture import capturing
 from .graph import attention_op, autograd, transforms
 from .problem import AttentionProblem, Result
-from .tiers import Gradients, explain
+from .tiers import Gradients, explain, explain_gradients
 
-__all__ = ["attention", "explain", "gradients"]
+__all__ = ["attention", "explain", "explain_gradients", "gradients"]
 
 
 def attention(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Result:
@@ -21,7 +22,7 @@ def attention(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Res
     `without` the tiers of these names, unless one is forced; ignored while a graph is captured. Raises
     NotImplementedError if no tier serves it.
     """
-    if torch.compiler.is_compiling():
+    if capturing(p.q):
         return attention_op.attention(p)
     if transforms.active():
         p = transforms.honoured(p)
@@ -31,14 +32,19 @@ def attention(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Res
 
 
 def gradients(
-    p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None
+    p: AttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    needed: frozenset[str],
 ) -> Gradients:
-    """The gradients of q, k, v and sinks, whichever tier gave `out` and `lse`; None for sinks where there are none.
+    """The gradients of the tensors that `needed` names (of `problem.DIFFERENTIABLE`), whichever tier gave `out`, `lse`.
 
     `dlse` is the gradient of the log-sum-exp, if it has one.
     """
-    if torch.compiler.is_compiling():
-        return attention_op.gradients(p, out, lse, dout, dlse)
+    if capturing(p.q):
+        return attention_op.gradients(p, out, lse, dout, dlse, needed)
     if transforms.active():
         p = transforms.honoured(p)
-    return tiers.gradients(p, out, lse, dout, dlse)
+    return tiers.gradients(p, out, lse, dout, dlse, needed)

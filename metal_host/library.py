@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import abi, cpu, instrumented, nvidia, source, versions
+from . import abi, apple, cpu, instrumented, nvidia, source, versions
 from .bindings import Bindings
 from .constants import Value
 from .frontend import Unit, translate
@@ -127,9 +127,24 @@ class ShaderLibrary:
         return self._modules[name]
 
     def resources(self, name: str, threads: int) -> nvidia.Resources:
-        """What ptxas says of the kernel for groups of `threads`: registers, spills, shared memory. Needs no GPU."""
+        """What ptxas says of the kernel for groups of `threads`, the functions that it calls included. Needs no GPU."""
         module = self.module(name)
-        return nvidia.resources(module.ptx, module.entries[name], threads)
+        return nvidia.assemble(module.ptx, module.entries[name], threads)
+
+    def apple_ptx(self, name: str) -> str:
+        """The kernel `name` as PTX to be counted, not run: one entry, with all calls inlined and Apple's operands.
+
+        A matrix product is a line with "matrix product" in it: see apple.py.
+        """
+        return apple.compile_ptx(self._unit, name)
+
+    def live_registers(self, name: str) -> int:
+        """The fewest 32-bit registers a lane that the kernel's live values fit in, on a GPU with Apple's operands.
+
+        Found with ptxas (apple.py), as a multiple of 4; 256 stands for all above. Apple's GPUs have 128. Needs a CUDA
+        toolkit, no GPU.
+        """
+        return apple.live_registers(self.apple_ptx(name))
 
     def kernel(self, name: str) -> Kernel:
         """What the source says of the kernel `name`: its arguments, its bound of threads."""

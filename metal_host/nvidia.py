@@ -31,6 +31,7 @@ _SHARED = re.compile(
     re.MULTILINE,
 )
 _CONSTANT = re.compile(r"\bld\.const\b|(?<=[\s;])\.const\b")
+_DYNAMIC = "__mh_dynamic_shared"
 _ENTRY = re.compile(r"(\.entry (\w+)\(.*?\n\))", re.DOTALL)
 
 
@@ -59,8 +60,8 @@ def fast_matrices() -> bool:
     return os.environ.get("METAL_HOST_FAST_MATRICES", "0") not in ("", "0")
 
 
-def compile_ptx(unit: Unit, host_names: list[str]) -> tuple[str, dict[str, str]]:
-    """(PTX, host name -> entry) of the kernels `host_names`."""
+def compile_ptx(unit: Unit, host_names: list[str], more_flags: tuple[str, ...] = ()) -> tuple[str, dict[str, str]]:
+    """(PTX, host name -> entry) of the kernels `host_names`, with threadgroup variables in shared memory."""
     entries = {name: f"__mh_entry_{i}" for i, name in enumerate(host_names)}
     source = unit.render(entries)
     flags = [
@@ -68,12 +69,13 @@ def compile_ptx(unit: Unit, host_names: list[str]) -> tuple[str, dict[str, str]]
         *versions.flags(unit.version),
         *_TARGET,
         *(["-D__MH_FAST_MATRICES"] if fast_matrices() else []),
+        *more_flags,
     ]
 
     def build(directory: Path) -> None:
         link = ["-Xclang", "-mlink-builtin-bitcode", "-Xclang", str(libdevice()), "-Wno-linker-warnings"]
         ptx = unit.compile([*flags, *link, "-S"], source)
-        (directory / "kernel.ptx").write_text(shared_and_global(ptx))
+        (directory / "kernel.ptx").write_text(in_shared(ptx))
 
     (path,) = disk.fetch(
         disk.key("ptx", toolchain.digest(), toolchain.version(), *flags, source), ("kernel.ptx",), build
@@ -81,51 +83,74 @@ def compile_ptx(unit: Unit, host_names: list[str]) -> tuple[str, dict[str, str]]
     return path.read_text(), entries
 
 
-def shared_and_global(ptx: str) -> str:
-    """Put threadgroup variables into shared memory, and Metal's constant memory, which is buffers, into global."""
-    return _CONSTANT.sub(lambda m: m[0].replace("const", "global"), _SHARED.sub(r".shared \1", ptx))
+def in_shared(ptx: str) -> str:
+    """Put threadgroup variables into shared memory; declare the dynamic one, where [[threadgroup(n)]] arguments are."""
+    if _DYNAMIC in ptx:
+        target = ".address_size 64\n"
+        ptx = ptx.replace(target, f"{target}.extern .shared .align 16 .b8 {_DYNAMIC}[];\n", 1)
+    return _SHARED.sub(r".shared \1", ptx)
 
 
-def for_group(ptx: str, threads: int) -> str:
-    """The PTX with its entries declared for groups of `threads`, which is what registers are given out by."""
-    return _ENTRY.sub(rf"\1\n.maxntid {threads}, 1, 1", ptx)
+def constant_in_global(ptx: str) -> str:
+    """Put Metal's constant memory, which is buffers, into global memory."""
+    return _CONSTANT.sub(lambda m: m[0].replace("const", "global"), ptx)
+
+
+def for_group(ptx: str, threads: int, most_registers: int | None = None) -> str:
+    """The PTX with its entries declared for groups of `threads`, and for at most so many registers a thread."""
+    limit = f"\n.maxnreg {most_registers}" if most_registers else ""
+    return _ENTRY.sub(rf"\1\n.maxntid {threads}, 1, 1{limit}", ptx)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas says about a kernel."""
+    """What ptxas says about a kernel and all functions that it calls."""
 
     registers: int
     spill_stores: int  # bytes
     spill_loads: int  # bytes
-    stack: int  # bytes
+    stack: int  # bytes, of the deepest chain of calls
     shared: int  # bytes
 
 
-def resources(ptx: str, entry: str, threads: int) -> Resources:
-    """Assemble with ptxas for groups of `threads`. RuntimeError where there is no ptxas or it refuses."""
+def assemble(
+    ptx: str, entry: str, threads: int, most_registers: int | None = None, cubin: Path | None = None
+) -> Resources:
+    """Assemble with ptxas for groups of `threads`, into `cubin` if it is given; what the kernel `entry` takes.
+
+    most_registers: the limit of a thread's. RuntimeError where there is no ptxas or it refuses.
+    """
     ptxas = shutil.which("ptxas")
     if ptxas is None:
         raise RuntimeError("ptxas of a CUDA toolkit is not on the PATH")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.ptx"
-        path.write_text(for_group(ptx, threads))
-        arguments = [ptxas, f"-arch={ARCHITECTURE}", "-v", "-o", f"{directory}/kernel.cubin", str(path)]
+        path.write_text(for_group(ptx, threads, most_registers))
+        out = str(cubin or f"{directory}/kernel.cubin")
+        arguments = [ptxas, f"-arch={ARCHITECTURE}", "-v", "-o", out, str(path)]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ptxas: {done.stderr.strip()}")
-    about = done.stderr[done.stderr.index(f"'{entry}'") :]
+    return said_of(done.stderr, entry)
 
-    def number(pattern: str) -> int:
-        match = re.search(pattern, about)
-        return int(match[1]) if match else 0
+
+def said_of(log: str, entry: str) -> Resources:
+    """What the log of `ptxas -v` says of a kernel: its own lines, and those of the functions that it calls.
+
+    A kernel that was not inlined into its entry spills under its own name, while the entry's line says 0.
+    """
+    about = log[log.index(f"Compiling entry function '{entry}'") :]
+    about = about.split("Compiling entry function")[1]
+
+    def numbers(pattern: str) -> list[int]:
+        return [int(n) for n in re.findall(pattern, about)]
 
     return Resources(
-        registers=number(r"Used (\d+) registers"),
-        spill_stores=number(r"(\d+) bytes spill stores"),
-        spill_loads=number(r"(\d+) bytes spill loads"),
-        stack=number(r"(\d+) bytes stack frame"),
-        shared=number(r"(\d+) bytes smem"),
+        registers=max(numbers(r"Used (\d+) registers")),
+        spill_stores=sum(numbers(r"(\d+) bytes spill stores")),
+        spill_loads=sum(numbers(r"(\d+) bytes spill loads")),
+        stack=max(numbers(r"(\d+) bytes (?:stack frame|cumulative stack size)"), default=0),
+        shared=max(numbers(r"(\d+) bytes smem"), default=0),
     )
 
 
@@ -134,6 +159,7 @@ class _Arguments(ctypes.Structure):
         ("arguments", ctypes.c_uint64 * abi.MAX_BUFFERS),
         ("grid", ctypes.c_uint32 * 3),
         ("group", ctypes.c_uint32 * 3),
+        ("threadgroup_offsets", ctypes.c_uint32 * abi.MAX_BUFFERS),
     ]
 
 
@@ -156,12 +182,11 @@ class Module:
     """Compiled PTX; assembled by the driver once for each group size."""
 
     def __init__(self, unit: Unit, host_names: list[str]):
-        self.ptx, self.entries = compile_ptx(unit, host_names)
+        ptx, self.entries = compile_ptx(unit, host_names)
+        self.ptx = constant_in_global(ptx)
         self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
 
     def launch(self, name: str, bindings: Bindings, shape: Shape) -> None:
-        if bindings.threadgroup_bytes:
-            raise RuntimeError("[[threadgroup(n)]] arguments run on the CPU only")
         grid, group = shape
         threads = -(-group[0] * group[1] * group[2] // 32) * 32
         arguments = _Arguments(grid=(ctypes.c_uint32 * 3)(*grid), group=(ctypes.c_uint32 * 3)(*group))
@@ -173,11 +198,15 @@ class Module:
         for index, data in bindings.inline.items():
             kept.append(torch.frombuffer(bytearray(data), dtype=torch.uint8).cuda())
             arguments.arguments[index] = kept[-1].data_ptr()
+        shared = 0
+        for index, size in bindings.threadgroup_bytes.items():
+            arguments.threadgroup_offsets[index] = shared
+            shared += size  # a multiple of 16
         blocks = [-(-n // g) for n, g in zip(grid, group, strict=True)]
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         function = self._function(self.entries[name], threads)
-        _call("cuLaunchKernel", function, *blocks, threads, 1, 1, 0, stream, pointers, None)
+        _call("cuLaunchKernel", function, *blocks, threads, 1, 1, shared, stream, pointers, None)
 
     def _function(self, entry: str, threads: int) -> ctypes.c_void_p:
         if (entry, threads) not in self._functions:

@@ -4,13 +4,15 @@
 
 Fetches nothing. Of every kernel function the first and the last instance that the sources themselves make are compiled,
 with function constants left without a value, to machine code; with --all the compiler's front end also checks every other
-instance. A header is looked for beside the source, in every
-folder above it and in a folder "include" of each.
+instance. A header is looked for beside the source, in every folder above it and in a folder "include" of each. Sources are
+files "*.metal" and strings of Python files that hold a kernel, which is how torch.mps.compile_shader is used. With --into the
+table replaces what a Markdown page has between <!-- survey --> and <!-- end -->.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import sys
 from collections import Counter
@@ -42,15 +44,36 @@ class FileReport:
         return sum(not error for error in self.functions.values())
 
 
-def survey_file(path: Path, root: Path, version: str, every: bool = False) -> FileReport:
-    """Compile the kernels of one file below `root`."""
-    report = FileReport(str(path.relative_to(root)))
+def sources(root: Path) -> list[tuple[Path, int, str]]:
+    """File, line and text of every source below `root`."""
+    found = [(path, 0, path.read_text(encoding="utf-8")) for path in sorted(root.rglob("*.metal"))]
+    for path in sorted(root.rglob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if "metal_stdlib" in text and _KERNEL.search(text):
+            found += [(path, line, source) for line, source in _strings(text)]
+    return found
+
+
+def _strings(text: str) -> list[tuple[int, str]]:
+    """Line and value of the strings of a Python file that are whole Metal sources."""
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except SyntaxError:
+        return []
+    strings = [(n.lineno, n.value) for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return [(line, value) for line, value in strings if "#include" in value and _KERNEL.search(value)]
+
+
+def survey_source(item: tuple[Path, int, str], root: Path, version: str, every: bool = False) -> FileReport:
+    """Compile the kernels of one source below `root`."""
+    path, line, text = item
+    report = FileReport(str(path.relative_to(root)) + (f":{line}" if line else ""))
     folders = [p for p in path.parents if p == root or root in p.parents]
     include = [*folders, *(p / "include" for p in folders)]
     try:
-        unit = library.front_end(path.read_text(encoding="utf-8"), {}, version, include)
+        unit = library.front_end(text, {}, version, include)
     except (SyntaxError, RecursionError) as error:
-        for name in _textual_kernels(path, include, version):
+        for name in _textual_kernels(path, text, include, version):
             report.functions[name] = _first_error(error)
         return report
     report.instances = len(unit.kernels.instances)
@@ -91,22 +114,21 @@ def _compile(unit: Unit, picks: dict[str, list[str]]) -> Iterator[tuple[str, str
         yield from _compile(unit, dict(items[half:]))
 
 
-def _textual_kernels(path: Path, include: list[Path], version: str) -> list[str]:
+def _textual_kernels(path: Path, text: str, include: list[Path], version: str) -> list[str]:
     """The kernels of a source that the front end refuses, its own headers' too."""
     try:
-        text = source.preprocess(source.expand(path.read_text(encoding="utf-8"), []), version, include)
+        text = source.preprocess(source.expand(text, []), version, include)
     except SyntaxError:
-        text = _with_headers(path, include, set())
+        text = _with_headers(path, text, include, set())
     return list(dict.fromkeys(_KERNEL.findall(text)))
 
 
-def _with_headers(path: Path, include: list[Path], seen: set[Path]) -> str:
-    text = path.read_text(encoding="utf-8")
+def _with_headers(path: Path, text: str, include: list[Path], seen: set[Path]) -> str:
     for name in _INCLUDE.findall(text):
         found = next((d / name for d in [path.parent, *include] if (d / name).is_file()), None)
         if found and found.resolve() not in seen:
             seen.add(found.resolve())
-            text += _with_headers(found, include, seen)
+            text += _with_headers(found, found.read_text(encoding="utf-8"), include, seen)
     return text
 
 
@@ -115,42 +137,62 @@ def _first_error(error: BaseException) -> str:
     return (match[1] if match else str(error).strip().split("\n")[-1])[:160] or type(error).__name__
 
 
-def survey(root: Path, version: str, pattern: str, workers: int, every: bool) -> list[FileReport]:
-    files = sorted(root.rglob(pattern))
+def survey(root: Path, version: str, workers: int, every: bool) -> list[FileReport]:
     with ProcessPoolExecutor(workers) as pool:
-        reports = pool.map(partial(survey_file, root=root, version=version, every=every), files)
+        reports = pool.map(partial(survey_source, root=root, version=version, every=every), sources(root))
         return [report for report in reports if report.functions]
+
+
+def rows(name: str, reports: list[FileReport], every: bool, files: bool) -> Iterator[str]:
+    """Of the table: one for the whole, and one a source."""
+    functions = [f for r in reports for f in r.functions.items()]
+    good = sum(r.compiled for r in reports)
+    reasons = Counter(f"`{f'{error[:70]}...' if len(error) > 70 else error}`" for _, error in functions if error)
+    why = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+    share = f"{good} ({100 * good // len(functions)} %)" if functions else "0"
+    checked = [f"{sum(r.checked for r in reports)}"] if every else []
+    instances = str(sum(r.instances for r in reports))
+    yield _row(name, str(len(reports)), instances, *checked, str(len(functions)), share, why)
+    for r in reports if files else []:
+        yield _row(
+            r.path, "", str(r.instances), *checked and [str(r.checked)], str(len(r.functions)), str(r.compiled), ""
+        )
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |".replace("  ", " ")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m metal_host.survey", description=__doc__.split("\n")[0])
     parser.add_argument("sources", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--version", default="4.0", choices=versions.VERSIONS)
-    parser.add_argument("--pattern", default="*.metal", help="which files are sources")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--all", action="store_true", help="check every instance")
-    parser.add_argument("--files", action="store_true", help="a row for each file, and the errors")
+    parser.add_argument("--files", action="store_true", help="a row for each source")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="write the table into a Markdown page")
     arguments = parser.parse_args()
-    checked = " instances checked |" if arguments.all else ""
-    print(f"| sources | files | instances |{checked} kernel functions | compile |")
-    print(f"| --- | --- | --- |{' --- |' if checked else ''} --- | --- |")
+    titles = ["sources", "files", "instances", *(["checked"] if arguments.all else [])]
+    titles += ["kernel functions", "compile", "what does not, first errors"]
+    table = [_row(*titles), _row(*("---" for _ in titles))]
+    print("\n".join(table))
     for item in arguments.sources:
         name, _, folder = item.partition("=")
-        root = Path(folder or name).resolve()
-        reports = survey(root, arguments.version, arguments.pattern, arguments.workers, arguments.all)
-        total, good = sum(len(r.functions) for r in reports), sum(r.compiled for r in reports)
-        share = f"{good} ({100 * good // total} %)" if total else "0"
-        found = f" {sum(r.checked for r in reports)} |" if checked else ""
-        print(
-            f"| {name} | {len(reports)} | {sum(r.instances for r in reports)} |{found} {total} | {share} |", flush=True
-        )
-        if arguments.files:
-            for r in reports:
-                found = f" {r.checked} |" if checked else ""
-                print(f"| {r.path} | | {r.instances} |{found} {len(r.functions)} | {r.compiled} |")
-            reasons = Counter(e for r in reports for e in r.functions.values() if e)
-            for reason, count in reasons.most_common():
-                print(f"    {count:4} {reason}", file=sys.stderr)
+        reports = survey(Path(folder or name).resolve(), arguments.version, arguments.workers, arguments.all)
+        new = list(rows(name, reports, arguments.all, arguments.files))
+        print("\n".join(new), flush=True)
+        table += new
+    if arguments.into:
+        replace(arguments.into, "survey", table)
+
+
+def replace(page: Path, name: str, lines: list[str]) -> None:
+    """Put `lines` between <!-- name --> and <!-- end --> of a Markdown page."""
+    text = page.read_text(encoding="utf-8")
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(text):
+        sys.exit(f"{page} has no <!-- {name} --> ... <!-- end -->")
+    page.write_text(pattern.sub(lambda m: m[1] + "\n".join(["", *lines, "", ""]) + m[2], text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Forward and backward as plain functions without autograd: what ring and other distributed attention is built on.
 
 Names, parameters, order and defaults are those of the private functions of FlashAttention 2.8, and `num_splits`, which
-upstream has since put behind them and which has no effect here. Arguments and shapes are those of
+upstream has since put behind them. Arguments and shapes are those of
 `flash_attn_mps.frontends.fa2`; `window_size_left` and `window_size_right` are the two sides of `window_size`.
 
 The forward functions return `(out, softmax_lse, S_dmask, rng_state)`: `rng_state`, int64 `(2,)` on the CPU, makes
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
+from ..capture import capturing
 from ..describe import CallOptions, dense, varlen
 from ..problem import AttentionProblem
 from .shared import window_of
@@ -67,7 +68,6 @@ def _flash_attn_varlen_forward(
     zero_tensors: bool = False,
     num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    checks.integer(num_splits, "num_splits", "an integer")
     checks.flag(zero_tensors, "zero_tensors")
     if leftpad_k is not None:
         raise checks.unsupported(
@@ -76,7 +76,15 @@ def _flash_attn_varlen_forward(
     window_size = window_of(window_size_left, window_size_right)
     probs = checks.flag(return_softmax, "return_softmax")
     options = CallOptions(
-        softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True, want_probs=probs
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        dropout_p,
+        want_lse=True,
+        want_probs=probs,
+        num_splits=num_splits,
     )
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     layout = {"seqused_k": seqused_k, "block_table": block_table}
@@ -105,7 +113,7 @@ def _flash_attn_backward(
 ) -> Tensor:
     window_size = window_of(window_size_left, window_size_right)
     checks.flag(deterministic, "deterministic")
-    seed = _seed(dropout_p, rng_state)
+    seed = _seed(q, dropout_p, rng_state)
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
     return backward(dense, (q, k, v), options, dout, out, softmax_lse, (dq, dk, dv))
 
@@ -138,7 +146,7 @@ def _flash_attn_varlen_backward(
     window_size = window_of(window_size_left, window_size_right)
     checks.flag(deterministic, "deterministic")
     checks.flag(zero_tensors, "zero_tensors")
-    seed = _seed(dropout_p, rng_state)
+    seed = _seed(q, dropout_p, rng_state)
     options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, seed=seed)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return backward(varlen, (q, k, v, *lengths), options, dout, out, softmax_lse, (dq, dk, dv))
@@ -171,20 +179,20 @@ def backward(
     checks.of_shape(dout, "dout", p.out_shape, p.q.dtype, p.q, "as the output of q and v")
     checks.of_shape(out, "out", p.out_shape, p.q.dtype, p.q, "as the output of q and v")
     checks.of_shape(lse, "softmax_lse", p.lse_shape, torch.float32, p.q, "as the rows of q")
-    for name, buffer, like in zip(("dq", "dk", "dv"), grads, (p.q, p.k, p.v), strict=True):
-        if buffer is not None:
-            checks.output(buffer, name, like.shape, like, f"as {name[1]}")
-    dq, dk, dv, _ = dispatch.gradients(p, out, lse, dout)
-    for buffer, grad in zip(grads, (dq, dk, dv), strict=True):
-        if buffer is not None:
-            buffer.copy_(grad)
+    buffers = {name: buffer for name, buffer in zip("qkv", grads, strict=True) if buffer is not None}
+    for name, buffer in buffers.items():
+        like = getattr(p, name)
+        checks.output(buffer, f"d{name}", like.shape, like, f"as {name}")
+    computed = dispatch.gradients(p, out, lse, dout, None, frozenset(buffers))
+    for name, buffer in buffers.items():
+        buffer.copy_(getattr(computed, f"d{name}"))
     return (dout.float() * out.float()).sum(-1).transpose(-1, -2).contiguous()
 
 
-def _seed(dropout_p: Any, rng_state: Any) -> int | Tensor | None:
+def _seed(q: Any, dropout_p: Any, rng_state: Any) -> int | Tensor | None:
     if not checks.dropout_p(dropout_p):
         return None
     checks.tensor(rng_state, "rng_state", "2,")
     if rng_state.shape != (2,) or rng_state.dtype != torch.int64 or rng_state.is_meta:
         raise checks.malformed("rng_state", rng_state, "the int64 tensor (2,) that the forward function returned")
-    return rng_state[0] if torch.compiler.is_compiling() else int(rng_state[0])
+    return rng_state[0] if capturing(q) else int(rng_state[0])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..capture import capturing
 from ..graph import attention_op, kvcache_op
 from ..problem import Result
 from .cache_call import CacheCall
@@ -29,7 +30,7 @@ def attention(call: CacheCall) -> Result:
 
 
 def _computed(call: CacheCall) -> Result:
-    return kvcache_op.captured(call) if torch.compiler.is_compiling() else run(describe(call))
+    return kvcache_op.captured(call) if capturing(call.q) else run(describe(call))
 
 
 class _NoBackward(torch.autograd.Function):

@@ -14,6 +14,7 @@ checkpointing look for that in an operator's name (trl, selective_activation_che
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.library import custom_op
 
 from .. import tiers
 from ..describe import with_lengths
-from ..problem import AttentionProblem, Result
+from ..problem import DIFFERENTIABLE, AttentionProblem, Result
 from ..tiers import Gradients
 from .schema import fields_of, flatten, schema_of, unflatten
 
@@ -30,23 +31,35 @@ NAMESPACE = "mtlflashattn"
 _FIELDS = fields_of(AttentionProblem, "lengths_q", "lengths_k", "_features")
 _PROBLEM = schema_of(_FIELDS)
 NAMES = [part.split()[1] for part in _PROBLEM.split(", ")]
-_DIFFERENTIABLE = ("q", "k", "v", "sinks")
+_GRADIENTS = (
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, str needed, {_PROBLEM})"
+    f" -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
+)
+# torch keeps compiled graphs on disk under what they call, not under what the derivatives of that call: an argument of
+# the forward operator says which backward operator goes with it.
+_DERIVATIVE = hashlib.sha256(_GRADIENTS.encode()).hexdigest()[:8]
 
 
 def attention(p: AttentionProblem) -> Result:
     """`tiers.run(p)`, with its gradient, in the graph that is captured."""
     needs_grad = p.requires_grad
     differentiated = dataclasses.replace(p, needs_grad=needs_grad, want_lse=p.want_lse or needs_grad)
-    out, lse, probs = _forward(*flat(differentiated))
+    out, lse, probs = _forward(*flat(differentiated), _DERIVATIVE)
     return Result(out, lse if p.want_lse else None, probs if p.want_probs else None)
 
 
 def gradients(
-    p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
+    p: AttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    needed: frozenset[str],
 ) -> Gradients:
     """`tiers.gradients`, in the graph that is captured."""
-    dq, dk, dv, dsinks = _backward(dout, dlse, out, lse, *flat(p))
-    return dq, dk, dv, None if p.sinks is None else dsinks
+    grads = _backward(dout, dlse, out, lse, " ".join(sorted(needed)), *flat(p))
+    named = zip(DIFFERENTIABLE, grads, strict=True)
+    return Gradients(*(grad if name in needed else None for name, grad in named))
 
 
 def flat(p: AttentionProblem) -> list[Any]:
@@ -64,7 +77,11 @@ def _computed(arguments: tuple[Any, ...]) -> AttentionProblem:
     return dataclasses.replace(p, seed=int(p.seed)) if isinstance(p.seed, torch.Tensor) else p
 
 
-@custom_op(f"{NAMESPACE}::flash_attn_forward", mutates_args=(), schema=f"({_PROBLEM}) -> (Tensor, Tensor, Tensor)")
+@custom_op(
+    f"{NAMESPACE}::flash_attn_forward",
+    mutates_args=(),
+    schema=f"({_PROBLEM}, str derivative='') -> (Tensor, Tensor, Tensor)",
+)
 def _forward(*arguments: Any) -> Any:
     with torch.no_grad():
         p = _computed(arguments)
@@ -82,23 +99,25 @@ def _(*arguments: Any):
     return p.q.new_empty(p.out_shape), p.q.new_empty(lse_shape, dtype=torch.float32), probs
 
 
-@custom_op(
-    f"{NAMESPACE}::flash_attn_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@custom_op(f"{NAMESPACE}::flash_attn_backward", mutates_args=(), schema=_GRADIENTS)
 def _backward(
-    dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *arguments: Any
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    needed: str,
+    *arguments: Any,
 ) -> Any:
+    """`needed`: names of `DIFFERENTIABLE`, a space between them; the gradients of the others are empty."""
     with torch.no_grad():
-        grads = tiers.gradients(_computed(arguments), out, lse, dout, dlse)
+        grads = tiers.gradients(_computed(arguments), out, lse, dout, dlse, frozenset(needed.split()))
         return tuple(lse.new_empty(0) if grad is None else contiguous(grad) for grad in grads)
 
 
 @_backward.register_fake
-def _(_dout, _dlse, _out, lse, *arguments):
+def _(_dout, _dlse, _out, lse, needed, *arguments):
     p = _problem(arguments)
-    tensors = (getattr(p, name) for name in _DIFFERENTIABLE)
+    tensors = (getattr(p, name) if name in needed.split() else None for name in DIFFERENTIABLE)
     return tuple(lse.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
 
 
@@ -121,9 +140,12 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
     arguments = [next(tensors) if is_tensor else other for is_tensor, other in pairs]
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = dict(zip(_DIFFERENTIABLE, _backward(dout, dlse, out, lse, *arguments), strict=True))
-    pairs = zip(NAMES, ctx.needs_input_grad, strict=True)
-    return tuple(grads[name] if needed else None for name, needed in pairs)
+    *arguments, _ = arguments  # all but `derivative`
+    wanted = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
+    needed = " ".join(name for name in DIFFERENTIABLE if wanted[name])
+    grads = _backward(dout, dlse, out, lse, needed, *arguments)
+    named = dict(zip(DIFFERENTIABLE, grads, strict=True))
+    return *(named[name] if is_needed else None for name, is_needed in wanted.items()), None
 
 
 def _differentiate_again(*_: Any):

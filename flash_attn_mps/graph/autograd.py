@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .. import tiers
-from ..problem import AttentionProblem, Result
+from ..problem import DIFFERENTIABLE, AttentionProblem, Result
+from ..tiers import Gradients
 
 _TENSORS = [field.name for field in dataclasses.fields(AttentionProblem) if "Tensor" in str(field.type)]
 
@@ -19,13 +20,19 @@ def attention(p: AttentionProblem, without: frozenset[str]) -> Result:
     The gradient of the log-sum-exp is honoured; second derivatives raise NotImplementedError.
     """
     differentiated = dataclasses.replace(p, needs_grad=True, want_lse=True)
-    out, lse, probs = _Attention.apply(p.q, p.k, p.v, p.sinks, differentiated, without)
+    out, lse, probs = _Attention.apply(*_inputs(p), differentiated, without)
     return Result(out, lse if p.want_lse else None, probs)
+
+
+def _inputs(p: AttentionProblem) -> list[torch.Tensor | None]:
+    return [getattr(p, name) for name in DIFFERENTIABLE]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, sinks: Any, p: AttentionProblem, without: frozenset[str]) -> Any:
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        """`inputs`: those of `DIFFERENTIABLE`, which autograd must see, the problem they are part of, and `without`."""
+        *_, p, without = inputs
         result = tiers.run(p, without)
         # Every tensor goes through save_for_backward, so that checkpointing and offloading hooks see it.
         ctx.names = [name for name in _TENSORS if isinstance(getattr(p, name), torch.Tensor)]
@@ -43,11 +50,12 @@ class _Attention(torch.autograd.Function):
         p = dataclasses.replace(ctx.problem, **dict(zip(ctx.names, saved, strict=True)))
         if dout is None:
             dout = torch.zeros_like(out)
-        grads: tuple[Any, ...] = tiers.gradients(p, out, lse, dout, dlse)
+        *which, _, _ = ctx.needs_input_grad
+        needed = frozenset(name for name, is_needed in zip(DIFFERENTIABLE, which, strict=True) if is_needed)
+        grads: tuple[Any, ...] = tiers.gradients(p, out, lse, dout, dlse, needed)
         if torch.is_grad_enabled():  # create_graph=True
-            grads = _NoSecondDerivative.apply(*grads, p.q, p.k, p.v, p.sinks, dout, dlse)
-        wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
-        return *wanted, None, None
+            grads = _NoSecondDerivative.apply(*grads, *_inputs(p), dout, dlse)
+        return *grads, None, None
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -58,8 +66,9 @@ class _NoSecondDerivative(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, dq: Any, dk: Any, dv: Any, dsinks: Any, *_: Any) -> Any:
-        return tuple(grad if grad is None else grad.view_as(grad) for grad in (dq, dk, dv, dsinks))
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        grads = inputs[: len(Gradients._fields)]
+        return tuple(grad if grad is None else grad.view_as(grad) for grad in grads)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

@@ -66,8 +66,6 @@ def decide(call: Call, given: Settings) -> Decision:
 def _shortest(call: Call, given: Settings) -> tuple[float, str]:
     """From which length on ours is used for the sake of speed, and who says so."""
     way = torch_paths.route(call, given.torch)
-    if call.dropout:
-        return NEVER, "no Metal kernel has dropout"
     if max(call.head_dim, call.head_dim_v) > MAX_HEAD_DIM:
         return NEVER, f"no Metal kernel has a head_dim above {MAX_HEAD_DIM}"
     chosen = {"general": given.min_seq, "math": None}.get(way, given.fast_min_seq)

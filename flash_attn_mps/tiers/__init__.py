@@ -12,16 +12,17 @@ import torch
 from .. import trace
 from ..problem import AttentionProblem, Result
 from . import cpu, reference
-from .metal import scalar, simdgroup
+from .metal import decode, scalar, simdgroup
 from .tier import Gradients, Tier
 
-__all__ = ["BY_NAME", "METAL", "ORDER", "Gradients", "Tier", "explain", "gradients", "run"]
+__all__ = ["BY_NAME", "METAL", "ORDER", "Gradients", "Tier", "explain", "explain_gradients", "gradients", "run"]
 
-ORDER: tuple[Tier, ...] = (simdgroup.TIER, cpu.TIER, reference.TIER)
+ORDER: tuple[Tier, ...] = (decode.TIER, simdgroup.TIER, cpu.TIER, reference.TIER)
 BY_NAME = {tier.name: tier for tier in (*ORDER, scalar.TIER)}  # scalar computes only where it is asked for by name
 METAL = frozenset(tier.name for tier in BY_NAME.values() if tier.metal)
 
 _FORCE = "MTLFLASHATTN_KERNEL"
+_REFUSED = "its kernel does not work on this machine"
 _AUTO = "auto"
 _unknown: set[str] = set()
 
@@ -29,7 +30,7 @@ _unknown: set[str] = set()
 def run(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Result:
     """The forward pass of `p`, without autograd, on the first tier that serves it. `without` those of these names,
     unless one is forced. Raises NotImplementedError, with every tier's reasons, if none serves it."""
-    refusals = []
+    refusals: trace.Refusals = []
     asked = _asked()
     if without:
         asked = tuple(tier for tier in asked if tier.name not in without) or asked
@@ -42,32 +43,62 @@ def run(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Result:
             else:
                 result = tier.run(p)
             if result is not None:
-                trace.record(p, tier.name)
+                if trace.enabled:
+                    trace.record(p, tier.name, refusals)
                 return result
-            reasons = ["its kernel does not compile on this machine"]
-        refusals.append(f"{tier.name}: {'; '.join(reasons)}")
-    raise NotImplementedError("no tier serves this attention call: " + " | ".join(refusals))
+            reasons = [_REFUSED]
+        refusals.append((tier.name, reasons))
+    raise NotImplementedError(f"no tier serves this attention call: {_listed(refusals)}")
 
 
 def gradients(
-    p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None
+    p: AttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    needed: frozenset[str],
 ) -> Gradients:
-    """The gradients of q, k, v and sinks, whichever tier gave `out` and `lse`: the one rule about who computes them.
+    """The gradients of `needed` tensors, whichever tier gave `out` and `lse`: the one rule about who computes them.
 
     It is the first tier that serves them; a forced one comes first, but forcing a tier without a backward pass does not
-    leave a call without gradients. `dlse` is the gradient of the log-sum-exp, if it has one.
+    leave a call without gradients. `dlse` is the gradient of the log-sum-exp, if it has one. `needed`: names of
+    `problem.DIFFERENTIABLE`.
     """
-    for tier in (*_asked(), *ORDER):
-        if tier.backward is not None and not tier.unsupported_backward_reasons(p, dlse is not None):
+    refusals: trace.Refusals = []
+    for tier in _asked_for_gradients():
+        reasons = tier.unsupported_backward_reasons(p, dlse is not None, needed)
+        if not reasons and tier.backward is not None:
             off = torch.autocast(p.q.device.type, enabled=False) if _is_autocast(p.q.device.type) else nullcontext()
             with torch.no_grad(), off:
-                return tier.backward(p, out, lse, dout, dlse)
-    raise NotImplementedError("no tier computes the gradients of this attention call")
+                found = tier.backward(p, out, lse, dout, dlse, needed)
+            if found is not None:
+                if trace.enabled:
+                    trace.record(p, tier.name, refusals, "backward")
+                return found
+            reasons = [_REFUSED]
+        refusals.append((tier.name, reasons))
+    raise NotImplementedError(f"no tier computes the gradients of this attention call: {_listed(refusals)}")
 
 
 def explain(p: AttentionProblem) -> dict[str, list[str]]:
     """Each tier's reasons not to serve `p`, in the order in which they are asked; the first with none serves it."""
     return {tier.name: tier.unsupported_reasons(p) for tier in _asked()}
+
+
+def explain_gradients(
+    p: AttentionProblem, dlse: bool = False, needed: frozenset[str] = frozenset("qkv")
+) -> dict[str, list[str]]:
+    """Likewise, why each tier does not compute the gradients of `needed`. `dlse`: has the log-sum-exp a gradient?"""
+    return {tier.name: tier.unsupported_backward_reasons(p, dlse, needed) for tier in _asked_for_gradients()}
+
+
+def _asked_for_gradients() -> tuple[Tier, ...]:
+    return tuple(dict.fromkeys((*_asked(), *ORDER)))
+
+
+def _listed(refusals: trace.Refusals) -> str:
+    return " | ".join(f"{name}: {'; '.join(reasons)}" for name, reasons in refusals)
 
 
 def _asked() -> tuple[Tier, ...]:

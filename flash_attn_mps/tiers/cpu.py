@@ -86,12 +86,18 @@ def _run(p: AttentionProblem) -> Result:
 
 
 def _backward(
-    p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, _dlse: torch.Tensor | None
+    p: AttentionProblem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    _dlse: torch.Tensor | None,
+    needed: frozenset[str],
 ) -> Gradients:
+    """PyTorch's operator computes all three, whichever are needed."""
     tensors = _heads_first(dout.contiguous(), p.q, p.k, p.v, out.contiguous())
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, **_options(p))
-    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
-    return dq, dk, dv, None
+    named = zip(("q", "k", "v"), grads, strict=True)
+    return Gradients(*(grad.transpose(1, 2) if name in needed else None for name, grad in named))
 
 
 def _heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:

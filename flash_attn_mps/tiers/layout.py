@@ -147,19 +147,26 @@ class KeyRows:
 
     def take(self, tensor: torch.Tensor, group: Group) -> torch.Tensor:
         """`(sequences, heads_k, seqlen_k, head_dim)` in float32, contiguous; rows that do not exist are zero."""
-        rows = tensor[self._slices(group) or self._indices(group)].transpose(1, 2)
+        rows = self.rows(tensor, group, 0, group.seqlen_k)
         rows = torch.empty(rows.shape, dtype=torch.float32, device=rows.device).copy_(rows)
+        return self.zeroed_beyond_end(rows, group, 0, group.seqlen_k)
+
+    def rows(self, tensor: torch.Tensor, group: Group, first: int, last: int) -> torch.Tensor:
+        """Rows `first` to `last`, `(sequences, heads_k, last - first, head_dim)`; any values where there is none."""
+        return tensor[self._slices(group, first, last) or self._indices(group, first, last)].transpose(1, 2)
+
+    def zeroed_beyond_end(self, rows: torch.Tensor, group: Group, first: int, last: int) -> torch.Tensor:
+        """Because memory past the end may hold NaN, and 0 * NaN is NaN."""
         valid = self.valid(group)
-        # Zeroed, because memory past the end may hold NaN, and 0 * NaN is NaN.
-        return rows if valid is None else rows.masked_fill(~valid[:, None, :, None], 0.0)
+        return rows if valid is None else rows.masked_fill(~valid[:, None, first:last, None], 0.0)
 
     def add(self, buffer: torch.Tensor, group: Group, values: torch.Tensor) -> None:
         """Add the gradients of a group, laid out as `take` gives rows; they are zero for rows that do not exist."""
-        slices = self._slices(group)
+        slices = self._slices(group, 0, group.seqlen_k)
         if slices is not None:
             buffer[slices] += values.transpose(1, 2)
         else:
-            buffer.index_put_(self._indices(group), values.transpose(1, 2), accumulate=True)
+            buffer.index_put_(self._indices(group, 0, group.seqlen_k), values.transpose(1, 2), accumulate=True)
 
     def valid(self, group: Group) -> torch.Tensor | None:
         """`(sequences, seqlen_k)`: which keys exist; None if all do."""
@@ -168,18 +175,18 @@ class KeyRows:
         rows = torch.arange(group.seqlen_k, device=self.lengths.device)
         return rows < self.lengths[group.seqs][:, None]
 
-    def _slices(self, group: Group) -> tuple[slice, slice] | None:
+    def _slices(self, group: Group, first: int, last: int) -> tuple[slice, slice] | None:
         """Sequences and rows of a dense k whose sequences are computed in order; else None."""
         p = self.p
         plain = p.cu_seqlens_k is None and p.block_table is None and p.kv_batch_idx is None and p.leftpad_k is None
-        return (group.seqs, slice(0, group.seqlen_k)) if plain and isinstance(group.seqs, slice) else None
+        return (group.seqs, slice(first, last)) if plain and isinstance(group.seqs, slice) else None
 
-    def _indices(self, group: Group) -> tuple[torch.Tensor, ...]:
-        p, seqs, n = self.p, group.seqs, group.seqlen_k
-        rows = torch.arange(n, device=p.q.device)
+    def _indices(self, group: Group, first: int, last: int) -> tuple[torch.Tensor, ...]:
+        p, seqs, n = self.p, group.seqs, last - first
+        rows = torch.arange(first, last, device=p.q.device)
         if p.block_table is not None:
             num_blocks, block_size = p.k.shape[:2]
-            table = p.block_table[seqs]
+            table = p.block_table[seqs if p.kv_batch_idx is None else p.kv_batch_idx[seqs]]
             if p.leftpad_k is not None:
                 rows = p.leftpad_k[seqs][:, None] + rows
             columns = (rows // block_size).clamp_(max=table.shape[1] - 1).expand(table.shape[0], n)

@@ -17,9 +17,10 @@ import torch
 
 from ..checks import readable
 from ..problem import AttentionProblem, Result
+from .dequantised import Rows, rows_of, summed
 from .layout import Group, KeyRows, QueryRows, groups
-from .score_blocks import SERVES, Block, Dropout, blocks
-from .tier import LSE_GRADIENT, Gradients, Tier
+from .score_blocks import SERVES, Block, blocks
+from .tier import LSE_GRADIENT, MASK_GRADIENT, Gradients, Tier
 
 
 def _limits(p: AttentionProblem) -> list[str]:
@@ -40,9 +41,8 @@ def run(p: AttentionProblem) -> Result:
     lse = queries.new(q, (p.heads,), -torch.inf, torch.float32)
     if p.sinks is not None:  # what a query has that sees no key
         lse.copy_(p.sinks)
-    dropout = Dropout(p)
     for group in () if p.empty else groups(p):
-        k_rows, v_rows = keys.take(k, group), keys.take(v, group)
+        k_rows, v_rows = rows_of(keys, k, p.k_descale, group), rows_of(keys, v, p.v_descale, group)
         for block in blocks(p, group, queries, keys):
             s, _ = block.scores(block.heads_first(queries.take(q, group, block.first, block.last)), k_rows)
             v_seen = v_rows[:, :, block.lo : block.hi]
@@ -51,7 +51,7 @@ def run(p: AttentionProblem) -> Result:
             if probs is not None:
                 probs[group.seqs, :, block.first : block.last, block.lo : block.hi] = prob.flatten(1, 2).to(q.dtype)
             if p.dropout_p:
-                keep = dropout.keep(prob)
+                keep = block.kept()
                 if probs is not None:
                     signs = keep.flatten(1, 2) * 2.0 - 1.0
                     probs[group.seqs, :, block.first : block.last, block.lo : block.hi] *= signs.to(q.dtype)
@@ -71,21 +71,22 @@ def backward(
     lse: torch.Tensor,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
+    needed: frozenset[str],
 ) -> Gradients:
-    """Gradients of q, k, v and sinks, in their dtypes. `dlse` is the gradient of the log-sum-exp, if it has one."""
+    """Gradients of the tensors that `needed` names. `dlse` is the gradient of the log-sum-exp, if it has one."""
     p = p.resolved()
     q, k, v = p.q, p.k, p.v
     if q.is_meta:
-        dsinks = None if p.sinks is None else torch.empty_like(p.sinks)
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
+        return Gradients(**{f"d{name}": torch.empty_like(getattr(p, name)) for name in needed})
     queries, keys = QueryRows(p), KeyRows(p)
-    dq = queries.new(q, q.shape[-2:], 0.0, q.dtype)
-    dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
-    dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
+    of_scores = not needed.isdisjoint({"q", "k", "mask"})  # is the gradient of the scores needed?
+    dq = queries.new(q, q.shape[-2:], 0.0, q.dtype) if "q" in needed else None
+    dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device) if "k" in needed else None
+    dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device) if "v" in needed else None
+    dmask = _zeros_for(p, p.mask) if "mask" in needed and p.mask is not None else None
     lse, dlse = lse.transpose(-1, -2), None if dlse is None else dlse.transpose(-1, -2)
-    dsinks = None if p.sinks is None else _gradient_of_sinks(p.sinks, out, lse, dout, dlse)
-    dropout = Dropout(p)
-    for group in () if p.empty else groups(p):
+    dsinks = None if p.sinks is None or "sinks" not in needed else _gradient_of_sinks(p.sinks, out, lse, dout, dlse)
+    for group in groups(p) if (of_scores or dv is not None) and not p.empty else ():
         k_rows, v_rows = keys.take(k, group), keys.take(v, group)
         dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
         for block in blocks(p, group, queries, keys):
@@ -95,10 +96,7 @@ def backward(
 
             k_seen, v_seen = k_rows[:, :, block.lo : block.hi], v_rows[:, :, block.lo : block.hi]
             q_rows, do = rows(q), rows(dout)
-            delta = (do * rows(out)).sum(-1, keepdim=True)
-            if dlse is not None:
-                delta -= rows(dlse[..., None])
-            s, capped = block.scores(q_rows, k_rows, keep_capped=True)
+            s, capped = block.scores(q_rows, k_rows, keep_capped=of_scores)
             hidden = s == -torch.inf if _may_hold_nonfinite(p, p.ragged_q, q_rows, k_seen, v_seen) else None
             prob, own_lse = block.softmax(s)
             if hidden is not None:
@@ -106,23 +104,49 @@ def backward(
                 k_seen, v_seen = _finite(k_seen), _finite(v_seen)
             if p.mask is None:
                 prob *= _share(block.split(rows(lse[..., None])), own_lse, block.rounding(q_rows, k_seen, own_lse))
+            keep = block.kept().to(torch.float32).div_(1.0 - p.dropout_p) if p.dropout_p else None
+            if dv is not None:
+                kept = prob if keep is None else prob * keep
+                dv_rows[:, :, block.lo : block.hi] += kept.flatten(2, 3).transpose(-1, -2) @ do
+            if not of_scores:
+                continue
+            delta = (do * rows(out)).sum(-1, keepdim=True)
+            if dlse is not None:
+                delta -= rows(dlse[..., None])
             dp = block.split(do @ v_seen.transpose(-1, -2))
-            kept = prob
-            if p.dropout_p:
-                keep = dropout.keep(prob).to(torch.float32).div_(1.0 - p.dropout_p)
-                kept, dp = prob * keep, dp.mul_(keep)
-            dv_rows[:, :, block.lo : block.hi] += kept.flatten(2, 3).transpose(-1, -2) @ do
+            if keep is not None:
+                dp.mul_(keep)
             ds = dp.sub_(block.split(delta)).mul_(prob)
-            if capped is not None:
-                ds.mul_(1.0 - capped.div_(p.softcap).square_())
             if hidden is not None:
                 ds.masked_fill_(hidden, 0.0)
+            if dmask is not None:
+                block.add_to_mask(dmask, ds)
+            if capped is not None:
+                of_capped = 1.0 - capped.div_(p.softcap).square_()
+                ds.mul_(of_capped if hidden is None else of_capped.masked_fill_(hidden, 0.0))
             ds = ds.flatten(2, 3)
-            queries.put(dq, group, block.first, block.last, block.rows_first(block.split(block.scaled(ds @ k_seen))))
-            dk_rows[:, :, block.lo : block.hi] += ds.transpose(-1, -2) @ block.scaled(q_rows)
-        keys.add(dk, group, dk_rows)
-        keys.add(dv, group, dv_rows)
-    return queries.finished(dq), dk.to(k.dtype), dv.to(v.dtype), dsinks
+            if dq is not None:
+                dq_rows = block.split(block.scaled(ds @ k_seen))
+                queries.put(dq, group, block.first, block.last, block.rows_first(dq_rows))
+            if dk is not None:
+                dk_rows[:, :, block.lo : block.hi] += ds.transpose(-1, -2) @ block.scaled(q_rows)
+        if dk is not None:
+            keys.add(dk, group, dk_rows)
+        if dv is not None:
+            keys.add(dv, group, dv_rows)
+    return Gradients(
+        None if dq is None else queries.finished(dq),
+        None if dk is None else dk.to(k.dtype),
+        None if dv is None else dv.to(v.dtype),
+        dsinks,
+        None if dmask is None or p.mask is None else dmask.to(p.mask.dtype),
+    )
+
+
+def _zeros_for(p: AttentionProblem, mask: torch.Tensor) -> torch.Tensor:
+    """Where the gradient of the mask is added up: in its own dtype if each element is added to once."""
+    once = mask.shape[2] == p.max_seqlen_q and not p.ragged_q and not p.ragged_k
+    return torch.zeros(mask.shape, dtype=mask.dtype if once else torch.float32, device=mask.device)
 
 
 def _share(lse: torch.Tensor, own_lse: torch.Tensor, rounding: torch.Tensor) -> torch.Tensor:
@@ -150,7 +174,7 @@ def _gradient_of_sinks(
     return -(prob * delta).masked_fill_(prob == 0.0, 0.0).flatten(0, -2).sum(0)
 
 
-def _may_hold_nonfinite(p: AttentionProblem, rows_are_hidden: bool, *rows: torch.Tensor) -> bool:
+def _may_hold_nonfinite(p: AttentionProblem, rows_are_hidden: bool, *rows: Rows) -> bool:
     """May something that is hidden from some queries be NaN or infinite, so that 0 times it would reach them?
 
     `rows_are_hidden`: are there keys that only rows which are no queries could see? Where looking would wait for the
@@ -158,19 +182,24 @@ def _may_hold_nonfinite(p: AttentionProblem, rows_are_hidden: bool, *rows: torch
     """
     if p.mask is None and p.window == (-1, -1) and not p.attention_chunk and not rows_are_hidden:
         return False
-    return not all(map(readable, rows)) or not all(bool(t.isfinite().all()) for t in rows)
+    tensors = [t for t in rows if isinstance(t, torch.Tensor) and readable(t)]
+    return len(tensors) < len(rows) or not all(bool(t.isfinite().all()) for t in tensors)
 
 
 def _finite(rows: torch.Tensor) -> torch.Tensor:
     return rows.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _weighted(prob: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+def _weighted(prob: torch.Tensor, v: Rows, seen: torch.Tensor | None) -> torch.Tensor:
     """p v. With `seen`, a value that is not finite counts for the queries that see its key, and makes them NaN."""
-    if seen is None:
-        return prob @ v
-    nonfinite_seen = seen.flatten(2, 3).to(torch.float32) @ (~v.isfinite()).to(torch.float32)
-    return (prob @ _finite(v)).masked_fill_(nonfinite_seen > 0.0, torch.nan)
+
+    def part(at: slice, v: torch.Tensor) -> torch.Tensor:
+        if seen is None:
+            return prob[..., at] @ v
+        nonfinite_seen = seen.flatten(2, 3)[..., at].to(torch.float32) @ (~v.isfinite()).to(torch.float32)
+        return (prob[..., at] @ _finite(v)).masked_fill_(nonfinite_seen > 0.0, torch.nan)
+
+    return summed(v, part)
 
 
-TIER = Tier("torch", SERVES, _limits, run, SERVES | {LSE_GRADIENT}, backward)
+TIER = Tier("torch", SERVES, _limits, run, SERVES - {"quantised"} | {LSE_GRADIENT, MASK_GRADIENT}, backward)

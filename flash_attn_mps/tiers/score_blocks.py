@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from .. import philox
 from ..problem import AttentionProblem
+from .dequantised import Rows, products
 from .layout import Group, KeyRows, QueryRows
 
 # What the tier honours: features of the layout in layout.py, those of scores here.
@@ -24,11 +26,13 @@ SERVES = frozenset(
         "softcap",
         "alibi",
         "dropout",
+        "probabilities",
         "varlen",
         "seqused",
         "paged",
         "kv_batch_idx",
         "leftpad_k",
+        "quantised",
         "mask",
         "sinks",
         "scale_tensor",
@@ -38,17 +42,6 @@ SERVES = frozenset(
 )
 
 SCORES = 1 << 22  # of a block: 16 MiB of float32
-
-
-class Dropout:
-    """What dropout keeps, block by block, the same in forward and backward: both take the blocks in the same order."""
-
-    def __init__(self, p: AttentionProblem) -> None:
-        self.p = p.dropout_p
-        self.generator = torch.Generator(p.q.device).manual_seed(int(p.seed)) if p.dropout_p else None
-
-    def keep(self, prob: torch.Tensor) -> torch.Tensor:
-        return torch.rand(prob.shape, generator=self.generator, dtype=torch.float32, device=prob.device) >= self.p
 
 
 class Block:
@@ -86,14 +79,14 @@ class Block:
         return rows.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def scores(
-        self, q_rows: torch.Tensor, k_rows: torch.Tensor, keep_capped: bool = False
+        self, q_rows: torch.Tensor, k_rows: Rows, keep_capped: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores `(g, heads_k, r, c, n)`, -inf where masked.
 
         With `keep_capped` also as they were before bias and mask.
         """
         p = self.p
-        s = self.split(self.scaled(q_rows) @ k_rows[:, :, self.lo : self.hi].transpose(-1, -2))
+        s = self.split(products(self.scaled(q_rows), k_rows[:, :, self.lo : self.hi]))
         capped = None
         if p.softcap:
             s = s.div_(p.softcap).tanh_().mul_(p.softcap)
@@ -106,7 +99,8 @@ class Block:
             slopes = slopes[self.group.seqs] if p.alibi_slopes.dim() == 2 else slopes
             s.sub_(slopes * distance.abs()[:, None, None])
         if p.mask is not None:
-            mask = p.mask[self.group.seqs, :, self.first : self.last, self.lo : self.hi].unflatten(1, (p.heads_k, -1))
+            mask = p.mask.expand(p.batch, p.heads, p.max_seqlen_q, p.max_seqlen_k)
+            mask = mask[self.group.seqs, :, self.first : self.last, self.lo : self.hi].unflatten(1, (p.heads_k, -1))
             if mask.dtype == torch.bool:
                 s.masked_fill_(~mask, -torch.inf)
             else:
@@ -129,6 +123,22 @@ class Block:
         if sinks is not None:
             total += (sinks - base).exp_()
         return s.div_(total.masked_fill(total == 0.0, 1.0)), m + total.log()
+
+    def add_to_mask(self, dmask: torch.Tensor, ds: torch.Tensor) -> None:
+        """Add the gradient of the scores, `(g, heads_k, r, c, n)`, summed along the axes that the mask broadcasts."""
+        axes = [axis for axis, n in enumerate(dmask.shape) if n == 1]
+        ds = ds.flatten(1, 2)
+        place = (self.group.seqs, slice(None), slice(self.first, self.last), slice(self.lo, self.hi))
+        own = tuple(slice(None) if axis in axes else part for axis, part in enumerate(place))
+        dmask[own] += ds.sum(axes, keepdim=True) if axes else ds
+
+    def kept(self) -> torch.Tensor:
+        """`(g, heads_k, r, c, n)`, bool: which scores dropout keeps."""
+        p = self.p
+        seqs = torch.arange(p.batch, device=p.q.device)[self.group.seqs]
+        heads = seqs[:, None] * p.heads + torch.arange(p.heads, device=p.q.device)
+        keep = philox.keep(int(p.seed), p.dropout_p, heads, (self.first, self.last), (self.lo, self.hi))
+        return keep.unflatten(1, (p.heads_k, -1))
 
     def rounding(self, q_rows: torch.Tensor, k_seen: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """`(g, heads_k, r, c, 1)`: how far apart the log-sum-exp of these rows, here `lse`, may be elsewhere.

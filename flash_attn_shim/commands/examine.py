@@ -21,7 +21,7 @@ _SWITCHES = (
     policy.TRANSFORMERS,
     policy.HIDE,
     policy.FLAGS,
-    *(f"MTLFLASHATTN_{name}" for name in ("TRACE", "KERNEL", "VARIANT", "TUNE", "CACHE")),
+    *(f"MTLFLASHATTN_{name}" for name in ("TRACE", "KERNEL", "VARIANT", "TUNE", "PROVE", "CACHE")),
     *(f"MTLFLASHATTN_SDPA{name}" for name in ("", "_MIN_GB", "_MIN_SEQ", "_FAST_MIN_SEQ")),
 )
 
@@ -112,14 +112,19 @@ def _attention():
 
     device = "mps" if mps.is_available() else "cpu"
     q = torch.empty(1, 64, 4, 64, dtype=torch.float16, device=device)
-    refusals = dispatch.explain(dense(q, q, q, CallOptions(causal=True)))
-    serving = next(name for name, reasons in refusals.items() if not reasons)
-    found[f"tier for a causal float16 call on {device}"] = serving
+    p = dense(q, q, q, CallOptions(causal=True))
+    refusals = dispatch.explain(p)
+    found[f"tier for a causal float16 call on {device}"] = _first_without(refusals)
+    found["tier for its gradients"] = _first_without(dispatch.explain_gradients(p))
     for name, reasons in refusals.items():
         if reasons:
             found[f"tier {name} not used"] = "; ".join(reasons)
     found["tuned variants"] = _tuned()
     return found
+
+
+def _first_without(reasons_of_tiers):
+    return next(name for name, reasons in reasons_of_tiers.items() if not reasons)
 
 
 def _tuned():

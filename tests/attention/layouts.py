@@ -9,23 +9,24 @@ def laid_out(x, layout):
     """x (..., S, H, D) with its values (expanded: with those of its first sequence or head) in the strides that
     `layout` names.
     """
+    unused = float("nan") if x.is_floating_point() else 127  # a NaN in codes of 8 bits
     if layout == "contiguous":
         return x.contiguous()
     if layout == "transposed":  # (B, H, S, D) in memory
         return x.transpose(-3, -2).contiguous().transpose(-3, -2)
     if layout == "packed":  # the middle of a packed qkv projection, neighbours poisoned
-        wide = torch.full((*x.shape[:-2], 3, *x.shape[-2:]), float("nan"), dtype=x.dtype)
+        wide = torch.full((*x.shape[:-2], 3, *x.shape[-2:]), unused, dtype=x.dtype)
         wide[..., 1, :, :] = x
         return wide[..., 1, :, :]
     if layout == "expanded":  # stride 0, as `expand` gives it
         dim = 0 if x.dim() == 4 and x.shape[0] > 1 else x.dim() - 2
         return x.narrow(dim, 0, 1).clone().expand(x.shape) if x.shape[dim] else x
     if layout == "offset":  # neither the storage's begin nor aligned
-        storage = torch.full((x.numel() + 3,), float("nan"), dtype=x.dtype)
+        storage = torch.full((x.numel() + 3,), unused, dtype=x.dtype)
         storage[3:] = x.reshape(-1)
         return storage[3:].view(x.shape)
     if layout == "strided_last":
-        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype)
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), unused, dtype=x.dtype)
         wide[..., ::2] = x
         return wide[..., ::2]
     raise AssertionError(layout)

@@ -8,6 +8,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_mps import dispatch, trace
@@ -469,3 +470,20 @@ def test_operators_of_meta_tensors():
     out, lse, probs = torch.ops.mtlflashattn.flash_attn_forward(*attention_op.flat(p))
     assert (out.shape, lse.shape, probs.shape) == (p.out_shape, p.lse_shape, (0,))
     assert out.is_meta
+
+
+def test_graphs_without_dynamo():
+    """make_fx, as AOTAutograd, records the operator, of real tensors too; each run of dropout draws its own mask."""
+    q = torch.randn(1, 30, 2, 8)
+
+    def call(q):
+        return fa2.flash_attn_func(q, q, q, dropout_p=0.5)
+
+    for mode in ("real", "fake", "symbolic"):
+        graph = make_fx(call, tracing_mode=mode)(q)
+        assert "mtlflashattn.flash_attn_forward" in graph.code
+        torch.manual_seed(5)
+        one, other = graph(q), graph(q)
+        assert not torch.equal(one, other)
+        torch.manual_seed(5)
+        assert torch.equal(call(q), one)

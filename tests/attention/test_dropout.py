@@ -1,15 +1,18 @@
 """Dropout: which entries fall and how many, that backward drops the same ones, and that the generator alone decides."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn_mps.frontends import fa2
+from flash_attn_mps import philox as generator
+from flash_attn_mps.frontends import fa2, fa2_private
 from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from flash_attn_mps.tiers import score_blocks
 
-from . import oracle
+from . import oracle, philox
 from .layouts import randn, random_dout
 from .pairwise import case_id, pairwise
 from .rule import verify
@@ -89,42 +92,107 @@ def test_varlen_uses_the_mask_that_s_dmask_shows():
     assert seen["s_dmask"].shape == (4, 4, 30, 30)
 
 
+# Published with the generator (Random123, kat_vectors): counter, key, words.
+KNOWN = [
+    ((0, 0, 0, 0), 0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    ((2**32 - 1,) * 4, 2**64 - 1, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        0x299F31D0_A4093822,
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+def test_the_generator_gives_the_published_words(counter, key, words):
+    assert tuple(map(int, generator.philox4x32(tuple(map(torch.tensor, counter)), key))) == words
+    assert tuple(map(int, philox.philox4x32(counter, (key % 2**32, key // 2**32)))) == words
+
+
+@pytest.mark.parametrize("seed", [0, 5, (123 << 40) + 77, 2**63 - 2, -3])
+def test_a_part_of_the_mask_is_that_part_of_the_whole(seed):
+    whole = philox.keep(seed, 0.3, 2, 3, 41, 70)
+    heads = torch.arange(6).view(2, 3)
+    for queries, keys in itertools.product([(0, 41), (7, 20)], [(0, 70), (8, 24), (13, 14), (5, 69), (64, 70)]):
+        part = generator.keep(seed, 0.3, heads, queries, keys)
+        assert torch.equal(part, whole[..., slice(*queries), slice(*keys)])
+
+
+@pytest.mark.parametrize("dropout_p", [1e-9, 2**-16, 0.1, 0.99999999])
+def test_the_probability_is_a_multiple_of_2_to_the_minus_16(dropout_p):
+    threshold = generator.threshold(dropout_p)
+    assert 0 <= threshold < 2**16
+    assert abs(threshold / 2**16 - dropout_p) <= 2**-16
+
+
+@pytest.mark.parametrize("scores", [1 << 22, 1000], ids=["whole", "blocks"])
+@pytest.mark.parametrize("window_size", [(-1, -1), (9, 4)])
+def test_the_mask_depends_on_seed_sequence_head_query_and_key_alone(scores, window_size, monkeypatch):
+    """Not on blocks, on what is hidden, or on how the sequences lie in memory."""
+    monkeypatch.setattr(score_blocks, "SCORES", scores)
+    q, k, v = (torch.zeros(3, s, h, 8) for s, h in ((37, 4), (51, 2), (51, 2)))
+    rules = (0.4, 1.0, False, *window_size, 0.0, None)
+    *_, dense, rng_state = fa2_private._flash_attn_forward(q, k, v, *rules, True)
+    expected = philox.keep(int(rng_state[0]), 0.4, 3, 4, 37, 51)
+    seen = dense != 0
+    assert torch.equal(keep_of(dense)[seen], expected[seen])
+
+    lengths_q, lengths_k = [37, 3, 20], [51, 40, 20]
+    packed = [
+        torch.cat([x[b, :n] for b, n in enumerate(lengths)])
+        for x, lengths in ((q, lengths_q), (k, lengths_k), (v, lengths_k))
+    ]
+    torch.manual_seed(4)
+    cu = cumulative(lengths_q), cumulative(lengths_k)
+    *_, varlen, rng_state = fa2_private._flash_attn_varlen_forward(*packed, *cu, 37, 51, *rules, True)
+    expected = philox.keep(int(rng_state[0]), 0.4, 3, 4, 37, 51)
+    seen = varlen != 0
+    assert torch.equal(keep_of(varlen)[seen], expected[seen])
+
+
 @pytest.mark.parametrize("dropout_p", [0.05, 0.37, 0.8])
-def test_drop_rate(dropout_p):
-    q, k, v = (torch.zeros(2, 300, 4, 8) for _ in range(3))
-    _, _, s_dmask = flash_attn_func(q, k, v, dropout_p=dropout_p, return_attn_probs=True)
-    dropped = ~keep_of(s_dmask)
-
-    def within_five_sigma(sample, probability):
-        sigma = math.sqrt(probability * (1 - probability) / sample.numel())
-        return abs(sample.double().mean().item() - probability) < 5 * sigma
-
-    assert within_five_sigma(dropped, dropout_p)
-    for b in range(2):
-        for h in range(4):
-            assert within_five_sigma(dropped[b, h], dropout_p)
-    assert (abs(dropped.double().mean((0, 1, 2)) - dropout_p) < 6 * math.sqrt(dropout_p * (1 - dropout_p) / 2400)).all()
-
-    # Independent draws agree with this probability; a mask that repeats over batch, heads or blocks agrees always.
-    agree = dropout_p**2 + (1 - dropout_p) ** 2
-    assert within_five_sigma(dropped[0] == dropped[1], agree)
-    for h in range(1, 4):
-        assert within_five_sigma(dropped[:, 0] == dropped[:, h], agree)
-    for shift in (1, 8, 16, 32, 64, 100, 128, 150, 200, 256):
-        assert within_five_sigma(dropped[..., shift:, :] == dropped[..., :-shift, :], agree)
-        assert within_five_sigma(dropped[..., shift:] == dropped[..., :-shift], agree)
+def test_keep_rate(dropout_p):
+    """In all, of each head, and of its rows and columns: 4,800 of them, so another seed may go beyond four sigma."""
+    kept = generator.keep(7, dropout_p, torch.arange(8).view(2, 4), (0, 300), (0, 304)).double()
+    for rates, draws in (
+        (kept.mean(), kept.numel()),
+        (kept.mean((-2, -1)), 300 * 304),
+        (kept.mean(-1), 304),
+        (kept.mean(-2), 300),
+    ):
+        sigma = math.sqrt(dropout_p * (1 - dropout_p) / draws)
+        assert (rates - (1 - dropout_p)).abs().max() < 4 * sigma
 
 
-def test_rows_of_distant_chunks_are_independent():
-    """At a length that any tier splits into several chunks."""
-    q, k, v = (torch.zeros(1, s, 1, 8) for s in (2500, 600, 600))
-    _, _, s_dmask = flash_attn_func(q, k, v, dropout_p=0.5, return_attn_probs=True)
-    kept = keep_of(s_dmask)[0, 0]
-    for shift in (128, 256, 512, 1024, 2048):
-        assert abs((kept[shift:] == kept[:-shift]).double().mean().item() - 0.5) < 5 * 0.5 / math.sqrt(
-            (2500 - shift) * 600
-        )
-    assert len(torch.unique(kept, dim=0)) == 2500
+def chi_square(*bits):
+    """Of the patterns of simultaneous draws against independence: normalised, about a standard normal number."""
+    bits = [b.flatten().long() for b in bits]
+    patterns = sum(b << n for n, b in enumerate(bits))
+    counts = torch.bincount(patterns, minlength=1 << len(bits)).double()
+    expected = torch.ones(1, dtype=torch.float64)
+    for b in bits:  # the rates are taken from the draws: a degree of freedom each
+        rate = b.double().mean()
+        expected = torch.cat([expected * (1 - rate), expected * rate])
+    expected *= len(patterns)
+    degrees = len(counts) - 1 - len(bits)
+    return (((counts - expected) ** 2 / expected).sum().item() - degrees) / math.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+def test_neighbours_are_independent(dropout_p):
+    """Over two million draws: of keys, queries, heads, sequences and seeds, beside each other and further apart."""
+    kept = generator.keep(13, dropout_p, torch.arange(8).view(2, 4), (0, 520), (0, 512))
+    draws = {f"keys+{n}": (kept[..., n:], kept[..., :-n]) for n in (1, 2, 4, 7, 8, 16, 32, 64, 128, 256)}
+    draws |= {f"queries+{n}": (kept[..., n:, :], kept[..., :-n, :]) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)}
+    draws |= {f"heads+{n}": (kept[:, n:], kept[:, :-n]) for n in (1, 2, 3)}
+    draws["sequences"] = kept[0], kept[1]
+    draws["four keys"] = tuple(kept[..., n::4] for n in range(4))
+    draws["a square"] = kept[..., :-1, :-1], kept[..., 1:, :-1], kept[..., :-1, 1:], kept[..., 1:, 1:]
+    for seed in (14, 13 + 2**32, 13 + 2**62):
+        draws[f"seed {seed}"] = kept, generator.keep(seed, dropout_p, torch.arange(8).view(2, 4), (0, 520), (0, 512))
+    off = {name: chi_square(*bits) for name, bits in draws.items()}
+    assert max(off.values()) < 5, off
 
 
 def test_reproducible_from_the_seed():

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_mps import dispatch, tiers
 from flash_attn_mps.frontends import fa2, fa2_private
@@ -23,6 +24,7 @@ BASIC = {
     "want_lse",
     "lengths_q",
     "lengths_k",
+    "num_splits",
     "_features",
 }
 INDEX = torch.zeros(2, dtype=torch.int32)
@@ -34,6 +36,7 @@ USED = {
     "softcap": 2.0,
     "alibi_slopes": torch.ones(2),
     "dropout_p": 0.1,
+    "want_probs": True,
     "cu_seqlens_q": INDEX,
     "cu_seqlens_k": INDEX,
     "seqused_q": INDEX,
@@ -41,6 +44,8 @@ USED = {
     "block_table": INDEX[None],
     "kv_batch_idx": INDEX,
     "leftpad_k": INDEX,
+    "k_descale": torch.ones(1, 2),
+    "v_descale": torch.ones(1, 2),
     "mask": torch.ones(1, 2, 9, 9, dtype=torch.bool),
     "sinks": torch.zeros(2),
     "needs_grad": True,
@@ -54,7 +59,7 @@ def problem(**fields) -> AttentionProblem:
 
 
 # Fields that say more about a feature that another field brings.
-DETAILS = {"seed": "dropout", "want_probs": "dropout", "max_seqlen_q_tensor": "varlen", "max_seqlen_k_tensor": "varlen"}
+DETAILS = {"seed": "dropout", "max_seqlen_q_tensor": "varlen", "max_seqlen_k_tensor": "varlen"}
 
 
 def test_every_field_is_basic_or_belongs_to_a_feature():
@@ -76,6 +81,12 @@ def test_every_feature_is_brought_by_a_field():
     assert set(DETAILS.values()) <= brought
 
 
+def test_codes_are_a_feature_without_a_descale_too():
+    p = problem()
+    p.k = p.v = p.k.to(torch.int8)
+    assert p.features == {"quantised"}
+
+
 def test_features_are_what_the_call_comes_to():
     assert problem(window_left=8).features == frozenset()  # hides nothing of 9 keys
     assert problem(window_left=2, window_right=0).features == {"window"}
@@ -92,8 +103,9 @@ def test_a_tier_is_not_given_what_it_does_not_name(tier):
         refused = f"does not support {feature}" in tier.unsupported_reasons(p)
         assert refused == (feature not in tier.serves)
         if tier.backward is not None:
-            refused = f"does not support {feature}" in tier.unsupported_backward_reasons(p, dlse=False)
-            assert refused == (feature not in tier.serves_backward)
+            reasons = tier.unsupported_backward_reasons(p, dlse=False, needed=frozenset("qkv"))
+            refused = f"does not support {feature}" in reasons
+            assert refused == (feature not in tier.serves_backward and feature != "probabilities")
 
 
 def test_a_feature_that_nobody_names_is_refused(monkeypatch):
@@ -141,3 +153,87 @@ def test_one_rule_says_who_computes_gradients(backward, how, expected, monkeypat
         replace_tier(monkeypatch, name, backward=spy(tiers.BY_NAME[name]))
     backward(torch.randn(1, 9, 2, 16, requires_grad=True), how)
     assert asked == [expected]
+
+
+def eager(q, k, v):
+    fa2.flash_attn_func(q, k, v, softcap=2.0).sum().backward()
+
+
+def in_a_graph(q, k, v):
+    fast, _ = compiled(lambda q, k, v: fa2.flash_attn_func(q, k, v, softcap=2.0))
+    fast(q, k, v).sum().backward()
+
+
+def private(q, k, v):
+    names = [t.requires_grad for t in (q, k, v)]
+    q, k, v = (t.detach() for t in (q, k, v))
+    rules = (0.0, 0.25, False, -1, -1, 2.0, None)
+    out, lse, *_ = fa2_private._flash_attn_forward(q, k, v, *rules, False)
+    buffers = [torch.empty_like(t) if needed else None for t, needed in zip((q, k, v), names, strict=True)]
+    fa2_private._flash_attn_backward(out, q, k, v, out, lse, *buffers, *rules, False)
+
+
+@pytest.mark.parametrize("names", ["q", "k", "v", "qv", "qkv"])
+@pytest.mark.parametrize("backward", [eager, in_a_graph, private])
+def test_a_tier_is_asked_for_what_somebody_needs(backward, names, monkeypatch):
+    asked, computed = [], tiers.BY_NAME["torch"].backward
+
+    def spy(*arguments):
+        asked.append(arguments[-1])
+        return computed(*arguments)
+
+    replace_tier(monkeypatch, "torch", backward=spy)
+    backward(*(torch.randn(1, 9, 2, 16).requires_grad_(name in names) for name in "qkv"))
+    assert asked == [frozenset(names)]
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.bmm.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("names", "products"), [("q", 3), ("k", 3), ("v", 2), ("qk", 4), ("kv", 4), ("qkv", 5)])
+def test_what_nobody_needs_is_not_computed(names, products):
+    p = problem(softcap=2.0, want_lse=True)
+    result, dout = dispatch.attention(p), torch.randn(1, 9, 2, 16)
+    every = tiers.gradients(p, result.out, result.lse, dout, None, frozenset("qkv"))
+    with Products() as counted:
+        some = tiers.gradients(p, result.out, result.lse, dout, None, frozenset(names))
+    assert counted.count == products
+    for name in ("q", "k", "v", "sinks", "mask"):
+        gradient = getattr(some, f"d{name}")
+        assert gradient is None if name not in names else torch.equal(gradient, getattr(every, f"d{name}"))
+
+
+def test_explain_gradients_says_why_each_tier_does_not_compute_them():
+    p = problem(window_left=3, window_right=0)
+    assert tiers.explain_gradients(p) == {
+        "simdgroup": tiers.BY_NAME["simdgroup"].unsupported_backward_reasons(p, False, frozenset("qkv")),
+        "cpu": ["does not support window"],
+        "torch": [],
+    }
+    assert "does not support lse_gradient" in dispatch.explain_gradients(problem(), dlse=True)["cpu"]
+
+
+def test_a_forced_tier_computes_gradients_or_leaves_them_to_the_others(monkeypatch):
+    monkeypatch.setenv("MTLFLASHATTN_KERNEL", "torch")
+    assert list(tiers.explain_gradients(problem())) == ["torch", "simdgroup", "cpu"]
+
+
+def test_a_tier_that_turns_out_unable_leaves_gradients_to_the_next(monkeypatch):
+    asked = []
+    replace_tier(monkeypatch, "cpu", backward=lambda *_: asked.append("cpu"))
+    q = torch.randn(1, 9, 2, 16, requires_grad=True)
+    (expected,) = torch.autograd.grad(fa2.flash_attn_func(q, q, q, causal=True).sum(), q)
+    assert asked == ["cpu"]
+    replace_tier(monkeypatch, "torch", backward=lambda *_: None)
+    with pytest.raises(NotImplementedError, match=r"cpu: its kernel does not compile on this machine \| torch: its"):
+        torch.autograd.grad(fa2.flash_attn_func(q, q, q, causal=True).sum(), q)
+    assert expected.isfinite().all()

@@ -1,5 +1,7 @@
 """`mtlflashattn bench`: what it counts, what it compares, and what it writes."""
 
+import dataclasses
+import functools
 import html.parser
 import json
 import re
@@ -8,7 +10,7 @@ import types
 import pytest
 import torch
 
-from flash_attn_mps import timing
+from flash_attn_mps import tiers, timing
 from flash_attn_mps.frontends import fa2
 from flash_attn_mps.tools.bench import chart, contenders, measure, memory, page, report, workloads
 from flash_attn_mps.tools.bench.contenders import STOCK, Contender
@@ -22,6 +24,8 @@ SMALL = [
     Workload("decode", "float32", 16, 4, 2, ((1, 70),) * 2),
     Workload("varlen", "float32", 16, 2, 2, ((30, 30), (1, 1), (7, 7))),
     Workload("window", "float32", 16, 2, 2, ((64, 64),), window=9),
+    Workload("training", "bfloat16", 16, 4, 2, ((40, 40),)),
+    Workload("training", "float32", 16, 2, 2, ((30, 30), (1, 1), (7, 7)), causal=False),
 ]
 REAL = timing.stopwatch("cpu")
 
@@ -37,9 +41,13 @@ def test_the_least_that_a_workload_costs(workload):
                 for j in range(keys)
             )
     assert workload.pairs == pairs
-    assert workload.flops == pairs * workload.heads * 2 * (workload.head_dim + workload.head_dim)
     x = workloads.inputs(workload, "cpu")
-    assert workload.bytes == sum(t.numel() * t.element_size() for t in (x.q, x.q, x.k, x.v))
+    products, moved = 2, (x.q, x.q, x.k, x.v)
+    if workload.kind == "training":
+        # Backward: scores, dp, dq, dk and dv; it reads q, k, v, the output and its gradient, and writes dq, dk and dv.
+        products, moved = products + 5, (*moved, x.q, x.k, x.v, x.q, x.dout, x.q, x.k, x.v)
+    assert workload.flops == pairs * workload.heads * workload.head_dim * 2 * products
+    assert workload.bytes == sum(t.numel() * t.element_size() for t in moved)
 
 
 @pytest.mark.parametrize("workload", SMALL, ids=lambda w: w.name)
@@ -47,12 +55,12 @@ def test_everybody_computes_the_same(workload, metal):
     entrants = contenders.contenders("cpu", full=True, hub=False)
     assert [c.name for c in entrants][-1] == STOCK
     found = measure.measure(workload, entrants, "cpu", 0.0, lambda call, times: 1e-3)
-    assert {m.contender for m in found if m.seconds} >= {
-        f"mtlflashattn {t}" for t in ("simdgroup", "scalar", "torch")
-    } | {STOCK}
+    ours = {tier.name for tier in tiers.BY_NAME.values() if tier.backward is not None or workload.kind != "training"}
+    served = {f"mtlflashattn {name}" for name in ours - {"cpu"}} | {STOCK}
+    assert {m.contender for m in found if m.seconds} >= served
     assert not any(m.differs for m in found), [(m.contender, m.error) for m in found]
     refused = [m for m in found if not m.seconds]
-    assert {m.contender for m in refused} <= {"mtlflashattn cpu"}
+    assert not served & {m.contender for m in refused}
     assert all(m.why_not for m in refused)
 
 
@@ -67,7 +75,7 @@ def test_the_sets_have_every_kind_and_distinct_names(device, full):
 
 
 def entrant(name, call, ours=False):
-    return Contender(name, lambda workload, x: lambda: call(x), ours)
+    return Contender(name, lambda workload, x: lambda: (call(x),), ours)
 
 
 def wrong(x):
@@ -102,6 +110,18 @@ def test_wrong_results_failures_and_refusals_are_told_apart():
     assert found["right"].memory >= 2 * 40 * 2 * 16 * 4, "the output is counted"
 
 
+def test_a_wrong_gradient_is_found(monkeypatch):
+    def wrong(*arguments):
+        grads = backward(*arguments)
+        return grads._replace(dk=grads.dk * 1.2)
+
+    backward = tiers.BY_NAME["torch"].backward
+    planted = dataclasses.replace(tiers.BY_NAME["torch"], backward=wrong)
+    field = [Contender("planted", functools.partial(contenders._ours, planted))]
+    for workload in SMALL[-2:]:
+        assert [m.differs for m in measure.measure(workload, field, "cpu", 0.0, REAL)] == [True]
+
+
 def test_rounds_fill_the_budget_and_the_slow_go_once():
     asked = []
 
@@ -111,7 +131,7 @@ def test_rounds_fill_the_budget_and_the_slow_go_once():
         return {"fast": 0.1, "slow": 5.0}[name]
 
     def named(name):
-        return Contender(name, lambda workload, x: Both(name, right(x)))
+        return Contender(name, lambda workload, x: Both(name, (right(x),)))
 
     class Both:
         """Gives the output twice, to be judged and weighed, and then its name, to be timed."""
@@ -285,8 +305,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_says_what_it_does_not_know(capsys):
-    assert main(["bench", "training"]) == 2
-    assert "unknown kind training; choose from: prefill, decode, varlen, window" in capsys.readouterr().err
+    assert main(["bench", "guessing"]) == 2
+    assert "unknown kind guessing; choose from: prefill, decode, varlen, window, training" in capsys.readouterr().err
 
 
 def test_a_wrong_tier_fails_the_command(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -163,6 +164,25 @@ def test_another_broken_pipe_of_a_script_is_its_own(tmp_path):
     assert "BrokenPipeError" in result.stderr
 
 
+def traced(program):
+    """What MTLFLASHATTN_TRACE prints: the line with the totals, the rows of the two tables."""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "MTLFLASHATTN_TRACE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    totals, *lines = run.stderr.splitlines()
+    rows = [re.split("  +", line) for line in lines]
+    starts = [n for n, row in enumerate(rows) if row[0] in ("dtype", "passed over")]
+    assert [rows[n] for n in starts] == [
+        ["dtype", "head dim", "seqlen q", "seqlen k", "features", "pass", "tier", "calls"],
+        ["passed over", "pass", "why", "calls"],
+    ]
+    return totals, rows[1 : starts[1]], rows[starts[1] + 1 :]
+
+
 def test_trace_counts_calls_by_shape_and_tier():
     program = (
         "import torch, flash_attn_mps as fa\n"
@@ -175,18 +195,30 @@ def test_trace_counts_calls_by_shape_and_tier():
         "p = problem.with_sinks(problem.with_mask(p, torch.ones(8, 8, dtype=torch.bool)), torch.zeros(2))\n"
         "dispatch.attention(p)\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "MTLFLASHATTN_TRACE": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
+    totals, rows, _ = traced(program)
+    assert totals == "mtlflashattn: 4 attention calls, 0 with gradients"
+    assert ["float32", "16", "8", "8", "causal", "forward", rows[0][-2], "2"] in rows
+    assert ["float32", "16", "8", "8", "window(3,0)+softcap", "forward", "torch", "1"] in rows
+    assert ["float32", "16", "8", "8", "full+mask+sinks", "forward", "torch", "1"] in rows
+
+
+def test_trace_tells_who_computed_gradients_and_who_did_not():
+    program = (
+        "import torch, flash_attn_mps as fa\n"
+        "q = torch.randn(1, 8, 2, 16, requires_grad=True)\n"
+        "fa.flash_attn_func(q, q, q, softcap=5.0).sum().backward()\n"
+        "fa.flash_attn_func(q, q, q, softcap=5.0)\n"
     )
-    head, *rows = [line.split() for line in run.stderr.splitlines() if not line.startswith("mtlflashattn:")]
-    assert head == ["dtype", "head", "dim", "seqlen", "q", "seqlen", "k", "features", "tier", "calls"]
-    assert [row for row in rows if row[-1] == "2"] == [["float32", "16", "8", "8", "causal", rows[0][-2], "2"]]
-    assert ["float32", "16", "8", "8", "window(3,0)+softcap", "torch", "1"] in rows
-    assert ["float32", "16", "8", "8", "full+mask+sinks", "torch", "1"] in rows
+    totals, rows, passed_over = traced(program)
+    assert totals == "mtlflashattn: 2 attention calls, 1 with gradients"
+    call = ["float32", "16", "8", "8"]
+    assert rows == [
+        [*call, "full+softcap+gradients", "forward", "torch", "2"],
+        [*call, "full+softcap", "backward", "torch", "1"],
+    ]
+    assert ["cpu", "forward", "does not support softcap", "2"] in passed_over
+    assert ["cpu", "backward", "does not support softcap", "1"] in passed_over
+    assert [row[0] for row in passed_over].count("simdgroup") == 2
 
 
 def test_demo_equals_eager_and_finds_the_switch():
@@ -201,3 +233,36 @@ def test_demo_respects_the_switch():
     result = mtlflashattn("demo", MTLFLASHATTN_SHIM="off")
     assert result.returncode == 2
     assert "MTLFLASHATTN_SHIM=off" in result.stderr
+
+
+TRAINING = """
+from flash_attn_mps import tiers
+from flash_attn_shim.commands import demo, main
+demo._readme_sentences = lambda text: ["Cats purr.", "It rains.", "Rain is wet.", "Cats are soft.", "Stop."]
+print(main(["demo", "--train", "--steps", "3"]))
+right = tiers.reference.backward
+def wrong(*arguments):
+    gradients = right(*arguments)
+    return gradients._replace(dv=-gradients.dv)
+object.__setattr__(tiers.BY_NAME["torch"], "backward", wrong)
+print(main(["demo", "--train", "--steps", "3"]))
+"""
+
+
+def test_demo_trains_as_eager_does_and_notices_a_wrong_gradient():
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MTLFLASHATTN_")}
+    command = [sys.executable, "-W", "ignore", "-c", TRAINING]
+    result = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    right, wrong, rest = re.split(r"^(?:0|1)\n", result.stdout, flags=re.MULTILINE)
+    assert rest == ""
+    assert "3 steps of 2 pairs" in right
+    losses = [[float(word) for word in line.split()[2:]] for line in right.splitlines() if line.startswith("step ")]
+    first, _, last = losses
+    assert all(after < before for before, after in zip(first, last, strict=True) if before > 0.1)
+    assert last[3] != last[4] != last[0]  # dropout is on
+    # Six layers, three steps, two columns of texts.
+    assert re.search(r"dropout\S+ +backward +\S+ +36$", right, re.MULTILINE)
+    assert "below 0.001" in right
+    assert "NOT below 0.001" not in right
+    assert "NOT below 0.001" in wrong

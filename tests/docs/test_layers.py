@@ -16,13 +16,19 @@ LAYERS = [
     {"sdpa"},
     {"frontends.kvcache"},
     {"graph.kvcache_op"},
-    {"frontends.cache_plan", "frontends.cache_append", "frontends.cache_call", "frontends.rotary"},
+    {
+        "frontends.cache_plan",
+        "frontends.cache_append",
+        "frontends.cache_codes",
+        "frontends.cache_call",
+        "frontends.rotary",
+    },
     {"dispatch"},
     {"graph"},
     {"tiers"},
     {"trace", "timing", "describe", "project"},
     {"problem", "lengths"},
-    {"checks", "text_table"},
+    {"capture", "checks", "philox", "quantised", "text_table"},
 ]
 
 

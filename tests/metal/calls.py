@@ -13,18 +13,22 @@ from dataclasses import dataclass, field
 import torch
 
 from flash_attn_mps.problem import AttentionProblem, Result
-from tests.attention import oracle
+from tests.attention import oracle, philox
 from tests.attention.layouts import laid_out
 from tests.attention.rule import assert_accumulated_in_fp32, assert_lse, assert_within_rule
 
 STORAGES = ("dense", "varlen", "varlen-used", "cache", "packed-cache", "paged", "paged-cache")
 _PACKED_Q = ("varlen", "varlen-used", "packed-cache", "paged")
+SEED = (123 << 40) + 77  # of dropout: both words of it count
 _SLACK = 3  # rows of memory that a sequence does not use, where there are such
 
 
 @dataclass
 class Spec:
-    """What to draw. `lengths`: (queries, keys) of each sequence; dense ones have the same."""
+    """What to draw. `lengths`: (queries, keys) of each sequence; dense ones have the same.
+
+    `storage`: one of STORAGES, or "dense-used": dense with `seqused_k`.
+    """
 
     lengths: list[tuple[int, int]]
     dims: tuple[int, int] = (64, 64)
@@ -44,6 +48,9 @@ class Spec:
     poison: float = math.nan
     page_size: int = 16
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of q, k and v
+    dropout_p: float = 0.0
+    codes: torch.dtype | None = None  # of k and v where they are quantised
+    descales: str = "both"  # which of them has one: "both", "k", "v", "" or "one" number for all
 
 
 @dataclass
@@ -78,8 +85,8 @@ class Call:
         exact, plain = self.expected(torch.float64), self.expected(p.q.dtype)
         assert result.out.is_contiguous()
         assert_within_rule("out", result.out, plain.out, exact.out)
-        values = torch.cat([s.v.flatten() for s in self.sequences])
-        assert_accumulated_in_fp32(result.out, exact.out, values)
+        values = torch.cat([s.v.flatten() for s in self.sequences]).to(p.q.dtype)
+        assert_accumulated_in_fp32(result.out, exact.out, values, p.dropout_p)
         assert (result.lse is not None) == p.want_lse
         if p.want_lse:
             assert_lse(result.lse, exact.lse)
@@ -117,11 +124,18 @@ def draw(spec: Spec) -> Call:
     q = _values((*q_shape,), spec.layout[0], spec.dtype, spec.std[0])
     k = _values((*kv_shape, heads_k, dim), spec.layout[1], spec.dtype, spec.std[1])
     v = _values((*kv_shape, heads_k, dim_v), spec.layout[2], spec.dtype, spec.std[2])
-    mask = _mask(spec, batch, heads, max(lengths_q), max(lengths_k))
+    poison = spec.poison
+    if spec.codes is not None:
+        (k, v), poison = (as_codes(x, spec.codes) for x in (k, v)), 127  # which is NaN in both floats
+        extra |= _descales(spec, batch, heads_k)
+    mask = _mask(spec, batch, heads, max(lengths_q), max_seqlen_k)
     slopes = 2.0 ** -(1 + torch.arange(batch * heads).float() % 7)
     slopes = {None: None, "H": slopes[:heads], "BH": slopes.view(batch, heads)}[spec.alibi]
     sinks = torch.randn(heads) if spec.sinks else None
 
+    keep = None
+    if spec.dropout_p:
+        keep = philox.keep(SEED, spec.dropout_p, batch, heads, max(lengths_q), max(lengths_k))
     sequences = []
     read = torch.zeros(kv_shape, dtype=torch.bool)
     for b, (place_q, place_k) in enumerate(zip(places_q, places_k, strict=True)):
@@ -132,8 +146,16 @@ def draw(spec: Spec) -> Call:
             "slopes": None if slopes is None else slopes.view(-1, heads)[b if spec.alibi == "BH" else 0],
             "mask": None if mask is None else mask[b, :, : lengths_q[b], : lengths_k[b]],
             "sinks": sinks,
+            "dropout_p": spec.dropout_p,
+            "keep": None if keep is None else keep[b, :, : lengths_q[b], : lengths_k[b]],
         }
-        sequences.append(Sequence(q[place_q], k[place_k], v[place_k], place_q, place_k, how))
+        k_rows, v_rows = k[place_k], v[place_k]
+        if spec.codes is not None:
+            k_rows, v_rows = (
+                x.view(spec.codes).double() * (1.0 if extra.get(name) is None else extra[name][b, :, None].double())
+                for x, name in ((k_rows, "k_descale"), (v_rows, "v_descale"))
+            )
+        sequences.append(Sequence(q[place_q], k_rows, v_rows, place_q, place_k, how))
         seen = _seen(spec, lengths_q[b], lengths_k[b], how["mask"])
         index = torch.arange(read.numel()).view(read.shape)[place_k]
         read.view(-1)[index[seen]] = True
@@ -141,10 +163,13 @@ def draw(spec: Spec) -> Call:
     q_read = torch.zeros(q_shape[:-2], dtype=torch.bool)
     for place in places_q:
         q_read[place] = True
+    k, v = (_poisoned(x, read, layout, poison) for x, layout in ((k, spec.layout[1]), (v, spec.layout[2])))
+    if spec.codes is not None:
+        k, v = k.view(spec.codes), v.view(spec.codes)
     problem = AttentionProblem(
         _poisoned(q, q_read, spec.layout[0], spec.poison),
-        _poisoned(k, read, spec.layout[1], spec.poison),
-        _poisoned(v, read, spec.layout[2], spec.poison),
+        k,
+        v,
         batch,
         max(lengths_q),
         max_seqlen_k,
@@ -153,6 +178,8 @@ def draw(spec: Spec) -> Call:
         window_right=spec.window[1],
         softcap=spec.softcap,
         alibi_slopes=slopes,
+        dropout_p=spec.dropout_p,
+        seed=SEED if spec.dropout_p else 0,
         want_lse=spec.lse,
         mask=mask,
         sinks=sinks,
@@ -167,6 +194,10 @@ def _keys(spec: Spec, lengths: list[int], extra: dict) -> tuple[tuple[int, int] 
     longest = max(lengths)
     if storage == "dense":
         return (batch, longest), [(b, slice(0, n)) for b, n in enumerate(lengths)], longest
+    if storage == "dense-used":
+        extra["seqused_k"] = int32(lengths)
+        room = longest + _SLACK
+        return (batch, room), [(b, slice(0, n)) for b, n in enumerate(lengths)], room
     if storage in ("varlen", "varlen-used"):
         room = [n + _SLACK * (storage == "varlen-used") for n in lengths]
         starts = extra["cu_seqlens_k"] = cumulative(room)
@@ -201,6 +232,21 @@ def _values(shape: tuple[int, ...], layout: str, dtype: torch.dtype, std: float)
     """Random values; those that an expanded layout can hold."""
     x = torch.randn(shape).mul_(std).to(dtype)
     return laid_out(x, layout).clone() if layout == "expanded" else x
+
+
+def as_codes(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The codes of values of about 1, as uint8: by torch, not by the product."""
+    if dtype == torch.int8:
+        return (x.float() * 30).round().clamp(-128, 127).to(dtype).view(torch.uint8)
+    return x.to(dtype).view(torch.uint8)
+
+
+def _descales(spec: Spec, batch: int, heads_k: int) -> dict[str, torch.Tensor]:
+    unit = 1 / 30 if spec.codes == torch.int8 else 1.0
+    if spec.descales == "one":
+        return dict.fromkeys(("k_descale", "v_descale"), torch.tensor(unit).expand(batch, heads_k))
+    drawn = {f"{name}_descale": unit * (0.5 + torch.rand(heads_k, batch).T) for name in "kv"}  # strides of any kind
+    return {name: x for name, x in drawn.items() if spec.descales == "both" or name[0] == spec.descales}
 
 
 def _poisoned(x: torch.Tensor, read: torch.Tensor, layout: str, poison: float) -> torch.Tensor:

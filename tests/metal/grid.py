@@ -63,6 +63,7 @@ CASES = {
     "mask_layout": ("rows", "offset", "columns"),
     "one": ("", "q", "k", "qk"),  # axes of queries or keys along which the mask is broadcast too
     "softcap": (0.0, 3.0),
+    "dropout": (0.0, 0.3),
     "alibi": (None, "H", "BH"),
     "sinks": (False, True),
     "lse": (True, False),
@@ -150,4 +151,5 @@ def specs(case: dict, number: int, shapes: int) -> Iterator[Spec]:
             (shape["q"], shape["k"], shape["v"]) if case["aligned"] else ("offset",) * 3,
             shape["poison"],
             shape["page_size"],
+            dropout_p=case["dropout"],
         )

@@ -70,7 +70,11 @@ def test_parameters_are_what_their_names_say():
         softcap=1.7,
         alibi_slopes=torch.zeros(2, 6),
         mask=mask,
+        k_descale=memory.as_strided((2, 3), (21, 5)),
+        v_descale=memory.as_strided((2, 3), (23, 3)),
         want_lse=True,
+        dropout_p=0.25,
+        seed=(5 << 32) + 3,
     )
     of_dense = {
         "SEQLEN_Q": 11,
@@ -78,6 +82,8 @@ def test_parameters_are_what_their_names_say():
         "TOTAL_Q": 2,
         "BATCH": 2,
         "HEADS_PER_KV_HEAD": 2,
+        "HEADS": 6,
+        **{"SEED": (5 << 32) + 3, "DROPOUT_THRESHOLD": 1 << 14, "DROPOUT_SCALE": bits(4 / 3)},
         **{"Q_BATCH": 701, "Q_ROW": 61, "Q_HEAD": 9},
         **{"K_BATCH": 703, "K_ROW": 51, "K_HEAD": 10},
         **{"V_BATCH": 705, "V_ROW": 52, "V_HEAD": 17},
@@ -86,6 +92,7 @@ def test_parameters_are_what_their_names_say():
         **{"WINDOW_LEFT": 5, "WINDOW_RIGHT": 7, "SOFTMAX_SCALE": bits(0.3), "SOFTCAP": bits(1.7), "ALIBI_BATCH": 6},
         **{"PAGE_SIZE": 0, "BLOCK_TABLE_ROW": 0},
         **{"MASK_BATCH": 801, "MASK_HEAD": 131, "MASK_ROW": 19, "MASK_COLUMN": 4},
+        **{"K_DESCALE_BATCH": 21, "K_DESCALE_HEAD": 5, "V_DESCALE_BATCH": 23, "V_DESCALE_HEAD": 3},
     }
     packed = AttentionProblem(
         q[0],
@@ -104,8 +111,9 @@ def test_parameters_are_what_their_names_say():
         **of_dense,
         **{"TOTAL_Q": 11, "BATCH": 1, "Q_BATCH": 0, "OUT_BATCH": 0, "LSE_BATCH": 0, "LSE_HEAD": 11},
         **{"WINDOW_LEFT": -1, "WINDOW_RIGHT": -1, "SOFTCAP": 0},
+        **dict.fromkeys(("SEED", "DROPOUT_THRESHOLD", "DROPOUT_SCALE"), 0),
         **{"ALIBI_BATCH": 0, "PAGE_SIZE": 13, "BLOCK_TABLE_ROW": 5},
-        **dict.fromkeys(("MASK_BATCH", "MASK_HEAD", "MASK_ROW", "MASK_COLUMN"), 0),
+        **dict.fromkeys((name for name in of_dense if name.startswith(("MASK", "K_DESCALE", "V_DESCALE"))), 0),
     }
     assert set(specialization.parameter_names(simdgroup.FORWARD)) == set(of_dense)
     for problem, expected in ((dense, of_dense), (packed, of_packed)):

@@ -1,4 +1,6 @@
-"""torch.compile with kernels: the graph's operators reach them, and training runs the forward kernel too."""
+"""torch.compile with kernels: the graph's operators reach them, in both passes."""
+
+from collections import Counter
 
 import torch
 
@@ -35,8 +37,9 @@ def test_one_graph_for_all_lengths():
     assert_one_graph(block, arguments, tolerance=1e-4)
 
 
-def test_gradients_behind_a_kernel():
-    """Kernels serve the forward pass, in a graph and outside: who computes the gradients is chosen by itself."""
+def test_kernels_compute_gradients_in_a_graph_and_outside():
     with observe(instrumented=False) as launches:
         assert_one_graph(block, lambda n: arguments(n, requires_grad=True), lengths=(5, 9), tolerance=1e-4)
-    assert len(launches) == 8  # compiled and eager, two calls, two lengths
+    kernels = ["forward", "backward_rows", "backward_queries", "backward_keys"]
+    # compiled and eager, two calls, two lengths
+    assert Counter(launch.kernel for launch in launches) == {f"attention_{kernel}": 8 for kernel in kernels}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flash_attn_mps import dispatch, tiers, trace
+from flash_attn_mps.frontends import fa3
 from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_varlen_func
 from flash_attn_mps.tiers.metal import compiler, simdgroup, variants
 from flash_attn_mps.tiers.metal.simdgroup import Variant
@@ -73,7 +74,7 @@ def test_the_variable_forces_a_tier(force, tier, kernels, qkv, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dropout_p": 0.1}, "does not support dropout"),
+        ({"attention_chunk": 4}, "does not support attention_chunk"),
         ({"head_dim": 264}, "head_dim above 256"),
         ({"seqlen_k": 0}, "there are no scores"),
     ],
@@ -84,18 +85,22 @@ def test_a_force_that_cannot_serve_says_why(force, change, reason, monkeypatch):
     q = torch.randn(1, 9, 2, change.get("head_dim", 16))
     k = torch.randn(1, change.get("seqlen_k", 9), 2, change.get("head_dim", 16))
     with pytest.raises(NotImplementedError, match=f"{force}: .*{reason}"):
-        flash_attn_func(q, k, k, dropout_p=change.get("dropout_p", 0.0))
+        fa3.flash_attn_func(q, k, k, attention_chunk=change.get("attention_chunk", 0))
+
+
+GRADIENTS = ["attention_backward_rows", "attention_backward_queries", "attention_backward_keys"]
 
 
 @pytest.mark.parametrize("force", ["simdgroup", "scalar"])
 def test_a_forced_kernel_leaves_gradients_to_who_has_them(force, qkv, monkeypatch):
-    """Only the forward pass is forced: a kernel without a backward pass does not keep a program from training."""
+    """Only the forward pass is forced: a kernel without a backward pass leaves gradients to the tier that has one."""
     q, k, v = (x.requires_grad_() for x in qkv)
     expected = torch.autograd.grad(flash_attn_func(q, k, v, causal=True).square().sum(), (q, k, v))
     monkeypatch.setenv("MTLFLASHATTN_KERNEL", force)
     with observe(instrumented=False) as launches:
         got = torch.autograd.grad(flash_attn_func(q, k, v, causal=True).square().sum(), (q, k, v))
-    assert len(launches) == 1
+    forward = {"simdgroup": "attention_forward", "scalar": "attention_scalar"}[force]
+    assert [launch.kernel for launch in launches] == [forward, *GRADIENTS]
     for grad, other in zip(got, expected, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
 
@@ -110,7 +115,7 @@ def test_a_force_is_an_error_on_other_devices(monkeypatch, qkv):
 def test_an_unknown_value_warns_once_and_counts_as_auto(qkv, monkeypatch):
     monkeypatch.setenv("MTLFLASHATTN_KERNEL", "fastest")
     with pytest.warns(
-        UserWarning, match="MTLFLASHATTN_KERNEL=fastest is not known.*simdgroup, cpu, torch, scalar, auto"
+        UserWarning, match="MTLFLASHATTN_KERNEL=fastest is not known.*decode, simdgroup, cpu, torch, scalar, auto"
     ) as caught:
         served = [served_by(monkeypatch, *qkv)[0] for _ in range(3)]
     assert served == ["simdgroup"] * 3
@@ -118,7 +123,7 @@ def test_an_unknown_value_warns_once_and_counts_as_auto(qkv, monkeypatch):
 
 
 def refused_when_compiled(_source):
-    raise SyntaxError("Failed to create metal library, error: program_source:1:1: error: unknown type name 'bfloat'")
+    raise SyntaxError("Failed to create metal library, error: program_source:1:1: error: no member named 'simd_any'")
 
 
 def refused_as_pipeline(_source):
@@ -128,6 +133,12 @@ def refused_as_pipeline(_source):
         side_effect=RuntimeError("Failed to create pipeline state object, error: too much threadgroup memory")
     )
     return library
+
+
+def other_variants(q):
+    """Those that are tried where the default is refused."""
+    p = dispatch.AttentionProblem(q, q, q, q.shape[0], q.shape[1], q.shape[1], 0.25)
+    return list(variants.instead(p, simdgroup.FORWARD, simdgroup.default(q.itemsize, q.shape[-1], q.shape[-1])))
 
 
 @pytest.mark.parametrize("refuse", [refused_when_compiled, refused_as_pipeline])
@@ -141,7 +152,8 @@ def test_a_kernel_that_does_not_compile_is_replaced(refuse, qkv, monkeypatch):
         longer = [torch.randn(1, 50, 2, 16) for _ in range(3)]
         served.append(served_by(monkeypatch, *longer, causal=True))
     assert served == [("torch", [])] * 4
-    assert compile_.call_count == 1
+    attempts = compile_.call_count
+    assert attempts == 1 + len(other_variants(qkv[0]))
     assert len(caught) == 1
     text = str(caught[0].message)
     assert "report" in text
@@ -149,7 +161,7 @@ def test_a_kernel_that_does_not_compile_is_replaced(refuse, qkv, monkeypatch):
     with warnings.catch_warnings():  # another specialization is tried too, and fails in silence
         warnings.simplefilter("error")
         assert served_by(monkeypatch, *qkv) == ("torch", [])
-    assert compile_.call_count == 2
+    assert compile_.call_count == 2 * attempts
 
 
 def test_each_kernel_that_does_not_compile_gives_a_warning(qkv, monkeypatch):
@@ -158,7 +170,7 @@ def test_each_kernel_that_does_not_compile_gives_a_warning(qkv, monkeypatch):
         monkeypatch.setenv("MTLFLASHATTN_KERNEL", tier)
         with (
             pytest.warns(RuntimeWarning, match=f"{entry} did not compile"),
-            pytest.raises(NotImplementedError, match=f"{tier}: its kernel does not compile"),
+            pytest.raises(NotImplementedError, match=f"{tier}: its kernel does not work"),
         ):
             flash_attn_func(*qkv)
 
@@ -168,7 +180,7 @@ def test_a_forced_kernel_that_does_not_compile_is_an_error(qkv, monkeypatch):
     monkeypatch.setattr(compiler, "compile_shader", refused_when_compiled)
     with (
         pytest.warns(RuntimeWarning, match="did not compile"),
-        pytest.raises(NotImplementedError, match="simdgroup: its kernel does not compile"),
+        pytest.raises(NotImplementedError, match="simdgroup: its kernel does not work"),
     ):
         flash_attn_func(*qkv)
 
@@ -246,31 +258,19 @@ def test_kernels_that_are_kept_are_limited(compilations):
     limit = compiler.kernel.cache_info().maxsize
     assert limit is not None
     assert 32 <= limit <= 1024
-    kind = Specialization(
-        simdgroup.FORWARD,
-        "half",
-        0,
-        8,
-        8,
-        8,
-        False,
-        False,
-        False,
-        (),
-        None,
-        "float",
-        Variant(8, 2, 8, False),
-    )
+    nothing = dict.fromkeys(Specialization._fields, False)
+    given = {"kernel": simdgroup.FORWARD, "dtype": "half", "variant": Variant(8, 2, 8, False), "buffers": ()}
+    kind = Specialization(**{**nothing, **given, "kv_format": "", "mask": None, "scale_type": "float"})
     for head_dim in range(limit + 20):
         compiler.kernel(kind._replace(head_dim=head_dim))
     assert compiler.kernel.cache_info().currsize == limit
 
 
 def test_explain_gives_the_reasons_of_each_tier(qkv):
-    p = dispatch.AttentionProblem(*qkv, 1, 20, 20, 0.25, dropout_p=0.5)
+    p = dispatch.AttentionProblem(*qkv, 1, 20, 20, 0.25, dropout_p=0.5, want_probs=True)
     reasons = dispatch.explain(p)
-    assert list(reasons) == ["simdgroup", "cpu", "torch"]
-    assert reasons["simdgroup"] == ["does not support dropout"]
+    assert list(reasons) == ["decode", "simdgroup", "cpu", "torch"]
+    assert reasons["simdgroup"] == ["does not support probabilities"]
     assert reasons["torch"] == []
 
 

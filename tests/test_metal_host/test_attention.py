@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from metal_host import compile_shader, nvidia
+from metal_host import compile_shader
 
 from . import attention
 
@@ -25,13 +25,3 @@ def test_it_is_fast_enough_to_test_with():
     start = time.perf_counter()
     attention.run(library, q, k, v)
     assert time.perf_counter() - start < 1.0
-
-
-@pytest.mark.skipif(not nvidia.can_assemble(), reason="needs libdevice and ptxas of a CUDA toolkit")
-@pytest.mark.parametrize(("staged", "shared"), [(True, 2 * 32 * 72 * 2 + 4 * 8 * 64 * 2), (False, 4 * 8 * 64 * 2)])
-def test_registers_spills_and_shared_memory(staged, shared):
-    library = compile_shader(attention.source(64, staged))
-    used = library.resources("attention", 128)
-    assert used.shared == shared
-    assert used.spill_stores == used.spill_loads == used.stack == 0
-    assert 32 < used.registers <= 255

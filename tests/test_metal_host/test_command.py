@@ -68,9 +68,17 @@ def test_survey(tmp_path, capsys, monkeypatch):
         template [[host_name("fails")]] kernel void fails<float>(device float* o);"""
     )
     (tmp_path / "kernels" / "absent.metal").write_text('#include "absent.h"\nkernel void h(device float* o) {}')
-    monkeypatch.setattr("sys.argv", ["survey", f"ours={tmp_path}", "--files", "--all", "--workers", "1"])
+    (tmp_path / "kernels" / "strings.py").write_text(
+        'SOURCE = """\n#include <metal_stdlib>\nkernel void s(device float* o) { o[0] = 1; }"""\nPART = "kernel void"'
+    )
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n<!-- survey -->\nold\n<!-- end -->\nafter\n")
+    arguments = [f"ours={tmp_path}", "--files", "--all", "--workers", "1", "--into", str(page)]
+    monkeypatch.setattr("sys.argv", ["survey", *arguments])
     survey.main()
-    out, err = capsys.readouterr()
-    assert "| ours | 3 | 5 | 4 | 5 | 3 (60 %) |" in out
-    assert "| kernels/good.metal | | 3 | 3 | 2 | 2 |" in out
-    assert "'absent.h' file not found" in err
+    out = capsys.readouterr().out
+    assert "| ours | 4 | 6 | 5 | 6 | 4 (66 %) |" in out
+    assert "| kernels/good.metal | | 3 | 3 | 2 | 2 | |" in out
+    assert "| kernels/strings.py:1 | | 1 | 1 | 1 | 1 | |" in out
+    assert "'absent.h' file not found" in out
+    assert page.read_text() == f"# Page\n<!-- survey -->\n\n{out}\n<!-- end -->\nafter\n"

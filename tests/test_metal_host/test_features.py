@@ -78,6 +78,12 @@ kernel void k(device float* o, threadgroup float* s [[threadgroup(1)]], threadgr
 }"""
 
 
+def test_threadgroup_arguments_on_a_device(device):
+    out = torch.arange(64.0, device=device)
+    compile_shader(HEADER + REVERSE).k(out, threads=64, group_size=64, threadgroup_bytes={0: 16, 1: 256})
+    assert out.tolist() == list(range(63, -1, -1))
+
+
 def test_threadgroup_arguments():
     lib = compile_shader(HEADER + REVERSE)
     out = torch.arange(64.0)

@@ -6,16 +6,16 @@ to Metal, `launch.arguments` fills it in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ...problem import AttentionProblem
 
 Grid = tuple[tuple[int, int, int], tuple[int, int, int]]  # threads in all, threads of a group
 
-# What every Metal kernel for attention honours. "gradients": the forward pass of a call that will be differentiated;
-# another tier computes the gradients.
+# What every Metal kernel for attention honours; "quantised" is for each to add, whose loads decode (codes.metal).
+# "gradients": the forward pass of a call that will be differentiated; another tier computes the gradients.
 SERVES = frozenset(
     {
         "causal",
@@ -48,6 +48,8 @@ OPTIONAL_BUFFERS = {
     "sinks": "float",
     "mask": "MASK_T",
     "softmax_scale": "SCALE_T",
+    "k_descale": "float",
+    "v_descale": "float",
 }
 
 
@@ -61,6 +63,7 @@ class Parameters(NamedTuple):
     seqlen_k: int
     total_q: int  # rows of q, where the batch is packed
     batch: int  # sequences
+    heads: int
     heads_per_kv_head: int
     lse_batch: int  # strides of the log-sum-exp; a packed batch has none of its own
     lse_head: int
@@ -68,6 +71,9 @@ class Parameters(NamedTuple):
     window_right: int
     softmax_scale: int  # float bits, unless it is a buffer
     softcap: int  # float bits
+    seed: int  # of dropout
+    dropout_threshold: int  # see philox.py
+    dropout_scale: int  # float bits
     alibi_batch: int  # stride
     page_size: int
     block_table_row: int  # stride
@@ -75,12 +81,16 @@ class Parameters(NamedTuple):
     mask_head: int
     mask_row: int
     mask_column: int
+    k_descale_batch: int  # strides
+    k_descale_head: int
+    v_descale_batch: int
+    v_descale_head: int
 
 
 class Buffer(NamedTuple):
     """A buffer that a kernel has besides those of `OPTIONAL_BUFFERS`."""
 
-    type: str  # Metal's, of its elements: "const T", "float"
+    type: str  # Metal's, of its elements: "const T", "float"; "const KV_T" for keys and values that may be quantised
     # "head_dim" or "head_dim_v": its rows have so many elements, next to each other. The strides of its batch, rows and
     # heads are parameters: Q_BATCH (0 in a packed tensor), Q_ROW, Q_HEAD.
     row: str = ""
@@ -88,22 +98,38 @@ class Buffer(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Kernel:
-    """One kernel. There is one object for each, so that it is cheap as part of a key.
-
-    A kernel is launched in some variant: a NamedTuple of numbers of its own, which Metal has in capitals, as ROWS.
-    """
+class Program:
+    """A function in Metal. There is one object for each, so that it is cheap as part of a key."""
 
     entry: str  # Metal's name of the function
     headers: tuple[str, ...]  # of Metal's library
     sources: tuple[str, ...]  # of kernels/, in the order in which they build on each other
-    buffers: Mapping[str, Buffer]  # in the order of the arguments
-    optional: tuple[str, ...]  # which of OPTIONAL_BUFFERS it reads
-    parameters: tuple[str, ...] = ()  # names of those that it has besides `Parameters` and strides
-    grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
+    # Of a specialization and its compiled function: why that is not to be used, a `refusals.Refusal`; None if it is.
+    # Asked when it is first used on a machine (`prove.Proof`).
+    proof: Callable[[Any, Any], Any | None] | None = None
 
     def __repr__(self) -> str:
         return self.entry
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Kernel(Program):
+    """One kernel that works on an `AttentionProblem`.
+
+    A kernel is launched in some variant: a NamedTuple of numbers of its own, which Metal has in capitals, as ROWS.
+    """
+
+    buffers: Mapping[str, Buffer]  # in the order of the arguments
+    optional: tuple[str, ...]  # which of OPTIONAL_BUFFERS it reads
+    parameters: tuple[str, ...] = ()  # names of those that it has besides `Parameters` and strides
+    defines: Mapping[str, int | str] = field(
+        default_factory=dict
+    )  # what its sources, shared with others, are told of it
+    grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
+
+
+def _always(_variant: Any) -> bool:
+    return True
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -117,7 +143,11 @@ class TunedKernel(Kernel):
     fits: Callable[[Any, int, int, int], bool]  # variant, bytes of an element, head_dim, head_dim_v
     default: Callable[[int, int, int], Any]  # one that fits: what this GPU should do well with
     variable: str  # of the environment, which forces one
+    gradients: frozenset[str] = frozenset()  # of which tensors it computes them; of none: it computes the output
+    worth_tuning: Callable[[Any], bool] = _always  # is a variant one of those that `tune` times?
+    # What to try in turn where one is refused on this machine, by the arguments of `fits`.
+    fallbacks: Callable[[Any, int, int, int], Sequence[Any]] = lambda *_: ()
 
     def fitting(self, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Any]:
-        """What `tune` tries, and what the tests run."""
+        """Those that these head dims allow."""
         return [variant for variant in self.variants if self.fits(variant, element_bytes, head_dim, head_dim_v)]

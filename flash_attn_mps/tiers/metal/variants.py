@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...problem import AttentionProblem
@@ -18,12 +18,14 @@ _stored: dict[store.Key, store.Winner] | None = None  # None: the file has not b
 
 
 def chosen(
-    p: AttentionProblem, kernel: TunedKernel, tuned: Callable[[AttentionProblem, TunedKernel], store.Winner]
+    p: AttentionProblem,
+    kernel: TunedKernel,
+    tuned: Callable[[AttentionProblem, TunedKernel], store.Winner] | None = None,
 ) -> Any:
     """The variant of `kernel` for `p`: one dictionary look-up but for the first call of a class.
 
-    `tuned` finds the fastest, where `MTLFLASHATTN_TUNE` asks for it. Raises `NotImplementedError` where the kernel's
-    variable names a variant that these head dims do not allow.
+    `tuned`, where there is such a function, finds the fastest if `MTLFLASHATTN_TUNE` asks for it. Raises
+    `NotImplementedError` where the kernel's variable names a variant that these head dims do not allow.
     """
     q, queries = p.q, p.max_seqlen_q
     length = 0 if queries <= _SHORT else 1 if queries <= _MEDIUM else 2
@@ -34,6 +36,16 @@ def chosen(
     return variant
 
 
+def instead(p: AttentionProblem, kernel: TunedKernel, refused: Any) -> Iterator[Any]:
+    """What to run `p` with, in turn, where `refused` is not to be used on this machine."""
+    shape = (p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
+    tried = {refused}
+    for variant in kernel.fallbacks(refused, *shape):
+        if variant not in tried and kernel.fits(variant, *shape):
+            tried.add(variant)
+            yield variant
+
+
 def forget() -> None:
     """Choose anew from now on: the environment, or what is stored, has changed."""
     global _stored
@@ -42,7 +54,7 @@ def forget() -> None:
 
 
 def _choose(
-    p: AttentionProblem, kernel: TunedKernel, tuned: Callable[[AttentionProblem, TunedKernel], store.Winner]
+    p: AttentionProblem, kernel: TunedKernel, tuned: Callable[[AttentionProblem, TunedKernel], store.Winner] | None
 ) -> Any:
     global _stored
     shape = (p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
@@ -63,7 +75,7 @@ def _choose(
         winner = _stored.get(key._replace(mask=mask))
         if winner is not None and winner.variant in fitting:
             return fitting[winner.variant]
-    if key.length == "long" and os.environ.get(TUNE, "").lower() == "auto":
+    if tuned is not None and key.length == "long" and os.environ.get(TUNE, "").lower() == "auto":
         winner = _stored[key] = tuned(p, kernel)
         return fitting[winner.variant]
     return kernel.default(*shape)

@@ -1,11 +1,13 @@
 """Who computes: the tiers of this project, stock PyTorch, and other packages where they are installed.
 
 A contender turns a workload and its inputs into a call without arguments, whose result is the output in the layout of
-q. Masks that its interface needs are made beforehand and not timed. `Unsupported` says why there is no call.
+q and, in training, the gradients of q, k and v. Masks that its interface needs are made beforehand and not timed.
+`Unsupported` says why there is no call.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -22,8 +24,8 @@ from .workloads import Inputs, Workload
 
 STOCK = "stock SDPA"
 
-#: The output, in the layout of q.
-Call = Callable[[], torch.Tensor]
+Call = Callable[[], tuple[torch.Tensor, ...]]
+_GRADIENTS = frozenset("qkv")
 
 
 class Unsupported(Exception):
@@ -44,11 +46,11 @@ def contenders(device_type: str, full: bool, hub: bool) -> list[Contender]:
         if (device_type in compiler.device_types if tier.metal else tier.name != "cpu" or device_type == "cpu")
     ]
     found = [Contender(f"mtlflashattn {tier.name}", functools.partial(_ours, tier), True) for tier in tiers]
-    found.append(Contender(STOCK, _stock))
+    found.append(Contender(STOCK, _differentiated(_stock)))
     if device_type == "mps":
         for name, prepare in (
             ("metal_flash_attn", _flash_attn_like("metal_flash_attn")),  # PyPI's mtlflashattn, another project
-            ("mps_flash_attn", _mps_flash_attn),
+            ("mps_flash_attn", _differentiated(_mps_flash_attn)),
         ):
             if importlib.util.find_spec(name) is not None:
                 found.append(Contender(name, prepare))
@@ -63,25 +65,69 @@ def build(workload: Workload, x: Inputs) -> problem.AttentionProblem:
     """The workload as every public function of this project describes it."""
     options = describe.CallOptions(causal=workload.causal, window_size=(workload.window, -1))
     if workload.packed:
-        return describe.varlen(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, options)
-    return describe.dense(x.q, x.k, x.v, options)
+        p = describe.varlen(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, options)
+    else:
+        p = describe.dense(x.q, x.k, x.v, options)
+    return dataclasses.replace(p, needs_grad=True, want_lse=True) if workload.training else p
+
+
+def by_tier(tier: Tier, workload: Workload, x: Inputs) -> tuple[torch.Tensor, ...] | None:
+    """What a contender's call gives, by that tier alone. None where one of its kernels does not compile."""
+    p = build(workload, x)  # what the caller pays on the host is part of the time
+    result = tier.run(p)
+    if result is None:
+        return None
+    if x.dout is None:
+        return (result.out,)
+    assert result.lse is not None
+    assert tier.backward is not None
+    grads = tier.backward(p, result.out, result.lse, x.dout, None, _GRADIENTS)
+    if grads is None:
+        return None
+    return tuple(t for t in (result.out, *grads[:3]) if t is not None)
 
 
 def _ours(tier: Tier, workload: Workload, x: Inputs) -> Call:
-    reasons = tier.unsupported_reasons(build(workload, x))
+    p = build(workload, x)
+    reasons = tier.unsupported_reasons(p)
+    if workload.training:
+        reasons += tier.unsupported_backward_reasons(p, False, _GRADIENTS)
     if reasons:
-        raise Unsupported("; ".join(reasons))
+        raise Unsupported("; ".join(dict.fromkeys(reasons)))
 
-    def call() -> torch.Tensor:
-        result = tier.run(build(workload, x))  # what the caller pays on the host is part of the time
-        if result is None:
-            raise Unsupported("its kernel does not compile on this machine")
-        return result.out
+    def call() -> tuple[torch.Tensor, ...]:
+        found = by_tier(tier, workload, x)
+        if found is None:
+            raise Unsupported("its kernel does not work on this machine")
+        return found
 
     return call
 
 
-def _stock(workload: Workload, x: Inputs) -> Call:
+def _differentiated(
+    prepare: Callable[[Workload, Inputs], Callable[[], torch.Tensor]],
+) -> Callable[[Workload, Inputs], Call]:
+    """A contender whose gradients are autograd's, from `prepare`, whose call gives the output."""
+
+    def prepared(workload: Workload, x: Inputs) -> Call:
+        if not workload.training:
+            call = prepare(workload, x)
+            return lambda: (call(),)
+        leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+        with torch.enable_grad():
+            call = prepare(workload, dataclasses.replace(x, q=leaves[0], k=leaves[1], v=leaves[2]))
+
+        def both() -> tuple[torch.Tensor, ...]:
+            with torch.enable_grad():
+                out = call()
+            return (out.detach(), *torch.autograd.grad(out, leaves, x.dout))
+
+        return both
+
+    return prepared
+
+
+def _stock(workload: Workload, x: Inputs) -> Callable[[], torch.Tensor]:
     gqa = workload.heads != workload.heads_k
     if workload.packed:  # it has no packed form: a call for each sequence, their lengths known on the host
         q, k, v = (t.split([length for length, _ in workload.lengths]) for t in (x.q, x.k, x.v))
@@ -111,7 +157,7 @@ def _stock(workload: Workload, x: Inputs) -> Call:
 def _flash_attn_like(name: str, hub: bool = False) -> Callable[[Workload, Inputs], Call]:
     """A package with FlashAttention-2's functions."""
 
-    def prepare(workload: Workload, x: Inputs) -> Call:
+    def prepare(workload: Workload, x: Inputs) -> Callable[[], torch.Tensor]:
         module = importlib.import_module("kernels").get_kernel(name) if hub else importlib.import_module(name)
         wanted = fa2.flash_attn_varlen_func if workload.packed else fa2.flash_attn_func
         function = getattr(module, wanted.__name__, None)
@@ -125,10 +171,10 @@ def _flash_attn_like(name: str, hub: bool = False) -> Callable[[Workload, Inputs
             return lambda: function(x.q, x.k, x.v, *cu_seqlens, x.max_seqlen, x.max_seqlen, **how)
         return lambda: function(x.q, x.k, x.v, **how)
 
-    return prepare
+    return _differentiated(prepare)
 
 
-def _mps_flash_attn(workload: Workload, x: Inputs) -> Call:
+def _mps_flash_attn(workload: Workload, x: Inputs) -> Callable[[], torch.Tensor]:
     if workload.packed:
         raise Unsupported("does not support packed sequences")
     function = importlib.import_module("mps_flash_attn").flash_attention

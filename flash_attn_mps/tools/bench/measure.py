@@ -11,7 +11,7 @@ import torch
 from ... import timing
 from ...tiers import reference
 from . import memory
-from .contenders import Contender, Unsupported, build
+from .contenders import Contender, Unsupported, by_tier
 from .workloads import Workload, inputs
 
 _BATCH_SECONDS = 0.02
@@ -22,8 +22,8 @@ _SLOW_SECONDS = 4.0  # a slower contender runs once
 class Measurement(NamedTuple):
     """One contender on one workload. `why_not`: there are no times, and that is why.
 
-    `seconds`: of each round. `error`: largest difference from the torch tier, of what rounding may make it.
-    `memory`: peak bytes beyond the inputs.
+    `seconds`: of each round. `error`: largest difference from the torch tier, of what rounding may make it, of the
+    output and of gradients. `memory`: peak bytes beyond the inputs.
     """
 
     workload: Workload
@@ -74,7 +74,8 @@ def measure(
     `tick` is called with the name of the next contender.
     """
     x = inputs(workload, device)
-    exact = reference.run(build(workload, x)).out.float()
+    exact = by_tier(reference.TIER, workload, x)
+    assert exact is not None
     found: dict[str, Measurement] = {}
     calls, once = {}, {}
     for contender in contenders:
@@ -102,6 +103,11 @@ def measure(
     return list(found.values())
 
 
-def _error(out: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> float:
-    difference = (out.float() - exact).abs().nan_to_num(nan=torch.inf).max().item()
-    return difference / (16 * torch.finfo(dtype).eps * max(1.0, exact.abs().max().item()) + 2e-5)
+def _error(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], dtype: torch.dtype) -> float:
+    """Rounding is relative to the largest value; of the output, to 1 at least, as values are."""
+    shares = []
+    for least, one, other in zip((1.0, 0.0, 0.0, 0.0), found, exact, strict=False):
+        difference = (one.float() - other.float()).abs().nan_to_num(nan=torch.inf).max().item()
+        largest = max(least, other.abs().max().item())
+        shares.append(difference / (16 * torch.finfo(dtype).eps * largest + 2e-5))
+    return max(shares)

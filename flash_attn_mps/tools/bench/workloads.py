@@ -12,12 +12,13 @@ KINDS = {
     "decode": "one query against a cache",
     "varlen": "packed sequences of mixed length",
     "window": "sliding-window attention",
+    "training": "forward and backward, as a step of training needs them",
 }
 _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 class Workload(NamedTuple):
-    """`lengths`: queries and keys of each sequence; packed if `kind` is varlen, else all the same."""
+    """`lengths`: queries and keys of each sequence; packed if `kind` is varlen or they differ, else all the same."""
 
     kind: str
     dtype: str
@@ -30,7 +31,11 @@ class Workload(NamedTuple):
 
     @property
     def packed(self) -> bool:
-        return self.kind == "varlen"
+        return self.kind == "varlen" or len(set(self.lengths)) > 1
+
+    @property
+    def training(self) -> bool:
+        return self.kind == "training"
 
     @property
     def name(self) -> str:
@@ -40,7 +45,9 @@ class Workload(NamedTuple):
         else:
             what = f"B{len(self.lengths)} L{keys}" if queries == keys else f"B{len(self.lengths)} {queries}x{keys}"
         mask = f"window {self.window}" if self.window >= 0 else "causal" if self.causal and queries > 1 else ""
-        return f"{what} H{self.heads}/{self.heads_k} D{self.head_dim} {_SHORT[self.dtype]} {mask}".rstrip()
+        passes = "fwd+bwd" if self.training else ""
+        size = f"H{self.heads}/{self.heads_k} D{self.head_dim}"
+        return " ".join(filter(None, (what, size, _SHORT[self.dtype], mask, passes)))
 
     @property
     def pairs(self) -> int:
@@ -49,14 +56,19 @@ class Workload(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of q k^T and p v, of visible pairs only."""
-        return 4 * self.head_dim * self.heads * self.pairs
+        """Multiplications and additions of q k^T and p v, of visible pairs only; in training also of the five products
+        of the backward pass, whoever computes some of them twice.
+        """
+        products = 7 if self.training else 2
+        return products * 2 * self.head_dim * self.heads * self.pairs
 
     @property
     def bytes(self) -> int:
-        """q, k and v read once, the output written once."""
+        """q, k and v read once, the output written once; in training these and its gradient read again for theirs."""
         queries, keys = (sum(lengths) for lengths in zip(*self.lengths, strict=True))
         elements = 2 * queries * self.heads + 2 * keys * self.heads_k
+        if self.training:
+            elements += 4 * queries * self.heads + 4 * keys * self.heads_k
         return elements * self.head_dim * getattr(torch, self.dtype).itemsize
 
 
@@ -69,11 +81,15 @@ def _pairs(queries: int, keys: int, causal: bool, window: int) -> int:
 
 @dataclass
 class Inputs:
-    """`(batch, seqlen, heads, head_dim)`, or packed `(total, heads, head_dim)` with `cu_seqlens`."""
+    """`(batch, seqlen, heads, head_dim)`, or packed `(total, heads, head_dim)` with `cu_seqlens`.
+
+    `dout`: the gradient of the output, in training.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    dout: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
     max_seqlen: int = 0
 
@@ -88,11 +104,12 @@ def inputs(workload: Workload, device: torch.device | str) -> Inputs:
         return torch.randn(*rows, heads, workload.head_dim, generator=generator).to(device, dtype)
 
     q, k, v = randn(0, workload.heads), randn(1, workload.heads_k), randn(1, workload.heads_k)
+    dout = randn(0, workload.heads) if workload.training else None
     if not workload.packed:
-        return Inputs(q, k, v)
+        return Inputs(q, k, v, dout)
     lengths = torch.tensor([queries for queries, _ in workload.lengths])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
-    return Inputs(q, k, v, cu_seqlens, int(lengths.max()))
+    return Inputs(q, k, v, dout, cu_seqlens, int(lengths.max()))
 
 
 def _same(batch: int, length: int, keys: int | None = None) -> tuple[tuple[int, int], ...]:
@@ -117,6 +134,7 @@ def _for_cpu(full: bool) -> list[Workload]:
         Workload("decode", "float32", 64, 8, 2, _same(4, 1, 2048)),
         Workload("varlen", "float32", 64, 8, 8, _mixed(8, 512)),
         Workload("window", "float32", 64, 8, 8, _same(1, 2048), window=256),
+        *(Workload("training", "float32", 64, 8, 8, _same(1, 512), causal) for causal in (True, False)),
     ]
     if full:
         found += [
@@ -125,6 +143,7 @@ def _for_cpu(full: bool) -> list[Workload]:
         found += [Workload("decode", "bfloat16", 128, 8, 2, _same(1, 1, n)) for n in (2048, 16384)]
         found += [Workload("varlen", "bfloat16", 128, 8, 2, _mixed(32, 1024))]
         found += [Workload("window", "bfloat16", 128, 8, 2, _same(1, 8192), window=1024)]
+        found += [Workload("training", "bfloat16", 128, 8, 2, n) for n in (_same(1, 2048), _mixed(8, 1024))]
     return found
 
 
@@ -134,6 +153,9 @@ def _for_gpu(full: bool) -> list[Workload]:
     found += [Workload("decode", "float16", 128, 32, 8, _same(b, 1, n)) for b, n in ((1, 4096), (8, 4096), (1, 32768))]
     found += [Workload("varlen", "float16", 128, 16, 8, _mixed(16, 2048))]
     found += [Workload("window", "float16", 128, 16, 8, _same(1, 8192), window=1024)]
+    found += [
+        Workload("training", "float16", d, 16, 8, _same(1, 2048), causal) for d in (64, 128) for causal in (True, False)
+    ]
     if full:
         found += [
             Workload("prefill", dtype, d, 16, 8, _same(4, n), causal)
@@ -150,4 +172,13 @@ def _for_gpu(full: bool) -> list[Workload]:
         found += [
             Workload("window", "bfloat16", d, 16, 8, _same(1, n), window=1024) for d in (64, 128) for n in (4096, 16384)
         ]
+        found += [
+            Workload("training", dtype, d, 16, 8, lengths, causal)
+            for dtype in ("bfloat16", "float32")
+            for d in (64, 96, 128, 256)
+            for lengths in (_same(4, 512), _same(1, 4096))
+            for causal in (True, False)
+        ]
+        found += [Workload("training", "bfloat16", d, 16, 8, _mixed(16, 2048)) for d in (64, 128)]
+        found += [Workload("training", "bfloat16", d, 16, 8, _same(1, 8192), window=1024) for d in (64, 128)]
     return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ... import philox
 from ...problem import AttentionProblem
 from . import oracle
 from .cases import FEATURES, Case, Feature
@@ -15,6 +16,7 @@ from .cases import FEATURES, Case, Feature
 _PAGE = 16
 _UNUSED = 5  # rows of a packed sequence beyond those that seqused counts
 _NAN = float("nan")
+_SEED = 0x1234_5678_9ABC_DEF0  # of dropout
 
 
 @dataclass
@@ -22,7 +24,7 @@ class Sequence:
     """Inputs of one sequence on the CPU, in the dtype of the case; slopes, sinks and mask in float32 or bool."""
 
     q: torch.Tensor
-    k: torch.Tensor
+    k: torch.Tensor  # or codes, as v
     v: torch.Tensor
     slopes: torch.Tensor | None
     mask: torch.Tensor | None
@@ -33,6 +35,8 @@ class Built:
     problem: AttentionProblem
     out: list[torch.Tensor]  # of each sequence, in float64
     lse: list[torch.Tensor]
+    dout: torch.Tensor | None = None  # the gradient of the output, where gradients are to be computed
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # of the problem's tensors, in float64
 
     def of_sequences(self, out: torch.Tensor, lse: torch.Tensor | None) -> list[tuple]:
         """What a tier gave, in the form of `self.out` and `self.lse`."""
@@ -70,25 +74,41 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
             mask = mask < 0.5
             mask[:, seqlen_q // 2] = False  # a query that sees nothing
         v = randn(seqlen_k, heads_k, case.head_dim_v).to(dtype)
+        if feature.codes:
+            k, v = _codes(k, feature.codes), _codes(v, feature.codes)
         sequences.append(Sequence(q, k, v, None if slopes is None else slopes[b], mask))
+    descales = {}
+    if feature.codes:
+        unit = 1 / 32 if feature.codes == "int8" else 1.0
+        shape = len(sequences), heads_k
+        descales = {f"{x}_descale": unit * torch.rand(shape, generator=generator).add_(0.5) for x in "kv"}
     left, right = feature.window[0], 0 if feature.causal else feature.window[1]
+    of_sinks = None if sinks is None else sinks.double().requires_grad_(feature.gradients)
+    leaves = []
+    for b, s in enumerate(sequences):
+        k, v = (
+            _values(x, descales[f"{name}_descale"][b]) if descales else x.double()
+            for name, x in zip("kv", (s.k, s.v), strict=True)
+        )
+        leaves.append([x.requires_grad_(feature.gradients) for x in (s.q.double(), k, v)])
     exact = [
         oracle.attention(
-            s.q,
-            s.k,
-            s.v,
+            *leaves[b],
             scale=scale,
             left=left,
             right=right,
             softcap=feature.softcap,
             slopes=s.slopes,
-            sinks=sinks,
+            sinks=of_sinks,
             mask=s.mask,
+            keep=_kept(feature, b) if feature.dropout else None,
+            dropout_p=feature.dropout,
         )
-        for s in sequences
+        for b, s in enumerate(sequences)
     ]
     tensors: dict[str, Any] = {
         **_laid_out(sequences, feature, generator),
+        **descales,
         "alibi_slopes": slopes[0] if slopes is not None and feature.alibi == "heads" else slopes,
         "sinks": sinks,
         "mask": torch.stack([s.mask for s in sequences if s.mask is not None]) if feature.mask else None,
@@ -107,14 +127,51 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
         window_left=left,
         window_right=right,
         softcap=feature.softcap,
+        dropout_p=feature.dropout,
+        seed=_SEED if feature.dropout else 0,
         want_lse=feature.want_lse,
+        needs_grad=feature.gradients,
     )
-    return Built(
+    built = Built(
         p,
-        [_lengthened(out, unused, 0.0) for out, _ in exact],
+        [_lengthened(out.detach(), unused, 0.0) for out, _ in exact],
         # Rows past the end see nothing.
-        [_lengthened(lse.T, unused, -torch.inf).T for _, lse in exact],
+        [_lengthened(lse.detach().T, unused, -torch.inf).T for _, lse in exact],
     )
+    if feature.gradients:
+        joined = torch.cat if feature.layout.startswith("packed") else torch.stack
+        douts = [randn(*out.shape).to(dtype) for out, _ in exact]
+        built.dout = joined([_lengthened(x, unused, 1.0) for x in douts]).to(device)
+        for (out, _), dout in zip(exact, douts, strict=True):
+            out.backward(dout.double())
+        for name, rows in zip("qkv", zip(*leaves, strict=True), strict=True):
+            built.gradients[name] = joined([_lengthened(_gradient_of(x), unused, 0.0) for x in rows])
+        if of_sinks is not None:
+            built.gradients["sinks"] = _gradient_of(of_sinks)
+    return built
+
+
+def _gradient_of(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _kept(feature: Feature, sequence: int) -> torch.Tensor:
+    """What dropout keeps of the scores of a sequence: `(heads, seqlen_q, seqlen_k)`."""
+    (seqlen_q, seqlen_k), heads = feature.lengths[sequence], feature.heads[0]
+    indices = sequence * heads + torch.arange(heads)
+    return philox.keep(_SEED, feature.dropout, indices, (0, seqlen_q), (0, seqlen_k))
+
+
+def _codes(x: torch.Tensor, codes: str) -> torch.Tensor:
+    if codes == "int8":
+        return (x.float() * 32).round().clamp(-128, 127).to(torch.int8)
+    return x.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _values(codes: torch.Tensor, descale: torch.Tensor) -> torch.Tensor:
+    """What codes `(rows, heads, dim)` stand for, in float64."""
+    floats = codes.view(torch.float8_e4m3fn) if codes.dtype == torch.uint8 else codes
+    return floats.double() * descale.double()[:, None]
 
 
 def _laid_out(sequences: list[Sequence], feature: Feature, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -176,7 +233,7 @@ def _strided(x: torch.Tensor, strides: str) -> torch.Tensor:
     if strides == "heads first":
         return x.transpose(-3, -2).contiguous().transpose(-3, -2)
     if strides == "gaps":
-        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), _NAN)
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), _NAN if x.is_floating_point() else 127)
         wide[..., 3 : 3 + x.shape[-1]] = x
         return wide[..., 3 : 3 + x.shape[-1]]
     if strides == "last":

@@ -20,11 +20,13 @@ def attention(
     slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
     mask: torch.Tensor | None,
+    keep: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `(seqlen_q, heads, head_dim of v)` and log-sum-exp `(heads, seqlen_q)` of one sequence.
 
-    q `(seqlen_q, heads, head_dim)`, k and v `(seqlen_k, heads_k, .)`; slopes and sinks `(heads,)`; mask `(heads,
-    seqlen_q, seqlen_k)`.
+    q `(seqlen_q, heads, head_dim)`, k and v `(seqlen_k, heads_k, .)`; slopes and sinks `(heads,)`; mask and keep
+    `(heads, seqlen_q, seqlen_k)`. Differentiable, also where a query sees nothing.
     """
     q, k, v = q.double(), k.double(), v.double()
     seqlen_q, heads, _ = q.shape
@@ -47,6 +49,10 @@ def attention(
     if sinks is not None:  # a key that everybody sees, and whose value is zero
         s = torch.cat([s, sinks.double()[:, None, None].expand(heads, seqlen_q, 1)], dim=-1)
         v = torch.cat([v, torch.zeros_like(v[:1])]) if seqlen_k else v.new_zeros(1, heads, v.shape[-1])
-    lse = torch.logsumexp(s, dim=-1) if s.shape[-1] else s.new_full((heads, seqlen_q), -torch.inf)
-    p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    return torch.einsum("hqk,khd->qhd", p, v), lse
+    blind = (s == -torch.inf).all(-1)  # also where there are no keys
+    s = s.masked_fill(blind[..., None], 0.0)
+    lse = torch.logsumexp(s, dim=-1) if s.shape[-1] else s.sum(-1)
+    p = torch.exp(s - lse[..., None]).masked_fill(blind[..., None], 0.0)
+    if keep is not None:
+        p = p * keep / (1.0 - dropout_p)
+    return torch.einsum("hqk,khd->qhd", p, v), lse.masked_fill(blind, -torch.inf)

@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import torch
 
+from ... import quantised
 from ...problem import AttentionProblem, Result
-from ...tiers import BY_NAME, cpu
-from ...tiers.metal import compiler, launch
+from ...tiers import BY_NAME, Gradients, cpu
+from ...tiers.metal import backward, compiler, launch, simdgroup
+from . import cases
 from .build import Built, build
-from .cases import KERNEL, Case
+from .cases import Case
 
 # The outcomes of a case. If the cpu tier does not support it, that is no failure: PyTorch decides what it supports.
 RIGHT, WRONG, NOT_COMPILED, RAISED, NOT_SERVED = "right", "wrong", "not compiled", "raised", "not served"
@@ -35,26 +37,40 @@ def run(case: Case, device: torch.device | str) -> Outcome:
         built = build(case, device)
         tier = BY_NAME[case.tier]
         reasons = tier.unsupported_reasons(built.problem)
+        if built.dout is not None:
+            reasons += tier.unsupported_backward_reasons(built.problem, False, frozenset(built.gradients))
         if reasons:
-            return Outcome(case, NOT_SERVED, detail="; ".join(reasons))
+            return Outcome(case, NOT_SERVED, detail="; ".join(dict.fromkeys(reasons)))
         known = set(compiler.failures)
         result = _result(case, built.problem)
-        if result is None:
+        gradients = Gradients() if result is None else _gradients(case, built, result)
+        if result is None or gradients is None:
             logs = [log for specialization, log in compiler.failures.items() if specialization not in known]
             return Outcome(case, NOT_COMPILED, detail=logs[0] if logs else "as in a case before")
-        return _judged(case, built, result)
+        return _judged(case, built, result, gradients)
     except Exception as error:  # whatever happens on somebody's machine belongs in the report
         return Outcome(case, RAISED, detail=f"{type(error).__name__}: {error}")
 
 
 def _result(case: Case, p: AttentionProblem) -> Result | None:
-    if not case.variant:
+    if not case.variant or p.needs_grad:
         return BY_NAME[case.tier].run(p)
-    found = KERNEL.fitting(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
-    return launch.run(p, KERNEL, next(v for v in found if str(v) == case.variant))
+    return launch.run(p, simdgroup.FORWARD, cases.variants(case)[case.variant])
 
 
-def _judged(case: Case, built: Built, result: Result) -> Outcome:
+def _gradients(case: Case, built: Built, result: Result) -> Gradients | None:
+    """None where a kernel does not compile; empty where none are to be computed."""
+    tier, p, lse, dout, needed = BY_NAME[case.tier], built.problem, result.lse, built.dout, frozenset(built.gradients)
+    if dout is None or lse is None or tier.backward is None:
+        return Gradients()
+    if not case.variant:
+        return tier.backward(p, result.out, lse, dout, None, needed)
+    keys = cases.variants(case)[case.variant]
+    queries, each_head = keys._replace(split=False), backward.each_head(p, keys)
+    return backward.compute(p, result.out, lse, dout, None, needed, queries, keys, each_head)
+
+
+def _judged(case: Case, built: Built, result: Result, gradients: Gradients) -> Outcome:
     dtype = getattr(torch, case.dtype)
     lse = None if result.lse is None or not built.problem.want_lse else result.lse.cpu()
     worst, detail = 0.0, ""
@@ -64,7 +80,7 @@ def _judged(case: Case, built: Built, result: Result) -> Outcome:
             continue
         # Probabilities and output are rounded once each to the dtype of v. All else is float32: scores of up to 20,
         # whose exponentials a GPU gives to a few units in the last place.
-        largest = max(1.0, exact.abs().max().item(), _largest(built.problem.v))
+        largest = max(1.0, exact.abs().max().item(), _largest(built.problem)) / (1.0 - built.problem.dropout_p)
         share, where = _share(out.double(), exact, 2 * torch.finfo(dtype).eps * largest + 2e-5)
         if share > worst:
             worst, detail = share, f"out of sequence {b} at (query, head, dim) = {where}"
@@ -77,10 +93,18 @@ def _judged(case: Case, built: Built, result: Result) -> Outcome:
         share, where = _share(row_lse.double().masked_fill(same, 0.0), built.lse[b].masked_fill(same, 0.0), allowed)
         if share > worst:
             worst, detail = share, f"log-sum-exp of sequence {b} at (head, query) = {where}"
+    for name, exact in built.gradients.items():
+        # Probabilities, their gradients, the output and the result are rounded once each, and summed in float32. The
+        # gradient of a sink is a sum over all queries, each of which has a rounded output.
+        allowed = (8 if name == "sinks" else 2) * torch.finfo(dtype).eps * max(1.0, exact.abs().max().item()) + 5e-5
+        share, where = _share(getattr(gradients, f"d{name}").cpu().double(), exact, allowed)
+        if share > worst:
+            worst, detail = share, f"gradient of {name} at {where}"
     return Outcome(case, RIGHT if worst <= 1 else WRONG, worst, detail if worst > 1 else "")
 
 
-def _largest(v: torch.Tensor) -> float:
+def _largest(p: AttentionProblem) -> float:
+    v = p.v if p.v_descale is None else quantised.decoded(p.v) * p.v_descale.max()
     return v.float().nan_to_num(0.0).abs().max().item() if v.numel() else 0.0
 
 

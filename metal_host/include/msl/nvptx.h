@@ -3,15 +3,24 @@
 // Lanes are renumbered so that Apple's 8x8 fragments are NVIDIA's: Apple's lane {a4 a3 a2 a1 a0} holds row {a4 a2 a1}
 // and columns {a3 a0 *}; hardware lane n holds row n / 4 and columns 2 (n % 4) + {0, 1}. So n4 = a4, n3 = a2, n2 = a1,
 // n1 = a3.
+//
+// With __MH_APPLE the code is not to be run but to be counted (apple.py): lanes have Apple's numbers, all of them are active,
+// and a matrix product is two instructions with the operands that Apple's has.
 #pragma once
 
 struct __mh_launch_t {
   ulong arguments[31];
   uint grid[3], group[3];  // in threads; blocks are launched in one dimension, whole warps
+  uint threadgroup_offsets[31];  // in dynamic shared memory
 };
 
 #define __MH_DEVICE inline __attribute__((always_inline, convergent))
 
+#ifdef __MH_APPLE
+__MH_DEVICE uint __mh_hardware_lane(uint a) { return a; }
+__MH_DEVICE uint __mh_lane() { return __nvvm_read_ptx_sreg_tid_x() & 31; }
+__MH_DEVICE uint __mh_active() { return ~0u; }
+#else
 __MH_DEVICE uint __mh_hardware_lane(uint a) {
   return (a & 16) | ((a & 4) << 1) | ((a & 2) << 1) | ((a & 8) >> 2) | (a & 1);
 }
@@ -24,6 +33,7 @@ __MH_DEVICE uint __mh_active() {
   __asm__ volatile("activemask.b32 %0;" : "=r"(mask));
   return mask;
 }
+#endif
 
 struct __mh_context_t {
   __mh_launch_t launch;
@@ -43,9 +53,10 @@ struct __mh_context_t {
     return thread_index < size[0] * size[1] * size[2];
   }
   ulong argument(uint index) const thread { return launch.arguments[index]; }
-  ulong threadgroup_argument(uint) const thread {  // nvidia.py launches no kernel that has one
-    __builtin_trap();
-    return 0;
+  ulong threadgroup_argument(uint index) const thread {  // nvidia.py declares the variable
+    ulong address;
+    __asm__("mov.b64 %0, __mh_dynamic_shared;" : "=l"(address));
+    return address + launch.threadgroup_offsets[index];
   }
   uint in_group(uint axis) const thread {
     return axis == 0   ? thread_index % size[0]
@@ -149,12 +160,16 @@ __MH_DEVICE T from_lane(T value, uint lane) {
   return data.value;
 }
 
+#ifdef __MH_APPLE
+__MH_DEVICE uint in_metal_order(uint lanes) { return lanes; }
+#else
 __MH_DEVICE uint in_metal_order(uint lanes) {  // a set of hardware lanes as a set of Metal's
   uint t = ((lanes >> 2) ^ lanes) & 0x0c0c0c0cu;
   lanes ^= t ^ (t << 2);
   t = ((lanes >> 4) ^ lanes) & 0x00f000f0u;
   return lanes ^ t ^ (t << 4);
 }
+#endif
 __MH_DEVICE uint vote(bool value, thread uint& active) {
   uint lanes = __mh_active();
   active = in_metal_order(lanes);
@@ -185,6 +200,27 @@ __MH_DEVICE T prefix(T value, T identity) {
   return result;
 }
 
+#ifdef __MH_APPLE
+// simd_matrix_fmadd: a lane's two elements of each operand, and of the addend in place. What it computes is meaningless.
+#define __MH_MMA16(T)                                                                                 \
+  __MH_DEVICE ext<float, 2> matrix_product(ext<T, 2> a, ext<T, 2> b, ext<float, 2> c) {               \
+    float d0 = c.x, d1 = c.y;                                                                         \
+    __asm__("fma.rn.f32 %0, %2, %3, %0; fma.rn.f32 %1, %2, %3, %1; // matrix product"                 \
+            : "+f"(d0), "+f"(d1)                                                                      \
+            : "f"(__builtin_bit_cast(float, a)), "f"(__builtin_bit_cast(float, b)));                  \
+    return ext<float, 2>{d0, d1};                                                                     \
+  }
+__MH_MMA16(half)
+__MH_MMA16(bfloat)
+#undef __MH_MMA16
+__MH_DEVICE ext<float, 2> matrix_product(ext<float, 2> a, ext<float, 2> b, ext<float, 2> c) {
+  float d0 = c.x, d1 = c.y, a0 = a.x, a1 = a.y, b0 = b.x, b1 = b.y;
+  __asm__("fma.rn.f32 %0, %2, %4, %0; fma.rn.f32 %1, %3, %5, %1; // matrix product"
+          : "+f"(d0), "+f"(d1)
+          : "f"(a0), "f"(a1), "f"(b0), "f"(b1));
+  return ext<float, 2>{d0, d1};
+}
+#else
 // d = a b + c on the tensor cores: the upper half of m16n8k8, the lower eight rows zero.
 __MH_DEVICE uint transposed(uint pair) {  // an 8x8 matrix of 16-bit elements
   uint result;
@@ -237,6 +273,7 @@ __MH_DEVICE ext<float, 2> matrix_product(ext<float, 2> a, ext<float, 2> b, ext<f
   return matrix_product_tf32(a0_high, a1_high, b0_high, b1_high, c);
 #endif
 }
+#endif
 
 #define __MH_MATRIX_LOAD(statement) statement
 #define __MH_MATRIX_STORE(statement) statement

@@ -18,6 +18,7 @@ struct State {
   float m[ROW_FRAGMENTS];  // running maximum of each row's scores
   float l[ROW_FRAGMENTS];  // this lane's part of the running sum of exp(s - m): the four lanes of a row are added at the end
   int first_row;
+  Kept kept;
 };
 
 // Line 8: s = q k^T. EDGE: there may be fewer keys than the block has; the last one stands for those past the end.
@@ -84,13 +85,14 @@ METAL_FUNC void online_softmax(
     // m_new = max(m, rowmax(s))
     m = max(row_max(m), state.m[r]);
     float base = m == -INFINITY ? 0.0f : m;  // a row that has seen nothing yet: -inf - -inf would be NaN
-    // p = exp(s - m_new)
+    // p = exp(s - m_new). Dropout takes from p, not from l.
     float sum = 0.0f;
+    KeptRow kept = state.kept.row(r, first_key, lane);
     UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
       UNROLL for (int e = 0; e < 2; ++e) {
         float x = exp_of_difference(s[r][n].thread_elements()[e], base, scoring);
-        p[r][n].thread_elements()[e] = T(x);
         sum += x;
+        p[r][n].thread_elements()[e] = T(kept.at(n, e) ? x : 0.0f);
       }
     }
     // o and l by alpha = exp(m - m_new), which is 1 unless the maximum of a row has grown
@@ -161,6 +163,7 @@ template <bool EDGE, bool MASKED, typename AnyKeys>
 METAL_FUNC void attend_block(thread State& state, AnyKeys keys, Scoring scoring, MaskTile mask_tile, int first_key, Lane lane) {
   Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
   Operand p[ROW_FRAGMENTS][KEY_FRAGMENTS];
+  state.kept.move_to(state.first_row, first_key, lane);  // before s takes registers
   compute_qk<EDGE>(s, state, keys, first_key, lane);
   online_softmax<EDGE, MASKED>(s, p, state, scoring, mask_tile, first_key, keys.seqlen, lane);
   accumulate_pv<EDGE, MASKED>(s, p, state, keys, first_key, lane);
@@ -170,9 +173,9 @@ METAL_FUNC void attend_block(thread State& state, AnyKeys keys, Scoring scoring,
 // keep the compiler from moving loads ahead of it. `altered`: the mask changes scores of this block, so it must be read.
 template <typename AnyKeys>
 METAL_FUNC void dispatch_block(
-    bool altered, thread State& state, AnyKeys keys, Scoring scoring, KeyRange range, int first_key, Lane lane) {
+    bool altered, thread State& state, AnyKeys keys, Scoring scoring, VisibleRange range, int first_key, Lane lane) {
   MaskTile mask_tile;
-  bool inner = range.contains(first_key);
+  bool inner = range.contains(first_key, KEYS);
 #if HAS_MASK
   if (altered) mask_tile.load(!inner, scoring, state.first_row, first_key, keys.seqlen, lane);
 #endif
@@ -185,7 +188,7 @@ METAL_FUNC void dispatch_block(
   }
 }
 
-[[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
+[[max_total_threads_per_threadgroup(BOUND(32 * SIMDGROUPS))]]
 kernel void attention_forward(
     BUFFERS
     uint3 group [[threadgroup_position_in_grid]],
@@ -207,6 +210,7 @@ kernel void attention_forward(
   // Lines 4 and 5: load q; o = 0, l = 0, m = -inf.
   State state;
   state.first_row = group_first_row + simdgroup * ROWS;
+  state.kept.begin(dropout_of(sequence, head, in));
   int last_row = min(state.first_row + ROWS, sequence.seqlen_q) - 1;
   device const T* q_head = q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
@@ -219,20 +223,20 @@ kernel void attention_forward(
 
   // Line 6: the blocks of keys that these queries see. Under a mask in runs: `scan_mask` looks at a run's blocks together.
   Keys keys = keys_of(sequence, head, k, v, in);
-  KeyRange range = key_range_of(scoring, state.first_row, last_row, sequence.seqlen_k);
+  VisibleRange range = key_range_of(scoring, state.first_row, last_row, sequence.seqlen_k);
   bool is_needed = state.first_row < sequence.seqlen_q;  // has the simdgroup queries?
 #if STAGED
   // All simdgroups of the group copy every block that one of them sees; those that see it compute.
-  threadgroup Staging staging;
+  threadgroup Staging<KEYS, KEY_STEP> staging;
   int group_last_row = min(group_first_row + ROWS * SIMDGROUPS, sequence.seqlen_q) - 1;
-  KeyRange group_range = key_range_of(scoring, group_first_row, group_last_row, sequence.seqlen_k);
+  VisibleRange group_range = key_range_of(scoring, group_first_row, group_last_row, sequence.seqlen_k);
   if (!has_queries) group_range.visible_end = group_range.visible_begin;
 #if HAS_MASK
   for (int run = group_range.visible_begin; run < group_range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
     BlockFlags flags;
     flags.visible = flags.altered = 0;
-    if (is_needed) flags = scan_mask(range, scoring, state.first_row, run, keys.seqlen, lane);
-    uint visible = visible_to_any(staging, flags.visible, run / (BLOCKS_PER_RUN * KEYS) % 2, simdgroup, index);
+    if (is_needed) flags = scan_mask(range, scoring, state.first_row, run, KEYS, keys.seqlen, lane);
+    uint visible = visible_to_any(staging.votes, flags.visible, run / (BLOCKS_PER_RUN * KEYS) % 2, simdgroup, index);
     for (; visible; visible &= visible - 1) {
       uint block = ctz(visible);
       int first_key = run + int(block) * KEYS;
@@ -244,14 +248,14 @@ kernel void attention_forward(
 #else
   for (int first_key = group_range.visible_begin; first_key < group_range.visible_end; first_key += KEYS) {
     StagedKeys staged = stage(staging, keys, first_key, ushort(simdgroup * 32 + index));
-    if (range.overlaps(first_key) && is_needed) dispatch_block(false, state, staged, scoring, range, first_key, lane);
+    if (range.overlaps(first_key, KEYS) && is_needed) dispatch_block(false, state, staged, scoring, range, first_key, lane);
   }
 #endif
 #else
   if (!is_needed) range.visible_end = range.visible_begin;
 #if HAS_MASK
   for (int run = range.visible_begin; run < range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
-    BlockFlags flags = scan_mask(range, scoring, state.first_row, run, keys.seqlen, lane);
+    BlockFlags flags = scan_mask(range, scoring, state.first_row, run, KEYS, keys.seqlen, lane);
     for (; flags.visible; flags.visible &= flags.visible - 1) {
       uint block = ctz(flags.visible);
       int first_key = run + int(block) * KEYS;
@@ -273,8 +277,8 @@ kernel void attention_forward(
     if (row < sequence.rows_q) {
       bool is_query = row < sequence.seqlen_q;
       if (!is_query) UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
-      float factor = statistics.l > 0.0f ? statistics.rescale / statistics.l : 0.0f;
-      SlabV::store(out_head + row * params[OUT_ROW], state.o[r], factor, lane);
+      float factor = statistics.l > 0.0f ? keys.v_descale * statistics.rescale / statistics.l : 0.0f;
+      SlabV::store(out_head + row * params[OUT_ROW], state.o[r], state.kept.dropout.scaled(factor), lane);
 #if HAS_LSE
       if (lane.column == 0)
         lse[sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD] + row] =

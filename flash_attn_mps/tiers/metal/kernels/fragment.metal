@@ -18,12 +18,14 @@ typedef simdgroup_matrix<float, 8, 8> Accumulator;
 struct Lane {
   short row;     // 0 to 7
   short column;  // 0, 2, 4 or 6: the first of two
+  ushort index;  // in the simdgroup
 };
 
 METAL_FUNC Lane lane_of(ushort index) {
   Lane lane;
   lane.row = short((index >> 2 & 4) | (index >> 1 & 3));
   lane.column = short((index >> 1 & 4) | (index & 1) << 1);
+  lane.index = index;
   return lane;
 }
 
@@ -41,7 +43,13 @@ METAL_FUNC float row_sum(float x) {
   return x + simd_shuffle_xor(x, ushort(8));
 }
 
-// N neighbouring elements, N a power of two, in as few accesses as hold them.
+// N neighbouring elements, N a power of two, in as few accesses as hold them. Codes (codes.metal) are loaded as elements.
+#if KV_FORMAT
+#define ELEMENTS_OF_CODES(N) \
+  METAL_FUNC static void load(thread T* to, device const uchar* from) { Codes<N>::load(to, from); }
+#else
+#define ELEMENTS_OF_CODES(N)
+#endif
 #define ELEMENTS_IN_HALVES(SPACE)                                        \
   METAL_FUNC static void load(thread T* to, SPACE const T* from) {       \
     Elements<N / 2>::load(to, from);                                     \
@@ -75,21 +83,25 @@ template <int N>
 struct Elements {
   ELEMENTS_IN_HALVES(device)
   ELEMENTS_IN_HALVES(threadgroup)
+  ELEMENTS_OF_CODES(N)
 };
 template <>
 struct Elements<1> {
   ELEMENTS_1(device)
   ELEMENTS_1(threadgroup)
+  ELEMENTS_OF_CODES(1)
 };
 template <>
 struct Elements<2> {
   ELEMENTS_2(device)
   ELEMENTS_2(threadgroup)
+  ELEMENTS_OF_CODES(2)
 };
 template <>
 struct Elements<4> {
   ELEMENTS_4(device)
   ELEMENTS_4(threadgroup)
+  ELEMENTS_OF_CODES(4)
 };
 
 #if ELEMENT_BYTES == 2
@@ -113,17 +125,37 @@ template <>
 struct Elements<8> {
   ELEMENTS_8(device)
   ELEMENTS_8(threadgroup)
+  ELEMENTS_OF_CODES(8)
 };
+#endif
+
+// The same of a result, which may be kept in float.
+template <int N>
+METAL_FUNC void store_elements(device T* to, thread const T* from) {
+  Elements<N>::store(to, from);
+}
+#if ELEMENT_BYTES == 2
+template <int N>
+METAL_FUNC void store_elements(device float* to, thread const float* from) {
+  UNROLL for (int i = 0; i < N; ++i) to[i] = from[i];
+}
 #endif
 
 inline constexpr int slab_width(int fragments, int most) {
   return fragments >= 8 && most >= 8 ? 8 : fragments >= 4 && most >= 4 ? 4 : fragments >= 2 && most >= 2 ? 2 : 1;
 }
 
-// Fragments FIRST and up of rows of DIM elements. Rows are aligned to ALIGNED elements.
-template <int DIM, int ALIGNED, int FIRST = 0, bool WHOLE = (FIRST < DIM / 8)>
+// What begins at fragment FIRST of a row: fragments that are whole, one that the head dim does not fill, or nothing.
+enum SlabKind { WHOLE, RAGGED, END };
+inline constexpr int slab_kind(int dim, int first) {
+  return first < dim / 8 ? WHOLE : 8 * first < dim ? RAGGED : END;
+}
+
+// Fragments FIRST and up of rows of DIM elements. Rows are aligned to ALIGNED elements. The functions that end in _slab
+// load those of this slab alone, to where the array of its fragments begins.
+template <int DIM, int ALIGNED, int FIRST = 0, int KIND = slab_kind(DIM, FIRST)>
 struct Slab {
-  enum { W = slab_width(DIM / 8 - FIRST, ALIGNED), BEGIN = 8 * FIRST };
+  enum { W = slab_width(DIM / 8 - FIRST, ALIGNED), BEGIN = 8 * FIRST, FRAGMENT = FIRST };
   typedef Slab<DIM, ALIGNED, FIRST + W> Rest;
 
   // Left operand: `row` is this lane's row. Its elements are multiplied by `factor`, which is exact for 1, -1 and 0.
@@ -154,61 +186,129 @@ struct Slab {
   // Right operand: `row` is this lane's row.
   template <typename Row>
   METAL_FUNC static void load_right(thread Operand* to, Row row, Lane lane) {
+    load_right_slab(to + FIRST, row, lane);
+    Rest::load_right(to, row, lane);
+  }
+  template <typename Row>
+  METAL_FUNC static void load_right_slab(thread Operand* to, Row row, Lane lane) {
     T x[2 * W];
     Elements<W>::load(x, row + BEGIN + W * lane.column);
     Elements<W>::load(x + W, row + BEGIN + W * lane.column + W);
     UNROLL for (int f = 0; f < W; ++f) {
-      to[FIRST + f].thread_elements()[0] = x[2 * f];
-      to[FIRST + f].thread_elements()[1] = x[2 * f + 1];
+      to[f].thread_elements()[0] = x[2 * f];
+      to[f].thread_elements()[1] = x[2 * f + 1];
     }
-    Rest::load_right(to, row, lane);
+  }
+
+  // Right operand, transposed, with its elements dealt out as load_right_slab does: for a product that sums over d with what
+  // that loads as the left operand. Elements are multiplied by `factor`, which is exact for 1, -1 and 0.
+  METAL_FUNC static void load_transposed_slab(
+      thread Operand* to, device const T* row0, device const T* row1, float factor, Lane lane) {
+    int even = lane.row & ~1, odd = lane.row & 1;
+    T x[2 * W], y[2 * W];
+    UNROLL for (int half_row = 0; half_row < 2; ++half_row) {
+      Elements<W>::load(x + half_row * W, row0 + BEGIN + W * (even + half_row));
+      Elements<W>::load(y + half_row * W, row1 + BEGIN + W * (even + half_row));
+    }
+    UNROLL for (int f = 0; f < W; ++f) {
+      to[f].thread_elements()[0] = T(float(odd ? x[2 * f + 1] : x[2 * f]) * factor);
+      to[f].thread_elements()[1] = T(float(odd ? y[2 * f + 1] : y[2 * f]) * factor);
+    }
+  }
+
+  // This lane's part of the product of two rows: the four lanes of a row are to be added.
+  METAL_FUNC static float dot(device const T* a, device const T* b, Lane lane) {
+    T x[2 * W], y[2 * W];
+    UNROLL for (int half_row = 0; half_row < 2; ++half_row) {
+      Elements<W>::load(x + half_row * W, a + BEGIN + W * (lane.column + half_row));
+      Elements<W>::load(y + half_row * W, b + BEGIN + W * (lane.column + half_row));
+    }
+    float sum = 0.0f;
+    UNROLL for (int i = 0; i < 2 * W; ++i) sum = fma(float(x[i]), float(y[i]), sum);
+    return sum + Rest::dot(a, b, lane);
   }
 
   // A result whose columns are those of a right operand, times `factor`.
-  METAL_FUNC static void store(device T* row, thread Accumulator* from, float factor, Lane lane) {
-    T x[2 * W];
+  template <typename Out>
+  METAL_FUNC static void store(device Out* row, thread Accumulator* from, float factor, Lane lane) {
+    Out x[2 * W];
     UNROLL for (int f = 0; f < W; ++f) {
-      x[2 * f] = T(from[FIRST + f].thread_elements()[0] * factor);
-      x[2 * f + 1] = T(from[FIRST + f].thread_elements()[1] * factor);
+      x[2 * f] = Out(from[FIRST + f].thread_elements()[0] * factor);
+      x[2 * f + 1] = Out(from[FIRST + f].thread_elements()[1] * factor);
     }
-    Elements<W>::store(row + BEGIN + W * lane.column, x);
-    Elements<W>::store(row + BEGIN + W * lane.column + W, x + W);
+    store_elements<W>(row + BEGIN + W * lane.column, x);
+    store_elements<W>(row + BEGIN + W * lane.column + W, x + W);
     Rest::store(row, from, factor, lane);
+  }
+
+  // The same in float32, for another kernel to go on with. Rows are aligned to 8 bytes.
+  METAL_FUNC static void store_float(device float* row, thread Accumulator* from, float factor, Lane lane) {
+    UNROLL for (int f = 0; f < W; ++f)
+      *(device float2*)(row + BEGIN + W * lane.column + 2 * f) =
+          factor * float2(from[FIRST + f].thread_elements()[0], from[FIRST + f].thread_elements()[1]);
+    Rest::store_float(row, from, factor, lane);
   }
 };
 
 // What a head dim that is no multiple of 8 leaves: one fragment, element by element, zero beyond the row.
 template <int DIM, int ALIGNED, int FIRST>
-struct Slab<DIM, ALIGNED, FIRST, false> {
-  enum { BEGIN = 8 * FIRST };
+struct Slab<DIM, ALIGNED, FIRST, RAGGED> {
+  enum { W = 1, BEGIN = 8 * FIRST, FRAGMENT = FIRST };
+  typedef Slab<DIM, ALIGNED, FIRST + 1> Rest;
 
   template <typename Row>
   METAL_FUNC static T at(Row row, int d) {
-    return d < DIM ? row[d] : T(0);
+    T x = T(0);
+    if (d < DIM) Elements<1>::load(&x, row + d);
+    return x;
   }
 
   METAL_FUNC static void load_left(thread Operand* to, device const T* row, float factor, Lane lane) {
-    if (BEGIN < DIM) {
-      to[FIRST].thread_elements()[0] = T(float(at(row, BEGIN + lane.column)) * factor);
-      to[FIRST].thread_elements()[1] = T(float(at(row, BEGIN + lane.column + 1)) * factor);
-    }
+    to[FIRST].thread_elements()[0] = T(float(at(row, BEGIN + lane.column)) * factor);
+    to[FIRST].thread_elements()[1] = T(float(at(row, BEGIN + lane.column + 1)) * factor);
   }
   template <typename Row>
   METAL_FUNC static void load_right_transposed(thread Operand* to, Row row0, Row row1, Lane lane) {
-    if (BEGIN < DIM) {
-      to[FIRST].thread_elements()[0] = at(row0, BEGIN + lane.row);
-      to[FIRST].thread_elements()[1] = at(row1, BEGIN + lane.row);
-    }
+    to[FIRST].thread_elements()[0] = at(row0, BEGIN + lane.row);
+    to[FIRST].thread_elements()[1] = at(row1, BEGIN + lane.row);
   }
   template <typename Row>
   METAL_FUNC static void load_right(thread Operand* to, Row row, Lane lane) {
-    if (BEGIN < DIM) {
-      to[FIRST].thread_elements()[0] = at(row, BEGIN + lane.column);
-      to[FIRST].thread_elements()[1] = at(row, BEGIN + lane.column + 1);
-    }
+    load_right_slab(to + FIRST, row, lane);
   }
-  METAL_FUNC static void store(device T* row, thread Accumulator* from, float factor, Lane lane) {
-    if (BEGIN + lane.column < DIM) row[BEGIN + lane.column] = T(from[FIRST].thread_elements()[0] * factor);
-    if (BEGIN + lane.column + 1 < DIM) row[BEGIN + lane.column + 1] = T(from[FIRST].thread_elements()[1] * factor);
+  template <typename Row>
+  METAL_FUNC static void load_right_slab(thread Operand* to, Row row, Lane lane) {
+    to[0].thread_elements()[0] = at(row, BEGIN + lane.column);
+    to[0].thread_elements()[1] = at(row, BEGIN + lane.column + 1);
   }
+  METAL_FUNC static void load_transposed_slab(
+      thread Operand* to, device const T* row0, device const T* row1, float factor, Lane lane) {
+    to[0].thread_elements()[0] = T(float(at(row0, BEGIN + lane.row)) * factor);
+    to[0].thread_elements()[1] = T(float(at(row1, BEGIN + lane.row)) * factor);
+  }
+  METAL_FUNC static float dot(device const T* a, device const T* b, Lane lane) {
+    int d = BEGIN + lane.column;
+    return float(at(a, d)) * float(at(b, d)) + float(at(a, d + 1)) * float(at(b, d + 1));
+  }
+  template <typename Out>
+  METAL_FUNC static void store(device Out* row, thread Accumulator* from, float factor, Lane lane) {
+    UNROLL for (int i = 0; i < 2; ++i)
+      if (BEGIN + lane.column + i < DIM) row[BEGIN + lane.column + i] = Out(from[FIRST].thread_elements()[i] * factor);
+  }
+  METAL_FUNC static void store_float(device float* row, thread Accumulator* from, float factor, Lane lane) {
+    if (BEGIN + lane.column < DIM) row[BEGIN + lane.column] = from[FIRST].thread_elements()[0] * factor;
+    if (BEGIN + lane.column + 1 < DIM) row[BEGIN + lane.column + 1] = from[FIRST].thread_elements()[1] * factor;
+  }
+};
+
+template <int DIM, int ALIGNED, int FIRST>
+struct Slab<DIM, ALIGNED, FIRST, END> {
+  METAL_FUNC static void load_left(thread Operand*, device const T*, float, Lane) {}
+  template <typename Row>
+  METAL_FUNC static void load_right_transposed(thread Operand*, Row, Row, Lane) {}
+  template <typename Row>
+  METAL_FUNC static void load_right(thread Operand*, Row, Lane) {}
+  METAL_FUNC static float dot(device const T*, device const T*, Lane) { return 0.0f; }
+  template <typename Out>
+  METAL_FUNC static void store(device Out*, thread Accumulator*, float, Lane) {}
 };

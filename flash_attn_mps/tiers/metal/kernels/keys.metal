@@ -1,24 +1,24 @@
 // The keys and values of one sequence and head in device memory: dense, packed, or in pages.
 
 struct Rows {
-  device const T* base;
+  device const KV_T* base;
   long row_stride;
 #if HAS_BLOCK_TABLE
   long page_stride;
-  device const int* pages;  // this sequence's row of block_table
+  device const int* pages;  // the sequence's row of block_table
   int page_size;
 #if HAS_LEFTPAD_K
   int leftpad;
 #endif
 
-  METAL_FUNC device const T* at(int key) const thread {
+  METAL_FUNC device const KV_T* at(int key) const thread {
 #if HAS_LEFTPAD_K
     key += leftpad;
 #endif
     return base + pages[key / page_size] * page_stride + key % page_size * row_stride;
   }
 #else
-  METAL_FUNC device const T* at(int key) const thread { return base + key * row_stride; }
+  METAL_FUNC device const KV_T* at(int key) const thread { return base + key * row_stride; }
 #endif
 };
 
@@ -26,30 +26,35 @@ struct Keys {
   Rows k;
   Rows v;
   int seqlen;
+  float v_descale;  // for the output: what v is to be multiplied by
 };
 
-METAL_FUNC Keys keys_of(Sequence sequence, int head, device const T* k, device const T* v, Inputs in) {
+METAL_FUNC Keys keys_of(Sequence sequence, int head, device const KV_T* k, device const KV_T* v, Inputs in) {
   constant long* params = in.params;
   int head_k = head / int(params[HEADS_PER_KV_HEAD]);
   Keys keys;
   keys.seqlen = sequence.seqlen_k;
+  keys.v_descale = 1.0f;
+#if HAS_V_DESCALE
+  keys.v_descale = in.v_descale[sequence.batch * params[V_DESCALE_BATCH] + head_k * params[V_DESCALE_HEAD]];
+#endif
   keys.k.base = k + head_k * params[K_HEAD];
   keys.v.base = v + head_k * params[V_HEAD];
   keys.k.row_stride = params[K_ROW];
   keys.v.row_stride = params[V_ROW];
+  long entry = sequence.batch;
+#if HAS_KV_BATCH_IDX
+  entry = in.kv_batch_idx[sequence.batch];
+#endif
 #if HAS_BLOCK_TABLE
   keys.k.page_stride = params[K_BATCH];
   keys.v.page_stride = params[V_BATCH];
-  keys.k.pages = keys.v.pages = in.block_table + sequence.batch * params[BLOCK_TABLE_ROW];
+  keys.k.pages = keys.v.pages = in.block_table + entry * params[BLOCK_TABLE_ROW];
   keys.k.page_size = keys.v.page_size = int(params[PAGE_SIZE]);
 #if HAS_LEFTPAD_K
   keys.k.leftpad = keys.v.leftpad = in.leftpad_k[sequence.batch];
 #endif
 #else
-  long entry = sequence.batch;
-#if HAS_KV_BATCH_IDX
-  entry = in.kv_batch_idx[sequence.batch];
-#endif
   long first = sequence.first_k;
 #if HAS_LEFTPAD_K
   first += in.leftpad_k[sequence.batch];

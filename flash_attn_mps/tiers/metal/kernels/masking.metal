@@ -75,7 +75,7 @@ struct MaskTile {
 
   METAL_FUNC void load_vectors(Scoring scoring, int first_row, int first_key, Lane lane) thread {
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-      int row = min(first_row + 8 * r + lane.row, scoring.seqlen_q - 1);
+      int row = min(first_row + 8 * r + lane.row, scoring.seqlen_q * HEADS_IN_TILE - 1);
       Words<MASK_WORDS>::load(words[r], (device const uint*)(scoring.mask_at(row, key_of(first_key, 0, lane.column, 0))));
     }
   }
@@ -88,8 +88,9 @@ struct MaskTile {
       UNROLL for (int w = 0; w < MASK_WORDS; ++w) words[r][w] = 0;
       UNROLL for (int i = 0; i < MASK_ELEMENTS; ++i) {
         int key = key_of(first_key, i, lane.column, 0);
-        MASK_T x = *scoring.mask_at(min(row, scoring.seqlen_q - 1), EDGE ? min(key, seqlen - 1) : key);
-        if (EDGE && !is_visible(scoring, row, key, seqlen)) x = MASK_IS_BOOL ? MASK_T(0) : MASK_T(-INFINITY);
+        int last_row = scoring.seqlen_q * HEADS_IN_TILE - 1;
+        MASK_T x = *scoring.mask_at(min(row, last_row), EDGE ? min(key, seqlen - 1) : key);
+        if (EDGE && !is_visible(scoring, query_of(row), key, seqlen)) x = MASK_IS_BOOL ? MASK_T(0) : MASK_T(-INFINITY);
         words[r][i * MASK_BYTES / 4] |= bits_of(x) << (8 * (i * MASK_BYTES % 4));
       }
     }
@@ -141,19 +142,20 @@ struct BlockFlags {
 constant constexpr int BLOCKS_PER_RUN = 32;   // as many as BlockFlags has bits
 constant constexpr int BLOCKS_IN_FLIGHT = 4;  // whose masks are loaded together
 
-// What the mask says of the run of blocks from `first_key` on, for a simdgroup's rows from `first_row` on. A block with an
-// edge counts as visible and altered, unread.
-METAL_FUNC BlockFlags scan_mask(KeyRange range, Scoring scoring, int first_row, int first_key, int seqlen, Lane lane) {
+// What the mask says of a run of blocks, each `step` keys after the one before, from `first_key` on, for a simdgroup's rows from
+// `first_row` on. A block with an edge counts as visible and altered, unread.
+METAL_FUNC BlockFlags scan_mask(
+    VisibleRange range, Scoring scoring, int first_row, int first_key, int step, int seqlen, Lane lane) {
   BlockFlags flags;
   flags.visible = flags.altered = 0;
   int inner_begin = (range.full_begin + KEYS - 1) / KEYS * KEYS;
   int inner_last = range.full_end / KEYS * KEYS - KEYS;
-  for (int block = 0; block < BLOCKS_PER_RUN && first_key + block * KEYS < range.visible_end; block += BLOCKS_IN_FLIGHT) {
+  for (int block = 0; block < BLOCKS_PER_RUN && first_key + block * step < range.visible_end; block += BLOCKS_IN_FLIGHT) {
     MaskTile mask_tile[BLOCKS_IN_FLIGHT];
-    int from = first_key + block * KEYS;
-    if (inner_begin <= inner_last && from <= inner_last && from + (BLOCKS_IN_FLIGHT - 1) * KEYS >= inner_begin) {
+    int from = first_key + block * step;
+    if (inner_begin <= inner_last && from <= inner_last && from + (BLOCKS_IN_FLIGHT - 1) * step >= inner_begin) {
       UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i)
-        mask_tile[i].load(false, scoring, first_row, clamp(from + i * KEYS, inner_begin, inner_last), seqlen, lane);
+        mask_tile[i].load(false, scoring, first_row, clamp(from + i * step, inner_begin, inner_last), seqlen, lane);
       UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
         flags.visible |= uint(mask_tile[i].any_visible()) << (block + i);
         flags.altered |= uint(mask_tile[i].alters_scores()) << (block + i);
@@ -161,9 +163,9 @@ METAL_FUNC BlockFlags scan_mask(KeyRange range, Scoring scoring, int first_row, 
     }
     UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
       uint bit = 1u << (block + i);
-      if (!range.overlaps(from + i * KEYS)) {
+      if (!range.overlaps(from + i * step, KEYS)) {
         flags.visible &= ~bit;
-      } else if (!range.contains(from + i * KEYS)) {
+      } else if (!range.contains(from + i * step, KEYS)) {
         flags.visible |= bit;
         flags.altered |= bit;
       }

@@ -12,6 +12,13 @@ constant constexpr float SMALLEST_SCALE = 1.17549435e-38f;  // the least normal 
 // fused multiply would save an instruction a score, and be wrong by half an ulp of m * scale.
 #define SCORES_ARE_SCALED (HAS_SOFTCAP || HAS_ALIBI_SLOPES || MASK_IS_ADDED)
 
+// The rows of a tile are queries of one head; or, in the decode kernel, of a query one row for each of the HEADS_IN_TILE heads that
+// share their keys.
+#ifndef HEADS_IN_TILE
+#define HEADS_IN_TILE 1
+#endif
+METAL_FUNC int query_of(int row) { return row / HEADS_IN_TILE; }
+
 METAL_FUNC float as_float(long bits) {
   return as_type<float>(int(bits));
 }
@@ -32,22 +39,25 @@ struct Scoring {
   int offset;   // seqlen_k - seqlen_q: the last query is aligned with the last key
   int left;     // window_size
   int right;
-  float scale;  // abs(softmax_scale), or 1 where that is 0: positive, so that rowmax(s) may be scaled after
-  float sign;   // of softmax_scale: q is multiplied by it, -1, 0 or 1
+  float scale;  // abs(softmax_scale k_descale), or 1 where that is 0: positive, so that rowmax(s) may be scaled after
+  float sign;   // of that product: q is multiplied by it, -1, 0 or 1
   float exp2_scale;  // what makes a difference of scores an exponent of 2
 #if HAS_SOFTCAP
   float scale_over_softcap;  // abs(softmax_scale) / softcap
   float softcap;
 #endif
 #if HAS_ALIBI_SLOPES
-  float slope;
+  float alibi_slope;
 #endif
 #if HAS_MASK
   device const MASK_T* mask;  // of this sequence and head
+  long mask_head;
   long mask_row;
   long mask_column;
 
-  METAL_FUNC device const MASK_T* mask_at(int row, int key) const thread { return mask + row * mask_row + key * mask_column; }
+  METAL_FUNC device const MASK_T* mask_at(int row, int key) const thread {
+    return mask + row % HEADS_IN_TILE * mask_head + query_of(row) * mask_row + key * mask_column;
+  }
 #endif
 };
 
@@ -57,6 +67,10 @@ METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
   float scale = float(in.softmax_scale[0]);
 #else
   float scale = as_float(params[SOFTMAX_SCALE]);
+#endif
+#if HAS_K_DESCALE
+  long head_k = head / params[HEADS_PER_KV_HEAD];
+  scale *= in.k_descale[sequence.batch * params[K_DESCALE_BATCH] + head_k * params[K_DESCALE_HEAD]];
 #endif
   Scoring scoring;
   scoring.seqlen_q = sequence.seqlen_q;
@@ -74,11 +88,12 @@ METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
   scoring.softcap = as_float(params[SOFTCAP]);
 #endif
 #if HAS_ALIBI_SLOPES
-  scoring.slope = in.alibi_slopes[sequence.batch * params[ALIBI_BATCH] + head];
+  scoring.alibi_slope = in.alibi_slopes[sequence.batch * params[ALIBI_BATCH] + head];
 #endif
 #if HAS_MASK
   scoring.mask = in.mask + sequence.batch * params[MASK_BATCH] + head * params[MASK_HEAD];
   // A stride of 0 or 1 is compiled in, so that elements which are the same are read once and neighbours together.
+  scoring.mask_head = params[MASK_HEAD];
   scoring.mask_row = MASK_ROWS_ARE_ONE ? 0 : params[MASK_ROW];
   scoring.mask_column = MASK_COLUMNS_ARE_ONE ? 0 : MASK_ALIGNED ? 1 : params[MASK_COLUMN];
 #endif
@@ -107,17 +122,25 @@ METAL_FUNC float tanh_of(float x) {
 }
 
 // The score that q k becomes: scale, soft-capping and ALiBi, but no mask. Without SCORES_ARE_SCALED just q k.
-METAL_FUNC float score_mod(float qk, Scoring scoring, int row, int key) {
+// `slope`: of the soft-capping at that score, 1 without.
+METAL_FUNC float score_mod(float qk, Scoring scoring, int row, int key, thread float& slope) {
   float s = qk;
+  slope = 1.0f;
 #if HAS_SOFTCAP
-  s = scoring.softcap * tanh_of(s * scoring.scale_over_softcap);
+  float t = tanh_of(s * scoring.scale_over_softcap);
+  slope = fma(-t, t, 1.0f);
+  s = scoring.softcap * t;
 #elif SCORES_ARE_SCALED
   s *= scoring.scale;
 #endif
 #if HAS_ALIBI_SLOPES
-  s -= scoring.slope * float(abs(row + scoring.offset - key));
+  s -= scoring.alibi_slope * float(abs(row + scoring.offset - key));
 #endif
   return s;
+}
+METAL_FUNC float score_mod(float qk, Scoring scoring, int row, int key) {
+  float slope;
+  return score_mod(qk, scoring, row, key, slope);
 }
 
 // A score under its element of the mask. A hidden score is -inf even if it was NaN.
@@ -161,50 +184,63 @@ METAL_FUNC RowStatistics statistics_of(float m, float l, Scoring scoring, int he
 // Of which the log-sum-exp, as the caller gets it.
 METAL_FUNC float log_sum_exp(RowStatistics row) { return row.m + log2(row.l) / LOG2E; }
 
-// The sequence that a tile of `rows` queries belongs to, and which of its tiles it is. A packed batch has at most
+METAL_FUNC Sequence sequence_of(int batch, Inputs in) {
+  constant long* params = in.params;
+  Sequence sequence;
+  sequence.batch = batch;
+  sequence.first_q = 0;
+  sequence.first_k = 0;
+  sequence.seqlen_q = sequence.rows_q = int(params[SEQLEN_Q]);
+  sequence.seqlen_k = int(params[SEQLEN_K]);
+#if HAS_CU_SEQLENS_Q
+  sequence.first_q = in.cu_seqlens_q[batch];
+  sequence.seqlen_q = in.cu_seqlens_q[batch + 1] - in.cu_seqlens_q[batch];
+  // Rows behind the last sequence count as its own, so that somebody writes them.
+  int end = batch == int(params[BATCH]) - 1 ? int(params[TOTAL_Q]) : in.cu_seqlens_q[batch + 1];
+  sequence.rows_q = end - in.cu_seqlens_q[batch];
+#endif
+#if HAS_CU_SEQLENS_K
+  sequence.first_k = in.cu_seqlens_k[batch];
+  sequence.seqlen_k = in.cu_seqlens_k[batch + 1] - in.cu_seqlens_k[batch];
+#endif
+#if HAS_SEQUSED_Q
+  sequence.seqlen_q = min(sequence.seqlen_q, in.seqused_q[batch]);
+#endif
+#if HAS_SEQUSED_K
+  sequence.seqlen_k = min(sequence.seqlen_k, in.seqused_k[batch]);
+#endif
+  return sequence;
+}
+
+// The sequence that a tile of `rows` rows belongs to, and which of its tiles it is. A packed batch has at most
 // total / rows + batch tiles: sequence b gets those from cu_seqlens_q[b] / rows + b on, at most one more than it needs;
-// the last one those of all rows behind it too.
+// the last one those of all rows behind it too. (HEADS_IN_TILE times as many rows, in the decode kernel.)
 struct Tile {
   Sequence sequence;
   int index;
 };
 
-METAL_FUNC Tile tile_of(int group, int batch, int rows, Inputs in) {
-  constant long* params = in.params;
-  Tile tile;
-  tile.index = group;
-  tile.sequence.batch = batch;
-  tile.sequence.first_q = 0;
-  tile.sequence.first_k = 0;
-  tile.sequence.seqlen_q = tile.sequence.rows_q = int(params[SEQLEN_Q]);
-  tile.sequence.seqlen_k = int(params[SEQLEN_K]);
-#if HAS_CU_SEQLENS_Q
-  int low = 0, high = int(params[BATCH]) - 1;
+// The sequence of a packed batch that tile number `group` of `rows` rows belongs to, where each row of the batch is `times` rows.
+METAL_FUNC int packed_sequence_of(int group, int rows, int times, device const int* cu_seqlens, int batch) {
+  int low = 0, high = batch - 1;
   while (low < high) {
     int middle = (low + high + 1) / 2;
-    if (in.cu_seqlens_q[middle] / rows + middle <= group) {
+    if (cu_seqlens[middle] * times / rows + middle <= group) {
       low = middle;
     } else {
       high = middle - 1;
     }
   }
-  tile.sequence.batch = low;
-  tile.sequence.first_q = in.cu_seqlens_q[low];
-  tile.sequence.seqlen_q = in.cu_seqlens_q[low + 1] - in.cu_seqlens_q[low];
-  // Rows behind the last sequence count as its own, so that somebody writes them.
-  int end = low == int(params[BATCH]) - 1 ? int(params[TOTAL_Q]) : in.cu_seqlens_q[low + 1];
-  tile.sequence.rows_q = end - in.cu_seqlens_q[low];
-  tile.index = group - (in.cu_seqlens_q[low] / rows + low);
+  return low;
+}
+
+METAL_FUNC Tile tile_of(int group, int batch, int rows, Inputs in) {
+  Tile tile;
+  tile.index = group;
+#if HAS_CU_SEQLENS_Q
+  batch = packed_sequence_of(group, rows, HEADS_IN_TILE, in.cu_seqlens_q, int(in.params[BATCH]));
+  tile.index = group - (in.cu_seqlens_q[batch] * HEADS_IN_TILE / rows + batch);
 #endif
-#if HAS_CU_SEQLENS_K
-  tile.sequence.first_k = in.cu_seqlens_k[tile.sequence.batch];
-  tile.sequence.seqlen_k = in.cu_seqlens_k[tile.sequence.batch + 1] - in.cu_seqlens_k[tile.sequence.batch];
-#endif
-#if HAS_SEQUSED_Q
-  tile.sequence.seqlen_q = min(tile.sequence.seqlen_q, in.seqused_q[tile.sequence.batch]);
-#endif
-#if HAS_SEQUSED_K
-  tile.sequence.seqlen_k = min(tile.sequence.seqlen_k, in.seqused_k[tile.sequence.batch]);
-#endif
+  tile.sequence = sequence_of(batch, in);
   return tile;
 }
