@@ -209,7 +209,7 @@ METAL_FUNC void round_of_slices(
   }
 }
 
-[[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
+[[max_total_threads_per_threadgroup(BOUND(32 * SIMDGROUPS))]]
 kernel void attention_decode(
     BUFFERS
     uint3 group [[threadgroup_position_in_grid]],
