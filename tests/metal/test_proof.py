@@ -319,8 +319,8 @@ def test_what_passed_is_not_asked_again(trials, monkeypatch):
     another_process(monkeypatch)
     served(CAUSAL)
     assert len(trials) == 5
-    ours = compiler.Specialization.source
-    monkeypatch.setattr(compiler.Specialization, "source", lambda self: ours(self) + "// changed")
+    ours = Specialization.source
+    monkeypatch.setattr(Specialization, "source", lambda self: ours(self) + "// changed")
     another_process(monkeypatch)
     served(CAUSAL)
     assert len(trials) == 6
