@@ -8,7 +8,7 @@ import torch
 
 from flash_attn_mps.problem import DIFFERENTIABLE
 from flash_attn_mps.tiers.metal import backward
-from flash_attn_mps.tiers.metal.backward import Variant
+from flash_attn_mps.tiers.metal.backward_kernels import Variant
 from tests.attention import oracle
 from tests.attention.layouts import laid_out
 from tests.attention.rule import assert_within_rule, largest

@@ -60,6 +60,9 @@ struct Held {
 #if !OF_KEYS
   float4 terms[HELD_FRAGMENTS][2];  // of the queries of this lane's two columns
 #endif
+#if HAS_MASK && STAGED
+  int turn;  // of the votes about a run of blocks
+#endif
 #if HAS_DROPOUT
   Kept kept;
   int kept_first;  // the passing row that it begins with
@@ -236,31 +239,64 @@ METAL_FUNC void visit(
       attend(!range.contains(first + n, 8), altered, held, passing, scoring, dropout, first + n, lane);
 }
 
-// Lets all rows pass that the held ones go with: those of `range`, of `group_range` for the whole threadgroup.
+// The block of PASSING rows from `first` on for the whole threadgroup; a simdgroup that does not need it only helps to stage it.
+METAL_FUNC void pass_block(
+    bool needed, bool altered, thread Held& held, Passing<Rows, Rows> passing, Scoring scoring, Dropout dropout,
+    VisibleRange range, int first, threadgroup Memory* memory, ushort simdgroup, Lane lane) {
+#if STAGED
+  stage_block(memory->staging, passing.c, passing.e, first, passing.count, ushort(simdgroup * 32 + lane.index));
+  if (!needed) return;
+  Passing<StagedRows<STAGED_K_ROW, 1>, StagedRows<STAGED_V_ROW, 1>> staged;
+  staged.c.base = memory->staging.k;
+  staged.e.base = memory->staging.v;
+  staged.c.first = staged.e.first = first;
+  staged.count = passing.count;
+#if OF_KEYS
+  staged.terms = passing.terms;
+#endif
+  visit(altered, held, staged, scoring, dropout, range, first, lane);
+#else
+  visit(altered, held, passing, scoring, dropout, range, first, lane);
+#endif
+}
+
+// Lets all rows pass that the held ones go with: those of `range`, of `group_range` for the whole threadgroup. Under a mask in
+// runs: `scan_mask` looks at a run's blocks together.
 METAL_FUNC void pass_all(
     thread Held& held, Passing<Rows, Rows> passing, Scoring scoring, Dropout dropout, VisibleRange range,
     VisibleRange group_range, threadgroup Memory* memory, ushort simdgroup, Lane lane) {
 #if HAS_DROPOUT
   held.kept_first = -KEPT_PASSING;  // none yet
 #endif
+  int begin = STAGED ? group_range.visible_begin : range.visible_begin;
+  int end = STAGED ? group_range.visible_end : range.visible_end;
+#if HAS_MASK
+  int seqlen_k = scoring.seqlen_q + scoring.offset;
+  // Vectors of the mask would go beyond the last key.
+  bool beyond = OF_KEYS && held.first + HELD > seqlen_k;
+  for (int run = begin; run < end; run += BLOCKS_PER_RUN * PASSING) {
+    BlockFlags flags;
+    flags.visible = flags.altered = 0;
+    if (range.visible_end > 0) {
+      if (beyond) range.full_end = range.full_begin;
+      flags = scan_mask<OF_KEYS != 0>(range, scoring, OF_KEYS ? run : held.first, OF_KEYS ? held.first : run, seqlen_k, lane);
+    }
+    uint visible = flags.visible;
 #if STAGED
-  // All simdgroups of the group copy every block that one of them needs; those that need it compute.
-  for (int first = group_range.visible_begin; first < group_range.visible_end; first += PASSING) {
-    stage_block(memory->staging, passing.c, passing.e, first, passing.count, ushort(simdgroup * 32 + lane.index));
-    if (!range.overlaps(first, PASSING)) continue;
-    Passing<StagedRows<STAGED_K_ROW, 1>, StagedRows<STAGED_V_ROW, 1>> staged;
-    staged.c.base = memory->staging.k;
-    staged.e.base = memory->staging.v;
-    staged.c.first = staged.e.first = first;
-    staged.count = passing.count;
-#if OF_KEYS
-    staged.terms = passing.terms;
+    held.turn ^= 1;
+    visible = visible_to_any(memory->staging.votes, visible, held.turn, simdgroup, lane.index);
 #endif
-    visit(HAS_MASK, held, staged, scoring, dropout, range, first, lane);
+    for (; visible; visible &= visible - 1) {
+      uint block = ctz(visible);
+      bool needed = flags.visible >> block & 1, altered = flags.altered >> block & 1;
+      pass_block(
+          needed, altered, held, passing, scoring, dropout, range, run + int(block) * PASSING, memory, simdgroup, lane);
+    }
   }
 #else
-  for (int first = range.visible_begin; first < range.visible_end; first += PASSING)
-    visit(HAS_MASK, held, passing, scoring, dropout, range, first, lane);
+  for (int first = begin; first < end; first += PASSING)
+    pass_block(
+        range.overlaps(first, PASSING), false, held, passing, scoring, dropout, range, first, memory, simdgroup, lane);
 #endif
 }
 

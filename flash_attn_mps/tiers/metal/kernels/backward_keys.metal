@@ -31,6 +31,9 @@ kernel void attention_backward_keys(
   Keys keys = keys_of(sequence, first_head, k, v, in);
   Scoring scoring = scoring_of(sequence, first_head, in);
   DECLARE_MEMORY
+#if HAS_MASK && STAGED
+  held.turn = 0;
+#endif
   if (has_keys) hold(held, keys.k, keys.v, scoring.sign, memory, simdgroup, lane);
 
   // Under a causal mask the first keys are seen by most queries, and come first as they are.

@@ -30,6 +30,9 @@ kernel void attention_backward_queries(
   device const float4* terms_of_head =
       terms + sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD];
   DECLARE_MEMORY
+#if HAS_MASK && STAGED
+  held.turn = 0;
+#endif
   if (has_queries) {
     hold(held, q_rows, do_rows, scoring.sign, memory, simdgroup, lane);
     UNROLL for (int r = 0; r < HELD_FRAGMENTS; ++r)

@@ -141,19 +141,25 @@ struct BlockFlags {
 constant constexpr int BLOCKS_PER_RUN = 32;   // as many as BlockFlags has bits
 constant constexpr int BLOCKS_IN_FLIGHT = 4;  // whose masks are loaded together
 
-// What the mask says of the run of blocks from `first_key` on, for a simdgroup's rows from `first_row` on. A block with an
-// edge counts as visible and altered, unread.
+// What the mask says of a run of blocks of ROWS queries and KEYS keys: of those of the queries from `first_row` on, whose keys
+// lie in `range`, from `first_key` on; or, ALONG_QUERIES, with the sides exchanged. A block with an edge on the side of the run
+// counts as visible and altered, unread.
+template <bool ALONG_QUERIES>
 METAL_FUNC BlockFlags scan_mask(VisibleRange range, Scoring scoring, int first_row, int first_key, int seqlen, Lane lane) {
+  constexpr int BLOCK = ALONG_QUERIES ? ROWS : KEYS;
+  int first = ALONG_QUERIES ? first_row : first_key;
   BlockFlags flags;
   flags.visible = flags.altered = 0;
-  int inner_begin = (range.full_begin + KEYS - 1) / KEYS * KEYS;
-  int inner_last = range.full_end / KEYS * KEYS - KEYS;
-  for (int block = 0; block < BLOCKS_PER_RUN && first_key + block * KEYS < range.visible_end; block += BLOCKS_IN_FLIGHT) {
+  int inner_begin = (range.full_begin + BLOCK - 1) / BLOCK * BLOCK;
+  int inner_last = range.full_end / BLOCK * BLOCK - BLOCK;
+  for (int block = 0; block < BLOCKS_PER_RUN && first + block * BLOCK < range.visible_end; block += BLOCKS_IN_FLIGHT) {
     MaskTile mask_tile[BLOCKS_IN_FLIGHT];
-    int from = first_key + block * KEYS;
-    if (inner_begin <= inner_last && from <= inner_last && from + (BLOCKS_IN_FLIGHT - 1) * KEYS >= inner_begin) {
-      UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i)
-        mask_tile[i].load(false, scoring, first_row, clamp(from + i * KEYS, inner_begin, inner_last), seqlen, lane);
+    int from = first + block * BLOCK;
+    if (inner_begin <= inner_last && from <= inner_last && from + (BLOCKS_IN_FLIGHT - 1) * BLOCK >= inner_begin) {
+      UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
+        int at = clamp(from + i * BLOCK, inner_begin, inner_last);
+        mask_tile[i].load(false, scoring, ALONG_QUERIES ? at : first_row, ALONG_QUERIES ? first_key : at, seqlen, lane);
+      }
       UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
         flags.visible |= uint(mask_tile[i].any_visible()) << (block + i);
         flags.altered |= uint(mask_tile[i].alters_scores()) << (block + i);
@@ -161,9 +167,9 @@ METAL_FUNC BlockFlags scan_mask(VisibleRange range, Scoring scoring, int first_r
     }
     UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
       uint bit = 1u << (block + i);
-      if (!range.overlaps(from + i * KEYS, KEYS)) {
+      if (!range.overlaps(from + i * BLOCK, BLOCK)) {
         flags.visible &= ~bit;
-      } else if (!range.contains(from + i * KEYS, KEYS)) {
+      } else if (!range.contains(from + i * BLOCK, BLOCK)) {
         flags.visible |= bit;
         flags.altered |= bit;
       }
