@@ -1,4 +1,4 @@
-"""What a soft cap, ALiBi and sinks cost in the tiled forward kernel, run as PTX on an NVIDIA GPU.
+"""What a soft cap, ALiBi, sinks and dropout cost in the tiled forward kernel, run as PTX on an NVIDIA GPU.
 
     python bench/nvidia_features.py prepare DIRECTORY     anywhere, with the test extra and torch 2.13: compiles to PTX
     python bench/nvidia_features.py run DIRECTORY         on a machine with a GPU, torch and ptxas; needs no compiler
@@ -24,7 +24,14 @@ from flash_attn_mps.tiers.metal.simdgroup import Variant
 from metal_host import nvidia
 
 LENGTHS = (2048, 8192)
-FEATURES = {"none": (), "softcap": ("softcap",), "ALiBi": ("alibi",), "both": ("softcap", "alibi"), "sinks": ("sinks",)}
+FEATURES = {
+    "none": (),
+    "softcap": ("softcap",),
+    "ALiBi": ("alibi",),
+    "both": ("softcap", "alibi"),
+    "sinks": ("sinks",),
+    "dropout": ("dropout",),
+}
 KERNELS = list(itertools.product(VARIANTS, FEATURES, (False, True)))  # head_dim, features, causal
 
 
@@ -35,7 +42,9 @@ def described(head_dim: int, length: int, feature: str, causal: bool, device: st
         causal=causal,
         softcap=30.0 if "softcap" in wanted else 0.0,
         alibi_slopes=per_head if "alibi" in wanted else None,
+        dropout_p=0.1 if "dropout" in wanted else 0.0,
         want_lse=True,
+        want_probs=False,
     )
     p = describe.dense(q, k, v, options)
     return problem.with_sinks(p, per_head) if "sinks" in wanted else p

@@ -31,6 +31,7 @@ class CallOptions:
     want_lse: bool = False
     attention_chunk: int = 0
     want_probs: bool | None = None  # None: if want_lse; only has an effect with dropout
+    num_splits: int = 0
     seed: int | torch.Tensor | None = None  # None: from torch's default generator, if there is dropout
 
     def checked(self, q: torch.Tensor, batch: int, names: Mapping[str, str] = checks.NO_NAMES) -> dict[str, Any]:
@@ -46,6 +47,7 @@ class CallOptions:
             "dropout_p": dropout_p,
             "want_lse": checks.flag(self.want_lse, "return_attn_probs"),
             "attention_chunk": checks.attention_chunk(self.attention_chunk),
+            "num_splits": max(0, checks.integer(self.num_splits, "num_splits", "an integer")),
         }
         if dropout_p:
             fields["seed"] = _draw_seed(q) if self.seed is None else self.seed

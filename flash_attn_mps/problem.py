@@ -45,6 +45,9 @@ class AttentionProblem:
     want_lse: bool = False  # is the log-sum-exp wanted too?
     lengths_q: list[int] | None = None  # the lengths, where the host can read them for free; None where it cannot
     lengths_k: list[int] | None = None
+    # At most into how many parts keys may be split, to be computed apart: 0, as many as suit; 1, none, so that a
+    # sequence's result does not depend on the batch around it.
+    num_splits: int = 0
     # From here on each field belongs to a feature: see `_features_of`.
     window_left: int = -1
     window_right: int = -1
@@ -61,13 +64,15 @@ class AttentionProblem:
     max_seqlen_k_tensor: torch.Tensor | None = None
     seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
     seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
-    block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
-    kv_batch_idx: torch.Tensor | None = None  # (batch,): the entry of k and v a sequence reads; not with block_table
+    block_table: torch.Tensor | None = None  # (batch or more, blocks per sequence): pages of k and v
+    kv_batch_idx: torch.Tensor | None = (
+        None  # (batch,): the entry of k and v that a sequence reads, or its row of block_table
+    )
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
     # (batch, heads_k), float32: what k and v are to be multiplied by, where their dtype is one of quantised.FORMATS.
     k_descale: torch.Tensor | None = None
     v_descale: torch.Tensor | None = None
-    # Broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added.
+    # Four dimensions that broadcast to (batch, heads, seqlen_q, seqlen_k): bool, False hides; float is added.
     mask: torch.Tensor | None = None
     # (heads,), float32: an extra score for every query of the head, in addition to its keys.
     sinks: torch.Tensor | None = None
@@ -148,12 +153,13 @@ class AttentionProblem:
         """Does autograd want to know what is computed from this problem's tensors?"""
         if not torch.is_grad_enabled():
             return False
-        sinks = self.sinks
+        sinks, mask = self.sinks, self.mask
         return (
             self.q.requires_grad
             or self.k.requires_grad
             or self.v.requires_grad
             or (sinks is not None and sinks.requires_grad)
+            or (mask is not None and mask.requires_grad)
         )
 
 
@@ -258,12 +264,13 @@ def with_mask(p: AttentionProblem, mask: Any, name: str = "attn_mask") -> Attent
     mask broadcasts to `(batch, heads, seqlen_q, seqlen_k)`; fewer dimensions are the last ones, and nothing is copied.
     It comes on top of the window, after scale, softcap and ALiBi; what is added to a score of base e. An added -inf
     hides a key; an added finfo.min does not: a query whose keys all have it gives the average of their values.
+    What is added is differentiable. Its gradient has its shape, so pass a bias that heads or queries share as it is: an
+    expanded one has a gradient of the full shape.
 
     Rows and columns are positions in a sequence: with `seqused_k` those past its end do not matter, with `leftpad_k`
     column 0 is its first key. A packed batch is rejected: nothing ties its lengths to the shape of a mask.
 
-    Raises ValueError for another dtype, device or shape, NotImplementedError for a packed batch or a mask that
-    requires grad.
+    Raises ValueError for another dtype, device or shape, NotImplementedError for a packed batch.
     """
     if p.cu_seqlens_q is not None or p.cu_seqlens_k is not None:
         raise checks.unsupported(name, "a mask for a packed batch", "a mask for queries (batch, seqlen_q, heads, ...)")

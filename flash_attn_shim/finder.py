@@ -47,6 +47,10 @@ def find_spec(fullname: str, path: Sequence[str] | None, target: ModuleType | No
     _warn_once_about_switch(env)
     if policy.refusal(fullname, env):
         return None
+    from flash_attn_shim import guests
+
+    if guests.why_hidden(fullname, guests.asking()):
+        return None
     found = find_elsewhere(fullname, path, target)
     if found is None:
         found = presented_spec(fullname)
@@ -121,7 +125,7 @@ def locate(name: str) -> tuple[bool, str | None, str]:
 
 def is_ours(module: object) -> bool:
     """Was this module loaded from `presents/`?"""
-    origin = getattr(getattr(module, "__spec__", None), "origin", None)
+    origin = getattr(getattr(module, "__dict__", {}).get("__spec__"), "origin", None)
     return isinstance(origin, str) and origin.startswith(PRESENTS + os.sep)
 
 

@@ -13,7 +13,7 @@ import sys
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
 
-from flash_attn_shim import adjust, finder, policy
+from flash_attn_shim import adjust, finder, guests, policy
 from flash_attn_shim.adjust import transformers
 from flash_attn_shim.autoload import PRESENTED, gate
 
@@ -55,7 +55,7 @@ def find_distributions(name: str | None) -> tuple[Distribution, ...]:
     """The virtual distribution if `name` (None: any) asks for it and it is announced now."""
     if name is not None and name.lower().replace("_", "-").replace(".", "-") != NAME:
         return ()
-    if refusal():
+    if refusal() or guests.why_hidden("flash_attn", guests.asking()):
         return ()
     # Both names belong to the record: transformers 5.4 to 5.8 index packages_distributions() with either once its
     # spec is found.

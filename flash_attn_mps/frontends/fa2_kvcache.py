@@ -71,7 +71,8 @@ def flash_attn_with_kvcache(
             of rotary_dim with element i of the second (GPT-NeoX).
         alibi_slopes: float32 `(heads,)` or `(batch, heads)`: `slope * |i + seqlen_k - seqlen_q - j|` is subtracted from
             the score of query i and key j.
-        num_splits: an int, no effect: how the keys are split between threads is decided here.
+        num_splits: an int: into at most how many parts the keys may be split, to be computed side by side. 1 gives each
+            sequence a result that does not depend on the batch around it; 0 or less, as many as suit the GPU.
         return_softmax_lse: return a tuple, see below.
 
     Returns:
@@ -95,9 +96,10 @@ def flash_attn_with_kvcache(
         >>> torch.equal(k_cache[:, 100:101], k)
         True
     """
-    checks.integer(num_splits, "num_splits", "an integer")
     return_softmax_lse = checks.flag(return_softmax_lse, "return_softmax_lse")
-    options = CallOptions(softmax_scale, causal, window_size, softcap, alibi_slopes, want_lse=return_softmax_lse)
+    options = CallOptions(
+        softmax_scale, causal, window_size, softcap, alibi_slopes, want_lse=return_softmax_lse, num_splits=num_splits
+    )
     call = CacheCall(
         q,
         k_cache,

@@ -1,7 +1,7 @@
 """Forward and backward as plain functions without autograd: what ring and other distributed attention is built on.
 
 Names, parameters, order and defaults are those of the private functions of FlashAttention 2.8, and `num_splits`, which
-upstream has since put behind them and which has no effect here. Arguments and shapes are those of
+upstream has since put behind them. Arguments and shapes are those of
 `flash_attn_mps.frontends.fa2`; `window_size_left` and `window_size_right` are the two sides of `window_size`.
 
 The forward functions return `(out, softmax_lse, S_dmask, rng_state)`: `rng_state`, int64 `(2,)` on the CPU, makes
@@ -68,7 +68,6 @@ def _flash_attn_varlen_forward(
     zero_tensors: bool = False,
     num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    checks.integer(num_splits, "num_splits", "an integer")
     checks.flag(zero_tensors, "zero_tensors")
     if leftpad_k is not None:
         raise checks.unsupported(
@@ -77,7 +76,15 @@ def _flash_attn_varlen_forward(
     window_size = window_of(window_size_left, window_size_right)
     probs = checks.flag(return_softmax, "return_softmax")
     options = CallOptions(
-        softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, want_lse=True, want_probs=probs
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        dropout_p,
+        want_lse=True,
+        want_probs=probs,
+        num_splits=num_splits,
     )
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     layout = {"seqused_k": seqused_k, "block_table": block_table}

@@ -75,7 +75,8 @@ def flash_attn_func(
             open. With `causal`, right is 0.
         attention_chunk: a query sees only the keys of its own chunk of so many positions; 0 for all.
         softcap: scores become `softcap * tanh(score / softcap)`; 0.0 for none.
-        num_splits: an int, no effect: how the keys are split between threads is decided here.
+        num_splits: an int: into at most how many parts the keys may be split, to be computed side by side. 1 gives each
+            sequence a result that does not depend on the batch around it; 0 or less, as many as suit the GPU.
         pack_gqa: no effect: a hint for Hopper GPUs.
         deterministic: no effect: results always are.
         sm_margin: no effect: a hint for Hopper GPUs.
@@ -100,11 +101,16 @@ def flash_attn_func(
         >>> flash_attn_func(q, k, v, causal=True).shape
         torch.Size([2, 128, 8, 64])
     """
-    checks.integer(num_splits, "num_splits", "an integer")
     checks.flag(deterministic, "deterministic")
     reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     options = CallOptions(
-        softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        want_lse=return_attn_probs,
+        attention_chunk=attention_chunk,
+        num_splits=num_splits,
     )
     return _finish(dense(q, k, v, options), qv, softmax_scale)
 
@@ -251,7 +257,8 @@ def flash_attn_varlen_func(
             open. With `causal`, right is 0.
         attention_chunk: a query sees only the keys of its own chunk of so many positions; 0 for all.
         softcap: scores become `softcap * tanh(score / softcap)`; 0.0 for none.
-        num_splits: an int, no effect: how the keys are split between threads is decided here.
+        num_splits: an int: into at most how many parts the keys may be split, to be computed side by side. 1 gives each
+            sequence a result that does not depend on the batch around it; 0 or less, as many as suit the GPU.
         pack_gqa: no effect: a hint for Hopper GPUs.
         deterministic: no effect: results always are.
         sm_margin: no effect: a hint for Hopper GPUs.
@@ -278,11 +285,16 @@ def flash_attn_varlen_func(
         >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 5, 5, causal=True).shape
         torch.Size([7, 8, 64])
     """
-    checks.integer(num_splits, "num_splits", "an integer")
     checks.flag(deterministic, "deterministic")
     reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     options = CallOptions(
-        softmax_scale, causal, window_size, softcap, want_lse=return_attn_probs, attention_chunk=attention_chunk
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        want_lse=return_attn_probs,
+        attention_chunk=attention_chunk,
+        num_splits=num_splits,
     )
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _finish(varlen(q, k, v, *lengths, options, seqused_q=seqused_q, seqused_k=seqused_k), qv, softmax_scale)

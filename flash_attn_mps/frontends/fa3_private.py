@@ -62,10 +62,17 @@ def _flash_attn_forward(
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    reject_descales(q_descale=q_descale)
     window_size = window_of(window_size_left, window_size_right)
-    checks.integer(num_splits, "num_splits", "an integer")
-    options = CallOptions(softmax_scale, causal, window_size, softcap, want_lse=True, attention_chunk=attention_chunk)
+    options = CallOptions(
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        want_lse=True,
+        attention_chunk=attention_chunk,
+        num_splits=num_splits,
+    )
     # Not a decorator: who builds on this function reads its arguments with inspect.getfullargspec.
     with torch.no_grad():
         if cu_seqlens_k is None and (seqused_k is not None or k_new is not None or page_table is not None):
@@ -90,6 +97,8 @@ def _flash_attn_forward(
                 cu_seqlens_k_new=cu_seqlens_k_new,
                 max_seqlen_q=max_seqlen_q,
                 seqused_q=seqused_q,
+                k_descale=k_descale,
+                v_descale=v_descale,
             )
             result = kvcache.attention(call)
         else:
@@ -103,6 +112,8 @@ def _flash_attn_forward(
                 rotary_cos=rotary_cos,
                 rotary_sin=rotary_sin,
                 seqlens_rotary=seqlens_rotary,
+                k_descale=k_descale,
+                v_descale=v_descale,
             )
             lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
             p = _describe(*lengths, page_table, _PAGES)(q, k, v, options)

@@ -38,7 +38,8 @@ def flash_attention(
         is_causal: hide what comes later: query i sees key j if `j <= i`.
         scale: factor of the scores, a number; None for `1 / sqrt(head_dim)`.
         attn_mask: added to the scores, in the dtype of query or float32; any shape that broadcasts to `(batch, heads,
-            seqlen_q, seqlen_k)`. -inf hides. Gets no gradient. None with `is_causal`.
+            seqlen_q, seqlen_k)`. -inf hides. Differentiable: the gradient of a bias that is not expanded, say
+            `(heads, seqlen_q, seqlen_k)`, needs no more memory than the bias. None with `is_causal`.
         dropout_p: probability in [0, 1) that an attention weight is dropped; 0.0 to evaluate.
 
     Returns:
@@ -47,7 +48,7 @@ def flash_attention(
     Raises:
         ValueError: a malformed argument. The message says which, what came and what would be accepted.
         NotImplementedError: a boolean mask, of which True means "hidden" to some of these packages and "seen" to torch;
-            a mask that requires a gradient; a call that nothing here computes.
+            a call that nothing here computes.
 
     Example:
         >>> import torch

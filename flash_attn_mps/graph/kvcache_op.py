@@ -71,6 +71,7 @@ def _plain(call: CacheCall) -> CacheCall:
         window_size=checks.window(options.window_size, False),
         softcap=checks.softcap(options.softcap),
         attention_chunk=checks.attention_chunk(options.attention_chunk),
+        num_splits=checks.integer(options.num_splits, "num_splits", "an integer"),
     )
     return dataclasses.replace(
         call,

@@ -28,10 +28,6 @@ def problem(arguments: Arguments) -> AttentionProblem:
     return p if mask is None else with_mask(p, mask)
 
 
-def needs_gradient(arguments: Arguments) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:3])
-
-
 def as_called(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """`(batch, seqlen_q, heads, head_dim)` in the shape of `query`: a view."""
     out = out.transpose(1, 2)

@@ -25,6 +25,10 @@ class Arguments(NamedTuple):
         """query, key, value and, if there is one, the mask."""
         return self[:3] if self.attn_mask is None else self[:4]
 
+    @property
+    def need_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors)
+
 
 class Call(NamedTuple):
     """All that dtypes, shapes and strides say about a call, hashable: calls that are equal meet one decision.
@@ -38,8 +42,7 @@ class Call(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
     transposed: bool = False  # is query a view that is not contiguous?
     attn_mask: tuple[torch.Size, torch.dtype, tuple[int, ...]] | None = None  # shape, dtype, strides
-    mask_gradient: bool = False
-    gradient: bool = False
+    gradient: bool = False  # is one needed, the mask's counting too?
     dropout: bool = False
     causal: bool = False
     gqa: bool = False
@@ -102,7 +105,6 @@ class Call(NamedTuple):
 def call_of(arguments: Arguments) -> Call:
     """Of arguments that `obstacles.of_surroundings` and `of_values` found nothing wrong with."""
     query, key, value, mask, dropout_p, is_causal, _, enable_gqa = arguments
-    recorded = torch.is_grad_enabled()
     return Call(
         query.shape,
         key.shape,
@@ -110,8 +112,7 @@ def call_of(arguments: Arguments) -> Call:
         (query.dtype, key.dtype, value.dtype),
         not query.is_contiguous(),
         None if mask is None else (mask.shape, mask.dtype, mask.stride()),
-        mask is not None and recorded and mask.requires_grad,
-        recorded and (query.requires_grad or key.requires_grad or value.requires_grad),
+        arguments.need_gradient,
         dropout_p > 0,
         is_causal,
         enable_gqa,

@@ -27,15 +27,13 @@ def in_dynamo(
     enable_gqa: bool,
 ) -> torch.Tensor | None:
     """Traced by Dynamo, in `sdpa.scaled_dot_product_attention`; None where the call is torch's."""
-    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    for tensor in tensors:
+    arguments = Arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    for tensor in arguments.tensors:
         if type(tensor) not in obstacles.PLAIN:
             return None
     if not obstacles.is_served(query) or torch.compiler.is_exporting() or torch.is_autocast_enabled(query.device.type):
         return None
-    if _need_gradient(tensors):
-        return None
-    return _operator(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return None if arguments.need_gradient else _operator(*arguments)
 
 
 def in_graph(arguments: Arguments) -> torch.Tensor | None:
@@ -51,7 +49,7 @@ def in_graph(arguments: Arguments) -> torch.Tensor | None:
         if _TAG not in torch.compiler.config.cache_key_tag:  # a setting of this thread
             torch.compiler.config.cache_key_tag += _TAG
         return None
-    if functional.export or not serve.usual_backends() or _need_gradient(arguments.tensors):
+    if functional.export or not serve.usual_backends() or arguments.need_gradient:
         return None
     return _operator(*arguments)
 
@@ -70,10 +68,6 @@ def check() -> None:
 def end() -> None:
     """Graphs that this thread compiles from now on are torch's own."""
     torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(_TAG, "")
-
-
-def _need_gradient(tensors: tuple[torch.Tensor, ...]) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 _SCHEMA = (

@@ -128,8 +128,6 @@ def _against_mask(given: Call, shape: torch.Size, dtype: torch.dtype) -> str | N
         return "is_causal and attn_mask at once"
     if dtype not in (torch.bool, given.dtypes[0], torch.float32):
         return f"attn_mask has dtype {dtype}"
-    if given.mask_gradient:
-        return "attn_mask requires a gradient"
     # Leading dimensions are joined into one, which a mask that differs along them could not follow without a copy.
     if not 2 <= len(shape) <= min(4, len(given.query)) or (len(given.query) > 4 and len(shape) > 3):
         return f"attn_mask has {len(shape)} dimensions"

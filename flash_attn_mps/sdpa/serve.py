@@ -58,7 +58,7 @@ def _taken(arguments: Arguments, decision: Decision) -> torch.Tensor | None:
     """This package's result, or None, after a warning, where it has none."""
     # For the speed of a forward pass the tier in plain PyTorch is no gain. Where torch is wrong or has no room it is,
     # and a backward pass was measured with it.
-    worth_it = decision.needed or attention.needs_gradient(arguments)
+    worth_it = decision.needed or arguments.need_gradient
     failures: list[Exception] = []
     for without in (frozenset(), METAL) if worth_it else (frozenset({"torch"}),):
         try:

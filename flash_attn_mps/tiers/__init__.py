@@ -12,17 +12,17 @@ import torch
 from .. import trace
 from ..problem import AttentionProblem, Result
 from . import cpu, reference
-from .metal import scalar, simdgroup
+from .metal import decode, scalar, simdgroup
 from .tier import Gradients, Tier
 
 __all__ = ["BY_NAME", "METAL", "ORDER", "Gradients", "Tier", "explain", "explain_gradients", "gradients", "run"]
 
-ORDER: tuple[Tier, ...] = (simdgroup.TIER, cpu.TIER, reference.TIER)
+ORDER: tuple[Tier, ...] = (decode.TIER, simdgroup.TIER, cpu.TIER, reference.TIER)
 BY_NAME = {tier.name: tier for tier in (*ORDER, scalar.TIER)}  # scalar computes only where it is asked for by name
 METAL = frozenset(tier.name for tier in BY_NAME.values() if tier.metal)
 
 _FORCE = "MTLFLASHATTN_KERNEL"
-_NOT_COMPILED = "its kernel does not compile on this machine"
+_REFUSED = "its kernel does not work on this machine"
 _AUTO = "auto"
 _unknown: set[str] = set()
 
@@ -46,7 +46,7 @@ def run(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Result:
                 if trace.enabled:
                     trace.record(p, tier.name, refusals)
                 return result
-            reasons = [_NOT_COMPILED]
+            reasons = [_REFUSED]
         refusals.append((tier.name, reasons))
     raise NotImplementedError(f"no tier serves this attention call: {_listed(refusals)}")
 
@@ -76,7 +76,7 @@ def gradients(
                 if trace.enabled:
                     trace.record(p, tier.name, refusals, "backward")
                 return found
-            reasons = [_NOT_COMPILED]
+            reasons = [_REFUSED]
         refusals.append((tier.name, reasons))
     raise NotImplementedError(f"no tier computes the gradients of this attention call: {_listed(refusals)}")
 

@@ -20,7 +20,7 @@ from ..problem import AttentionProblem, Result
 from .dequantised import Rows, rows_of, summed
 from .layout import Group, KeyRows, QueryRows, groups
 from .score_blocks import SERVES, Block, blocks
-from .tier import LSE_GRADIENT, Gradients, Tier
+from .tier import LSE_GRADIENT, MASK_GRADIENT, Gradients, Tier
 
 
 def _limits(p: AttentionProblem) -> list[str]:
@@ -79,10 +79,11 @@ def backward(
     if q.is_meta:
         return Gradients(**{f"d{name}": torch.empty_like(getattr(p, name)) for name in needed})
     queries, keys = QueryRows(p), KeyRows(p)
-    of_scores = not needed.isdisjoint({"q", "k"})  # is the gradient of the scores needed?
+    of_scores = not needed.isdisjoint({"q", "k", "mask"})  # is the gradient of the scores needed?
     dq = queries.new(q, q.shape[-2:], 0.0, q.dtype) if "q" in needed else None
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device) if "k" in needed else None
     dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device) if "v" in needed else None
+    dmask = _zeros_for(p, p.mask) if "mask" in needed and p.mask is not None else None
     lse, dlse = lse.transpose(-1, -2), None if dlse is None else dlse.transpose(-1, -2)
     dsinks = None if p.sinks is None or "sinks" not in needed else _gradient_of_sinks(p.sinks, out, lse, dout, dlse)
     for group in groups(p) if (of_scores or dv is not None) and not p.empty else ():
@@ -116,10 +117,13 @@ def backward(
             if keep is not None:
                 dp.mul_(keep)
             ds = dp.sub_(block.split(delta)).mul_(prob)
-            if capped is not None:
-                ds.mul_(1.0 - capped.div_(p.softcap).square_())
             if hidden is not None:
                 ds.masked_fill_(hidden, 0.0)
+            if dmask is not None:
+                block.add_to_mask(dmask, ds)
+            if capped is not None:
+                of_capped = 1.0 - capped.div_(p.softcap).square_()
+                ds.mul_(of_capped if hidden is None else of_capped.masked_fill_(hidden, 0.0))
             ds = ds.flatten(2, 3)
             if dq is not None:
                 dq_rows = block.split(block.scaled(ds @ k_seen))
@@ -135,7 +139,14 @@ def backward(
         None if dk is None else dk.to(k.dtype),
         None if dv is None else dv.to(v.dtype),
         dsinks,
+        None if dmask is None or p.mask is None else dmask.to(p.mask.dtype),
     )
+
+
+def _zeros_for(p: AttentionProblem, mask: torch.Tensor) -> torch.Tensor:
+    """Where the gradient of the mask is added up: in its own dtype if each element is added to once."""
+    once = mask.shape[2] == p.max_seqlen_q and not p.ragged_q and not p.ragged_k
+    return torch.zeros(mask.shape, dtype=mask.dtype if once else torch.float32, device=mask.device)
 
 
 def _share(lse: torch.Tensor, own_lse: torch.Tensor, rounding: torch.Tensor) -> torch.Tensor:
@@ -171,7 +182,8 @@ def _may_hold_nonfinite(p: AttentionProblem, rows_are_hidden: bool, *rows: Rows)
     """
     if p.mask is None and p.window == (-1, -1) and not p.attention_chunk and not rows_are_hidden:
         return False
-    return not all(isinstance(t, torch.Tensor) and readable(t) and bool(t.isfinite().all()) for t in rows)
+    tensors = [t for t in rows if isinstance(t, torch.Tensor) and readable(t)]
+    return len(tensors) < len(rows) or not all(bool(t.isfinite().all()) for t in tensors)
 
 
 def _finite(rows: torch.Tensor) -> torch.Tensor:
@@ -190,4 +202,4 @@ def _weighted(prob: torch.Tensor, v: Rows, seen: torch.Tensor | None) -> torch.T
     return summed(v, part)
 
 
-TIER = Tier("torch", SERVES, _limits, run, SERVES - {"quantised"} | {LSE_GRADIENT}, backward)
+TIER = Tier("torch", SERVES, _limits, run, SERVES - {"quantised"} | {LSE_GRADIENT, MASK_GRADIENT}, backward)

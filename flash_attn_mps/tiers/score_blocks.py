@@ -99,7 +99,8 @@ class Block:
             slopes = slopes[self.group.seqs] if p.alibi_slopes.dim() == 2 else slopes
             s.sub_(slopes * distance.abs()[:, None, None])
         if p.mask is not None:
-            mask = p.mask[self.group.seqs, :, self.first : self.last, self.lo : self.hi].unflatten(1, (p.heads_k, -1))
+            mask = p.mask.expand(p.batch, p.heads, p.max_seqlen_q, p.max_seqlen_k)
+            mask = mask[self.group.seqs, :, self.first : self.last, self.lo : self.hi].unflatten(1, (p.heads_k, -1))
             if mask.dtype == torch.bool:
                 s.masked_fill_(~mask, -torch.inf)
             else:
@@ -122,6 +123,14 @@ class Block:
         if sinks is not None:
             total += (sinks - base).exp_()
         return s.div_(total.masked_fill(total == 0.0, 1.0)), m + total.log()
+
+    def add_to_mask(self, dmask: torch.Tensor, ds: torch.Tensor) -> None:
+        """Add the gradient of the scores, `(g, heads_k, r, c, n)`, summed along the axes that the mask broadcasts."""
+        axes = [axis for axis, n in enumerate(dmask.shape) if n == 1]
+        ds = ds.flatten(1, 2)
+        place = (self.group.seqs, slice(None), slice(self.first, self.last), slice(self.lo, self.hi))
+        own = tuple(slice(None) if axis in axes else part for axis, part in enumerate(place))
+        dmask[own] += ds.sum(axes, keepdim=True) if axes else ds
 
     def kept(self) -> torch.Tensor:
         """`(g, heads_k, r, c, n)`, bool: which scores dropout keeps."""

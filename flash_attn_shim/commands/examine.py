@@ -20,7 +20,7 @@ _SWITCHES = (
     policy.MODULES,
     policy.TRANSFORMERS,
     policy.FLAGS,
-    *(f"MTLFLASHATTN_{name}" for name in ("TRACE", "KERNEL", "VARIANT", "TUNE", "CACHE")),
+    *(f"MTLFLASHATTN_{name}" for name in ("TRACE", "KERNEL", "VARIANT", "TUNE", "PROVE", "CACHE")),
     *(f"MTLFLASHATTN_SDPA{name}" for name in ("", "_MIN_GB", "_MIN_SEQ", "_FAST_MIN_SEQ")),
 )
 

@@ -1,6 +1,6 @@
 """`mtlflashattn tune`: what is fastest on this GPU, measured and saved.
 
-That is, which variant of the Metal kernel, and from which length `flash_attn_mps.sdpa` beats torch's own attention.
+That is, which variants of the Metal kernels, and from which length `flash_attn_mps.sdpa` beats torch's own attention.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--what",
         nargs="+",
-        default=["variants", "sdpa"],
-        choices=("variants", "sdpa"),
-        help="the variants of the kernel, or the length from which to replace torch's attention (default: both)",
+        default=["variants", "gradients", "sdpa"],
+        choices=("variants", "gradients", "sdpa"),
+        help="the variants of the forward kernel, those of the backward kernels, or the length from which to replace "
+        "torch's attention (default: all)",
     )
     parser.add_argument("--device", default="mps", help="default: mps")
     parser.add_argument("--forget", action="store_true", help="remove the saved results, and time nothing")
@@ -52,25 +53,32 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     watch = timing.stopwatch(arguments.device)
     results = [
-        {"variants": _variants, "sdpa": _lengths}[what](arguments, watch) for what in dict.fromkeys(arguments.what)
+        _lengths(arguments, watch) if what == "sdpa" else _variants(_kernels(what), arguments, watch)
+        for what in dict.fromkeys(arguments.what)
     ]
     return max(results)
 
 
-def _variants(arguments, watch):
+def _kernels(what):
+    from flash_attn_mps.tiers.metal import backward, simdgroup
+
+    return {"variants": [simdgroup.FORWARD], "gradients": [backward.QUERIES, backward.KEYS]}[what]
+
+
+def _variants(kernels, arguments, watch):
     """0 if every class of calls has a variant now."""
     from flash_attn_mps import project
     from flash_attn_mps.text_table import aligned
-    from flash_attn_mps.tiers.metal import simdgroup, store, tune, variants
+    from flash_attn_mps.tiers.metal import store, tune, variants
     from flash_attn_mps.tools.progress import Progress
 
-    kernel = simdgroup.FORWARD
-    keys = tune.keys(kernel, arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
-    candidates = {key: tune.candidates(key, kernel) for key in keys}
+    classes = (arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
+    keys = {key: kernel for kernel in kernels for key in tune.keys(kernel, *classes)}
+    candidates = {key: tune.candidates(key, kernel) for key, kernel in keys.items()}
     outcomes, unkept = [], None
     with Progress(sum(map(len, candidates.values())), "tune") as progress:
         try:
-            for key in keys:
+            for key, kernel in keys.items():
                 progress.step(str(key), 0)
                 outcomes.append(
                     tune.tune(key, kernel, arguments.device, watch, candidates=candidates[key], tick=progress.step)
@@ -82,7 +90,7 @@ def _variants(arguments, watch):
         except OSError as error:
             unkept = error
     variants.forget()
-    head = ("dtype", "head dim", "length", "mask", "fastest", "ms", "default's ms", "gain", "failed")
+    head = ("kernel", "dtype", "head dim", "length", "mask", "fastest", "ms", "default's ms", "gain", "failed")
     print(aligned([head, *map(_row, outcomes)]))
     for reason, count in _reasons(outcomes).items():
         print(f"{count} variants failed: {reason}. {project.please_report('selftest')}")
@@ -141,11 +149,12 @@ def _tell_where(unkept, found):
 def _row(outcome):
     key, winner, _, refused = outcome
     dims = key.head_dim if key.head_dim == key.head_dim_v else f"{key.head_dim}/{key.head_dim_v}"
+    what = (key.kernel.removeprefix("attention_"), key.dtype, dims, key.length, key.mask)
     if winner is None:
-        return (key.dtype, dims, key.length, key.mask, "none works", "", "", "", len(refused))
+        return (*what, "none works", "", "", "", len(refused))
     gain = f"{winner.default_seconds / winner.seconds:.2f}x"
     times = (f"{winner.seconds * 1e3:.3f}", f"{winner.default_seconds * 1e3:.3f}")
-    return (key.dtype, dims, key.length, key.mask, winner.variant, *times, gain, len(refused))
+    return (*what, winner.variant, *times, gain, len(refused))
 
 
 def _reasons(outcomes):

@@ -20,6 +20,8 @@ from flash_attn_mps.frontends.fa3 import (
     get_scheduler_metadata,
 )
 from flash_attn_mps.frontends.fa3_private import _flash_attn_backward, _flash_attn_forward  # noqa: F401
+from flash_attn_shim.guests import dialects as _dialects
+from flash_attn_shim.guests.presented import present as _present
 from flash_attn_shim.rehome import rehome as _rehome
 
 __all__ = [
@@ -31,7 +33,9 @@ __all__ = [
     "get_scheduler_metadata",
 ]
 
+_present(__name__)
 _rehome(globals())
+_dialects.add_early_dialect(globals())
 
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:

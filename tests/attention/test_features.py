@@ -24,6 +24,7 @@ BASIC = {
     "want_lse",
     "lengths_q",
     "lengths_k",
+    "num_splits",
     "_features",
 }
 INDEX = torch.zeros(2, dtype=torch.int32)

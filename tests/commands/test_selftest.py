@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from flash_attn_mps.tiers import BY_NAME, reference
-from flash_attn_mps.tiers.metal import compiler, simdgroup
+from flash_attn_mps.tiers.metal import backward_kernels, compiler, simdgroup
 from flash_attn_mps.tiers.metal.kernel import OPTIONAL_BUFFERS
 from flash_attn_mps.tools.selftest import build, cases, run
 from flash_attn_mps.tools.selftest.cases import FEATURES, Case
 from flash_attn_shim.commands import main
 from metal_host import compile_shader
 from tests.attention import oracle as independent
+from tests.attention import philox
 from tests.replaced_tiers import replace_tier
 
 
@@ -31,10 +32,14 @@ def test_its_oracle_agrees_with_that_of_the_tests(name):
     scale = float(p.softmax_scale)
     how = {"softmax_scale": scale, "causal": feature.causal, "window_size": feature.window, "softcap": feature.softcap}
     how["alibi_slopes"] = p.alibi_slopes
+    if feature.dropout:
+        how["dropout_p"] = feature.dropout
+        how["keep"] = philox.keep(p.seed, feature.dropout, p.batch, p.heads, p.max_seqlen_q, p.max_seqlen_k)
     q, k, v = p.q.double(), p.k, p.v
     if feature.codes == "uint8":
         k, v = k.view(torch.float8_e4m3fn), v.view(torch.float8_e4m3fn)
     k, v = k.double(), v.double()
+    leaves = [x.requires_grad_(feature.gradients) for x in (q, k, v)]
     if feature.codes:
         k, v = k * p.k_descale.double()[:, None, :, None], v * p.v_descale.double()[:, None, :, None]
     if feature.layout.startswith("packed"):
@@ -59,6 +64,10 @@ def test_its_oracle_agrees_with_that_of_the_tests(name):
     for (out, lse), our_out, our_lse in zip(theirs, built.out, built.lse, strict=True):
         torch.testing.assert_close(our_out, out, rtol=0, atol=1e-12)
         torch.testing.assert_close(our_lse, lse, rtol=0, atol=1e-12)
+    if feature.gradients:
+        grads = torch.autograd.grad(exact.out, leaves, built.dout.double())
+        for ours, theirs in zip(built.gradients.values(), grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_masks_and_sinks_of_its_oracle():
@@ -76,6 +85,9 @@ def test_masks_and_sinks_of_its_oracle():
     torch.testing.assert_close(with_sink, torch.logaddexp(lse, sinks.double()[:, None]))
     without = build.oracle.attention(q, k, v, **plain)[0]
     torch.testing.assert_close(out, without * torch.exp(lse - with_sink).T[..., None])
+    leaves = [x.double().requires_grad_() for x in (q, k, v, sinks)]
+    given = {**plain, "sinks": leaves[3], "mask": torch.randn(2, 3, 5) < 0.5}
+    assert torch.autograd.gradcheck(lambda *qkvs: build.oracle.attention(*qkvs[:3], **given)[0], leaves)
 
 
 def test_the_features_reach_every_buffer_of_the_kernels():
@@ -85,7 +97,9 @@ def test_the_features_reach_every_buffer_of_the_kernels():
     assert reached == set(OPTIONAL_BUFFERS)
     assert {p.k.stride(-1) for p in problems} == {1, 2}
     poisoned = {name for name, p in by_name.items() if p.k.isnan().any() and p.v.isnan().any()}
-    assert poisoned == {"packed, used", "used keys", "left padding", "cache index", "pages"}
+    assert poisoned == {
+        *("packed, used", "used keys", "left padding", "cache index", "pages", "gradients, packed, used")
+    }
 
 
 @pytest.mark.parametrize("level", ["quick", "usual", "full"])
@@ -95,10 +109,14 @@ def test_cases_are_named_without_ambiguity(level, metal_is_there):
     assert len(set(map(str, found))) == len(found)
     step = max(1, len(found) // 300)
     assert all(cases.parse(str(case)) == case for case in found[::step])
-    assert {case.tier for case in found} == ({"simdgroup", "scalar", "torch"} if metal_is_there else {"torch", "cpu"})
-    tried = {case.variant for case in found if (case.tier, case.dtype, case.head_dim) == ("simdgroup", "float16", 64)}
-    fitting = set(map(str, simdgroup.FORWARD.fitting(2, 64, 64)))
-    assert tried - {""} == (fitting if metal_is_there else set())
+    tiers = {"decode", "simdgroup", "scalar", "torch"} if metal_is_there else {"torch", "cpu"}
+    assert {case.tier for case in found} == tiers
+    tried = [case for case in found if (case.tier, case.dtype, case.head_dim) == ("simdgroup", "float16", 64)]
+    forward = {case.variant for case in tried if case.variant and not FEATURES[case.feature].gradients}
+    assert forward == (set(map(str, simdgroup.FORWARD.fitting(2, 64, 64))) if metal_is_there else set())
+    of_gradients = {case.variant for case in tried if case.variant} - forward
+    candidates = set(map(str, filter(backward_kernels.KEYS.worth_tuning, backward_kernels.KEYS.fitting(2, 64, 64))))
+    assert of_gradients >= candidates if metal_is_there else not of_gradients
 
 
 @pytest.mark.parametrize("metal_is_there", [False, True])
@@ -121,14 +139,15 @@ def test_what_is_no_case_is_said(name, match, capsys):
     assert match in capsys.readouterr().err
 
 
-def test_without_metal_it_tests_the_rest_and_says_so(tmp_path, capsys):
+def test_without_metal_it_tests_the_rest_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(cases._HEAD_DIMS, "quick", [(64, 64)])
     status, report = selftest(tmp_path, "--quick")
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert "NO METAL KERNEL WAS TESTED: Metal kernels run on mps, not on cpu." in printed
     assert not report["metal tested"]
     assert report["cases"] == sum(report["outcomes"].values()) == len(list(cases.cases("quick", False)))
-    assert report["outcomes"]["torch bfloat16 right"] == 2 * len(FEATURES)
+    assert report["outcomes"]["torch bfloat16 right"] == len(FEATURES)
     assert report["outcomes"]["cpu float32 right"] >= 10
     assert not report["failures"]
     assert report["machine"]["torch"] == torch.__version__
@@ -166,12 +185,26 @@ def test_an_error_of_the_log_sum_exp_is_found(monkeypatch):
     assert (outcome.status, outcome.detail) == ("wrong", "log-sum-exp of sequence 1 at (head, query) = (0, 3)")
 
 
+def test_a_wrong_gradient_is_found(monkeypatch):
+    def off(*arguments):
+        grads = right(*arguments)
+        grads.dk[1, 7, 0, 3] += 0.02
+        return grads
+
+    right = BY_NAME["torch"].backward
+    replace_tier(monkeypatch, "torch", backward=off)
+    outcome = run.run(Case("torch", "float16", 64, 64, "gradients, causal"), "cpu")
+    assert (outcome.status, outcome.detail) == ("wrong", "gradient of k at (1, 7, 0, 3)")
+
+
 METAL_CASES = (
     "simdgroup:float16:64:64:packed, everything",
     "simdgroup:bfloat16:128:128:bool mask",
     "simdgroup:float32:40:24:pages",
     "simdgroup:float16:64:64:packed, used:8x2x16-staged",
     "scalar:float16:64:64:left padding",
+    "simdgroup:float16:64:64:gradients, packed, everything",
+    "simdgroup:float32:40:24:gradients, packed, dropout:16x2x16-staged-threadgroup-reload-split",
 )
 
 

@@ -1,12 +1,13 @@
 """`mtlflashattn tune`: real kernels on the runner, with a clock of the test's own."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from flash_attn_mps import describe, timing
-from flash_attn_mps.tiers.metal import compiler, gpu, launch, simdgroup, store, tune, variants
+from flash_attn_mps.tiers.metal import backward_kernels, compiler, gpu, simdgroup, store, tune, variants
 from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant
 from flash_attn_shim.commands import main
 
@@ -45,14 +46,37 @@ def test_another_kernel_is_tuned_among_its_own_variants(metal):
     assert tune.candidates(key, other) == [SMALL, WIDE]
     ran = []
 
-    def run(p, kernel, variant):
+    def run(trial, kernel, variant):
         ran.append(kernel)
-        return launch.run(p, kernel, variant)
+        return tune.launched(trial, kernel, variant)
 
     clock = Clock({SMALL: 3e-3, WIDE: 1e-3})
     outcome = tune.tune(key, other, "cpu", clock, candidates=[WIDE], run=run)
     assert outcome.winner == store.Winner(str(WIDE), 1e-3, 3e-3)
     assert set(ran) == clock.kernels == {other}
+
+
+@pytest.mark.parametrize("kernel", [backward_kernels.QUERIES, backward_kernels.KEYS])
+def test_kernels_of_gradients_are_tuned_apart(metal, kernel):
+    key = store.Key(kernel.entry, "float16", 16, 16, "short", "causal")
+    default, fast, wrong, *others = tune.candidates(key, kernel)
+    assert default == kernel.default(2, 16, 16)
+    assert 10 < len(others) < 40, "as many as may be faster, of hundreds"
+    computed = []
+
+    def run(trial, kernel, variant):
+        grads = tune.launched(trial, kernel, variant)
+        computed.append([grad.shape for grad in grads])
+        if variant == wrong:
+            grads[-1][0, 5, 0, 0] += 0.05 * grads[-1].abs().max()
+        return grads
+
+    clock = Clock({default: 3e-3, fast: 1e-3, wrong: 1e-9})
+    outcome = tune.tune(key, kernel, "cpu", clock, candidates=[fast, wrong], run=run)
+    assert outcome.winner == store.Winner(str(fast), 1e-3, 3e-3)
+    assert "is off by" in outcome.refused[wrong]
+    heads = {"attention_backward_queries": [2], "attention_backward_keys": [1, 1]}[kernel.entry]
+    assert computed == [[(2, 150, h, 16) for h in heads]] * 3
 
 
 def test_noise_does_not_displace_the_default(metal):
@@ -63,15 +87,15 @@ def test_noise_does_not_displace_the_default(metal):
 
 
 def test_a_wrong_or_uncompilable_variant_never_wins(metal):
-    def run(p, kernel, variant):
+    def run(trial, kernel, variant):
         if variant == WIDE:
             return None
         if variant == STAGED:
             raise ValueError("Threadgroup size exceeds 512 limit")
-        result = launch.run(p, kernel, variant)
+        (out,) = tune.launched(trial, kernel, variant)
         if variant == SMALL:
-            result.out[0, -1, 0, 0] += 0.05
-        return result
+            out[0, -1, 0, 0] += 0.05
+        return (out,)
 
     clock = Clock({DEFAULT: 3.0})
     outcome = tune.tune(KEY, FORWARD, "cpu", clock, candidates=[SMALL, WIDE, STAGED], run=run)
@@ -82,7 +106,7 @@ def test_a_wrong_or_uncompilable_variant_never_wins(metal):
 
 
 def test_nothing_works(metal):
-    outcome = tune.tune(KEY, FORWARD, "cpu", Clock({}), candidates=[WIDE], run=lambda p, kernel, variant: None)
+    outcome = tune.tune(KEY, FORWARD, "cpu", Clock({}), candidates=[WIDE], run=lambda *_: None)
     assert outcome.winner is None
     assert set(outcome.refused) == {DEFAULT, WIDE}
 
@@ -134,6 +158,29 @@ def test_the_command_stores_what_later_calls_use(a_mac, capsys):
     assert variants.chosen(p, FORWARD, tune.briefly) == WIDE
     assert main(["tune", "--forget"]) == 0
     assert variants.chosen(p, FORWARD, tune.briefly) == DEFAULT
+
+
+def test_the_command_tunes_kernels_of_gradients(metal, cache, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "name", lambda: "Apple M3 Max, 40 cores")
+    chosen = {
+        kernel: tune.candidates(key_of(kernel), kernel)[:2]
+        for kernel in (backward_kernels.QUERIES, backward_kernels.KEYS)
+    }
+    seconds = {variant: 1e-3 * (2 - n) for variants in chosen.values() for n, variant in enumerate(variants)}
+    monkeypatch.setattr(timing, "stopwatch", lambda device: Clock(seconds))
+    monkeypatch.setattr(tune, "candidates", lambda key, kernel: chosen[kernel])
+    assert main([*COMMAND[:-1], "gradients"]) == 0
+    printed = capsys.readouterr().out
+    q = torch.randn(1, 100, 2, 64).half()
+    p = describe.dense(q, q, q, describe.CallOptions())
+    for kernel, (_, fast) in chosen.items():
+        assert re.search(rf"^{kernel.entry.removeprefix('attention_')} +float16 ", printed, re.MULTILINE)
+        assert variants.chosen(p, kernel) == fast
+    assert variants.chosen(p, FORWARD, tune.briefly) == DEFAULT
+
+
+def key_of(kernel):
+    return store.Key(kernel.entry, "float16", 64, 64, "short", "full")
 
 
 def test_auto_stores_too(a_mac, monkeypatch):

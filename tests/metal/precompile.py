@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 from unittest import mock
 
-from flash_attn_mps.problem import AttentionProblem
 from flash_attn_mps.tiers.metal import compiler, launch
-from flash_attn_mps.tiers.metal.kernel import Kernel
 from flash_attn_mps.tiers.metal.specialization import Specialization
 from metal_host import compile_shader, observe
 
 
-def specializations(launches: Iterable[tuple[AttentionProblem, Kernel, Any]]) -> list[Specialization]:
-    """What `launch.run` asks the compiler for, each once. Nothing is compiled."""
-    asked: dict[Specialization, None] = {}
-    with mock.patch.object(compiler, "kernel", asked.setdefault):
+def specializations(launches: Iterable[tuple], run: Callable[..., object] = launch.run) -> list[Specialization]:
+    """What `run` asks the compiler for, given each of `launches`, each once. Nothing is compiled."""
+    asked: dict[Specialization, mock.Mock] = {}
+    with mock.patch.object(compiler, "kernel", lambda specialization: asked.setdefault(specialization, mock.Mock())):
         for arguments in launches:
-            launch.run(*arguments)
+            run(*arguments)
     return list(asked)
 
 
-def precompile(launches: Iterable[tuple[AttentionProblem, Kernel, Any]], instrumented: bool = True) -> None:
-    """Instrumented builds, or those that run without `observe`."""
+def precompile(launches: Iterable[tuple], instrumented: bool = True, run: Callable[..., object] = launch.run) -> None:
+    """Instrumented builds, or those that run without `observe`. `launches`: the arguments of `run`, by default
+    (problem, kernel, variant)."""
 
     def compile_one(specialization: Specialization) -> None:
         with observe(instrumented=instrumented):
             compile_shader(specialization.source())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, specializations(launches)))
+        list(pool.map(compile_one, specializations(launches, run)))

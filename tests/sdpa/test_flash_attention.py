@@ -51,7 +51,6 @@ MALFORMED = [
     (ValueError, "key", (Q, K[:, :, :, :5], K), {}),
     (ValueError, "value", (Q, K, K.float()), {}),
     (NotImplementedError, "attn_mask", (Q, K, K), {"attn_mask": MASK > 0}),
-    (NotImplementedError, "attn_mask", (Q, K, K), {"attn_mask": MASK.clone().requires_grad_()}),
     (ValueError, "attn_mask", (Q, K, K), {"attn_mask": MASK, "is_causal": True}),
     (ValueError, "attn_mask", (Q, K, K), {"attn_mask": MASK.double()}),
     (ValueError, "attn_mask", (Q, K, K), {"attn_mask": MASK[:5]}),

@@ -96,10 +96,6 @@ def test_wrong_arguments_raise_what_torch_raises(as_mps, name, recwarn):
     assert sdpa.stats()["taken"] == sdpa.stats()["fell through"] == {}
 
 
-def trainable(tensor):
-    return tensor.clone().requires_grad_()
-
-
 TORCHS = {  # arguments that torch computes itself, and the key of the reason
     "float64": ("dtype", (Q.double(), Q.double(), Q.double()), {}),
     "2-D": ("shape", (Q[0, 0], Q[0, 0], Q[0, 0]), {}),
@@ -111,7 +107,6 @@ TORCHS = {  # arguments that torch computes itself, and the key of the reason
     "empty values": ("empty", (Q, Q, Q[..., :0]), {}),
     "wide heads": ("head_dim", (randn(1, 1, 2, 520),) * 3, {}),
     "is_causal and a mask": ("mask", (Q, Q, Q, torch.zeros(8, 8)), {"is_causal": True}),
-    "a mask with a gradient": ("mask", (Q, Q, Q, trainable(torch.zeros(8, 8))), {}),
     "a mask that differs in 5-D": ("mask", (Q[None],) * 3 + (torch.zeros(1, 2, 4, 8, 8),), {}),
     "all dropped": ("dropout_p", (Q, Q, Q), {"dropout_p": 1.0}),
 }  # fmt: skip

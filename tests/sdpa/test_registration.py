@@ -244,7 +244,7 @@ def test_for_speed_alone_the_torch_tier_does_not_serve(metal, given, monkeypatch
     replace_tier(monkeypatch, "simdgroup", run=lambda p: None)
     replace_tier(monkeypatch, "torch", run=lambda p: pytest.fail("slower than torch"))
     expected = attend(Q)
-    with sdpa.installed(), pytest.warns(RuntimeWarning, match="does not compile"):
+    with sdpa.installed(), pytest.warns(RuntimeWarning, match="does not work"):
         assert torch.equal(attend(Q), expected)
     assert sdpa.stats()["fell through"] == {"NotImplementedError": 1}
 

@@ -142,6 +142,39 @@ def test_gradients(as_mps, given, how, heads_k):
         assert (mine.double() - true).abs().max() <= allowed
 
 
+BIASES = {"heads": (4, 21, 30), "keys": (1, 30), "batch and queries": (2, 1, 21, 1), "all": (2, 4, 21, 30)}
+
+
+@pytest.mark.parametrize("shape", BIASES.values(), ids=BIASES)
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("leading", [(2,), ()], ids=["4-D", "3-D"])
+def test_gradient_of_a_bias(tier, given, shape, alone, leading):
+    """Of its shape, also where nothing else needs one."""
+    given(budget=0)
+    shape = shape if leading else shape[-3:]
+    tensors = [t.requires_grad_(not alone) for t in qkv((*leading, 4, 21, 64), (*leading, 4, 30, 64), dtype=FP32)]
+    bias = torch.randn(shape).masked_fill_(torch.rand(shape) < 0.1, -math.inf).requires_grad_()
+    out = called(tensors, attn_mask=bias)
+    wanted = [bias] if alone else [*tensors, bias]
+    dout = torch.randn_like(out)
+    ours = torch.autograd.grad(out, wanted, dout)
+    exact = torch.autograd.grad(ORIGINAL(*(t.double() for t in tensors), bias.double()), wanted, dout.double())
+    for mine, true in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_of_a_bias_under_autocast(as_mps, given):
+    """Autocast casts the bias, as torch does; its gradient has the dtype of the parameter."""
+    given(budget=0)
+    tensors, bias = qkv((2, 4, 21, 64), dtype=FP32), torch.randn(4, 21, 21, requires_grad=True)
+    with torch.autocast("cpu", BF16):
+        out = called(tensors, attn_mask=bias)
+    (gradient,) = torch.autograd.grad(out.float().square().sum(), bias)
+    (expected,) = torch.autograd.grad(ORIGINAL(*tensors, attn_mask=bias).square().sum(), bias)
+    assert gradient.dtype == FP32
+    torch.testing.assert_close(gradient, expected, rtol=0.1, atol=0.1)
+
+
 def test_dropout_is_seeded_and_unbiased(as_mps, given):
     given(budget=0)
     tensors = qkv((1, 2, 64, 16), dtype=FP32)

@@ -9,6 +9,8 @@ float32. docs/backward.md has the shapes and what they cost.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from ...problem import AttentionProblem
@@ -18,7 +20,7 @@ from .backward_kernels import KEYS, KEYS_OF_EACH_HEAD, QUERIES, ROWS, ROWS_VARIA
 from .kernel import SERVES
 
 # Keys in pages, in entries of a cache or behind padding are those of inference: the tier `torch` has their gradients.
-SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {LSE_GRADIENT}
+SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {"dropout", LSE_GRADIENT}
 
 # A log-sum-exp of this size is rounded by 2^-24 of it, which is little beside how the dtype rounds a probability. Where
 # one is larger, *rows* computes the scores of the query once more.
@@ -37,8 +39,12 @@ def run(
 ) -> Gradients | None:
     """The gradients, enqueued without waiting. None where a kernel does not compile on this machine."""
     queries, keys = variants.chosen(p, QUERIES), variants.chosen(p, KEYS)
-    few = _simdgroups(p, keys) < _SIMDGROUPS_PER_CORE * gpu.cores()
-    return compute(p, out, lse, dout, dlse, needed, queries, keys, p.heads > p.heads_k and few)
+    return compute(p, out, lse, dout, dlse, needed, queries, keys, each_head(p, keys))
+
+
+def each_head(p: AttentionProblem, keys: Variant) -> bool:
+    """Are KV heads so few that the GPU is only filled by a threadgroup of *keys* for each query head?"""
+    return p.heads > p.heads_k and _simdgroups(p, keys) < _SIMDGROUPS_PER_CORE * gpu.cores()
 
 
 def compute(
@@ -64,10 +70,13 @@ def compute(
     dq = dk = dv = None
     if "q" in needed:
         dq = q.new_empty(q.shape)
-        if not launch.enqueue(QUERIES, p, queries, {**inputs, "dq": dq}):
+        tried = itertools.chain((queries,), variants.instead(p, QUERIES, queries))
+        if not any(launch.enqueue(QUERIES, p, variant, {**inputs, "dq": dq}) for variant in tried):
             return None
     if needed & {"k", "v"}:
-        made = _gradients_of_keys(p, inputs, needed, keys, each_head)
+        tried = itertools.chain((keys,), variants.instead(p, KEYS, keys))
+        makes = (_gradients_of_keys(p, inputs, needed, variant, each_head) for variant in tried)
+        made = next((made for made in makes if made is not None), None)
         if made is None:
             return None
         dk, dv = made

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ...problem import AttentionProblem
-from . import gpu, launch
+from . import backward_trials, gpu, launch
 from .kernel import OPTIONAL_BUFFERS, Buffer, Grid, Kernel, TunedKernel
+from .prove import Proof
 
 MAX_THREADGROUP_BYTES = 32 << 10
 
@@ -49,6 +50,11 @@ def _variants(split: tuple[bool, ...]) -> tuple[Variant, ...]:
         for operands in ((True, False), (False, False), (False, True))
         for apart in split
     )
+
+
+def _worth_tuning(variant: Variant) -> bool:
+    """Small blocks load directly, larger ones pay for the barriers of staging them."""
+    return variant.simdgroups == 4 and variant.staged == (variant.passing > 8)
 
 
 def threadgroup_bytes(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> int:
@@ -123,6 +129,13 @@ def _default(sums: int, element_bytes: int, head_dim: int, head_dim_v: int) -> V
     return next(v for v in candidates if _fits(sums, v, element_bytes, head_dim, head_dim_v))
 
 
+def _fallbacks(sums: int, variant: Variant, *shape: int) -> list[Variant]:
+    """Code of another kind for the same tile, then smaller tiles in smaller groups."""
+    usual = _default(sums, *shape)
+    small = usual._replace(held=8, simdgroups=2, passing=8, staged=False)
+    return [usual, usual._replace(staged=not usual.staged), small, small._replace(held_in_registers=False, reload=True)]
+
+
 class _RowsVariant(NamedTuple):
     held: int  # queries of a simdgroup
     simdgroups: int
@@ -182,6 +195,7 @@ ROWS = Kernel(
     parameters=("large_lse",),
     grid=_tiles_of_queries,
     defines={"ROWS": "HELD", "KEYS": 8, "HELD_IN_REGISTERS": 1},
+    proof=Proof(backward_trials.rows),
 )
 
 QUERIES = TunedKernel(
@@ -196,6 +210,10 @@ QUERIES = TunedKernel(
     fits=functools.partial(_fits, 1),
     default=functools.partial(_default, 1),
     variable="MTLFLASHATTN_VARIANT_DQ",
+    gradients=frozenset("q"),
+    worth_tuning=_worth_tuning,
+    fallbacks=functools.partial(_fallbacks, 1),
+    proof=Proof(backward_trials.queries),
 )
 
 KEYS = TunedKernel(
@@ -223,6 +241,10 @@ KEYS = TunedKernel(
     fits=functools.partial(_fits, 2),
     default=functools.partial(_default, 2),
     variable="MTLFLASHATTN_VARIANT_DKV",
+    gradients=frozenset("kv"),
+    worth_tuning=_worth_tuning,
+    fallbacks=functools.partial(_fallbacks, 2),
+    proof=Proof(backward_trials.keys),
 )
 
 # The same where KV heads are so few that it takes a threadgroup for each of the query heads to fill the GPU: their

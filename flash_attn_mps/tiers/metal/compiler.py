@@ -1,4 +1,4 @@
-"""The one seam between this package and a Metal compiler, and the cache of compiled kernels."""
+"""The one seam between this package and a Metal compiler, and the cache of kernels that are compiled and proved."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ...project import please_report
-from .specialization import Specialization
+from . import proved, refusals
+from .refusals import Refusal
+from .specialization import Compilable
 
 _CACHED = 512  # kernels; lengths, strides and scale are arguments, so few programs need more than a dozen
 
@@ -26,7 +27,7 @@ compile_shader: Callable[[str], Any] = _from_torch
 device_types: frozenset[str] = frozenset({"mps"})
 
 
-failures: dict[Specialization, str] = {}  # what did not compile, and the compiler's log
+failures: dict[Compilable, str] = {}  # what is not used on this machine, and why: the compiler's log, say
 
 
 def unavailable(device: str) -> str | None:
@@ -40,36 +41,59 @@ def unavailable(device: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def kernel(specialization: Specialization) -> Any | None:
-    """The compiled kernel, or None, after a warning, if this machine's Metal does not accept it."""
+def kernel(specialization: Compilable) -> Any | None:
+    """The compiled kernel, or None, after a warning, if it is not to be used on this machine: Metal does not accept it,
+    or it fails its proof."""
+    source = specialization.source()
     try:
-        return getattr(compile_shader(specialization.source()), specialization.kernel.entry)
+        compiled = getattr(compile_shader(source), specialization.kernel.entry)
     except (SyntaxError, RuntimeError) as error:
         failures[specialization] = str(error).strip()
-        _warn_once(specialization, error)
+        _warn_once(specialization, refusals.not_compiled(error))
         return None
+    if refusal := _prove(specialization, compiled, source):
+        failures[specialization] = f"{refusal.what}: {refusal.why}"
+        _warn_once(specialization, refusal)
+        return None
+    return compiled
+
+
+def _prove(specialization: Compilable, compiled: Any, source: str) -> Refusal | None:
+    """Why it is not to be used, if it has not proved itself here before."""
+    # Whoever puts another compiler here has tests of their own for what it compiles.
+    ours = compile_shader is _from_torch
+    proof, wanted = specialization.kernel.proof, proved.wanted("once" if ours else "off")
+    if proof is None or wanted == "off":
+        return None
+    line = proved.digest(source, "torch" if ours else repr(compile_shader))
+    if wanted == "once" and proved.holds(line):
+        return None
+    refusal = proof(specialization, compiled)
+    if refusal is None:
+        proved.remember(line)
+    return refusal
 
 
 def clear() -> None:
-    """Forget all kernels, failures and warnings given."""
+    """Forget all kernels, failures and warnings given, and what the file of proofs said."""
     kernel.cache_clear()
     failures.clear()
+    proved.forget()
     _warned.clear()
 
 
 _warned: set[str] = set()  # entries of kernels
 
 
-def _warn_once(specialization: Specialization, error: Exception) -> None:
+def _warn_once(specialization: Compilable, refusal: Refusal) -> None:
     entry = specialization.kernel.entry
     if entry in _warned:
         return
     _warned.add(entry)
-    reason = str(error).strip().splitlines()
     warnings.warn(
-        f"mtlflashattn: the Metal kernel {entry} did not compile on this machine; falling back to "
-        f"plain PyTorch (slower, same results). {please_report('doctor')} "
-        f"{specialization}: {reason[0] if reason else type(error).__name__}",
+        f"mtlflashattn: the Metal kernel {entry} {refusal.what} on this machine ({refusals.machine()}): {refusal.why}. "
+        f"Another variant of it, or plain PyTorch, serves such calls (same results, perhaps slower). "
+        f"{refusals.advice(refusal)} {specialization}",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""Which GPU this is."""
+"""Which GPU this is, and under which macOS."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def name() -> str:
     return f"{chip}, {count()} cores"  # one name is sold with different numbers of cores
 
 
+_UNKNOWN_CORES = 16  # between an M1 and an M4 Max
+
+
+@functools.cache
+def cores() -> int:
+    """How many cores it has: what runs at a time is so many times what one core runs."""
+    count = getattr(torch.backends.mps, "get_core_count", None)
+    return count() if count is not None and torch.backends.mps.is_available() else _UNKNOWN_CORES
+
+
 @functools.cache
 def generation() -> int:
     """The number in "Apple M3 Max"; 0 where there is none to be found."""
@@ -29,18 +39,28 @@ def generation() -> int:
 
 
 @functools.cache
-def cores() -> int:
-    """How many cores it has; 10, as most have or more, where that is not to be found."""
-    found = re.search(r", (\d+) cores", name())
-    return int(found.group(1)) if found else 10
+def is_virtual() -> bool:
+    """Is it that of a virtual machine (Apple Paravirtual device), as on the hosted runners of CI services?
+
+    Kernels that work on every Mac fail there: genesis-world#3054.
+    """
+    return "virtual" in _brand().lower()
+
+
+@functools.cache
+def os_build() -> str:
+    """macOS's build, like "25B78": two builds of one version may compile a kernel differently. Elsewhere empty."""
+    return _sysctl("kern.osversion") if _brand().startswith("Apple") else ""
 
 
 @functools.cache
 def _brand() -> str:
+    return _sysctl("machdep.cpu.brand_string")
+
+
+def _sysctl(name: str) -> str:
     try:
-        asked = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5, check=False
-        )
+        asked = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return asked.stdout.strip()

@@ -6,7 +6,7 @@ to Metal, `launch.arguments` fills it in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ SERVES = frozenset(
         "window",
         "softcap",
         "alibi",
-        "dropout",
         "varlen",
         "seqused",
         "paged",
@@ -99,15 +98,27 @@ class Buffer(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Kernel:
-    """One kernel. There is one object for each, so that it is cheap as part of a key.
-
-    A kernel is launched in some variant: a NamedTuple of numbers of its own, which Metal has in capitals, as ROWS.
-    """
+class Program:
+    """A function in Metal. There is one object for each, so that it is cheap as part of a key."""
 
     entry: str  # Metal's name of the function
     headers: tuple[str, ...]  # of Metal's library
     sources: tuple[str, ...]  # of kernels/, in the order in which they build on each other
+    # Of a specialization and its compiled function: why that is not to be used, a `refusals.Refusal`; None if it is.
+    # Asked when it is first used on a machine (`prove.Proof`).
+    proof: Callable[[Any, Any], Any | None] | None = None
+
+    def __repr__(self) -> str:
+        return self.entry
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Kernel(Program):
+    """One kernel that works on an `AttentionProblem`.
+
+    A kernel is launched in some variant: a NamedTuple of numbers of its own, which Metal has in capitals, as ROWS.
+    """
+
     buffers: Mapping[str, Buffer]  # in the order of the arguments
     optional: tuple[str, ...]  # which of OPTIONAL_BUFFERS it reads
     parameters: tuple[str, ...] = ()  # names of those that it has besides `Parameters` and strides
@@ -116,8 +127,9 @@ class Kernel:
     )  # what its sources, shared with others, are told of it
     grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
 
-    def __repr__(self) -> str:
-        return self.entry
+
+def _always(_variant: Any) -> bool:
+    return True
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -131,7 +143,11 @@ class TunedKernel(Kernel):
     fits: Callable[[Any, int, int, int], bool]  # variant, bytes of an element, head_dim, head_dim_v
     default: Callable[[int, int, int], Any]  # one that fits: what this GPU should do well with
     variable: str  # of the environment, which forces one
+    gradients: frozenset[str] = frozenset()  # of which tensors it computes them; of none: it computes the output
+    worth_tuning: Callable[[Any], bool] = _always  # is a variant one of those that `tune` times?
+    # What to try in turn where one is refused on this machine, by the arguments of `fits`.
+    fallbacks: Callable[[Any, int, int, int], Sequence[Any]] = lambda *_: ()
 
     def fitting(self, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Any]:
-        """What `tune` tries, and what the tests run."""
+        """Those that these head dims allow."""
         return [variant for variant in self.variants if self.fits(variant, element_bytes, head_dim, head_dim_v)]

@@ -16,7 +16,7 @@ from . import compiler
 from .kernel import Buffer, Grid, Kernel, Parameters
 from .specialization import Mask, Specialization
 
-_TYPES = {
+TYPES = {
     torch.float16: "half",
     torch.bfloat16: "bfloat",
     torch.float32: "float",
@@ -30,16 +30,16 @@ _INT, _FLOAT = struct.Struct("<i"), struct.Struct("<f")
 _NO_MORE: Mapping[str, int] = MappingProxyType({})
 
 
-def limits(p: AttentionProblem) -> list[str]:
-    """Why no Metal kernel serves `p` although they serve its features, in words."""
+def limits(p: AttentionProblem, widest: int = MAX_HEAD_DIM) -> list[str]:
+    """Why no Metal kernel for head dims up to `widest` serves `p` although it serves its features, in words."""
     if p.q.device.type not in compiler.device_types:
         return [f"tensors are on {p.q.device}"]
     reasons = []
     if p.empty:
         reasons.append("there are no scores")
-    if p.q.shape[-1] > MAX_HEAD_DIM or p.v.shape[-1] > MAX_HEAD_DIM:
-        reasons.append(f"head_dim above {MAX_HEAD_DIM}")
-    if isinstance(p.softmax_scale, torch.Tensor) and p.softmax_scale.dtype not in _TYPES:
+    if p.q.shape[-1] > widest or p.v.shape[-1] > widest:
+        reasons.append(f"head_dim above {widest}")
+    if isinstance(p.softmax_scale, torch.Tensor) and p.softmax_scale.dtype not in TYPES:
         reasons.append("softmax_scale is a tensor of another dtype than float")
     return reasons
 
@@ -54,7 +54,7 @@ FORWARD_BUFFERS = {
 
 
 def run(p: AttentionProblem, kernel: Kernel, variant: Any) -> Result | None:
-    """The forward pass, by a kernel of `FORWARD_BUFFERS`. None where it does not compile on this machine."""
+    """The forward pass, by a kernel of `FORWARD_BUFFERS`. None where that is not to be used on this machine."""
     result = outputs(p)
     tensors = {"q": p.q, "k": p.k, "v": p.v, "out": result.out, "lse": result.lse}
     return result if enqueue(kernel, p, variant, tensors) else None
@@ -67,7 +67,7 @@ def enqueue(
     tensors: Mapping[str, torch.Tensor | None],
     parameters: Mapping[str, int] = _NO_MORE,
 ) -> bool:
-    """One launch, without waiting for it. False where the kernel does not compile on this machine.
+    """One launch, without waiting for it. False where the kernel is not to be used on this machine.
 
     `tensors`: the kernel's own buffers; `parameters`: the values of its own parameters, by name.
     """
@@ -128,7 +128,7 @@ def arguments(
         values.append(t if name in _STRIDED or t.is_contiguous() else t.contiguous())
     specialization = Specialization(
         kernel,
-        _TYPES[q.dtype],
+        TYPES[q.dtype],
         "" if p.k.dtype is q.dtype else quantised.FORMATS[p.k.dtype].name,
         q.shape[-1],
         p.v.shape[-1],
@@ -140,7 +140,7 @@ def arguments(
         p.dropout_p > 0,
         tuple(given),
         mask_layout(p.mask) if p.mask is not None else None,
-        _TYPES[scale.dtype] if isinstance(scale, torch.Tensor) else "float",
+        TYPES[scale.dtype] if isinstance(scale, torch.Tensor) else "float",
         variant,
     )
     return specialization, values
@@ -157,15 +157,18 @@ def _copied(t: torch.Tensor, name: str, kernel: Kernel) -> torch.Tensor:
 
 def mask_layout(mask: torch.Tensor) -> Mask:
     """What the kernel is compiled for: three alignments, whatever the lengths."""
-    rows, columns = (0 if n == 1 else stride for n, stride in zip(mask.shape[2:], mask.stride()[2:], strict=True))
+    batch, heads, rows, columns = mask_strides(mask)
     aligned = 0
     if columns == 1:
-        together: Any = mask.storage_offset() | 16 // mask.itemsize
-        for n, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True):
-            together |= stride if n > 1 else 0
+        together = mask.storage_offset() | 16 // mask.itemsize | batch | heads | rows
         aligned = (together & -together) * mask.itemsize
         aligned = 16 if aligned == 16 else 4 if aligned >= 4 else 1
-    return Mask(_TYPES[mask.dtype], aligned, rows == 0, columns == 0)
+    return Mask(TYPES[mask.dtype], aligned, rows == 0, columns == 0)
+
+
+def mask_strides(mask: torch.Tensor) -> list[Any]:
+    """Of batch, heads, rows and columns: 0 where it is broadcast."""
+    return [0 if n == 1 else stride for n, stride in zip(mask.shape, mask.stride(), strict=True)]
 
 
 def outputs(p: AttentionProblem) -> Result:
@@ -186,7 +189,7 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
     heads, scale = p.heads, p.softmax_scale
     lse_batch, lse_head = (0, p.q.shape[0]) if p.cu_seqlens_q is not None else (heads * seqlen_q, seqlen_q)
     page_size, block_table_row = (0, 0) if p.block_table is None else (p.k.shape[1], p.block_table.shape[1])
-    mask_batch, mask_head, mask_row, mask_column = (0, 0, 0, 0) if p.mask is None else p.mask.stride()
+    mask_batch, mask_head, mask_row, mask_column = (0, 0, 0, 0) if p.mask is None else mask_strides(p.mask)
     k_descale_batch, k_descale_head = (0, 0) if p.k_descale is None else p.k_descale.stride()
     v_descale_batch, v_descale_head = (0, 0) if p.v_descale is None else p.v_descale.stride()
     return Parameters(

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
-from . import launch
+from . import launch, trial
 from .kernel import OPTIONAL_BUFFERS, SERVES, Grid, Kernel
+from .prove import Proof
+from .specialization import Specialization
 
 
 class Variant(NamedTuple):
@@ -21,6 +23,10 @@ def _grid(p: AttentionProblem, variant: Variant) -> Grid:
     return launch.tiles_of_queries(p, variant.threads, variant.threads)
 
 
+def _trial(s: Specialization) -> trial.Trial:
+    return trial.forward(s, s.variant.threads + 19, s.variant.threads + 14)
+
+
 FORWARD = Kernel(
     entry="attention_scalar",
     headers=("metal_stdlib",),
@@ -28,6 +34,7 @@ FORWARD = Kernel(
     buffers=launch.FORWARD_BUFFERS,
     optional=tuple(OPTIONAL_BUFFERS),
     grid=_grid,
+    proof=Proof(_trial),
 )
 
 
@@ -35,4 +42,4 @@ def _run(p: AttentionProblem) -> Result | None:
     return launch.run(p, FORWARD, VARIANT)
 
 
-TIER = Tier("scalar", SERVES | {"quantised"}, launch.limits, _run, metal=True)
+TIER = Tier("scalar", SERVES | {"dropout", "quantised"}, launch.limits, _run, metal=True)

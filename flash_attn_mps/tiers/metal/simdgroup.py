@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
-from . import backward, gpu, launch, tune, variants
+from . import backward, gpu, launch, trial, tune, variants
 from .kernel import OPTIONAL_BUFFERS, SERVES, Grid, TunedKernel
+from .prove import Proof
+from .specialization import Specialization
 
 
 class Variant(NamedTuple):
@@ -61,6 +63,20 @@ def default(element_bytes: int, head_dim: int, head_dim_v: int) -> Variant:
     return next(variant for variant in candidates if fits(variant, element_bytes, head_dim, head_dim_v))
 
 
+def fallbacks(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Variant]:
+    """Code of another kind for the same tile, then smaller tiles in smaller groups."""
+    usual = default(element_bytes, head_dim, head_dim_v)
+    small = usual._replace(rows=8, simdgroups=2, keys=min(usual.keys, 16), staged=False)
+    return [usual, usual._replace(staged=not usual.staged), small, small._replace(keys=8)]
+
+
+def _trial(s: Specialization) -> trial.Trial:
+    """Work for all simdgroups of a group, and a tail. There are more queries than keys: the first may see none."""
+    queries, keys = s.variant.rows * s.variant.simdgroups, s.variant.keys
+    seqlen_q = max(queries + 19, 2 * keys + 18)
+    return trial.forward(s, seqlen_q, seqlen_q - 5)
+
+
 def _grid(p: AttentionProblem, variant: Variant) -> Grid:
     return launch.tiles_of_queries(p, variant.rows * variant.simdgroups, 32 * variant.simdgroups)
 
@@ -94,16 +110,23 @@ FORWARD = TunedKernel(
     fits=fits,
     default=default,
     variable="MTLFLASHATTN_VARIANT",
+    fallbacks=fallbacks,
+    proof=Proof(_trial),
 )
 
 
 def _run(p: AttentionProblem) -> Result | None:
-    return launch.run(p, FORWARD, variants.chosen(p, FORWARD, tune.briefly))
+    variant = variants.chosen(p, FORWARD, tune.briefly)
+    result = launch.run(p, FORWARD, variant)
+    if result is None:
+        others = (launch.run(p, FORWARD, other) for other in variants.instead(p, FORWARD, variant))
+        result = next((found for found in others if found is not None), None)
+    return result
 
 
 TIER = Tier(
     "simdgroup",
-    SERVES | {"quantised"},
+    SERVES | {"dropout", "quantised"},
     launch.limits,
     _run,
     backward.SERVES_BACKWARD,

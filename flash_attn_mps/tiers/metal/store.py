@@ -58,15 +58,17 @@ class Winner(NamedTuple):
     default_seconds: float  # of the variant that it is better than
 
 
-def path() -> Path:
-    """`MTLFLASHATTN_CACHE`, or the platform's cache directory, and the file in it."""
+def directory() -> Path:
+    """`MTLFLASHATTN_CACHE`, or the platform's cache directory."""
     if chosen := os.environ.get(CACHE):
-        base = Path(chosen).expanduser()
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches" / "mtlflashattn"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtlflashattn"
-    return base / "variants.json"
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mtlflashattn"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtlflashattn"
+
+
+def path() -> Path:
+    return directory() / "variants.json"
 
 
 def machine() -> dict[str, str]:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import describe, timing
-from ...problem import AttentionProblem, Result
+from ...problem import AttentionProblem
 from .. import reference
-from . import launch, store
+from . import backward, launch, store
 from .kernel import TunedKernel
 from .store import Key, Winner
 
@@ -29,8 +29,19 @@ _LENGTHS = {"short": (4, 384, 16), "medium": (1, 1536, 16), "long": (1, 4096, 8)
 _WINDOW = 1024
 _SMALL = 150  # the length at which results are compared: beyond a block of any variant, and no multiple of 8
 
-Launch = Callable[[AttentionProblem, TunedKernel, Any], Result | None]
 _log = logging.getLogger(__name__)
+
+
+class Trial(NamedTuple):
+    """A call to time. Of gradients, the forward pass is given."""
+
+    p: AttentionProblem
+    out: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    dout: torch.Tensor | None = None
+
+
+Launch = Callable[[Trial, TunedKernel, Any], "Sequence[torch.Tensor] | None"]
 
 
 class Outcome(NamedTuple):
@@ -53,9 +64,21 @@ def keys(
 
 
 def candidates(key: Key, kernel: TunedKernel) -> list[Any]:
-    """All that fit, the default first."""
+    """The default, and of those that fit all that may be faster."""
     shape = _shape(key)
-    return list(dict.fromkeys([kernel.default(*shape), *kernel.fitting(*shape)]))
+    return list(dict.fromkeys([kernel.default(*shape), *filter(kernel.worth_tuning, kernel.fitting(*shape))]))
+
+
+def launched(trial: Trial, kernel: TunedKernel, variant: Any) -> Sequence[torch.Tensor] | None:
+    """What the kernel computes by that variant. None where it does not compile."""
+    p, out, lse, dout = trial
+    if out is None or lse is None or dout is None:
+        result = launch.run(p, kernel, variant)
+        return None if result is None else (result.out,)
+    # *Rows*, which runs before, is small beside them.
+    each_head = backward.each_head(p, variant)
+    grads = backward.compute(p, out, lse, dout, None, kernel.gradients, variant, variant, each_head)
+    return None if grads is None else tuple(grad for grad in grads if grad is not None)
 
 
 def tune(
@@ -65,23 +88,23 @@ def tune(
     watch: timing.Stopwatch,
     *,
     candidates: Sequence[Any],
-    run: Launch = launch.run,
+    run: Launch = launched,
     tick: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """The fastest of `candidates` and the default, for calls of class `key`. `tick` is called once for each."""
     default = kernel.default(*_shape(key))
     refused = {}
-    small = _problem(key, device, 2, _SMALL, 2)
-    exact = reference.run(_in_fp32(small)).out
+    small = _trial(_problem(key, device, 2, _SMALL, 2), kernel)
+    exact = _exact(small, kernel)
     calls = {}
-    p = _problem(key, device, *_LENGTHS[key.length])
+    trial = _trial(_problem(key, device, *_LENGTHS[key.length]), kernel)
     for variant in dict.fromkeys([default, *candidates]):
         reason = _refusal(functools.partial(run, small, kernel, variant), exact, small)
         if reason:
             refused[variant] = reason
             tick()
         else:
-            calls[variant] = functools.partial(run, p, kernel, variant)
+            calls[variant] = functools.partial(run, trial, kernel, variant)
     times: dict[Any, float] = {}
     alive = list(calls)
     for heat, (count, share) in enumerate(_HEATS):
@@ -156,20 +179,43 @@ def _problem(key: Key, device: torch.device | str, batch: int, length: int, head
     )
 
 
-def _in_fp32(p: AttentionProblem) -> AttentionProblem:
-    """On the CPU, since PyTorch's own kernels on that GPU may be wrong as well."""
-    return replace(p, q=p.q.float().cpu(), k=p.k.float().cpu(), v=p.v.float().cpu())
+def _trial(p: AttentionProblem, kernel: TunedKernel) -> Trial:
+    if not kernel.gradients:
+        return Trial(p)
+    result = reference.run(replace(p, want_lse=True))
+    generator = torch.Generator().manual_seed(1)
+    dout = torch.randn(p.out_shape, generator=generator).to(p.q.device, p.q.dtype)
+    return Trial(p, result.out, result.lse, dout)
 
 
-def _refusal(call: Callable[[], Result | None], exact: torch.Tensor, p: AttentionProblem) -> str | None:
+def _exact(trial: Trial, kernel: TunedKernel) -> Sequence[torch.Tensor]:
+    """In fp32, and on the CPU, since PyTorch's own kernels on that GPU may be wrong as well."""
+    p, _, _, dout = trial
+    p = replace(p, q=p.q.float().cpu(), k=p.k.float().cpu(), v=p.v.float().cpu(), want_lse=True)
+    result = reference.run(p)
+    if dout is None:
+        return (result.out,)
+    assert result.lse is not None
+    grads = reference.backward(p, result.out, result.lse, dout.float().cpu(), None, kernel.gradients)
+    return tuple(grad for grad in grads if grad is not None)
+
+
+def _refusal(
+    call: Callable[[], Sequence[torch.Tensor] | None], exact: Sequence[torch.Tensor], trial: Trial
+) -> str | None:
     """Why a variant is ruled out, in words; None if it is not."""
     try:
-        result = call()
+        results = call()
     except (RuntimeError, ValueError) as failure:  # a pipeline that takes fewer threads than the variant has, say
         return f"it fails to launch ({failure})"
-    if result is None:
+    if results is None:
         return "it does not compile"
-    error = (result.out.float().cpu() - exact).abs().max().item()
-    # Probabilities and output are rounded once each to the dtype of v.
-    allowed = 2 * torch.finfo(p.v.dtype).eps * p.v.abs().max().item() + 1e-5
-    return None if error <= allowed else f"its result is off by {error:.2g}; rounding explains {allowed:.2g}"
+    eps = torch.finfo(trial.p.v.dtype).eps
+    for result, right in zip(results, exact, strict=True):
+        error = (result.float().cpu() - right).abs().max().item()
+        # Probabilities and output are rounded once each to the dtype of v; for gradients ds and the output are, too.
+        largest = trial.p.v.abs().max().item() if trial.dout is None else 2 * right.abs().max().item()
+        allowed = 2 * eps * largest + 1e-5
+        if not error <= allowed:
+            return f"its result is off by {error:.2g}; rounding explains {allowed:.2g}"
+    return None

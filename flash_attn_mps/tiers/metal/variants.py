@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...problem import AttentionProblem
@@ -34,6 +34,16 @@ def chosen(
     if variant is None:
         variant = _chosen[call] = _choose(p, kernel, tuned)
     return variant
+
+
+def instead(p: AttentionProblem, kernel: TunedKernel, refused: Any) -> Iterator[Any]:
+    """What to run `p` with, in turn, where `refused` is not to be used on this machine."""
+    shape = (p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
+    tried = {refused}
+    for variant in kernel.fallbacks(refused, *shape):
+        if variant not in tried and kernel.fits(variant, *shape):
+            tried.add(variant)
+            yield variant
 
 
 def forget() -> None:

@@ -98,7 +98,7 @@ def _ours(tier: Tier, workload: Workload, x: Inputs) -> Call:
     def call() -> tuple[torch.Tensor, ...]:
         found = by_tier(tier, workload, x)
         if found is None:
-            raise Unsupported("its kernel does not compile on this machine")
+            raise Unsupported("its kernel does not work on this machine")
         return found
 
     return call

@@ -7,15 +7,14 @@ Its name says all of it, so that a failure on somebody's machine can be run agai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ...tiers import BY_NAME, Tier, cpu
-from ...tiers.metal import simdgroup
+from ...tiers.metal import backward_kernels, decode, simdgroup
 
-TILED = simdgroup.TIER
-KERNEL = simdgroup.FORWARD  # of TILED: a case that names a variant runs it
+TILED = simdgroup.TIER  # a case of it that names a variant runs that: of the forward kernel, or of those of gradients
 
 
 class Feature(NamedTuple):
@@ -73,6 +72,12 @@ FEATURES = {
     "heads first": Feature(strides="heads first"),
     "gaps": Feature(strides="gaps", causal=True),
     "strided last dim": Feature(strides="last"),
+    "few queries": Feature(((3, 700), (3, 700)), (8, 1), causal=True),
+    "few queries, everything": Feature(
+        ((4, 700), (1, 70), (0, 9), (3, 0), (7, 257)), (8, 2), "packed", "gaps", True, (300, 0), 5.0, "batch", True
+    ),
+    "few queries, bool mask": Feature(((3, 500), (3, 500)), (4, 2), mask="bool"),
+    "few queries, float mask": Feature(((5, 300),), (6, 2), mask="float", sinks=True),
     **{f"{q} queries, {k} keys": Feature(((q, k),), causal=True) for q, k in ((1, 257), (7, 31), (32, 32), (257, 64))},
     "dropout": Feature(dropout=0.3, causal=True, heads=(4, 2)),
     "packed, dropout": Feature(_RAGGED, layout="packed", dropout=0.3),
@@ -102,8 +107,10 @@ _DIFFERENTIATED = (
     "packed, dropout",
 )
 FEATURES |= {f"gradients, {name}": FEATURES[name]._replace(gradients=True) for name in _DIFFERENTIATED}
+
 # What shows whether a variant works: both edges, lengths that are no multiple of any block, sequences of no length.
 _OF_VARIANTS = ("packed, everything", "full", "causal")
+_OF_BACKWARD_VARIANTS = tuple(f"gradients, {name}" for name in _OF_VARIANTS)
 
 
 class Case(NamedTuple):
@@ -129,7 +136,7 @@ def parse(text: str) -> Case:
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
     case = Case(tier, dtype, int(head_dim), int(head_dim_v), feature, *variant)
-    if case.variant and case.variant not in _variants(case.dtype, case.head_dim, case.head_dim_v):
+    if case.variant and case.variant not in variants(case):
         raise ValueError(f"variant {case.variant!r} does not exist for {case}")
     return case
 
@@ -152,25 +159,44 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
     if metal:
         for dtype in DTYPES:
             yield from (Case(TILED.name, dtype, *dims, feature) for dims in head_dims for feature in _served(TILED))
-        wanted, dtypes, features = _VARIANTS[level]
+        wanted, dtypes, count = _VARIANTS[level]
         for dtype in dtypes:
             for dims in wanted:
-                for variant in _variants(dtype, *dims):
-                    yield from (Case(TILED.name, dtype, *dims, f, variant) for f in _OF_VARIANTS[:features])
+                for names in (_OF_VARIANTS, _OF_BACKWARD_VARIANTS):
+                    plain = [Case(TILED.name, dtype, *dims, name) for name in names[:count]]
+                    for name, variant in variants(plain[0]).items():
+                        if (
+                            level == "full"
+                            or not FEATURES[names[0]].gradients
+                            or backward_kernels.KEYS.worth_tuning(variant)
+                        ):
+                            yield from (case._replace(variant=name) for case in plain)
     few = _USUAL if level == "full" else head_dims[:2]
     # The tiled kernel is covered above. The cpu tier is PyTorch's own code, which needs no test on a Mac.
     for name, tier in BY_NAME.items():
         if name in (TILED.name, cpu.TIER.name) if metal else tier.metal:
             continue
+        wide = [(decode.MAX_HEAD_DIM, decode.MAX_HEAD_DIM)] if tier is decode.TIER else []
         for dtype in DTYPES:
-            yield from (Case(name, dtype, *dims, feature) for dims in few for feature in _served(tier))
+            yield from (Case(name, dtype, *dims, feature) for dims in [*few, *wide] for feature in _served(tier))
+
+
+def _is_few(feature: Feature) -> bool:
+    """Does the decode tier serve it?"""
+    queries, keys = map(max, zip(*feature.lengths, strict=True))
+    return queries <= decode.MAX_QUERIES and keys >= decode.MIN_KEYS
 
 
 def _served(tier: Tier) -> Iterator[str]:
-    """Without gradients for a tier that computes none."""
-    return (name for name, feature in FEATURES.items() if tier.backward is not None or not feature.gradients)
+    """Without gradients for a tier that computes none; few queries for the tier of these."""
+    names = (name for name, feature in FEATURES.items() if tier.backward is not None or not feature.gradients)
+    return (name for name in names if tier is not decode.TIER or _is_few(FEATURES[name]))
 
 
-def _variants(dtype: str, head_dim: int, head_dim_v: int) -> list[str]:
-    found = KERNEL.fitting(getattr(torch, dtype).itemsize, head_dim, head_dim_v)
-    return list(map(str, found))
+def variants(case: Case) -> dict[str, Any]:
+    """Those of the kernel that computes the case, by name: of the forward kernel, or of those of gradients."""
+    shape = getattr(torch, case.dtype).itemsize, case.head_dim, case.head_dim_v
+    if not FEATURES[case.feature].gradients:
+        return {str(variant): variant for variant in simdgroup.FORWARD.fitting(*shape)}
+    of_queries = set(backward_kernels.QUERIES.fitting(*shape))
+    return {str(v): v for v in backward_kernels.KEYS.fitting(*shape) if v._replace(split=False) in of_queries}

@@ -8,10 +8,11 @@ import torch
 
 from ... import quantised
 from ...problem import AttentionProblem, Result
-from ...tiers import BY_NAME, Gradients, Tier, cpu
-from ...tiers.metal import compiler, launch
+from ...tiers import BY_NAME, Gradients, cpu
+from ...tiers.metal import backward, compiler, launch, simdgroup
+from . import cases
 from .build import Built, build
-from .cases import KERNEL, Case
+from .cases import Case
 
 # The outcomes of a case. If the cpu tier does not support it, that is no failure: PyTorch decides what it supports.
 RIGHT, WRONG, NOT_COMPILED, RAISED, NOT_SERVED = "right", "wrong", "not compiled", "raised", "not served"
@@ -42,7 +43,7 @@ def run(case: Case, device: torch.device | str) -> Outcome:
             return Outcome(case, NOT_SERVED, detail="; ".join(dict.fromkeys(reasons)))
         known = set(compiler.failures)
         result = _result(case, built.problem)
-        gradients = Gradients() if result is None else _gradients(tier, built, result)
+        gradients = Gradients() if result is None else _gradients(case, built, result)
         if result is None or gradients is None:
             logs = [log for specialization, log in compiler.failures.items() if specialization not in known]
             return Outcome(case, NOT_COMPILED, detail=logs[0] if logs else "as in a case before")
@@ -52,17 +53,21 @@ def run(case: Case, device: torch.device | str) -> Outcome:
 
 
 def _result(case: Case, p: AttentionProblem) -> Result | None:
-    if not case.variant:
+    if not case.variant or p.needs_grad:
         return BY_NAME[case.tier].run(p)
-    found = KERNEL.fitting(p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
-    return launch.run(p, KERNEL, next(v for v in found if str(v) == case.variant))
+    return launch.run(p, simdgroup.FORWARD, cases.variants(case)[case.variant])
 
 
-def _gradients(tier: Tier, built: Built, result: Result) -> Gradients | None:
+def _gradients(case: Case, built: Built, result: Result) -> Gradients | None:
     """None where a kernel does not compile; empty where none are to be computed."""
-    if built.dout is None or tier.backward is None or result.lse is None:
+    tier, p, lse, dout, needed = BY_NAME[case.tier], built.problem, result.lse, built.dout, frozenset(built.gradients)
+    if dout is None or lse is None or tier.backward is None:
         return Gradients()
-    return tier.backward(built.problem, result.out, result.lse, built.dout, None, frozenset(built.gradients))
+    if not case.variant:
+        return tier.backward(p, result.out, lse, dout, None, needed)
+    keys = cases.variants(case)[case.variant]
+    queries, each_head = keys._replace(split=False), backward.each_head(p, keys)
+    return backward.compute(p, result.out, lse, dout, None, needed, queries, keys, each_head)
 
 
 def _judged(case: Case, built: Built, result: Result, gradients: Gradients) -> Outcome:

@@ -5,6 +5,9 @@ Importing this package does not import torch; taking a function from it does.
 """
 
 from flash_attn_shim import policy as _policy
+from flash_attn_shim.guests.presented import present as _present
+
+_present(__name__)
 
 __version__ = _policy.FLASH_ATTN_VERSION
 

@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from flash_attn_shim.guests.dialects import of_four_values as _of_four_values
+from flash_attn_shim.guests.presented import present as _present
+
+_present(__name__)
+
 __all__ = [
     "IndexFirstAxis",
     "IndexFirstAxisResidual",
@@ -80,6 +85,7 @@ index_put_first_axis = IndexPutFirstAxis.apply
 index_first_axis_residual = IndexFirstAxisResidual.apply
 
 
+@_of_four_values
 def unpad_input(
     hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
@@ -94,7 +100,8 @@ def unpad_input(
         tuple: `(hidden_states, indices, cu_seqlens, max_seqlen, seqused)`: the packed tokens `(total, ...)`; their
             indices in the flattened
         batch `(total,)`, int64; bounds `(batch + 1,)`, int32; the longest sequence, an int; and the valid tokens of
-        each sequence `(batch,)`, int32. Bounds and longest count both masks.
+        each sequence `(batch,)`, int32. Bounds and longest count both masks. Where the calling code takes four values,
+        as before flash-attn 2.7, the last one is left out.
     """
     placed = attention_mask if unused_mask is None else attention_mask + unused_mask
     seqlens = placed.sum(dim=-1, dtype=torch.int32)

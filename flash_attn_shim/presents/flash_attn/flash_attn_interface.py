@@ -27,6 +27,8 @@ from flash_attn_mps.frontends.fa2_private import (
     _flash_attn_varlen_backward,
     _flash_attn_varlen_forward,
 )
+from flash_attn_shim.guests import fa1 as _fa1
+from flash_attn_shim.guests.presented import present as _present
 from flash_attn_shim.rehome import rehome as _rehome
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
+_present(__name__)
 _rehome(globals())
 
 # diffusers calls these.
@@ -94,3 +97,11 @@ FlashAttnQKVPackedFunc = _applied("FlashAttnQKVPackedFunc", flash_attn_qkvpacked
 FlashAttnVarlenFunc = _applied("FlashAttnVarlenFunc", flash_attn_varlen_func)
 FlashAttnVarlenKVPackedFunc = _applied("FlashAttnVarlenKVPackedFunc", flash_attn_varlen_kvpacked_func)
 FlashAttnVarlenQKVPackedFunc = _applied("FlashAttnVarlenQKVPackedFunc", flash_attn_varlen_qkvpacked_func)
+
+
+def __getattr__(name):
+    """FlashAttention 1's names, for programs that cannot do without them."""
+    function = _fa1.function(name)
+    if function is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return function

@@ -279,7 +279,7 @@ METAL_FUNC void pass_all(
     flags.visible = flags.altered = 0;
     if (range.visible_end > 0) {
       if (beyond) range.full_end = range.full_begin;
-      flags = scan_mask<OF_KEYS != 0>(range, scoring, OF_KEYS ? run : held.first, OF_KEYS ? held.first : run, seqlen_k, lane);
+      flags = scan_mask<OF_KEYS != 0>(range, scoring, OF_KEYS ? run : held.first, OF_KEYS ? held.first : run, PASSING, seqlen_k, lane);
     }
     uint visible = flags.visible;
 #if STAGED

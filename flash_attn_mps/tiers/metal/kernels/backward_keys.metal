@@ -2,7 +2,7 @@
 // keys: backward.metal. It makes those of the two gradients that have a buffer.
 // BUFFERS, INPUTS and the names in params[...] are declared by the host: KEYS in backward.py.
 
-[[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
+[[max_total_threads_per_threadgroup(BOUND(32 * SIMDGROUPS))]]
 kernel void attention_backward_keys(
     BUFFERS
     uint3 group [[threadgroup_position_in_grid]],
@@ -15,7 +15,7 @@ kernel void attention_backward_keys(
   // As tile_of. Rows behind the last sequence count as its own, so that somebody writes them.
   int batch = int(group.z), tile_index = int(group.x), rows = int(params[TOTAL_K]);
 #if HAS_CU_SEQLENS_K
-  batch = packed_sequence_of(tile_index, HELD * SIMDGROUPS, in.cu_seqlens_k, int(params[BATCH]));
+  batch = packed_sequence_of(tile_index, HELD * SIMDGROUPS, 1, in.cu_seqlens_k, int(params[BATCH]));
   tile_index -= in.cu_seqlens_k[batch] / (HELD * SIMDGROUPS) + batch;
   rows = (batch == int(params[BATCH]) - 1 ? rows : in.cu_seqlens_k[batch + 1]) - in.cu_seqlens_k[batch];
 #endif

@@ -1,7 +1,7 @@
 // dq: a simdgroup holds queries and their gradients of the output, and lets the keys pass that they see: backward.metal.
 // BUFFERS, INPUTS and the names in params[...] are declared by the host: QUERIES in backward.py.
 
-[[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
+[[max_total_threads_per_threadgroup(BOUND(32 * SIMDGROUPS))]]
 kernel void attention_backward_queries(
     BUFFERS
     uint3 group [[threadgroup_position_in_grid]],

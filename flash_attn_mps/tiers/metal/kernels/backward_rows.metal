@@ -100,7 +100,7 @@ METAL_FUNC float3 terms_of(Walk walk, float lse, Scoring scoring, int head, Inpu
   return float3(sees_nothing ? 0.0f : walk.m, sees_nothing ? INFINITY : log2_l - log2(statistics.rescale), of_sink);
 }
 
-[[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
+[[max_total_threads_per_threadgroup(BOUND(32 * SIMDGROUPS))]]
 kernel void attention_backward_rows(
     BUFFERS
     uint3 group [[threadgroup_position_in_grid]],

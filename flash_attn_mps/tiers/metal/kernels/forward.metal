@@ -54,7 +54,6 @@ METAL_FUNC void online_softmax(
     int first_key,
     int seqlen_k,
     Lane lane) {
-  state.kept.move_to(state.first_row, first_key, lane);
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     // Scale, soft-cap, ALiBi, window, mask.
     int row = state.first_row + 8 * r + lane.row;
@@ -164,6 +163,7 @@ template <bool EDGE, bool MASKED, typename AnyKeys>
 METAL_FUNC void attend_block(thread State& state, AnyKeys keys, Scoring scoring, MaskTile mask_tile, int first_key, Lane lane) {
   Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
   Operand p[ROW_FRAGMENTS][KEY_FRAGMENTS];
+  state.kept.move_to(state.first_row, first_key, lane);  // before s takes registers
   compute_qk<EDGE>(s, state, keys, first_key, lane);
   online_softmax<EDGE, MASKED>(s, p, state, scoring, mask_tile, first_key, keys.seqlen, lane);
   accumulate_pv<EDGE, MASKED>(s, p, state, keys, first_key, lane);
@@ -188,7 +188,7 @@ METAL_FUNC void dispatch_block(
   }
 }
 
-[[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
+[[max_total_threads_per_threadgroup(BOUND(32 * SIMDGROUPS))]]
 kernel void attention_forward(
     BUFFERS
     uint3 group [[threadgroup_position_in_grid]],
@@ -235,7 +235,7 @@ kernel void attention_forward(
   for (int run = group_range.visible_begin; run < group_range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
     BlockFlags flags;
     flags.visible = flags.altered = 0;
-    if (is_needed) flags = scan_mask<false>(range, scoring, state.first_row, run, keys.seqlen, lane);
+    if (is_needed) flags = scan_mask<false>(range, scoring, state.first_row, run, KEYS, keys.seqlen, lane);
     uint visible = visible_to_any(staging.votes, flags.visible, run / (BLOCKS_PER_RUN * KEYS) % 2, simdgroup, index);
     for (; visible; visible &= visible - 1) {
       uint block = ctz(visible);
@@ -255,7 +255,7 @@ kernel void attention_forward(
   if (!is_needed) range.visible_end = range.visible_begin;
 #if HAS_MASK
   for (int run = range.visible_begin; run < range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
-    BlockFlags flags = scan_mask<false>(range, scoring, state.first_row, run, keys.seqlen, lane);
+    BlockFlags flags = scan_mask<false>(range, scoring, state.first_row, run, KEYS, keys.seqlen, lane);
     for (; flags.visible; flags.visible &= flags.visible - 1) {
       uint block = ctz(flags.visible);
       int first_key = run + int(block) * KEYS;

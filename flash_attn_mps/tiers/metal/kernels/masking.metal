@@ -75,7 +75,7 @@ struct MaskTile {
 
   METAL_FUNC void load_vectors(Scoring scoring, int first_row, int first_key, Lane lane) thread {
     UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-      int row = min(first_row + 8 * r + lane.row, scoring.seqlen_q - 1);
+      int row = min(first_row + 8 * r + lane.row, scoring.seqlen_q * HEADS_IN_TILE - 1);
       Words<MASK_WORDS>::load(words[r], (device const uint*)(scoring.mask_at(row, key_of(first_key, 0, lane.column, 0))));
     }
   }
@@ -88,8 +88,9 @@ struct MaskTile {
       UNROLL for (int w = 0; w < MASK_WORDS; ++w) words[r][w] = 0;
       UNROLL for (int i = 0; i < MASK_ELEMENTS; ++i) {
         int key = key_of(first_key, i, lane.column, 0);
-        MASK_T x = *scoring.mask_at(min(row, scoring.seqlen_q - 1), EDGE ? min(key, seqlen - 1) : key);
-        if (EDGE && !is_visible(scoring, row, key, seqlen)) x = MASK_IS_BOOL ? MASK_T(0) : MASK_T(-INFINITY);
+        int last_row = scoring.seqlen_q * HEADS_IN_TILE - 1;
+        MASK_T x = *scoring.mask_at(min(row, last_row), EDGE ? min(key, seqlen - 1) : key);
+        if (EDGE && !is_visible(scoring, query_of(row), key, seqlen)) x = MASK_IS_BOOL ? MASK_T(0) : MASK_T(-INFINITY);
         words[r][i * MASK_BYTES / 4] |= bits_of(x) << (8 * (i * MASK_BYTES % 4));
       }
     }
@@ -142,22 +143,23 @@ constant constexpr int BLOCKS_PER_RUN = 32;   // as many as BlockFlags has bits
 constant constexpr int BLOCKS_IN_FLIGHT = 4;  // whose masks are loaded together
 
 // What the mask says of a run of blocks of ROWS queries and KEYS keys: of those of the queries from `first_row` on, whose keys
-// lie in `range`, from `first_key` on; or, ALONG_QUERIES, with the sides exchanged. A block with an edge on the side of the run
-// counts as visible and altered, unread.
+// lie in `range`, each `step` keys after the one before, from `first_key` on; or, ALONG_QUERIES, with the sides exchanged. A block
+// with an edge on the side of the run counts as visible and altered, unread.
 template <bool ALONG_QUERIES>
-METAL_FUNC BlockFlags scan_mask(VisibleRange range, Scoring scoring, int first_row, int first_key, int seqlen, Lane lane) {
+METAL_FUNC BlockFlags scan_mask(
+    VisibleRange range, Scoring scoring, int first_row, int first_key, int step, int seqlen, Lane lane) {
   constexpr int BLOCK = ALONG_QUERIES ? ROWS : KEYS;
   int first = ALONG_QUERIES ? first_row : first_key;
   BlockFlags flags;
   flags.visible = flags.altered = 0;
   int inner_begin = (range.full_begin + BLOCK - 1) / BLOCK * BLOCK;
   int inner_last = range.full_end / BLOCK * BLOCK - BLOCK;
-  for (int block = 0; block < BLOCKS_PER_RUN && first + block * BLOCK < range.visible_end; block += BLOCKS_IN_FLIGHT) {
+  for (int block = 0; block < BLOCKS_PER_RUN && first + block * step < range.visible_end; block += BLOCKS_IN_FLIGHT) {
     MaskTile mask_tile[BLOCKS_IN_FLIGHT];
-    int from = first + block * BLOCK;
-    if (inner_begin <= inner_last && from <= inner_last && from + (BLOCKS_IN_FLIGHT - 1) * BLOCK >= inner_begin) {
+    int from = first + block * step;
+    if (inner_begin <= inner_last && from <= inner_last && from + (BLOCKS_IN_FLIGHT - 1) * step >= inner_begin) {
       UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
-        int at = clamp(from + i * BLOCK, inner_begin, inner_last);
+        int at = clamp(from + i * step, inner_begin, inner_last);
         mask_tile[i].load(false, scoring, ALONG_QUERIES ? at : first_row, ALONG_QUERIES ? first_key : at, seqlen, lane);
       }
       UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
@@ -167,9 +169,9 @@ METAL_FUNC BlockFlags scan_mask(VisibleRange range, Scoring scoring, int first_r
     }
     UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
       uint bit = 1u << (block + i);
-      if (!range.overlaps(from + i * BLOCK, BLOCK)) {
+      if (!range.overlaps(from + i * step, BLOCK)) {
         flags.visible &= ~bit;
-      } else if (!range.contains(from + i * BLOCK, BLOCK)) {
+      } else if (!range.contains(from + i * step, BLOCK)) {
         flags.visible |= bit;
         flags.altered |= bit;
       }

@@ -9,7 +9,7 @@ METAL_FUNC float element(device const KV_T* row, int d) {
 #endif
 }
 
-[[max_total_threads_per_threadgroup(THREADS)]]
+[[max_total_threads_per_threadgroup(BOUND(THREADS))]]
 kernel void attention_scalar(
     BUFFERS
     uint3 group [[threadgroup_position_in_grid]],

@@ -12,6 +12,13 @@ constant constexpr float SMALLEST_SCALE = 1.17549435e-38f;  // the least normal 
 // fused multiply would save an instruction a score, and be wrong by half an ulp of m * scale.
 #define SCORES_ARE_SCALED (HAS_SOFTCAP || HAS_ALIBI_SLOPES || MASK_IS_ADDED)
 
+// The rows of a tile are queries of one head; or, in the decode kernel, of a query one row for each of the HEADS_IN_TILE heads that
+// share their keys.
+#ifndef HEADS_IN_TILE
+#define HEADS_IN_TILE 1
+#endif
+METAL_FUNC int query_of(int row) { return row / HEADS_IN_TILE; }
+
 METAL_FUNC float as_float(long bits) {
   return as_type<float>(int(bits));
 }
@@ -44,10 +51,13 @@ struct Scoring {
 #endif
 #if HAS_MASK
   device const MASK_T* mask;  // of this sequence and head
+  long mask_head;
   long mask_row;
   long mask_column;
 
-  METAL_FUNC device const MASK_T* mask_at(int row, int key) const thread { return mask + row * mask_row + key * mask_column; }
+  METAL_FUNC device const MASK_T* mask_at(int row, int key) const thread {
+    return mask + row % HEADS_IN_TILE * mask_head + query_of(row) * mask_row + key * mask_column;
+  }
 #endif
 };
 
@@ -83,6 +93,7 @@ METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
 #if HAS_MASK
   scoring.mask = in.mask + sequence.batch * params[MASK_BATCH] + head * params[MASK_HEAD];
   // A stride of 0 or 1 is compiled in, so that elements which are the same are read once and neighbours together.
+  scoring.mask_head = params[MASK_HEAD];
   scoring.mask_row = MASK_ROWS_ARE_ONE ? 0 : params[MASK_ROW];
   scoring.mask_column = MASK_COLUMNS_ARE_ONE ? 0 : MASK_ALIGNED ? 1 : params[MASK_COLUMN];
 #endif
@@ -201,20 +212,20 @@ METAL_FUNC Sequence sequence_of(int batch, Inputs in) {
   return sequence;
 }
 
-// The sequence that a tile of `rows` queries belongs to, and which of its tiles it is. A packed batch has at most
+// The sequence that a tile of `rows` rows belongs to, and which of its tiles it is. A packed batch has at most
 // total / rows + batch tiles: sequence b gets those from cu_seqlens_q[b] / rows + b on, at most one more than it needs;
-// the last one those of all rows behind it too.
+// the last one those of all rows behind it too. (HEADS_IN_TILE times as many rows, in the decode kernel.)
 struct Tile {
   Sequence sequence;
   int index;
 };
 
-// The sequence of a packed batch that tile number `group` belongs to.
-METAL_FUNC int packed_sequence_of(int group, int rows, device const int* cu_seqlens, int batch) {
+// The sequence of a packed batch that tile number `group` of `rows` rows belongs to, where each row of the batch is `times` rows.
+METAL_FUNC int packed_sequence_of(int group, int rows, int times, device const int* cu_seqlens, int batch) {
   int low = 0, high = batch - 1;
   while (low < high) {
     int middle = (low + high + 1) / 2;
-    if (cu_seqlens[middle] / rows + middle <= group) {
+    if (cu_seqlens[middle] * times / rows + middle <= group) {
       low = middle;
     } else {
       high = middle - 1;
@@ -227,8 +238,8 @@ METAL_FUNC Tile tile_of(int group, int batch, int rows, Inputs in) {
   Tile tile;
   tile.index = group;
 #if HAS_CU_SEQLENS_Q
-  batch = packed_sequence_of(group, rows, in.cu_seqlens_q, int(in.params[BATCH]));
-  tile.index = group - (in.cu_seqlens_q[batch] / rows + batch);
+  batch = packed_sequence_of(group, rows, HEADS_IN_TILE, in.cu_seqlens_q, int(in.params[BATCH]));
+  tile.index = group - (in.cu_seqlens_q[batch] * HEADS_IN_TILE / rows + batch);
 #endif
   tile.sequence = sequence_of(batch, in);
   return tile;

@@ -1,0 +1,238 @@
+"""The `decode` tier: few queries against many keys (`kernels/decode.metal`), whose keys are split over the GPU.
+
+A tile has a row for each of the heads that share their keys, so each byte of keys and values is read once for all of
+them. Where tiles alone do not fill the GPU the keys of each are split between threadgroups, and a second kernel
+(`kernels/combine.metal`) puts their results together.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ...problem import AttentionProblem, Result
+from ..tier import Tier
+from . import gpu, launch, simdgroup
+from .kernel import OPTIONAL_BUFFERS, SERVES, Buffer, Grid, Kernel
+
+
+class Variant(NamedTuple):
+    """The shape of the decode kernel."""
+
+    rows: int  # of a tile: queries times heads that share their keys; a multiple of 8
+    heads_in_tile: int  # heads that share their keys
+    slices: int  # simdgroups that share the head dims of a block
+    units: int  # blocks that a threadgroup works on at a time; a power of two
+    keys: int  # keys of a block: a multiple of 8
+
+    @property
+    def simdgroups(self) -> int:
+        return self.units * self.slices
+
+    def fragments(self, head_dim: int) -> int:
+        """Of a simdgroup's slice of that head dim: 8 elements each."""
+        whole = -(-head_dim // 8)
+        return -(-whole // self.slices)
+
+    def __str__(self) -> str:
+        """Like "8x1x8x32": rows, slices, units and keys."""
+        return f"{self.rows}x{self.slices}x{self.units}x{self.keys}"
+
+
+MAX_HEAD_DIM = 512
+MAX_QUERIES = 32  # of a sequence: with more of them the tiled kernel is faster
+MIN_KEYS = 65  # with fewer keys there is nothing to divide
+MAX_SPLITS = 128
+_MAX_ROWS = 32
+_THREADGROUP_BYTES = (
+    20 << 10
+)  # of the 60 KB of an Apple core, for three threadgroups; more only where nothing else fits
+_MAX_REGISTERS = 112  # of a lane, in 32 bits: of the 128 that an Apple GPU has, what addresses and loops leave
+_SIMDGROUPS = 8  # of a threadgroup
+_GROUPS_PER_CORE = 2  # threadgroups that a core works on at a time
+# Of a split at least, so that its keys and values are more than its queries and results: rounds of all units, and keys.
+_ROUNDS = 2
+_KEYS_OF_A_ROW = 8
+
+
+def registers(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> int:
+    """32-bit registers of a lane for q, o, s, p and the fragments of k or v that are loaded."""
+    words = element_bytes // 2
+    d, dv = variant.fragments(head_dim), variant.fragments(head_dim_v)
+    of_a_row = d * words + 2 * dv + variant.keys // 8 * (2 + words)
+    return variant.rows // 8 * of_a_row + max(d, dv) * words
+
+
+def threadgroup_bytes(variant: Variant, head_dim: int, head_dim_v: int) -> int:
+    """As decode.metal declares them: SHARED."""
+    exchanged = 2 * variant.simdgroups * (variant.rows // 8) * (variant.keys // 8) if variant.slices > 1 else 0
+    merged = variant.units // 2 * variant.slices * (variant.rows // 8) * (1 + variant.fragments(head_dim_v))
+    q = variant.slices * (variant.rows // 8) * variant.fragments(head_dim) if variant.units > 1 else 0
+    return max(exchanged, merged, q, 1) * 32 * 8
+
+
+@functools.lru_cache(maxsize=512)
+def shapes(rows: int, heads_in_tile: int, element_bytes: int, head_dim: int, head_dim_v: int) -> tuple[Variant, ...]:
+    """For tiles of `rows`, in the order in which to try them: the later ones need fewer threads in a group."""
+    found = []
+    for simdgroups in (_SIMDGROUPS, _SIMDGROUPS // 2):
+        tried = [
+            variant
+            for slices in (1, 2, 4, 8, 16)
+            for keys in (32, 16, 8)
+            for variant in [Variant(rows, heads_in_tile, slices, max(simdgroups // slices, 1), keys)]
+            if registers(variant, element_bytes, head_dim, head_dim_v) <= _MAX_REGISTERS
+            and threadgroup_bytes(variant, head_dim, head_dim_v) <= simdgroup.MAX_THREADGROUP_BYTES
+        ]
+        found.append(
+            min(tried, key=lambda variant: threadgroup_bytes(variant, head_dim, head_dim_v) > _THREADGROUP_BYTES)
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def rows_of(p: AttentionProblem) -> int:
+    """Rows of a tile: as few tiles as can be, since each reads the keys, and then as few rows as can be."""
+    if p.num_splits == 1 and p.cu_seqlens_q is not None:
+        return _MAX_ROWS  # whatever the other sequences of the batch have
+    rows = p.max_seqlen_q * (p.heads // p.heads_k)
+    tiles = -(-rows // _MAX_ROWS)
+    return next(n for n in (8, 16, _MAX_ROWS) if n * tiles >= rows)
+
+
+def _tiles(p: AttentionProblem, rows: int) -> tuple[int, int]:
+    """Tiles of a sequence, or of all where they are packed; and the batch beside. As tile_of in scoring.metal."""
+    heads_in_tile = p.heads // p.heads_k
+    if p.cu_seqlens_q is None:
+        return -(-p.max_seqlen_q * heads_in_tile // rows), p.batch
+    return p.q.shape[0] * heads_in_tile // rows + p.batch, 1
+
+
+def splits_of(p: AttentionProblem, variant: Variant) -> int:
+    """Into how many parts the keys of each tile are divided, so that the threadgroups fill the GPU."""
+    if p.num_splits == 1:
+        return 1
+    longest = p.max_seqlen_k
+    if p.window_left >= 0:
+        longest = min(longest, p.window_left + p.max_seqlen_q)
+    a_round = variant.units * variant.keys
+    if p.num_splits > 1:
+        return min(p.num_splits, MAX_SPLITS, -(-longest // a_round))
+    tiles, batch = _tiles(p, variant.rows)
+    most = longest // max(_ROUNDS * a_round, _KEYS_OF_A_ROW * variant.rows)
+    return filling(tiles * batch * p.heads_k, max(1, min(most, MAX_SPLITS)), gpu.cores() * _GROUPS_PER_CORE)
+
+
+@functools.lru_cache(maxsize=4096)
+def filling(groups: int, most: int, places: int) -> int:
+    """The least number of splits, `most` at most, with which `groups` threadgroups keep `places` nearly as busy as any.
+
+    `places` threadgroups run at a time; a last turn that is not full is lost time. After FlashAttention-2's
+    num_splits_heuristic: https://github.com/Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp.
+    """
+    turns = [groups * splits / places for splits in range(1, most + 1)]
+    busy = [n / math.ceil(n) for n in turns]
+    if busy[0] >= 0.8 or turns[0] >= 2:
+        return 1
+    enough = 0.85 * max(busy)
+    return next(n + 1 for n, share in enumerate(busy) if share >= enough)
+
+
+def _grid(p: AttentionProblem, variant: Variant) -> Grid:
+    tiles, batch = _tiles(p, variant.rows)
+    threads = 32 * variant.simdgroups
+    return (tiles * splits_of(p, variant) * threads, p.heads_k, batch), (threads, 1, 1)
+
+
+def _combine_grid(p: AttentionProblem, variant: Variant) -> Grid:
+    tiles, batch = _tiles(p, variant.rows)
+    rows = tiles * variant.rows if p.cu_seqlens_q is not None else p.max_seqlen_q * variant.heads_in_tile
+    return (rows * 128, p.heads_k, batch), (128, 1, 1)
+
+
+_PARTIAL = {"partial_o": "float", "partial_m_l": "float2"}
+DECODE = Kernel(
+    entry="attention_decode",
+    headers=("metal_stdlib", "metal_simdgroup_matrix"),
+    sources=("fragment", "scoring", "range", "masking", "keys", "splits", "slices", "exchange", "decode"),
+    buffers={
+        **launch.FORWARD_BUFFERS,
+        **{name: Buffer(kind, optional=True) for name, kind in _PARTIAL.items()},
+    },
+    optional=tuple(OPTIONAL_BUFFERS),
+    parameters=("splits", "partial_rows"),
+    grid=_grid,
+)
+COMBINE = Kernel(
+    entry="attention_combine",
+    headers=("metal_stdlib",),
+    sources=("scoring", "range", "splits", "combine"),
+    buffers={
+        **{name: Buffer(f"const {kind}") for name, kind in _PARTIAL.items()},
+        "out": launch.FORWARD_BUFFERS["out"],
+        "lse": launch.FORWARD_BUFFERS["lse"],
+    },
+    optional=tuple(OPTIONAL_BUFFERS),
+    parameters=DECODE.parameters,
+    grid=_combine_grid,
+)
+
+
+def variants(p: AttentionProblem) -> Iterator[Variant]:
+    """What to try for `p`, in order."""
+    yield from shapes(rows_of(p), p.heads // p.heads_k, p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
+
+
+def run(p: AttentionProblem, variant: Variant) -> Result | None:
+    """The forward pass. None where a kernel does not compile on this machine."""
+    splits = splits_of(p, variant)
+    result = launch.outputs(p)
+    q, width = p.q, -(-p.v.shape[-1] // 8) * 8
+    rows = q.numel() // q.shape[-1]
+    parameters = {"splits": splits, "partial_rows": rows}
+    if splits == 1:
+        partial: dict[str, torch.Tensor | None] = dict.fromkeys(_PARTIAL)
+    else:
+        partial = {
+            "partial_o": q.new_empty((splits, rows, width), dtype=torch.float32),
+            "partial_m_l": q.new_empty((splits, rows, 2), dtype=torch.float32),
+        }
+    outputs = {"out": result.out, "lse": result.lse}
+    tensors = {"q": q, "k": p.k, "v": p.v, **outputs, **partial}
+    if not launch.enqueue(DECODE, p, variant, tensors, parameters):
+        return None
+    if splits > 1 and not launch.enqueue(COMBINE, p, variant, {**partial, **outputs}, parameters):
+        return None
+    return result
+
+
+def limits(p: AttentionProblem) -> list[str]:
+    """Why the tiled kernel is to compute `p`, or why no kernel can.
+
+    With one split neither that nor the shape of the kernel may depend on the other sequences of the batch.
+    """
+    reasons = launch.limits(p, MAX_HEAD_DIM)
+    if p.q.shape[-1] > launch.MAX_HEAD_DIM or p.v.shape[-1] > launch.MAX_HEAD_DIM:
+        return reasons  # there is no tiled kernel
+    if p.max_seqlen_q > MAX_QUERIES:
+        reasons.append(f"there are more than {MAX_QUERIES} queries")
+    if p.num_splits == 1:
+        if p.cu_seqlens_q is not None:
+            reasons.append("queries are packed, and num_splits is 1")
+    elif p.max_seqlen_k < MIN_KEYS:
+        reasons.append(f"there are less than {MIN_KEYS} keys")
+    return reasons
+
+
+def _run(p: AttentionProblem) -> Result | None:
+    for variant in variants(p):
+        result = run(p, variant)
+        if result is not None:
+            return result
+    return None
+
+
+TIER = Tier("decode", SERVES, limits, _run, metal=True)

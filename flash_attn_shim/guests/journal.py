@@ -1,0 +1,13 @@
+"""What was decided for which module, and why: `flash_attn_shim.status()` and `mtlflashattn doctor` list it."""
+
+from __future__ import annotations
+
+#: Module -> {presented name: why the module does not see it}.
+hidden: dict[str, dict[str, str]] = {}
+
+#: (file and line of a call, function, what it returns there and why), once each.
+calls: dict[tuple[str, str], str] = {}
+
+
+def note_call(where: str, function: str, why: str) -> None:
+    calls[where, function] = why
