@@ -1,10 +1,10 @@
-"""The backward pass of the `simdgroup` tier: gradients by three kernels without atomics (`kernels/backward.metal`).
+"""The backward pass of the `simdgroup` tier: gradients by kernels without atomics (`kernels/backward.metal`).
 
 *Rows* finds out what the others must know of each query: 16 bytes for each, the only memory beside the gradients that
-grows with the length. *Queries* makes dq, *keys* dk and dv; both compute the probabilities anew (FlashAttention-2,
-algorithm 2: Dao, 2023, https://arxiv.org/abs/2307.08691). That is 7 products to the forward pass's 2, where one kernel
-with atomics would do 5; in exchange every sum has one order: equal calls give equal bits, and dq needs no buffer in
-float32. docs/backward.md has the shapes and what they cost.
+grows with the length. *Queries* makes dq, *keys* dk and dv, *mask* the gradient of a mask that is added; each
+computes the probabilities anew (FlashAttention-2, algorithm 2: Dao, 2023, https://arxiv.org/abs/2307.08691). For dq, dk
+and dv that is 7 products to the forward pass's 2, where one kernel with atomics would do 5; in exchange every sum has
+one order: equal calls give equal bits, and dq needs no buffer in float32. docs/backward.md has shapes and costs.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import itertools
 import torch
 
 from ...problem import AttentionProblem
-from ..tier import LSE_GRADIENT, Gradients
+from ..tier import LSE_GRADIENT, MASK_GRADIENT, Gradients
 from . import gpu, launch, variants
-from .backward_kernels import KEYS, KEYS_OF_EACH_HEAD, QUERIES, ROWS, ROWS_VARIANT, Variant
+from .backward_kernels import KEYS, KEYS_OF_EACH_HEAD, MASK, QUERIES, ROWS, ROWS_VARIANT, Variant, mask_variant
 from .kernel import SERVES
 
 # Keys in pages, in entries of a cache or behind padding are those of inference: the tier `torch` has their gradients.
-SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {"dropout", LSE_GRADIENT}
+SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {"dropout", LSE_GRADIENT, MASK_GRADIENT}
 
 # A log-sum-exp of this size is rounded by 2^-24 of it, which is little beside how the dtype rounds a probability. Where
 # one is larger, *rows* computes the scores of the query once more.
@@ -67,7 +67,7 @@ def compute(
     if not launch.enqueue(ROWS, p, ROWS_VARIANT, {**inputs, **rows}, large):
         return None
     inputs["terms"] = terms
-    dq = dk = dv = None
+    dq = dk = dv = dmask = None
     if "q" in needed:
         dq = q.new_empty(q.shape)
         tried = itertools.chain((queries,), variants.instead(p, QUERIES, queries))
@@ -80,8 +80,14 @@ def compute(
         if made is None:
             return None
         dk, dv = made
+    if "mask" in needed and p.mask is not None:
+        dmask = p.mask.new_empty(p.mask.shape)
+        shape = dict(zip(("mask_batches", "mask_heads", "mask_rows", "mask_columns"), p.mask.shape, strict=True))
+        variant = mask_variant(q.itemsize, q.shape[-1], v.shape[-1])
+        if not launch.enqueue(MASK, p, variant, {**inputs, "dmask": dmask}, shape):
+            return None
     dsinks = terms[..., 3].transpose(-1, -2).flatten(0, -2).sum(0) if "sinks" in needed else None
-    return Gradients(dq, dk, dv, dsinks)
+    return Gradients(dq, dk, dv, dsinks, dmask)
 
 
 def _gradients_of_keys(

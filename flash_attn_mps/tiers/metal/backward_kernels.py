@@ -177,6 +177,7 @@ _SHARED = (
     "keys",
     "staging",
     "held",
+    "products",
     "backward",
 )
 
@@ -205,7 +206,7 @@ QUERIES = TunedKernel(
     buffers={**_INPUTS, "terms": Buffer("const float4"), "dq": Buffer("T", row="head_dim")},
     optional=_OPTIONAL,
     grid=_tiles_of_queries,
-    defines={"OF_KEYS": 0, "ROWS": "HELD", "KEYS": "PASSING", "HAS_DA": 1, "HAS_DB": 0, "NEEDS_DP": 1},
+    defines={"OF_KEYS": 0, "ROWS": "HELD", "KEYS": "PASSING", "HAS_DA": 1, "HAS_DB": 0, "HAS_DM": 0, "NEEDS_DP": 1},
     variants=_variants((False,)),
     fits=functools.partial(_fits, 1),
     default=functools.partial(_default, 1),
@@ -235,6 +236,7 @@ KEYS = TunedKernel(
         "KEYS": "HELD",
         "HAS_DA": "HAS_DK",
         "HAS_DB": "HAS_DV",
+        "HAS_DM": 0,
         "NEEDS_DP": "HAS_DK",
     },
     variants=_variants((False, True)),
@@ -257,4 +259,47 @@ KEYS_OF_EACH_HEAD = dataclasses.replace(
         "dv": Buffer("float", row="head_dim_v", optional=True),
     },
     grid=_tiles_of_keys(lambda p: p.heads),
+)
+
+
+def mask_variant(element_bytes: int, head_dim: int, head_dim_v: int) -> Variant:
+    """Of *mask*, which has one for each shape. A tile has eight queries."""
+    usual = Variant(16, 4, 8, False, True, False)
+    smaller = (
+        usual,
+        usual._replace(held=8),
+        Variant(8, 4, 8, False, False, False),
+        Variant(8, 2, 8, False, False, False),
+    )
+    wide = max(head_dim, head_dim_v) * element_bytes
+    return smaller[0 if wide <= 128 else 1 if wide <= 256 else 2 if wide <= 512 else 3]
+
+
+def _tiles_of_mask(p: AttentionProblem, variant: Variant) -> Grid:
+    """A simdgroup for each tile of the mask's own elements."""
+    assert p.mask is not None
+    batches, heads, rows, columns = p.mask.shape
+    threads = 32 * variant.simdgroups
+    groups = -(-columns // (variant.held * variant.simdgroups))
+    return (groups * threads, -(-rows // variant.passing), batches * heads), (threads, 1, 1)
+
+
+MASK = Kernel(
+    entry="attention_backward_mask",
+    headers=_HEADERS,
+    sources=(*_SHARED, "backward_mask"),
+    buffers={**_INPUTS, "terms": Buffer("const float4"), "dmask": Buffer("MASK_T")},
+    optional=_OPTIONAL,
+    parameters=("mask_batches", "mask_heads", "mask_rows", "mask_columns"),
+    grid=_tiles_of_mask,
+    defines={
+        "OF_KEYS": 1,
+        "ROWS": "PASSING",
+        "KEYS": "HELD",
+        "HAS_DA": 0,
+        "HAS_DB": 0,
+        "HAS_DM": 1,
+        "NEEDS_DP": 1,
+    },
+    proof=Proof(backward_trials.mask),
 )

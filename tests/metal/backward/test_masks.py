@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from flash_attn_mps import flash_attention
+from flash_attn_mps.tiers.metal import backward_kernels
 from flash_attn_mps.tiers.metal.backward_kernels import Variant
 from metal_host import observe
 from tests.metal.calls import Spec, arranged, draw
@@ -68,3 +70,60 @@ def test_a_row_whose_every_key_has_the_least_number_added(least):
             got = call.run()
         call.check(got)
         assert got["q"].abs().max() > 0
+
+
+BROADCAST = ["", "b", "h", "bh", "q", "bhq", "k", "bhqk"]
+RULES = [
+    {"window": (-1, 0)},
+    {"window": (9, 4), "softcap": 2.0},
+    {"storage": "dense-used", "lengths": [(33, 20), (33, 50)], "sinks": True},
+    {"dropout_p": 0.3, "scale": -0.3},
+]
+
+
+@pytest.mark.parametrize("broadcast", BROADCAST)
+def test_the_gradient_of_a_mask(broadcast, rules=RULES[:1]):
+    """Summed over the axes on which it is one for many; zero where it hides. Of its own shape and dtype."""
+    for n, how in enumerate(rules):
+        lengths = how.get("lengths", [(33, 50)] * 2)
+        how = {name: value for name, value in how.items() if name != "lengths"}
+        kind = "float32" if (len(broadcast) + n) % 2 else "same"
+        spec = Spec(lengths, (24, 16), torch.float16, heads=(4, 2), mask=kind, broadcast=broadcast, **how)
+        call = Backward(draw(spec))
+        mask = call.call.problem.mask
+        with observe() as launches:
+            got = call.run()
+        assert launches[-1].kernel == "attention_backward_mask"
+        call.check(got)
+        assert got["mask"].dtype == mask.dtype and got["mask"].shape == mask.shape
+        assert (got["mask"][mask.isneginf()] == 0).all()
+
+
+@pytest.mark.metal_full
+@pytest.mark.parametrize("broadcast", BROADCAST)
+def test_the_gradient_of_a_mask_under_all_rules(broadcast):
+    test_the_gradient_of_a_mask(broadcast, RULES)
+
+
+@pytest.mark.parametrize("name", ["causal", "blocks", "one", "none"])
+def test_the_gradient_of_a_mask_costs_two_products_where_it_shows(name):
+    call, seen = masked(name, "added")
+    variant = backward_kernels.mask_variant(2, 16, 24)
+    with observe() as launches:
+        call.run(names=["mask"])
+    _, mask = (launch.counters["matrix_products"] for launch in launches)
+    assert mask == blocks(seen, variant, True) * (2 + 3)
+
+
+def test_a_learned_bias_of_pytorchs_shape():
+    """By the public function: (1, heads, seqlen_q, seqlen_k), whatever the batch."""
+    q, k, v = (torch.randn(2, 2, 40, 16, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 2, 40, 40, requires_grad=True)
+    with observe(instrumented=False) as launches:
+        got = torch.autograd.grad(flash_attention(q, k, v, attn_mask=bias).square().sum(), (q, k, v, bias))
+    assert "attention_backward_mask" in [launch.kernel for launch in launches]
+    leaves = [t.detach().double().requires_grad_() for t in (q, k, v, bias)]
+    s = leaves[0] @ leaves[1].mT * 16**-0.5 + leaves[3]
+    expected = torch.autograd.grad((s.softmax(-1) @ leaves[2]).square().sum(), leaves)
+    for mine, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5)
