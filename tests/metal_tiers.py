@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from flash_attn_mps.tiers.metal import compiler
+from flash_attn_mps.tiers.metal import compiler, decode, launch
 from metal_host import compile_shader
+from tests.replaced_tiers import replace_tier
 
 
 @contextlib.contextmanager
@@ -20,3 +21,13 @@ def metal_on(device: str = "cpu") -> Iterator[None]:
             yield
         finally:
             compiler.clear()
+
+
+def decode_serves_all(patch: pytest.MonkeyPatch) -> None:
+    """The decode tier computes calls of any number of queries and keys, the keys of all but the shortest in splits."""
+    replace_tier(patch, decode.TIER.name, limits=lambda p: launch.limits(p, decode.MAX_HEAD_DIM))
+    patch.setattr(decode, "_ROUNDS", 1)
+    patch.setattr(decode, "_KEYS_OF_A_ROW", 1)
+    shapes = decode.shapes
+    small = {"units": 2, "keys": 8}
+    patch.setattr(decode, "shapes", lambda *how: tuple(variant._replace(**small) for variant in shapes(*how)[:1]))

@@ -151,13 +151,15 @@ def test_varlen_with_a_block_table():
 @pytest.mark.parametrize("case", kvcache.CASES[::6], ids=case_id)
 def test_kvcache_calls(case, served):
     kvcache.test_against_the_oracle(case)
-    assert [launch.kernel == "rotate_and_append" for launch in served] == [True] * bool(case["seqlen_new"]) + [False]
+    before = [] if case["seqlen_new"] is None else ["rotate_and_append"]
+    assert [launch.kernel for launch in served[:-1]] == before
 
 
 @pytest.mark.parametrize("case", quantised.CASES[::5], ids=case_id)
 def test_quantised_calls(case, served):
     quantised.test_against_the_oracle(case)
-    assert [launch.kernel == "rotate_and_append" for launch in served] == [True] * bool(case["new"]) + [False]
+    before = ["rotate_and_append"] if case["new"] else []
+    assert [launch.kernel for launch in served[:-1]] == before
 
 
 @pytest.mark.metal_full
@@ -169,16 +171,16 @@ def test_every_kvcache_call(case):
 
 @pytest.mark.parametrize(
     ("how", "tier"),
-    [({"dropout_p": 0.1, "return_attn_probs": True}, "torch"), ({"head_dim": 520}, "cpu"), ({"seqlen_k": 0}, "torch")],
+    [({"dropout_p": 0.1, "return_attn_probs": True}, "torch"), ({"seqlen_k": 0}, "torch")],
     ids=str,
 )
 def test_what_the_kernels_refuse_other_tiers_serve(how, tier, monkeypatch):
     how = dict(how)
     monkeypatch.setattr(trace, "enabled", True)
     monkeypatch.setattr(trace, "calls", trace.Counter())
-    head_dim, seqlen_k = how.pop("head_dim", 64), how.pop("seqlen_k", 9)
-    q = torch.randn(1, 9, 2, head_dim)
-    k, v = (torch.randn(1, seqlen_k, 2, head_dim) for _ in range(2))
+    seqlen_k = how.pop("seqlen_k", 9)
+    q = torch.randn(1, 9, 2, 64)
+    k, v = (torch.randn(1, seqlen_k, 2, 64) for _ in range(2))
     with observe(instrumented=False) as launches:
         fa2.flash_attn_func(q, k, v, **how)
     assert not launches

@@ -5,8 +5,8 @@ import torch
 
 from flash_attn_mps import checks
 from flash_attn_mps.tiers import METAL
-from flash_attn_mps.tiers.metal import store, variants
-from tests.metal_tiers import metal_on
+from flash_attn_mps.tiers.metal import decode, store, variants
+from tests.metal_tiers import decode_serves_all, metal_on
 
 # Forced tier and variant: "auto" is what a CPU tensor gets, the cpu tier wherever that serves the call.
 TIERS = {
@@ -15,6 +15,7 @@ TIERS = {
     "simdgroup direct": ("simdgroup", "8x2x16-direct"),
     "simdgroup staged": ("simdgroup", "16x2x16-staged"),
     "scalar": ("scalar", None),
+    "decode": ("decode", None),
 }
 
 
@@ -28,6 +29,8 @@ def tier(request, monkeypatch, tmp_path):
         if value is not None:
             monkeypatch.setenv(name, value)
     variants.forget()
+    if kernel == decode.TIER.name:
+        decode_serves_all(monkeypatch)
     torch.manual_seed(0)
     with metal_on("cpu") if kernel in METAL else contextlib.nullcontext():
         yield request.param

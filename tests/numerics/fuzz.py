@@ -26,9 +26,9 @@ from flash_attn_mps.tiers import METAL
 from flash_attn_mps.tiers.metal import simdgroup, variants
 from tests.attention import oracle
 from tests.metal.calls import STORAGES, Call, Sequence, Spec, draw
-from tests.metal_tiers import metal_on
+from tests.metal_tiers import decode_serves_all, metal_on
 
-TIERS = ("auto", "torch", "simdgroup", "scalar")
+TIERS = ("auto", "torch", "decode", "simdgroup", "scalar")
 DIMS = ((64, 64), (32, 32), (16, 16), (128, 128), (40, 40), (13, 13), (8, 24), (96, 64), (1, 1))
 LAYOUTS = ("contiguous", "transposed", "packed", "strided_last", "offset")
 SIZES = (1.0, 1.0, 1.0, 0.0, 1e-3, 8.0, 60.0, 1e3, 1e8)
@@ -105,6 +105,8 @@ def served_by(tier: str, variant: simdgroup.Variant) -> Iterator[None]:
         patch.setenv("MTLFLASHATTN_KERNEL", tier)
         patch.setenv(simdgroup.FORWARD.variable, str(variant))
         variants.forget()
+        if tier == "decode":
+            decode_serves_all(patch)
         try:
             with metal_on("cpu") if tier in METAL else contextlib.nullcontext():
                 yield

@@ -7,7 +7,7 @@ import torch.autograd.forward_ad as forward_ad
 from flash_attn_mps.frontends.fa2 import flash_attn_func, flash_attn_varlen_func
 from tests.attention import oracle
 
-FORCED_KERNELS = ("simdgroup direct", "simdgroup staged", "scalar")
+FORCED_KERNELS = ("decode", "simdgroup direct", "simdgroup staged", "scalar")
 HOW = {"causal": True, "softcap": 2.0}
 
 

@@ -305,7 +305,7 @@ kernel void attention_decode(
 #if HAS_PARTIAL_O
     long partial_row = split * params[PARTIAL_ROWS] + partial_row_of(sequence, query, head, int(groups.y) * HEADS_IN_TILE, in);
     if (row < rows) {
-      SliceV::store_float(partial_o + partial_row * PARTIAL_WIDTH, state.o[r], state.slice, 1.0f, lane);
+      SliceV::store(partial_o + partial_row * PARTIAL_WIDTH, state.o[r], state.slice, 1.0f, lane);
       if (state.slice == 0 && lane.column == 0) partial_m_l[partial_row] = float2(state.m[r], l);
     }
 #else

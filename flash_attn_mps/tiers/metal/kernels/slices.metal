@@ -23,11 +23,9 @@ struct Slice {
   METAL_FUNC static void load_right(thread Operand* to, Row row, int slice, Lane lane) {
     Whole::load_right(to, row + slice * WIDTH, lane);
   }
-  METAL_FUNC static void store(device T* row, thread Accumulator* from, int slice, float factor, Lane lane) {
+  template <typename Out>
+  METAL_FUNC static void store(device Out* row, thread Accumulator* from, int slice, float factor, Lane lane) {
     Whole::store(row + slice * WIDTH, from, factor, lane);
-  }
-  METAL_FUNC static void store_float(device float* row, thread Accumulator* from, int slice, float factor, Lane lane) {
-    Whole::store_float(row + slice * WIDTH, from, factor, lane);
   }
 };
 
@@ -60,19 +58,13 @@ struct Slice<DIM, ALIGNED, false> {
     UNROLL for (int f = 0; f < FRAGMENTS; ++f)
       UNROLL for (int e = 0; e < 2; ++e) to[f].thread_elements()[e] = at(row, first(slice, f) + lane.column + e);
   }
-  template <typename To>
-  METAL_FUNC static void put(device To* row, thread Accumulator* from, int slice, float factor, Lane lane) {
+  template <typename Out>
+  METAL_FUNC static void store(device Out* row, thread Accumulator* from, int slice, float factor, Lane lane) {
     UNROLL for (int f = 0; f < FRAGMENTS; ++f)
       UNROLL for (int e = 0; e < 2; ++e) {
         int d = first(slice, f) + lane.column + e;
-        if (d < DIM) row[d] = To(from[f].thread_elements()[e] * factor);
+        if (d < DIM) row[d] = Out(from[f].thread_elements()[e] * factor);
       }
-  }
-  METAL_FUNC static void store(device T* row, thread Accumulator* from, int slice, float factor, Lane lane) {
-    put(row, from, slice, factor, lane);
-  }
-  METAL_FUNC static void store_float(device float* row, thread Accumulator* from, int slice, float factor, Lane lane) {
-    put(row, from, slice, factor, lane);
   }
 };
 
