@@ -255,7 +255,7 @@ def _rotary(
             lengths = [min(n, 1) for n in lengths]
         _check_table(cos, start, of_new.known, "keys")
         _check_table(cos, start, lengths, "queries")
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(q.shape)
     return Rotary(cos, sin, call.rotary_interleaved, start.number), Queries(q, out, call.cu_seqlens_q, advances)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import trace
+from ..capture import capturing
 from ..graph import transforms
 from ..tiers.metal import rotary as kernel
 
@@ -47,7 +48,7 @@ def apply_rotary(
         ValueError: shapes do not fit, or a position known on the host lies outside the tables.
     """
     _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
-    if not torch.compiler.is_compiling():
+    if not capturing(x):
         rotary = kernel.Rotary(cos, sin, interleaved, seqlen_offsets, conjugate)
         reasons = _unsupported_reasons(x, rotary, cu_seqlens, inplace)
         out = None if reasons else _by_kernel(x, rotary, cu_seqlens, inplace)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import quantised
-from . import compiler
+from . import compiler, recording
 from .kernel import Program
 from .launch import TYPES
 from .specialization import declarations, of_kv_format, source_of
@@ -173,7 +173,7 @@ def enqueue(rotary: Rotary | None, queries: Queries | None, new: NewKeys | None)
     if compiled is None:
         return False
     wide = min(threads[0], _THREADS)
-    compiled(*values, threads=threads, group_size=(wide, _THREADS // wide))
+    recording.enqueue(compiled, values, threads, (wide, _THREADS // wide))
     return True
 
 
