@@ -157,7 +157,22 @@ _PARTIAL = {"partial_o": "float", "partial_m_l": "float2"}
 DECODE = Kernel(
     entry="attention_decode",
     headers=("metal_stdlib", "metal_simdgroup_matrix"),
-    sources=("fragment", "scoring", "range", "masking", "keys", "splits", "slices", "exchange", "decode"),
+    sources=(
+        "codes",
+        "fragment",
+        "scoring",
+        "philox",
+        "dropout",
+        "range",
+        "masking",
+        "kept",
+        "keys",
+        "splits",
+        "slices",
+        "exchange",
+        "attend",
+        "decode",
+    ),
     buffers={
         **launch.FORWARD_BUFFERS,
         **{name: Buffer(kind, optional=True) for name, kind in _PARTIAL.items()},
@@ -235,4 +250,4 @@ def _run(p: AttentionProblem) -> Result | None:
     return None
 
 
-TIER = Tier("decode", SERVES, limits, _run, metal=True)
+TIER = Tier("decode", SERVES | {"quantised"}, limits, _run, metal=True)
