@@ -14,7 +14,7 @@ import torch
 from .. import checks, dispatch
 from ..lengths import Lengths, Rows, check_pages, used
 from ..problem import AttentionProblem, Result, with_qv
-from ..tiers.metal.rotary import NewKeys, Queries, Rotary
+from ..tiers.metal.movement import NewKeys, Queries, Rotary
 from .cache_append import prepare
 from .cache_call import NAMES, CacheCall
 from .cache_codes import check_descales, kv_dtype, may_be_quantised
