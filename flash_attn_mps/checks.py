@@ -84,18 +84,18 @@ def int32(value: Any, name: str, dims: str, length: int | None, like: torch.Tens
     return value
 
 
-def qkv(q: Any, k: Any, v: Any, dims: tuple[str, str], names: Names) -> None:
-    """q, k and v: rank, dtype, device, head counts and head dims. `dims` names the dimensions of q and of k and v."""
+def qkv(q: Any, k: Any, v: Any, dims: tuple[str, str], names: Names, kv_dtype: torch.dtype | None = None) -> None:
+    """q, k and v: rank, dtype (of k and v `kv_dtype`, or that of q), device, heads, head dims. `dims` names these."""
     q_name, k_name, v_name = names.get("q", "q"), names.get("k", "k"), names.get("v", "v")
     tensor(q, q_name, dims[0])
     tensor(k, k_name, dims[1], q)
     tensor(v, v_name, dims[1], q)
+    dtype, of = (q.dtype, q_name) if kv_dtype is None else (kv_dtype, k_name)
     if q.dtype not in DTYPES:
         raise unsupported(q_name, f"dtype {q.dtype}", "torch.float16, torch.bfloat16, torch.float32")
-    if k.dtype != q.dtype:
-        raise malformed(k_name, f"dtype {k.dtype}", f"{q.dtype}, the dtype of {q_name}")
-    if v.dtype != q.dtype:
-        raise malformed(v_name, f"dtype {v.dtype}", f"{q.dtype}, the dtype of {q_name}")
+    for name, x in (k_name, k), (v_name, v):
+        if x.dtype != dtype:
+            raise malformed(name, f"dtype {x.dtype}", f"{dtype}, the dtype of {of}")
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape  # read once: reading is what costs here
     heads, head_dim = q_shape[-2], q_shape[-1]
     heads_k, head_dim_v = v_shape[-2], v_shape[-1]

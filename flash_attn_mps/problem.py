@@ -64,8 +64,10 @@ class AttentionProblem:
     max_seqlen_k_tensor: torch.Tensor | None = None
     seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
     seqused_k: torch.Tensor | None = None  # (batch,): how many of a sequence's keys count
-    block_table: torch.Tensor | None = None  # (batch, blocks per sequence): pages of k and v
-    kv_batch_idx: torch.Tensor | None = None  # (batch,): the entry of k and v a sequence reads; not with block_table
+    block_table: torch.Tensor | None = None  # (batch or more, blocks per sequence): pages of k and v
+    kv_batch_idx: torch.Tensor | None = (
+        None  # (batch,): the entry of k and v that a sequence reads, or its row of block_table
+    )
     leftpad_k: torch.Tensor | None = None  # (batch,): the row of k and v at which a sequence starts
     # (batch, heads_k), float32: what k and v are to be multiplied by, where their dtype is one of quantised.FORMATS.
     k_descale: torch.Tensor | None = None

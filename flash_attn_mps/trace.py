@@ -39,6 +39,7 @@ Refusals = list[tuple[str, list[str]]]  # tiers in the order in which they were 
 calls: Counter[Call] = Counter()  # forward passes
 gradients: Counter[Call] = Counter()  # backward passes
 refusals: Counter[Refusal] = Counter()
+steps: Counter[tuple[str, str]] = Counter()  # what is done before attention, and how
 at_exit: list[Callable[[], str]] = []  # what else is printed: text of others, empty for nothing
 enabled = False
 
@@ -51,7 +52,7 @@ def enable() -> None:
 
 def clear() -> None:
     """Count anew."""
-    for counts in (calls, gradients, refusals):
+    for counts in (calls, gradients, refusals, steps):
         counts.clear()
 
 
@@ -66,6 +67,12 @@ def record(p: AttentionProblem, tier: str, refused: Refusals, direction: str = "
         refusals[Refusal(name, direction, "; ".join(reasons))] += 1
 
 
+def record_step(step: str, reasons: list[str]) -> None:
+    """Count what is done before attention: by a Metal kernel, or in torch for these `reasons`."""
+    if enabled:
+        steps[step, f"torch: {'; '.join(reasons)}" if reasons else "Metal"] += 1
+
+
 def _features(p: AttentionProblem, direction: str) -> str:
     """Like "causal+varlen+softcap"; "full" where nothing is hidden by position."""
     left, right = p.window
@@ -77,20 +84,24 @@ def _features(p: AttentionProblem, direction: str) -> str:
 
 
 def table() -> str:
-    """The counts as lines of text, most frequent first; below them the tiers that were passed over."""
+    """The counts as lines of text, most frequent first; below them the tiers that were passed over, and other steps."""
     *what, tier = (field.replace("_", " ") for field in Call._fields)
     rows: list[tuple[object, ...]] = [(*what, "pass", tier, "calls")]
     for direction, counts in (("forward", calls), ("backward", gradients)):
         rows += [(*call[:-1], direction, call.tier, count) for call, count in counts.most_common()]
-    passed_over = [(*refusal, count) for refusal, count in refusals.most_common()]
-    if not passed_over:
-        return aligned(rows)
-    return f"{aligned(rows)}\n{aligned([('passed over', 'pass', 'why', 'calls'), *passed_over])}"
+    tables = [rows] if calls or gradients else []
+    if refusals:
+        tables.append(
+            [("passed over", "pass", "why", "calls"), *((*it, count) for it, count in refusals.most_common())]
+        )
+    if steps:
+        tables.append([("step", "by", "calls"), *((*step, count) for step, count in steps.most_common())])
+    return "\n".join(map(aligned, tables))
 
 
 def _print_at_exit() -> None:
     counts = f"{calls.total()} attention calls, {gradients.total()} with gradients"
-    print(f"mtlflashattn: {counts}" + (f"\n{table()}" if calls or gradients else ""), file=sys.stderr)
+    print(f"mtlflashattn: {counts}" + (f"\n{table()}" if calls or gradients or steps else ""), file=sys.stderr)
     for text in filter(None, (text() for text in at_exit)):
         print(text, file=sys.stderr)
 

@@ -38,6 +38,8 @@ class CacheCall:
     cu_seqlens_k_new: torch.Tensor | None = None  # (batch + 1,)
     max_seqlen_q: int | torch.Tensor | None = None  # with cu_seqlens_q
     seqused_q: torch.Tensor | None = None  # (batch,): how many of a sequence's queries count
+    k_descale: torch.Tensor | None = None  # (batch, heads_k), float32: of a quantised cache
+    v_descale: torch.Tensor | None = None
 
     @property
     def names(self) -> dict[str, str]:

@@ -6,7 +6,6 @@ attends. Lengths and indices stay on the device. Values are checked where the ho
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from typing import Any, NamedTuple
 
@@ -15,9 +14,10 @@ import torch
 from .. import checks, dispatch
 from ..lengths import Lengths, Rows, check_pages, used
 from ..problem import AttentionProblem, Result, with_qv
-from .cache_append import NewRows, append, sequence_of_rows
+from ..tiers.metal.rotary import NewKeys, Queries, Rotary
+from .cache_append import prepare
 from .cache_call import NAMES, CacheCall
-from .rotary import rotated
+from .cache_codes import check_descales, kv_dtype, may_be_quantised
 
 _Q = "batch, seqlen_q, heads, head_dim"
 _Q_PACKED = "total_q, heads, head_dim with cu_seqlens_q"
@@ -26,24 +26,16 @@ _PAGES = "num_blocks, block_size, heads_k, head_dim"
 _NAMES = {caller: {"k": names["k_cache"], "v": names["v_cache"]} for caller, names in NAMES.items()}
 
 
-class Rotary(NamedTuple):
-    """Rotary embedding of the queries and of the new keys."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    interleaved: bool
-    start: int | torch.Tensor  # the position of the first query and of the first new key of each sequence
-    advances: bool  # does the second query have the next position? Else all queries have the first one
-
-
 class CachePlan(NamedTuple):
     """What a call comes to: everything is checked, nothing is written yet."""
 
     call: CacheCall
-    problem: AttentionProblem  # over the cache as it will be, by the queries as they are
-    cached: int | torch.Tensor  # the rows of each sequence in the cache, before the new ones
-    new: NewRows | None
+    problem: (
+        AttentionProblem  # over the cache as it will be; its queries, if rotated, and seqused_k are yet to be filled
+    )
+    new: NewKeys | None
     rotary: Rotary | None
+    queries: Queries | None  # to rotate, if any are
 
 
 def describe(call: CacheCall) -> CachePlan:
@@ -59,25 +51,35 @@ def describe(call: CacheCall) -> CachePlan:
         name = call.names["block_table"]
         checks.tensor(call.block_table, name, "batch, blocks per sequence")
         kv_dims = f"{_PAGES} with {name}"
-    checks.qkv(q, k_cache, v_cache, (_Q if call.cu_seqlens_q is None else _Q_PACKED, kv_dims), _NAMES[call.caller])
+    codes = kv_dtype(call) if may_be_quantised(call) else None
+    dims = (_Q if call.cu_seqlens_q is None else _Q_PACKED, kv_dims)
+    checks.qkv(q, k_cache, v_cache, dims, _NAMES[call.caller], codes)
     if call.cu_seqlens_q is None:
         queries, batch = Lengths(q.shape[1]), q.shape[0]
     else:
         queries, batch = _packed_queries(call, call.cu_seqlens_q), call.cu_seqlens_q.shape[0] - 1
-    call = _with_entries(call, batch)
+    _check_entries(call, batch)
+    if codes is not None:
+        check_descales(call, batch)
     room = k_cache.shape[1] * (1 if call.block_table is None else call.block_table.shape[1])
     cached = _cached(call, batch, room)
     leftpad = None
     if call.cache_leftpad is not None:
         leftpad = _leftpad(call.cache_leftpad, call, batch, room, cached)
-    new = _new(call, batch, room, cached)
-    rotary = _rotary(call, batch, queries, cached, new)
+    options = call.options.checked(q, batch)
+    rows = _new_rows(call, batch, room, cached)
+    rotary, rotated = None, None
+    if call.rotary_cos is not None or call.rotary_sin is not None:
+        rotary, rotated = _rotary(call, batch, queries, cached, rows, options)
     if call.seqused_q is not None:
         queries = used(queries, call.seqused_q, "seqused_q", batch, q, call.lengths_of_q)
-    problem = _problem(call, batch, room, queries, cached, new, leftpad)
+    problem = _problem(call, batch, room, queries, cached, rows, leftpad, options)
     if call.qv is not None:
         checks.qv(call.qv, problem.out_shape, q)
-    return CachePlan(call, problem, cached.number, new, rotary)
+    if rotated is not None:
+        problem.q = rotated.out
+    new = None if rows is None else _new_keys(call, rows, cached, problem.seqused_k)
+    return CachePlan(call, problem, new, rotary, rotated)
 
 
 def run(plan: CachePlan) -> Result:
@@ -85,11 +87,9 @@ def run(plan: CachePlan) -> Result:
 
     Computes at once and without gradients: whether there is a graph or a gradient is `kvcache.attention`'s business.
     """
-    call, problem, _, new, rotary = plan
-    if rotary is not None:
-        problem = dataclasses.replace(problem, q=_rotated_queries(rotary, problem))
+    call, problem, new, rotary, queries = plan
     if new is not None:
-        append(call, plan.cached, new, new.k if rotary is None else _rotated_keys(rotary, new))
+        prepare(new, rotary, queries)
     if call.qv is not None:
         problem = with_qv(problem, call.qv, call.options.softmax_scale)
     return dispatch.attention(problem)
@@ -101,12 +101,8 @@ def _packed_queries(call: CacheCall, cu_seqlens: torch.Tensor) -> Lengths:
     return Lengths(longest, tensor, known)
 
 
-def _with_entries(call: CacheCall, batch: int) -> CacheCall:
-    """`call`, checked to have an entry of the cache for each sequence; of a paged cache with those entries alone.
-
-    The rows of a block table are picked here, by one small gather on the device: the append needs them as the attention
-    does, and so no tier has to honour both indices at once.
-    """
+def _check_entries(call: CacheCall, batch: int) -> None:
+    """Is there an entry of the cache, or a row of the block table, for each sequence?"""
     k_cache, block_table, entries = call.k_cache, call.block_table, call.cache_batch_idx
     if block_table is not None:
         dims = (
@@ -119,14 +115,13 @@ def _with_entries(call: CacheCall, batch: int) -> CacheCall:
         )
         raise checks.malformed(call.names["k_cache"], k_cache, accepted)
     if entries is None:
-        return call
+        return
     name = call.names["cache_batch_idx"]
     checks.int32(entries, name, "batch,", batch, call.q)
     if block_table is None:
         checks.indices(entries, name, k_cache.shape[0], f"the entries of {call.names['k_cache']}")
-        return call
-    checks.indices(entries, name, block_table.shape[0], f"the rows of {call.names['block_table']}")
-    return dataclasses.replace(call, block_table=block_table.index_select(0, entries), cache_batch_idx=None)
+    else:
+        checks.indices(entries, name, block_table.shape[0], f"the rows of {call.names['block_table']}")
 
 
 def _cached(call: CacheCall, batch: int, room: int) -> Rows:
@@ -154,50 +149,72 @@ def _leftpad(leftpad: torch.Tensor, call: CacheCall, batch: int, room: int, cach
     return Rows(leftpad, known)
 
 
-def _new(call: CacheCall, batch: int, room: int, cached: Rows) -> NewRows | None:
-    """The rows that the call appends, for which there is room."""
-    cu_seqlens = call.cu_seqlens_k_new
-    if call.k is None and call.v is None:
+def _new_rows(call: CacheCall, batch: int, room: int, cached: Rows) -> Rows | None:
+    """How many rows each sequence gets, for which there is room; the number is cu_seqlens_k_new if they are packed."""
+    cu_seqlens, k, v = call.cu_seqlens_k_new, call.k, call.v
+    if k is None and v is None:
         if cu_seqlens is not None:
             raise checks.malformed("cu_seqlens_k_new", "new lengths without k and v", "None, or k and v too")
         return None
-    names = k_name, v_name, seqlens_name = call.names["k"], call.names["v"], call.names["cache_seqlens"]
-    for name, value in zip(names, (call.k, call.v, call.cache_seqlens), strict=True):
-        if value is None:
-            raise checks.malformed(name, "None", f"{', '.join(names)} together, to append to the cache")
-    k, v = _new_tensor(call.k, "k", call.k_cache, call), _new_tensor(call.v, "v", call.v_cache, call)
-    if cu_seqlens is None and k.shape[0] != batch:
-        raise checks.malformed(k_name, k, f"a batch of {batch}, that of q")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise checks.malformed(v_name, v, f"the shape of {k_name}, {tuple(k.shape)}, up to head_dim")
+    names = call.names
+    if k is None or v is None or call.cache_seqlens is None:
+        together = {names["k"]: k, names["v"]: v, names["cache_seqlens"]: call.cache_seqlens}
+        missing = next(name for name, value in together.items() if value is None)
+        raise checks.malformed(missing, "None", f"{', '.join(together)} together, to append to the cache")
+    dims = "batch, seqlen_new, heads_k, head_dim"
+    if cu_seqlens is not None:
+        checks.tensor(cu_seqlens, "cu_seqlens_k_new", "batch + 1,")
+        dims = "total_k_new, heads_k, head_dim with cu_seqlens_k_new"
+    shape, v_shape = _new_shape(k, "k", call.k_cache, call, dims), _new_shape(v, "v", call.v_cache, call, dims)
+    if cu_seqlens is None and shape[0] != batch:
+        raise checks.malformed(names["k"], k, f"a batch of {batch}, that of q")
+    if v_shape[:-1] != shape[:-1]:
+        raise checks.malformed(names["v"], v, f"the shape of {names['k']}, {tuple(shape)}, up to head_dim")
     if cu_seqlens is None:
-        rows = Rows(k.shape[1], [k.shape[1]] * batch)
+        rows = Rows(shape[1], [shape[1]] * batch)
     else:
-        known = checks.cu_seqlens(cu_seqlens, "cu_seqlens_k_new", k.shape[0], k_name, call.q)
+        rows = Rows(cu_seqlens, checks.cu_seqlens(cu_seqlens, "cu_seqlens_k_new", shape[0], names["k"], call.q))
         if cu_seqlens.shape[0] != batch + 1:
             raise checks.malformed("cu_seqlens_k_new", cu_seqlens, f"{batch + 1} values")
-        rows = Rows(cu_seqlens.diff(), known)
-        if known is not None:  # rows behind the last sequence are no sequence's
-            k, v = k[: sum(known)], v[: sum(known)]
     longest = _longest(cached.known, rows.known)
     if longest > room:
-        came = f"{longest} keys after appending to those of {seqlens_name}"
-        raise checks.malformed(k_name, came, f"at most {room}, the room of {call.names['k_cache']}")
-    return NewRows(k, v, cu_seqlens, rows)
+        came = f"{longest} keys after appending to those of {names['cache_seqlens']}"
+        raise checks.malformed(names["k"], came, f"at most {room}, the room of {names['k_cache']}")
+    return rows
 
 
-def _new_tensor(value: Any, field: str, cache: torch.Tensor, call: CacheCall) -> torch.Tensor:
-    name, cache_name, dims = call.names[field], call.names[f"{field}_cache"], "batch, seqlen_new, heads_k, head_dim"
-    if call.cu_seqlens_k_new is not None:
-        checks.tensor(call.cu_seqlens_k_new, "cu_seqlens_k_new", "batch + 1,")
-        dims = "total_k_new, heads_k, head_dim with cu_seqlens_k_new"
-    checks.own_memory(cache, cache_name)
-    tensor = checks.tensor(value, name, dims, call.q)
-    if tensor.dtype != cache.dtype:
-        raise checks.malformed(name, f"dtype {tensor.dtype}", f"{cache.dtype}, the dtype of {cache_name}")
-    if tensor.shape[-2:] != cache.shape[-2:]:
-        raise checks.malformed(name, tensor, f"(heads, head_dim) = {tuple(cache.shape[-2:])} as {cache_name}")
-    return tensor
+def _new_shape(value: Any, field: str, cache: torch.Tensor, call: CacheCall, dims: str) -> torch.Size:
+    names, q = call.names, call.q
+    checks.own_memory(cache, names[f"{field}_cache"])
+    tensor = checks.tensor(value, names[field], dims, q)
+    if tensor.dtype is not q.dtype:
+        raise checks.malformed(names[field], f"dtype {tensor.dtype}", f"{q.dtype}, the dtype of q")
+    shape, cache_shape = tensor.shape, cache.shape
+    if shape[-1] != cache_shape[-1] or shape[-2] != cache_shape[-2]:
+        accepted = f"(heads, head_dim) = {tuple(cache_shape[-2:])} as {names[f'{field}_cache']}"
+        raise checks.malformed(names[field], tensor, accepted)
+    return shape
+
+
+def _new_keys(call: CacheCall, rows: Rows, cached: Rows, seqused_k: torch.Tensor | None) -> NewKeys:
+    k: Any = call.k
+    v: Any = call.v
+    if call.cu_seqlens_k_new is not None and rows.known is not None:  # rows behind the last sequence are no sequence's
+        k, v = k[: sum(rows.known)], v[: sum(rows.known)]
+    return NewKeys(
+        k,
+        v,
+        call.k_cache,
+        call.v_cache,
+        call.cu_seqlens_k_new,
+        cached.number,
+        call.cache_batch_idx,
+        call.block_table,
+        call.cache_leftpad,
+        seqused_k,
+        call.k_descale,
+        call.v_descale,
+    )
 
 
 def _longest(starts: list[int] | None, lengths: list[int] | None) -> int:
@@ -207,19 +224,22 @@ def _longest(starts: list[int] | None, lengths: list[int] | None) -> int:
     return max((start + length for start, length in zip(starts, lengths, strict=True) if length), default=0)
 
 
-def _rotary(call: CacheCall, batch: int, queries: Lengths, cached: Rows, new: NewRows | None) -> Rotary | None:
-    """How to rotate, with a table that reaches as far as the positions do."""
+def _rotary(
+    call: CacheCall, batch: int, queries: Lengths, cached: Rows, of_new: Rows | None, options: dict[str, Any]
+) -> tuple[Rotary, Queries]:
+    """How to rotate, with a table that reaches as far as the positions do, and the queries with memory for them.
+
+    Without tables it does not matter what rotary_seqlens is: upstream does not look at it either.
+    """
     q, seqlens = call.q, call.rotary_seqlens
     if call.rotary_cos is None:
-        if call.rotary_sin is not None:
-            raise checks.malformed("rotary_sin", "a table without rotary_cos", "None, or rotary_cos too")
-        return None  # whatever rotary_seqlens is: upstream does not look at it either
+        raise checks.malformed("rotary_sin", "a table without rotary_cos", "None, or rotary_cos too")
     cos, sin = _table(call.rotary_cos, "rotary_cos", q), _table(call.rotary_sin, "rotary_sin", q)
     if sin.shape != cos.shape:
         raise checks.malformed("rotary_sin", sin, f"the shape of rotary_cos, {tuple(cos.shape)}")
     if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
         raise checks.malformed("rotary_cos", cos, f"rotary_dim / 2 of at most {q.shape[-1] // 2}, half the head_dim")
-    if new is None:
+    if of_new is None:
         accepted = f"{call.names['k']} and {call.names['v']} too"
         raise checks.malformed("rotary_cos", "rotary embedding without new keys", accepted)
     start = cached
@@ -227,15 +247,16 @@ def _rotary(call: CacheCall, batch: int, queries: Lengths, cached: Rows, new: Ne
         start = Rows(
             seqlens, checks.lengths(seqlens, call.names["rotary_seqlens"], batch, cos.shape[0], q, "rotary_cos")
         )
-    _check_table(cos, start, new.rows.known, "keys")
     # Upstream's rule: without causal, window and chunk all queries have the position after the cache.
-    window = checks.window(call.options.window_size, call.options.causal)
-    advances = window != (-1, -1) or checks.attention_chunk(call.options.attention_chunk) > 0
-    lengths = [q.shape[1]] * batch if call.cu_seqlens_q is None else queries.lengths
-    if lengths is not None and not advances:
-        lengths = [min(n, 1) for n in lengths]
-    _check_table(cos, start, lengths, "queries")
-    return Rotary(cos, sin, call.rotary_interleaved, start.number, advances)
+    advances = options["window_left"] >= 0 or options["window_right"] >= 0 or options["attention_chunk"] > 0
+    if start.known is not None:
+        lengths = [q.shape[1]] * batch if call.cu_seqlens_q is None else queries.lengths
+        if lengths is not None and not advances:
+            lengths = [min(n, 1) for n in lengths]
+        _check_table(cos, start, of_new.known, "keys")
+        _check_table(cos, start, lengths, "queries")
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return Rotary(cos, sin, call.rotary_interleaved, start.number), Queries(q, out, call.cu_seqlens_q, advances)
 
 
 def _table(value: Any, name: str, q: torch.Tensor) -> torch.Tensor:
@@ -257,28 +278,36 @@ def _problem(
     room: int,
     queries: Lengths,
     cached: Rows,
-    new: NewRows | None,
+    of_new: Rows | None,
     leftpad: Rows | None,
+    options: dict[str, Any],
 ) -> AttentionProblem:
     """Attention over the cache with the new rows in it."""
     q, k, v, block_table = call.q, call.k_cache, call.v_cache, call.block_table
-    rows = cached
-    if new is not None:
-        rows = rows.each(operator.add, new.rows)
+    number, known = cached
+    if of_new is not None and known is not None:
+        known = None if of_new.known is None else list(map(operator.add, known, of_new.known))
     if block_table is not None:
         first = None if leftpad is None else leftpad.known
-        check_pages(block_table, k, rows.known, call.names["cache_seqlens"], call.names["block_table"], first)
-    if leftpad is not None:
-        rows = rows.each(operator.sub, leftpad)
-    number, known = rows
-    seqused = None
-    if isinstance(number, torch.Tensor):
-        seqused = number
-    elif block_table is not None:
-        seqused = torch.full((batch,), number, dtype=torch.int32, device=q.device)
-    else:
+        table = _table_of_sequences(block_table, call.cache_batch_idx)
+        check_pages(table, k, known, call.names["cache_seqlens"], call.names["block_table"], first)
+    if leftpad is not None and known is not None:
+        known = None if leftpad.known is None else list(map(operator.sub, known, leftpad.known))
+    of_new_rows = 0 if of_new is None else of_new.number
+    of_lengths = next(
+        (n for n in (number, of_new_rows, block_table) if isinstance(n, torch.Tensor)), call.cache_leftpad
+    )
+    seqused: Any = number
+    if of_lengths is None:
         # One length for all is a plain dense problem on a shorter view.
-        k, v, room, known = k[:, :number], v[:, :number], number, None
+        room = operator.add(number, of_new_rows)
+        k, v, known, seqused = k[:, :room], v[:, :room], None, None
+    elif of_new is not None:
+        seqused = of_lengths.new_empty(batch)  # filled when the new rows are appended
+    elif leftpad is not None:
+        seqused = number - leftpad.number
+    elif isinstance(number, int):
+        seqused = torch.full((batch,), number, dtype=torch.int32, device=q.device)
     max_seqlen_k = room if known is None else max(known, default=0)
     return AttentionProblem(
         q,
@@ -287,7 +316,7 @@ def _problem(
         batch,
         queries.max_seqlen,
         max_seqlen_k,
-        **call.options.checked(q, batch),
+        **options,
         cu_seqlens_q=call.cu_seqlens_q,
         seqused_q=call.seqused_q,
         seqused_k=seqused,
@@ -295,23 +324,15 @@ def _problem(
         block_table=block_table,
         kv_batch_idx=call.cache_batch_idx,
         leftpad_k=call.cache_leftpad,
+        k_descale=call.k_descale,
+        v_descale=call.v_descale,
         lengths_q=queries.lengths,
         lengths_k=known,
     )
 
 
-def _rotated_queries(rotary: Rotary, p: AttentionProblem) -> torch.Tensor:
-    cos, sin, interleaved, start, advances = rotary
-    q, cu_seqlens = p.q, p.cu_seqlens_q
-    if advances:
-        return rotated(q, cos, sin, start, cu_seqlens, interleaved)
-    if cu_seqlens is None:  # all at one position: as if all were heads of one query
-        return rotated(q.flatten(1, 2).unsqueeze(1), cos, sin, start, None, interleaved).view(q.shape)
-    if isinstance(start, torch.Tensor):
-        start = start[sequence_of_rows(cu_seqlens, q.shape[0])]
-    # As if each query were a sequence.
-    return rotated(q.unsqueeze(1), cos, sin, start, None, interleaved).squeeze(1)
-
-
-def _rotated_keys(rotary: Rotary, new: NewRows) -> torch.Tensor:
-    return rotated(new.k, rotary.cos, rotary.sin, rotary.start, new.cu_seqlens, rotary.interleaved)
+def _table_of_sequences(block_table: torch.Tensor, entries: torch.Tensor | None) -> torch.Tensor:
+    """`(batch, blocks per sequence)`, to be looked at where values can be read for free."""
+    if entries is None or not checks.readable(block_table) or not checks.readable(entries):
+        return block_table
+    return block_table.index_select(0, entries)

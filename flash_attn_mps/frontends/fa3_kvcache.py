@@ -63,10 +63,12 @@ def flash_attn_with_kvcache(
         q: queries `(batch, seqlen_q, heads, head_dim)`, or `(total_q, heads, head_dim)` with `cu_seqlens_q`; float16,
             bfloat16 or float32, head_dim up to 512.
         k_cache: cached keys `(batch_cache, seqlen_cache, heads_k, head_dim)`, dtype and device of q; heads_k divides
-            heads. With `page_table`, pages `(num_blocks, block_size, heads_k, head_dim)`.
+            heads. With `page_table`, pages `(num_blocks, block_size, heads_k, head_dim)`. Or quantised: float8_e4m3fn,
+            float8_e5m2, int8, or uint8, which is bytes of float8_e4m3fn; keys are its numbers times `k_descale`.
         v_cache: cached values `(batch_cache, seqlen_cache, heads_k, head_dim_v)`, or pages like k_cache.
         k: new keys `(batch, seqlen_new, heads_k, head_dim)`, or `(total_new, heads_k, head_dim)` with
-            `cu_seqlens_k_new`, written into k_cache from row `cache_seqlens` on.
+            `cu_seqlens_k_new`, written into k_cache from row `cache_seqlens` on. Dtype of q; into a quantised cache,
+            `k / k_descale` rounded to the nearest number that it can hold.
         v: new values, head_dim_v instead of head_dim, written into v_cache; given if k is.
         qv: of the shape of out: adds `qv v^T` to the scores, before the scale; None for nothing.
         rotary_cos: cosines `(seqlen_ro, rotary_dim / 2)`, dtype of q: rotary embedding of q and k. Keys rotate by the
@@ -85,8 +87,9 @@ def flash_attn_with_kvcache(
         rotary_seqlens: int32 `(batch,)`: positions to rotate from, instead of `cache_seqlens`; no effect without
             rotary_cos.
         q_descale: None: scales of fp8 tensors, which are not supported.
-        k_descale: None, likewise.
-        v_descale: None, likewise.
+        k_descale: float32 `(batch, heads_k)`: what the numbers of a quantised k_cache are multiplied by, for each
+            sequence and head; None for 1.
+        v_descale: likewise of v_cache.
         softmax_scale: factor of the scores, a number or a 0-d tensor; None for `1 / sqrt(head_dim)`, with
             qv for `1 / sqrt(head_dim + head_dim_v)`.
         causal: hide what comes later: query i sees key j if `j <= i + seqlen_k - seqlen_q`.
@@ -127,7 +130,7 @@ def flash_attn_with_kvcache(
         True
     """
     return_softmax_lse = checks.flag(return_softmax_lse, "return_softmax_lse")
-    reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    reject_descales(q_descale=q_descale)
     call = CacheCall(
         q,
         k_cache,
@@ -156,6 +159,8 @@ def flash_attn_with_kvcache(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k_new=cu_seqlens_k_new,
         max_seqlen_q=max_seqlen_q,
+        k_descale=k_descale,
+        v_descale=v_descale,
     )
     result = kvcache.attention(call)
     return (result.out, result.lse, *accumulators(result.out)) if return_softmax_lse else result.out

@@ -62,7 +62,7 @@ def _flash_attn_forward(
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    reject_descales(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    reject_descales(q_descale=q_descale)
     window_size = window_of(window_size_left, window_size_right)
     options = CallOptions(
         softmax_scale,
@@ -97,6 +97,8 @@ def _flash_attn_forward(
                 cu_seqlens_k_new=cu_seqlens_k_new,
                 max_seqlen_q=max_seqlen_q,
                 seqused_q=seqused_q,
+                k_descale=k_descale,
+                v_descale=v_descale,
             )
             result = kvcache.attention(call)
         else:
@@ -110,6 +112,8 @@ def _flash_attn_forward(
                 rotary_cos=rotary_cos,
                 rotary_sin=rotary_sin,
                 seqlens_rotary=seqlens_rotary,
+                k_descale=k_descale,
+                v_descale=v_descale,
             )
             lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
             p = _describe(*lengths, page_table, _PAGES)(q, k, v, options)

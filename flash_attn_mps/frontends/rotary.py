@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, arXiv:2104.09864): the arithmetic, in torch, for any device.
+"""Rotary position embedding (RoFormer, arXiv:2104.09864): by a Metal kernel, or in torch for any device.
 
 A pair `(x0, x1)` of one head at position `p` becomes `(x0 cos - x1 sin, x0 sin + x1 cos)`, with `cos` and `sin` read
 from row `p` of two tables. The pairs are `(x[i], x[i + R/2])` (GPT-NeoX) or `(x[2i], x[2i + 1])` (GPT-J,
@@ -8,6 +8,10 @@ device: nothing here waits for it.
 
 import torch
 from torch import Tensor
+
+from .. import trace
+from ..graph import transforms
+from ..tiers.metal import rotary as kernel
 
 
 def apply_rotary(
@@ -43,7 +47,55 @@ def apply_rotary(
         ValueError: shapes do not fit, or a position known on the host lies outside the tables.
     """
     _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    if not torch.compiler.is_compiling():
+        rotary = kernel.Rotary(cos, sin, interleaved, seqlen_offsets, conjugate)
+        reasons = _unsupported_reasons(x, rotary, cu_seqlens, inplace)
+        out = None if reasons else _by_kernel(x, rotary, cu_seqlens, inplace)
+        trace.record_step("rotary embedding", reasons or kernel.NOT_COMPILED if out is None else [])
+        if out is not None:
+            return out
     return rotated(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, inplace, conjugate)
+
+
+def _unsupported_reasons(x: Tensor, rotary: kernel.Rotary, cu_seqlens: Tensor | None, inplace: bool) -> list[str]:
+    """Why the kernel does not rotate `x`, in words; empty if it does."""
+    reasons = kernel.unsupported_reasons(rotary, kernel.Queries(x, x, cu_seqlens), None)
+    if reasons:
+        return reasons
+    if x.requires_grad and torch.is_grad_enabled():
+        reasons.append("autograd takes the gradient of torch's operations")
+    if transforms.active():
+        reasons.append("under a transform of torch.func, or in forward mode")
+    indices = [t for t in (cu_seqlens, rotary.start) if isinstance(t, Tensor)]
+    if any(t.device != x.device for t in (rotary.cos, rotary.sin, *indices)):
+        reasons.append("tensors are on different devices")
+    if any(t.dtype not in (torch.int32, torch.int64) for t in indices):
+        reasons.append("lengths are neither int32 nor int64")
+    if _one_axis_of_heads(x, cu_seqlens) is None:
+        reasons.append("the axes of the heads cannot be seen as one")
+    if inplace and (x.stride(-1) != 1 or 0 in x.stride()):
+        reasons.append("in place, and elements of a row are not neighbours, or rows are expanded")
+    return reasons
+
+
+def _one_axis_of_heads(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    """A view of `x`, as a kernel takes it; None if there is none."""
+    leading = 2 if cu_seqlens is None else 1
+    if x.ndim == leading + 2:
+        return x
+    try:
+        return x.view(*x.shape[:leading], -1, x.shape[-1])
+    except RuntimeError:
+        return None
+
+
+def _by_kernel(x: Tensor, rotary: kernel.Rotary, cu_seqlens: Tensor | None, inplace: bool) -> Tensor | None:
+    """None where the kernel does not compile on this machine."""
+    out = x if inplace else torch.empty_like(x, memory_format=torch.contiguous_format)
+    heads = _one_axis_of_heads(x, cu_seqlens)
+    assert heads is not None
+    to = heads if inplace else out.view(heads.shape)
+    return out if kernel.enqueue(rotary, kernel.Queries(heads, to, cu_seqlens), None) else None
 
 
 def rotated(

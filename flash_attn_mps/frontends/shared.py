@@ -48,4 +48,6 @@ def accumulators(out: Tensor) -> tuple[Tensor, Tensor]:
 def reject_descales(**descales: Any) -> None:
     for name, value in descales.items():
         if value is not None:
-            raise checks.unsupported(name, checks.show(value), "None: there is no fp8 attention here")
+            raise checks.unsupported(
+                name, checks.show(value), "None: only flash_attn_with_kvcache takes k_descale and v_descale"
+            )

@@ -186,7 +186,7 @@ class KeyRows:
         rows = torch.arange(first, last, device=p.q.device)
         if p.block_table is not None:
             num_blocks, block_size = p.k.shape[:2]
-            table = p.block_table[seqs]
+            table = p.block_table[seqs if p.kv_batch_idx is None else p.kv_batch_idx[seqs]]
             if p.leftpad_k is not None:
                 rows = p.leftpad_k[seqs][:, None] + rows
             columns = (rows // block_size).clamp_(max=table.shape[1] - 1).expand(table.shape[0], n)

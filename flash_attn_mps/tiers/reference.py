@@ -182,7 +182,8 @@ def _may_hold_nonfinite(p: AttentionProblem, rows_are_hidden: bool, *rows: Rows)
     """
     if p.mask is None and p.window == (-1, -1) and not p.attention_chunk and not rows_are_hidden:
         return False
-    return not all(isinstance(t, torch.Tensor) and readable(t) and bool(t.isfinite().all()) for t in rows)
+    tensors = [t for t in rows if isinstance(t, torch.Tensor) and readable(t)]
+    return len(tensors) < len(rows) or not all(bool(t.isfinite().all()) for t in tensors)
 
 
 def _finite(rows: torch.Tensor) -> torch.Tensor:

@@ -100,7 +100,9 @@ def function(name: str) -> Callable[..., Any] | None:
     for node in source.nodes if source is not None else ():
         if isinstance(node, ast.ImportFrom) and node.lineno <= where.line <= (node.end_lineno or 0):
             if name in (alias.name for alias in node.names) and not source.is_guarded(node):  # type: ignore[union-attr]
-                journal.note_call(str(where), name, "FlashAttention 1's name is there: the module imports it without try")
+                journal.note_call(
+                    str(where), name, "FlashAttention 1's name is there: the module imports it without try"
+                )
                 return _FUNCTIONS[name]
     return None
 

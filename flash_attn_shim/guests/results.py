@@ -67,7 +67,11 @@ class Result:
 
     def _subscript(self, node):
         index = node.slice
-        if isinstance(index, ast.UnaryOp) and isinstance(index.op, ast.USub) and isinstance(index.operand, ast.Constant):
+        if (
+            isinstance(index, ast.UnaryOp)
+            and isinstance(index.op, ast.USub)
+            and isinstance(index.operand, ast.Constant)
+        ):
             return "index", -index.operand.value
         if isinstance(node.ctx, ast.Load) and isinstance(index, ast.Constant) and type(index.value) is int:
             return "index", index.value
@@ -243,8 +247,11 @@ def _excluded(node, inner):
 def _binds(statement, name):
     targets = statement.targets if isinstance(statement, ast.Assign) else []
     targets = [statement.target] if isinstance(statement, ast.AnnAssign) and statement.value else targets
-    return any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)
-               for target in targets for n in ast.walk(target))
+    return any(
+        isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)
+        for target in targets
+        for n in ast.walk(target)
+    )
 
 
 def _start(node):

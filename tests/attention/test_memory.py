@@ -3,6 +3,7 @@
 PyTorch's profiler counts it, so that buffers inside of an operator count too.
 """
 
+import gc
 import json
 
 import pytest
@@ -25,6 +26,7 @@ def tensors(count, length=LENGTH):
 
 def allocations(function, path):
     """(largest allocation, highest sum of live ones) in bytes while function runs, beyond what was there before."""
+    gc.collect()  # or what was garbage before would count as freed
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
     recorded.export_chrome_trace(str(path))

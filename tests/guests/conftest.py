@@ -1,3 +1,3 @@
 """The environments of tests/shim."""
 
-from tests.shim.conftest import installed, with_torch, wheel  # noqa: F401
+from tests.shim.conftest import installed, wheel, with_torch  # noqa: F401

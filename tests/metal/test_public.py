@@ -8,6 +8,7 @@ from flash_attn_mps.frontends import fa2, fa3
 from metal_host import observe
 from tests.attention import oracle
 from tests.attention import test_kvcache as kvcache
+from tests.attention import test_quantised as quantised
 from tests.attention.layouts import randn
 from tests.attention.pairwise import case_id
 from tests.attention.rule import verify
@@ -20,15 +21,16 @@ HOW = {"causal": True, "window_size": (20, 0), "softcap": 5.0, "softmax_scale": 
 
 @pytest.fixture
 def served(monkeypatch):
-    """Asserts that the calls of a test were served by one of the Metal tiers, in one launch of its kernel."""
+    """The launches of a test; asserts that its calls were served by Metal tiers, each in one launch of its kernel."""
     monkeypatch.setattr(trace, "enabled", True)
     monkeypatch.setattr(trace, "calls", trace.Counter())
     with observe(instrumented=False) as launches:
-        yield
+        yield launches
     tiers = [call.tier for call in trace.calls.elements()]
     assert tiers
     entries = {"simdgroup": "attention_forward", "decode": "attention_decode"}
-    assert [launch.kernel for launch in launches] == [entries[tier] for tier in tiers]
+    attention = [launch.kernel for launch in launches if launch.kernel != "rotate_and_append"]
+    assert attention == [entries[tier] for tier in tiers]
 
 
 def random(*names_and_shapes, dtype=torch.bfloat16):
@@ -146,10 +148,18 @@ def test_varlen_with_a_block_table():
     )
 
 
-@pytest.mark.usefixtures("served")
 @pytest.mark.parametrize("case", kvcache.CASES[::6], ids=case_id)
-def test_kvcache_calls(case):
+def test_kvcache_calls(case, served):
     kvcache.test_against_the_oracle(case)
+    before = [] if case["seqlen_new"] is None else ["rotate_and_append"]
+    assert [launch.kernel for launch in served[:-1]] == before
+
+
+@pytest.mark.parametrize("case", quantised.CASES[::5], ids=case_id)
+def test_quantised_calls(case, served):
+    quantised.test_against_the_oracle(case)
+    before = ["rotate_and_append"] if case["new"] else []
+    assert [launch.kernel for launch in served[:-1]] == before
 
 
 @pytest.mark.metal_full
@@ -161,16 +171,16 @@ def test_every_kvcache_call(case):
 
 @pytest.mark.parametrize(
     ("how", "tier"),
-    [({"dropout_p": 0.1, "return_attn_probs": True}, "torch"), ({"head_dim": 520}, "cpu"), ({"seqlen_k": 0}, "torch")],
+    [({"dropout_p": 0.1, "return_attn_probs": True}, "torch"), ({"seqlen_k": 0}, "torch")],
     ids=str,
 )
 def test_what_the_kernels_refuse_other_tiers_serve(how, tier, monkeypatch):
     how = dict(how)
     monkeypatch.setattr(trace, "enabled", True)
     monkeypatch.setattr(trace, "calls", trace.Counter())
-    head_dim, seqlen_k = how.pop("head_dim", 64), how.pop("seqlen_k", 9)
-    q = torch.randn(1, 9, 2, head_dim)
-    k, v = (torch.randn(1, seqlen_k, 2, head_dim) for _ in range(2))
+    seqlen_k = how.pop("seqlen_k", 9)
+    q = torch.randn(1, 9, 2, 64)
+    k, v = (torch.randn(1, seqlen_k, 2, 64) for _ in range(2))
     with observe(instrumented=False) as launches:
         fa2.flash_attn_func(q, k, v, **how)
     assert not launches

@@ -11,7 +11,7 @@ import torch
 
 from . import proved, refusals
 from .refusals import Refusal
-from .specialization import Specialization
+from .specialization import Compilable
 
 _CACHED = 512  # kernels; lengths, strides and scale are arguments, so few programs need more than a dozen
 
@@ -27,7 +27,7 @@ compile_shader: Callable[[str], Any] = _from_torch
 device_types: frozenset[str] = frozenset({"mps"})
 
 
-failures: dict[Specialization, str] = {}  # what is not used on this machine, and why: the compiler's log, say
+failures: dict[Compilable, str] = {}  # what is not used on this machine, and why: the compiler's log, say
 
 
 def unavailable(device: str) -> str | None:
@@ -41,7 +41,7 @@ def unavailable(device: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def kernel(specialization: Specialization) -> Any | None:
+def kernel(specialization: Compilable) -> Any | None:
     """The compiled kernel, or None, after a warning, if it is not to be used on this machine: Metal does not accept it,
     or it fails its proof."""
     source = specialization.source()
@@ -58,7 +58,7 @@ def kernel(specialization: Specialization) -> Any | None:
     return compiled
 
 
-def _prove(specialization: Specialization, compiled: Any, source: str) -> Refusal | None:
+def _prove(specialization: Compilable, compiled: Any, source: str) -> Refusal | None:
     """Why it is not to be used, if it has not proved itself here before."""
     # Whoever puts another compiler here has tests of their own for what it compiles.
     ours = compile_shader is _from_torch
@@ -85,7 +85,7 @@ def clear() -> None:
 _warned: set[str] = set()  # entries of kernels
 
 
-def _warn_once(specialization: Specialization, refusal: Refusal) -> None:
+def _warn_once(specialization: Compilable, refusal: Refusal) -> None:
     entry = specialization.kernel.entry
     if entry in _warned:
         return

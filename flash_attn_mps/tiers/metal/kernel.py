@@ -98,15 +98,27 @@ class Buffer(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Kernel:
-    """One kernel. There is one object for each, so that it is cheap as part of a key.
-
-    A kernel is launched in some variant: a NamedTuple of numbers of its own, which Metal has in capitals, as ROWS.
-    """
+class Program:
+    """A function in Metal. There is one object for each, so that it is cheap as part of a key."""
 
     entry: str  # Metal's name of the function
     headers: tuple[str, ...]  # of Metal's library
     sources: tuple[str, ...]  # of kernels/, in the order in which they build on each other
+    # Of a specialization and its compiled function: why that is not to be used, a `refusals.Refusal`; None if it is.
+    # Asked when it is first used on a machine (`prove.Proof`).
+    proof: Callable[[Any, Any], Any | None] | None = None
+
+    def __repr__(self) -> str:
+        return self.entry
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Kernel(Program):
+    """One kernel that works on an `AttentionProblem`.
+
+    A kernel is launched in some variant: a NamedTuple of numbers of its own, which Metal has in capitals, as ROWS.
+    """
+
     buffers: Mapping[str, Buffer]  # in the order of the arguments
     optional: tuple[str, ...]  # which of OPTIONAL_BUFFERS it reads
     parameters: tuple[str, ...] = ()  # names of those that it has besides `Parameters` and strides
@@ -114,12 +126,6 @@ class Kernel:
         default_factory=dict
     )  # what its sources, shared with others, are told of it
     grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
-    # Of a specialization and its compiled function: why that is not to be used, a `refusals.Refusal`; None if it is.
-    # Asked when it is first used on a machine (`prove.Proof`).
-    proof: Callable[[Any, Any], Any | None] | None = None
-
-    def __repr__(self) -> str:
-        return self.entry
 
 
 def _always(_variant: Any) -> bool:

@@ -16,7 +16,7 @@ from . import compiler
 from .kernel import Buffer, Grid, Kernel, Parameters
 from .specialization import Mask, Specialization
 
-_TYPES = {
+TYPES = {
     torch.float16: "half",
     torch.bfloat16: "bfloat",
     torch.float32: "float",
@@ -39,7 +39,7 @@ def limits(p: AttentionProblem, widest: int = MAX_HEAD_DIM) -> list[str]:
         reasons.append("there are no scores")
     if p.q.shape[-1] > widest or p.v.shape[-1] > widest:
         reasons.append(f"head_dim above {widest}")
-    if isinstance(p.softmax_scale, torch.Tensor) and p.softmax_scale.dtype not in _TYPES:
+    if isinstance(p.softmax_scale, torch.Tensor) and p.softmax_scale.dtype not in TYPES:
         reasons.append("softmax_scale is a tensor of another dtype than float")
     return reasons
 
@@ -128,7 +128,7 @@ def arguments(
         values.append(t if name in _STRIDED or t.is_contiguous() else t.contiguous())
     specialization = Specialization(
         kernel,
-        _TYPES[q.dtype],
+        TYPES[q.dtype],
         "" if p.k.dtype is q.dtype else quantised.FORMATS[p.k.dtype].name,
         q.shape[-1],
         p.v.shape[-1],
@@ -140,7 +140,7 @@ def arguments(
         p.dropout_p > 0,
         tuple(given),
         mask_layout(p.mask) if p.mask is not None else None,
-        _TYPES[scale.dtype] if isinstance(scale, torch.Tensor) else "float",
+        TYPES[scale.dtype] if isinstance(scale, torch.Tensor) else "float",
         variant,
     )
     return specialization, values
@@ -163,7 +163,7 @@ def mask_layout(mask: torch.Tensor) -> Mask:
         together = mask.storage_offset() | 16 // mask.itemsize | batch | heads | rows
         aligned = (together & -together) * mask.itemsize
         aligned = 16 if aligned == 16 else 4 if aligned >= 4 else 1
-    return Mask(_TYPES[mask.dtype], aligned, rows == 0, columns == 0)
+    return Mask(TYPES[mask.dtype], aligned, rows == 0, columns == 0)
 
 
 def mask_strides(mask: torch.Tensor) -> list[Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from .kernel import OPTIONAL_BUFFERS, Kernel, Parameters
+from .kernel import OPTIONAL_BUFFERS, Kernel, Parameters, Program
 
 _KERNELS = Path(__file__).parent / "kernels"
 # The bound of a group's threads in a kernel's attribute is 64 at least: with 32 Apple's compiler got rows 4 to 7 of 8x8
@@ -15,6 +16,19 @@ _BOUND = "#define BOUND(threads) ((threads) < 64 ? 64 : (threads))"
 # Ahead of Metal's own headers: under PYTORCH_MPS_FAST_MATH torch asks for a mode in which tests for NaN and infinities
 # may be left out. Metal 3.1 has no such pragma: there the proof finds out (prove.py).
 _MATH = ("#if __METAL_VERSION__ >= 320", "#pragma METAL fp math_mode(safe)", "#endif")
+
+
+class Compilable(Protocol):
+    """What is compiled; equal where the source is the same."""
+
+    @property
+    def kernel(self) -> Program: ...
+
+    def source(self) -> str: ...
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+    def __hash__(self) -> int: ...
 
 
 class Mask(NamedTuple):
@@ -47,17 +61,7 @@ class Specialization(NamedTuple):
 
     def source(self) -> str:
         """The Metal source, ASCII."""
-        return "\n".join(
-            [
-                *_MATH,
-                _BOUND,
-                *(f"#include <{header}>" for header in self.kernel.headers),
-                "using namespace metal;",
-                *(f"#define {name} {value}" for name, value in self._defines().items()),
-                *self._declarations(),
-                *(_text(name) for name in self.kernel.sources),
-            ]
-        )
+        return source_of(self.kernel, self._defines(), self._declarations())
 
     def _defines(self) -> dict[str, object]:
         mask = self.mask or Mask("uchar", 0, False, False)
@@ -67,8 +71,7 @@ class Specialization(NamedTuple):
             "ELEMENT_BYTES": 4 if self.dtype == "float" else 2,
             "T_IS_HALF": int(self.dtype == "half"),
             "T_IS_BFLOAT": int(self.dtype == "bfloat"),
-            "KV_T": "uchar" if self.kv_format else "T",
-            "KV_FORMAT": f"KV_IS_{self.kv_format.upper()}" if self.kv_format else 0,
+            **of_kv_format(self.kv_format),
             "HEAD_DIM": self.head_dim,
             "HEAD_DIM_V": self.head_dim_v,
             "VECTOR": self.vector,
@@ -102,14 +105,40 @@ class Specialization(NamedTuple):
             "params": "constant long*",
             **{name: f"device const {OPTIONAL_BUFFERS[name]}*" for name in given},
         }
-        inputs = ["params", *given]
-        arguments = (f"{kind} {name} [[buffer({n})]]," for n, (name, kind) in enumerate(types.items()))
-        return [
-            f"#define BUFFERS {' '.join(arguments)}",
-            f"enum Param {{ {', '.join(parameter_names(kernel))} }};",
-            f"struct Inputs {{ {' '.join(f'{types[name]} {name};' for name in inputs)} }};",
-            f"#define INPUTS {{ {', '.join(inputs)} }}",
+        return declarations(types, ["params", *given], parameter_names(kernel))
+
+
+def of_kv_format(kv_format: str) -> dict[str, object]:
+    """What codes.metal is told of the format of keys and values; empty for none."""
+    if not kv_format:
+        return {"KV_T": "T", "KV_FORMAT": 0}
+    return {"KV_T": "uchar", "KV_FORMAT": f"KV_IS_{kv_format.upper()}"}
+
+
+def source_of(program: Program, defines: Mapping[str, object], declared: Sequence[str]) -> str:
+    """The text of a program's sources, behind what the host tells them."""
+    return "\n".join(
+        [
+            *_MATH,
+            _BOUND,
+            *(f"#include <{header}>" for header in program.headers),
+            "using namespace metal;",
+            *(f"#define {name} {value}" for name, value in defines.items()),
+            *declared,
+            *(_text(name) for name in program.sources),
         ]
+    )
+
+
+def declarations(types: Mapping[str, str], inputs: Sequence[str], parameters: Sequence[str]) -> list[str]:
+    """BUFFERS: the arguments of these types; Inputs and INPUTS: those of them that functions need; the parameters."""
+    arguments = (f"{kind} {name} [[buffer({n})]]," for n, (name, kind) in enumerate(types.items()))
+    return [
+        f"#define BUFFERS {' '.join(arguments)}",
+        f"enum Param {{ {', '.join(parameters)} }};",
+        f"struct Inputs {{ {' '.join(f'{types[name]} {name};' for name in inputs)} }};",
+        f"#define INPUTS {{ {', '.join(inputs)} }}",
+    ]
 
 
 def parameter_names(kernel: Kernel) -> list[str]:

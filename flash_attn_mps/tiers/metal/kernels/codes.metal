@@ -50,6 +50,24 @@ METAL_FUNC T decoded(uchar code) {
 #endif
 }
 
+// The code nearest to x: ties to even, the largest finite value beyond it. NaN stays NaN, which int8 does not have: 0.
+METAL_FUNC uchar encoded(float x) {
+  uint bits = as_type<uint>(x);
+  bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+#if KV_FORMAT == KV_IS_INT8
+  return is_nan ? 0 : uchar(int(clamp(rint(x), -128.0f, 127.0f)) & 255);
+#else
+  constexpr uint MANTISSA = KV_FORMAT == KV_IS_E4M3 ? 3 : 2, BIAS = KV_FORMAT == KV_IS_E4M3 ? 7 : 15;
+  constexpr uint DROPPED = 23 - MANTISSA;  // bits
+  constexpr uint LEAST_NORMAL = (128 - BIAS) << 23;
+  uint magnitude = min(bits & 0x7fffffff, as_type<uint>(KV_FORMAT == KV_IS_E4M3 ? 448.0f : 57344.0f));
+  uint normal = ((magnitude + (1 << (DROPPED - 1)) - 1 + (magnitude >> DROPPED & 1)) >> DROPPED) - ((127 - BIAS) << MANTISSA);
+  uint subnormal = uint(rint(as_type<float>(magnitude) * as_type<float>((126 + BIAS + MANTISSA) << 23)));
+  uint code = is_nan ? 127 : magnitude < LEAST_NORMAL ? subnormal : normal;
+  return uchar(code | (bits >> 24 & 128));
+#endif
+}
+
 // N neighbouring codes, N a power of two, in one access of up to 8 bytes.
 template <int N>
 struct Codes {

@@ -5,7 +5,7 @@ struct Rows {
   long row_stride;
 #if HAS_BLOCK_TABLE
   long page_stride;
-  device const int* pages;  // this sequence's row of block_table
+  device const int* pages;  // the sequence's row of block_table
   int page_size;
 #if HAS_LEFTPAD_K
   int leftpad;
@@ -42,19 +42,19 @@ METAL_FUNC Keys keys_of(Sequence sequence, int head, device const KV_T* k, devic
   keys.v.base = v + head_k * params[V_HEAD];
   keys.k.row_stride = params[K_ROW];
   keys.v.row_stride = params[V_ROW];
+  long entry = sequence.batch;
+#if HAS_KV_BATCH_IDX
+  entry = in.kv_batch_idx[sequence.batch];
+#endif
 #if HAS_BLOCK_TABLE
   keys.k.page_stride = params[K_BATCH];
   keys.v.page_stride = params[V_BATCH];
-  keys.k.pages = keys.v.pages = in.block_table + sequence.batch * params[BLOCK_TABLE_ROW];
+  keys.k.pages = keys.v.pages = in.block_table + entry * params[BLOCK_TABLE_ROW];
   keys.k.page_size = keys.v.page_size = int(params[PAGE_SIZE]);
 #if HAS_LEFTPAD_K
   keys.k.leftpad = keys.v.leftpad = in.leftpad_k[sequence.batch];
 #endif
 #else
-  long entry = sequence.batch;
-#if HAS_KV_BATCH_IDX
-  entry = in.kv_batch_idx[sequence.batch];
-#endif
   long first = sequence.first_k;
 #if HAS_LEFTPAD_K
   first += in.leftpad_k[sequence.batch];
