@@ -16,8 +16,9 @@ import torch
 
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
-from . import gpu, launch, simdgroup
+from . import decode_trials, gpu, launch, simdgroup
 from .kernel import OPTIONAL_BUFFERS, SERVES, Buffer, Grid, Kernel
+from .prove import Proof
 
 
 class Variant(NamedTuple):
@@ -180,6 +181,7 @@ DECODE = Kernel(
     optional=tuple(OPTIONAL_BUFFERS),
     parameters=("splits", "partial_rows"),
     grid=_grid,
+    proof=Proof(decode_trials.decode),
 )
 COMBINE = Kernel(
     entry="attention_combine",
@@ -193,6 +195,7 @@ COMBINE = Kernel(
     optional=tuple(OPTIONAL_BUFFERS),
     parameters=DECODE.parameters,
     grid=_combine_grid,
+    proof=Proof(decode_trials.combine),
 )
 
 
