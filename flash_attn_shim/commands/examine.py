@@ -11,7 +11,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 import flash_attn_shim
-from flash_attn_shim import owners, policy
+from flash_attn_shim import installations, owners, policy
 
 _HOOK_FILES = ("mtlflashattn.pth", "mtlflashattn.start")
 _UF_HIDDEN = 0x8000  # macOS: stat.UF_HIDDEN, absent from `stat` elsewhere
@@ -35,7 +35,7 @@ def everything(programs: list[str]) -> dict[str, Any]:
     hook = _hook(status)
     attention = _attention()
     findings = {
-        "names": [{"name": n.name, "visible": n.visible, "origin": n.origin, "why": n.why} for n in status.names],
+        "names": [{"name": n.name, "visible": n.visible, "origin": n.origin, "why": _why(n)} for n in status.names],
         "owners": owners.findings(),
         "switches": {name: os.environ.get(name, "(not set)") for name in _SWITCHES},
         "hook": hook,
@@ -45,8 +45,13 @@ def everything(programs: list[str]) -> dict[str, Any]:
         "programs": _programs(status, programs),
     }
     findings["sdpa"] = _sdpa()
-    findings["advice"] = [*owners.advice(), *_advice(status, findings)]
+    findings["advice"] = [*owners.advice(), *installations.advice(), *_advice(status, findings)]
     return findings
+
+
+def _why(name):
+    fault = None if name.visible else installations.fault(name.name)
+    return name.why if fault is None else f"{name.why}, but {fault}"
 
 
 def _hook(status):

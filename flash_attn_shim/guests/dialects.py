@@ -118,9 +118,9 @@ def four_values(result: Result) -> str | None:
 def early_result(is_varlen: bool, batch: int | None, result: Result) -> str | None:
     """Why a function of FlashAttention 3 gives `(out, softmax_lse)` there; "" if it does not, None as above.
 
-    A tensor of (batch, ...) can be indexed and unpacked too. `[0]` of one would throw away what was computed for all but
-    one entry: it is meant where the program has made that batch of one itself. Two entries of a batch of two are told
-    from (out, softmax_lse) by the second name, and by whether it is used.
+    A tensor of (batch, ...) can be indexed and unpacked too. `[0]` of one would throw away what was computed for all
+    but one entry: it is meant where the program has made that batch of one itself. Two entries of a batch of two are
+    told from (out, softmax_lse) by the second name, and by whether it is used.
     """
     uses = set(result.uses) - {"nothing"}
     if uses == {"returned"}:
