@@ -12,6 +12,7 @@ from typing import Any
 
 import flash_attn_shim
 from flash_attn_shim import installations, owners, policy
+from flash_attn_shim.guests import look
 
 _HOOK_FILES = ("mtlflashattn.pth", "mtlflashattn.start")
 _UF_HIDDEN = 0x8000  # macOS: stat.UF_HIDDEN, absent from `stat` elsewhere
@@ -219,10 +220,6 @@ def _programs(status, programs):
         found.setdefault(flag.module, []).append(f"{flag.name} = {flag.value!r}: {policy.FLAGS} asks for it")
     for decision in flash_attn_shim.status().decisions:  # of the libraries that were imported above
         found.setdefault(decision.who, []).append(decision.what)
-    try:
-        from flash_attn_shim.guests import look
-    except ImportError as error:  # torch can be missing
-        return {**found, **{program: [f"not looked at: {error}"] for program in programs}}
     for program in programs:
         found.update(look.decisions(program))
     return found or {"decided": "nothing yet; `mtlflashattn doctor FILE` says what the code of a program decides"}
