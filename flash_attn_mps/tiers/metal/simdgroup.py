@@ -95,6 +95,8 @@ FORWARD = TunedKernel(
         "kept",
         "keys",
         "staging",
+        "tile",
+        "attend",
         "forward",
     ),
     buffers=launch.FORWARD_BUFFERS,

@@ -240,14 +240,6 @@ struct Slab {
     store_elements<W>(row + BEGIN + W * lane.column + W, x + W);
     Rest::store(row, from, factor, lane);
   }
-
-  // The same in float32, for another kernel to go on with. Rows are aligned to 8 bytes.
-  METAL_FUNC static void store_float(device float* row, thread Accumulator* from, float factor, Lane lane) {
-    UNROLL for (int f = 0; f < W; ++f)
-      *(device float2*)(row + BEGIN + W * lane.column + 2 * f) =
-          factor * float2(from[FIRST + f].thread_elements()[0], from[FIRST + f].thread_elements()[1]);
-    Rest::store_float(row, from, factor, lane);
-  }
 };
 
 // What a head dim that is no multiple of 8 leaves: one fragment, element by element, zero beyond the row.
@@ -294,10 +286,6 @@ struct Slab<DIM, ALIGNED, FIRST, RAGGED> {
   METAL_FUNC static void store(device Out* row, thread Accumulator* from, float factor, Lane lane) {
     UNROLL for (int i = 0; i < 2; ++i)
       if (BEGIN + lane.column + i < DIM) row[BEGIN + lane.column + i] = Out(from[FIRST].thread_elements()[i] * factor);
-  }
-  METAL_FUNC static void store_float(device float* row, thread Accumulator* from, float factor, Lane lane) {
-    if (BEGIN + lane.column < DIM) row[BEGIN + lane.column] = from[FIRST].thread_elements()[0] * factor;
-    if (BEGIN + lane.column + 1 < DIM) row[BEGIN + lane.column + 1] = from[FIRST].thread_elements()[1] * factor;
   }
 };
 
