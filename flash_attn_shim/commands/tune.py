@@ -60,9 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _kernels(what):
-    from flash_attn_mps.tiers.metal import backward, simdgroup
+    from flash_attn_mps.tiers.metal import backward_kernels, simdgroup
 
-    return {"variants": [simdgroup.FORWARD], "gradients": [backward.QUERIES, backward.KEYS]}[what]
+    return {"variants": [simdgroup.FORWARD], "gradients": [backward_kernels.QUERIES, backward_kernels.KEYS]}[what]
 
 
 def _variants(kernels, arguments, watch):
