@@ -17,7 +17,7 @@ from flash_attn_mps import tiers
 from flash_attn_mps.frontends.fa2 import flash_attn_func
 from flash_attn_mps.tiers import metal
 from flash_attn_mps.tiers.metal import compiler, decode, gpu, launch, proved, scalar, simdgroup, store, trial, variants
-from flash_attn_mps.tiers.metal.kernel import Kernel
+from flash_attn_mps.tiers.metal.kernel import Program
 from flash_attn_mps.tiers.metal.specialization import Specialization
 from metal_host import compile_shader, observe
 
@@ -521,7 +521,7 @@ def test_every_kernel_of_the_grids_passes(grid, monkeypatch):
 def test_every_kernel_has_a_proof():
     """Those of every module that there is."""
     modules = [import_module(f"{metal.__name__}.{found.name}") for found in pkgutil.iter_modules(metal.__path__)]
-    kernels = {value for module in modules for value in vars(module).values() if isinstance(value, Kernel)}
+    kernels = {value for module in modules for value in vars(module).values() if isinstance(value, Program)}
     assert simdgroup.FORWARD in kernels
     assert {kernel for kernel in kernels if kernel.proof is None} == set()
 
