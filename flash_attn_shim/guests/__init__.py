@@ -1,7 +1,7 @@
 """Programs that ask for flash_attn: what their code shows, and what they get for it.
 
 A *guest* is the module whose code asks: the frame that the finder, or a presented module, is asked from. Nothing is
-known about modules that do not ask, and nothing is done to them. docs/guests.md has the design.
+known about modules that do not ask, and nothing is done to them. docs/cuda-insisting-programs.md has the design.
 
 `presence.py` and `cuda.py`: who does not see us. `results.py` and `dialects.py`: results in an older shape.
 `fa1.py`: names of FlashAttention 1. `again.py`: guests that ask when flash_attn has been imported already.
