@@ -25,6 +25,7 @@ PRESENTED = ("flash_attn", "flash_attn_interface")
 
 #: Modules of other libraries that are changed once they are executed -> the file in `flash_attn_shim/adjust`.
 ADJUSTED = {
+    "pkg_resources": "pkg_resources",
     "transformers.utils.import_utils": "transformers",
     "transformers.integrations.flash_attention": "transformers",
     "transformers.modeling_flash_attention_utils": "transformers",
@@ -65,14 +66,17 @@ class Gate:
 gate = Gate()
 
 
-def install() -> None:
+def install() -> bool:
     """Put the gate in front of `sys.meta_path` once: a venv runs .pth lines twice (python/cpython#75723).
+    Was it not there?
 
     In front, because an empty `flash_attn` directory that an uninstall left must not win; real installations still
     do, since the finder asks everybody else first.
     """
-    if gate not in sys.meta_path:
-        sys.meta_path.insert(0, gate)
+    if gate in sys.meta_path:
+        return False
+    sys.meta_path.insert(0, gate)
+    return True
 
 
 def uninstall() -> None:
