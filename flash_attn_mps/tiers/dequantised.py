@@ -17,7 +17,7 @@ _ELEMENTS = 1 << 22  # of a part: 16 MiB of float32
 class Dequantised:
     """Rows `lo` to `hi` of the keys, or of the values, of a group: `(g, heads_k, hi - lo, head_dim)`, part by part.
 
-    A slice of it is taken as that of the tensor which it stands for: `rows[:, :, lo:hi]`.
+    A slice of it is taken as that of the tensor which it stands for: `rows[:, heads, lo:hi]`.
     """
 
     def __init__(
@@ -27,8 +27,10 @@ class Dequantised:
         self.lo, self.hi = lo, hi
 
     def __getitem__(self, index: tuple[slice, slice, slice]) -> Dequantised:
-        lo, hi, _ = index[2].indices(self.hi - self.lo)
-        return Dequantised(self.keys, self.codes, self.descale, self.group, self.lo + lo, self.lo + hi)
+        _, heads, rows = index
+        lo, hi, _ = rows.indices(self.hi - self.lo)
+        codes, descale = self.codes[..., heads, :], None if self.descale is None else self.descale[:, heads]
+        return Dequantised(self.keys, codes, descale, self.group, self.lo + lo, self.lo + hi)
 
     def parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Where a part's rows are among these, and what they are; rows that do not exist are zero."""
@@ -53,10 +55,15 @@ def rows_of(keys: KeyRows, tensor: torch.Tensor, descale: torch.Tensor | None, g
     return keys.take(tensor, group)
 
 
-def products(rows: torch.Tensor, keys: Rows) -> torch.Tensor:
-    """`rows` times all `keys`."""
+def products(rows: torch.Tensor, keys: Rows, less: torch.Tensor | None = None) -> torch.Tensor:
+    """`rows` times all `keys`, less a number of each row, `(..., 1)`."""
     if isinstance(keys, torch.Tensor):
-        return rows @ keys.transpose(-1, -2)
+        if less is None:
+            return rows @ keys.transpose(-1, -2)
+        one, other, minus = (t.flatten(0, 1) for t in (rows, keys, less))
+        found = torch.baddbmm(minus.expand(-1, -1, keys.shape[-2]), one, other.transpose(-1, -2), beta=-1.0)
+        return found.unflatten(0, rows.shape[:2])
+    assert less is None  # quantised keys have no gradients
     return torch.cat([rows @ part.transpose(-1, -2) for _, part in keys.parts()], -1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,10 @@ def rows(s: Specialization) -> Trial:
     of_sink = torch.zeros_like(lse)
     if p.sinks is not None:
         of_sink = torch.exp(p.sinks[:, None] - lse.masked_fill(~seen, torch.inf)) * -delta
-    unit = _LOG2E if p.softcap or p.alibi_slopes is not None or _is_added(p) else float(p.softmax_scale) * _LOG2E
+    unit = _LOG2E if trial.scores_are_scaled(p) else float(p.softmax_scale) * _LOG2E
 
-    def compared(terms: torch.Tensor) -> torch.Tensor:
+    def compared(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        terms = tensors["terms"]
         return torch.stack([terms[..., 0] * unit + terms[..., 1], terms[..., 2], terms[..., 3]])
 
     zero = torch.zeros_like(lse)
@@ -139,10 +141,6 @@ def _rounding(s: Specialization, largest: torch.Tensor, like: torch.Tensor) -> t
         torch.float32 if s.dtype == "float" else torch.float16 if s.dtype == "half" else torch.bfloat16
     ).eps
     return torch.full_like(like, (4 * eps + 2e-4) * largest.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
-
-
-def _is_added(p: AttentionProblem) -> bool:
-    return p.mask is not None and p.mask.dtype != torch.bool
 
 
 def _like(x: torch.Tensor, seed: int) -> torch.Tensor:
