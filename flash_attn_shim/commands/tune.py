@@ -65,9 +65,9 @@ def _forward(arguments, watch):
 
 
 def _backward(arguments, watch):
-    from flash_attn_mps.tiers.metal import backward
+    from flash_attn_mps.tiers.metal import backward_kernels
 
-    return _variants([backward.QUERIES, backward.KEYS], arguments, watch, arguments.mask)
+    return _variants([backward_kernels.QUERIES, backward_kernels.KEYS], arguments, watch, arguments.mask)
 
 
 def _decode(arguments, watch):

@@ -86,6 +86,18 @@ def keys(s: Specialization) -> Trial:
     return Trial(p, tensors, expected, {"total_k": total, "heads_together": p.heads // heads})
 
 
+def mask(s: Specialization) -> Trial:
+    """*Mask*: the gradient of the mask, in the mask's own shape."""
+    exact = _exact(s, s.variant.passing, s.variant.held * s.variant.simdgroups)
+    p = exact.p
+    assert p.mask is not None
+    wanted = frozenset({"mask"})
+    found = reference.backward(trial.in_fp32(p), exact.out.float(), exact.lse, exact.dout.float(), None, wanted).dmask
+    names = ("mask_batches", "mask_heads", "mask_rows", "mask_columns")
+    tensors = {**_inputs(exact), "terms": _terms(exact), "dmask": trial.unwritten(tuple(p.mask.shape), p.mask.dtype)}
+    return Trial(p, tensors, {"dmask": _expected(s, found)}, dict(zip(names, p.mask.shape, strict=True)))
+
+
 def _exact(s: Specialization, queries: int, keys: int) -> _Exact:
     """queries, keys: that a threadgroup of a kernel takes together."""
     seqlen_q = max(queries + 19, 2 * keys + 18, keys + 24)
