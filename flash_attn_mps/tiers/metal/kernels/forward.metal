@@ -5,15 +5,9 @@
 // s, p and o never leave its registers. What a score is, and how exp(s - m) is rounded: scoring.metal.
 // BUFFERS, INPUTS and the names in params[...] are declared by the host: FORWARD in simdgroup.py.
 
-constant constexpr int D_FRAGMENTS = (HEAD_DIM + 7) / 8;
-constant constexpr int DV_FRAGMENTS = (HEAD_DIM_V + 7) / 8;
-
-typedef Slab<HEAD_DIM, VECTOR> SlabD;
-typedef Slab<HEAD_DIM_V, VECTOR_V> SlabV;
-
 // A simdgroup's queries, and their attention over the blocks so far.
 struct State {
-  Operand q[ROW_FRAGMENTS][D_FRAGMENTS];
+  Queries q;
   Accumulator o[ROW_FRAGMENTS][DV_FRAGMENTS];  // not yet divided by l
   float m[ROW_FRAGMENTS];  // running maximum of each row's scores
   float l[ROW_FRAGMENTS];  // this lane's part of the running sum of exp(s - m): the four lanes of a row are added at the end
@@ -21,33 +15,60 @@ struct State {
   Kept kept;
 };
 
-// Line 8: s = q k^T. EDGE: there may be fewer keys than the block has; the last one stands for those past the end.
+// Line 8: s = q k^T for key fragments `begin` to `end` - 1, a slab of the head dim after the other, so that few fragments of k
+// and q are in registers together.
+template <typename S>
+struct ScoresOf {
+  template <typename AnyLaneRows>
+  METAL_FUNC static void add(
+      thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+      thread State& state,
+      AnyLaneRows rows,
+      int begin,
+      int end,
+      Lane lane) {
+    Operand q[ROW_FRAGMENTS][S::W];
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) state.q.template slab<S>(q[r], r, lane);
+    UNROLL for (int n = begin; n < end; ++n) {
+      Operand k[S::W];
+      S::load_right_transposed_slab(k, rows.at(key_of(0, n, 0, 0)), rows.at(key_of(0, n, 0, 1)), lane);
+      UNROLL for (int f = 0; f < S::W; ++f)
+        UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) simdgroup_multiply_accumulate(s[r][n], q[r][f], k[f], s[r][n]);
+    }
+    ScoresOf<typename S::Rest>::add(s, state, rows, begin, end, lane);
+  }
+};
+template <int DIM, int ALIGNED, int FIRST>
+struct ScoresOf<Slab<DIM, ALIGNED, FIRST, END>> {
+  template <typename AnyLaneRows>
+  METAL_FUNC static void add(
+      thread Accumulator (&)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread State&, AnyLaneRows, int, int, Lane) {}
+};
+
 template <bool EDGE, typename AnyKeys>
 METAL_FUNC void compute_qk(
     thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread State& state, AnyKeys keys, int first_key, Lane lane) {
-  UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-    int key0 = key_of(first_key, n, lane.column, 0);
-    int key1 = key_of(first_key, n, lane.column, 1);
-    if (EDGE) {
-      key0 = min(key0, keys.seqlen - 1);
-      key1 = min(key1, keys.seqlen - 1);
-    }
-    Operand k[D_FRAGMENTS];
-    SlabD::load_right_transposed(k, keys.k.at(key0), keys.k.at(key1), lane);
-    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-      s[r][n] = zeros();
-      UNROLL for (int f = 0; f < D_FRAGMENTS; ++f) simdgroup_multiply_accumulate(s[r][n], state.q[r][f], k[f], s[r][n]);
-    }
+  UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) s[r][n] = zeros();
+  LaneRows<EDGE, decltype(keys.k)> rows;
+  rows.begin(keys.k, key_of(first_key, 0, lane.column, 0), keys.seqlen);
+  // At an edge the address of each key is its own: one fragment of keys at a time, so that few are needed together.
+  constexpr int COUNT = EDGE ? 1 : KEY_FRAGMENTS;
+  UNROLL for (int n = 0; n < KEY_FRAGMENTS; n += COUNT) {
+#if SHARED_Q
+    simdgroup_barrier(mem_flags::mem_threadgroup);  // so that no compiler keeps q in registers from one use to the next
+#endif
+    ScoresOf<SlabD>::add(s, state, rows, n, n + COUNT, lane);
   }
 }
 
 // Line 9, and of line 10 the rescaling of o: scales and masks s, then
 //   m_new = max(m, rowmax(s)),  p = exp(s - m_new),  l = exp(m - m_new) l + rowsum(p),  o = exp(m - m_new) o.
-// s stays behind with its scores in it, -inf where hidden.
+// Where keys may be hidden, `visible` tells which scores are not: bit 2 n + e of a row.
 template <bool EDGE, bool MASKED>
 METAL_FUNC void online_softmax(
     thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+    thread ushort (&visible)[ROW_FRAGMENTS],
     thread State& state,
     Scoring scoring,
     MaskTile mask_tile,
@@ -82,6 +103,12 @@ METAL_FUNC void online_softmax(
       }
     }
 #endif
+    if (EDGE || MASKED) {
+      visible[r] = 0;
+      UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n)
+        UNROLL for (int e = 0; e < 2; ++e)
+          visible[r] |= ushort(s[r][n].thread_elements()[e] == -INFINITY ? 0 : 1 << (2 * n + e));
+    }
     // m_new = max(m, rowmax(s))
     m = max(row_max(m), state.m[r]);
     float base = m == -INFINITY ? 0.0f : m;  // a row that has seen nothing yet: -inf - -inf would be NaN
@@ -113,48 +140,70 @@ METAL_FUNC void online_softmax(
 // Line 10: o += p v. A hidden key has p = 0, but 0 * NaN is NaN, and memory that no query sees may hold anything. So where
 // keys may be hidden, at an edge or by a mask, NaN and infinities in v are replaced by 0, and NaN is put into o for those
 // queries alone that see them.
+template <typename S>
+struct ValuesOf {
+  // Keys of fragment n; `row` is this lane's. HIDDEN: some may be.
+  template <bool HIDDEN, typename Row>
+  METAL_FUNC static void add(
+      thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+      thread ushort (&visible)[ROW_FRAGMENTS],
+      thread State& state,
+      Row row,
+      int n,
+      Lane lane) {
+    Operand v[S::W];
+    S::load_right_slab(v, row, lane);
+    if (HIDDEN) {
+      float nan_if_nonfinite = 0.0f;
+      UNROLL for (int f = 0; f < S::W; ++f)
+        nan_if_nonfinite += 0.0f * float(v[f].thread_elements()[0]) + 0.0f * float(v[f].thread_elements()[1]);
+      if (simd_any(nan_if_nonfinite != 0.0f)) spread_nonfinite(v, visible, state, n);
+    }
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
+      UNROLL for (int f = 0; f < S::W; ++f)
+        simdgroup_multiply_accumulate(state.o[r][S::FRAGMENT + f], p[r][n], v[f], state.o[r][S::FRAGMENT + f]);
+    ValuesOf<typename S::Rest>::template add<HIDDEN>(p, visible, state, row, n, lane);
+  }
+
+  METAL_FUNC static void spread_nonfinite(
+      thread Operand* v, thread ushort (&visible)[ROW_FRAGMENTS], thread State& state, int n) {
+    UNROLL for (int f = 0; f < S::W; ++f) {
+      Operand nonfinite;  // 1 where v is not finite
+      UNROLL for (int e = 0; e < 2; ++e) {
+        bool is_nonfinite = !isfinite(float(v[f].thread_elements()[e]));
+        nonfinite.thread_elements()[e] = T(is_nonfinite ? 1.0f : 0.0f);
+        if (is_nonfinite) v[f].thread_elements()[e] = T(0.0f);
+      }
+      UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+        Operand sees;  // 1 where the query sees the key
+        UNROLL for (int e = 0; e < 2; ++e) sees.thread_elements()[e] = T(visible[r] >> (2 * n + e) & 1 ? 1.0f : 0.0f);
+        Accumulator nonfinite_seen = zeros();  // how many of them each query sees, in each column
+        simdgroup_multiply_accumulate(nonfinite_seen, sees, nonfinite, nonfinite_seen);
+        UNROLL for (int e = 0; e < 2; ++e)
+          if (nonfinite_seen.thread_elements()[e] > 0.0f) state.o[r][S::FRAGMENT + f].thread_elements()[e] = NAN;
+      }
+    }
+  }
+};
+template <int DIM, int ALIGNED, int FIRST>
+struct ValuesOf<Slab<DIM, ALIGNED, FIRST, END>> {
+  template <bool HIDDEN, typename Row>
+  METAL_FUNC static void add(
+      thread Operand (&)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread ushort (&)[ROW_FRAGMENTS], thread State&, Row, int, Lane) {}
+};
+
 template <bool EDGE, bool MASKED, typename AnyKeys>
 METAL_FUNC void accumulate_pv(
-    thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+    thread ushort (&visible)[ROW_FRAGMENTS],
     thread State& state,
     AnyKeys keys,
     int first_key,
     Lane lane) {
-  UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-    int key = key_of(first_key, n, lane.row, 0);
-    if (EDGE) key = min(key, keys.seqlen - 1);
-    Operand v[DV_FRAGMENTS];
-    SlabV::load_right(v, keys.v.at(key), lane);
-    if (EDGE || MASKED) {
-      float nan_if_nonfinite = 0.0f;
-      UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
-        nan_if_nonfinite += 0.0f * float(v[f].thread_elements()[0]) + 0.0f * float(v[f].thread_elements()[1]);
-      bool has_nonfinite = simd_any(nan_if_nonfinite != 0.0f);
-      if (has_nonfinite) {
-        UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) {
-          Operand nonfinite;  // 1 where v is not finite
-          UNROLL for (int e = 0; e < 2; ++e) {
-            bool is_nonfinite = !isfinite(float(v[f].thread_elements()[e]));
-            nonfinite.thread_elements()[e] = T(is_nonfinite ? 1.0f : 0.0f);
-            if (is_nonfinite) v[f].thread_elements()[e] = T(0.0f);
-          }
-          UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-            Operand visible;  // 1 where the query sees the key
-            UNROLL for (int e = 0; e < 2; ++e)
-              visible.thread_elements()[e] = T(s[r][n].thread_elements()[e] == -INFINITY ? 0.0f : 1.0f);
-            Accumulator nonfinite_seen = zeros();  // how many of them each query sees, in each column
-            simdgroup_multiply_accumulate(nonfinite_seen, visible, nonfinite, nonfinite_seen);
-            UNROLL for (int e = 0; e < 2; ++e)
-              if (nonfinite_seen.thread_elements()[e] > 0.0f) state.o[r][f].thread_elements()[e] = NAN;
-          }
-        }
-      }
-    }
-    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
-      UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
-        simdgroup_multiply_accumulate(state.o[r][f], p[r][n], v[f], state.o[r][f]);
-  }
+  LaneRows<EDGE, decltype(keys.v)> rows;
+  rows.begin(keys.v, key_of(first_key, 0, lane.row, 0), keys.seqlen);
+  UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n)
+    ValuesOf<SlabV>::template add<EDGE || MASKED>(p, visible, state, rows.at(key_of(0, n, 0, 0)), n, lane);
 }
 
 // Lines 7 to 10 for the block of keys from `first_key` on. EDGE: the sequence's end or a side of the window lies in it.
@@ -163,10 +212,11 @@ template <bool EDGE, bool MASKED, typename AnyKeys>
 METAL_FUNC void attend_block(thread State& state, AnyKeys keys, Scoring scoring, MaskTile mask_tile, int first_key, Lane lane) {
   Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
   Operand p[ROW_FRAGMENTS][KEY_FRAGMENTS];
+  ushort visible[ROW_FRAGMENTS];
   state.kept.move_to(state.first_row, first_key, lane);  // before s takes registers
   compute_qk<EDGE>(s, state, keys, first_key, lane);
-  online_softmax<EDGE, MASKED>(s, p, state, scoring, mask_tile, first_key, keys.seqlen, lane);
-  accumulate_pv<EDGE, MASKED>(s, p, state, keys, first_key, lane);
+  online_softmax<EDGE, MASKED>(s, p, visible, state, scoring, mask_tile, first_key, keys.seqlen, lane);
+  accumulate_pv<EDGE, MASKED>(p, visible, state, keys, first_key, lane);
 }
 
 // Chooses the code for one block, with no more tests in it than the block needs: a test inside the loops over fragments would
@@ -212,10 +262,14 @@ kernel void attention_forward(
   state.first_row = group_first_row + simdgroup * ROWS;
   state.kept.begin(dropout_of(sequence, head, in));
   int last_row = min(state.first_row + ROWS, sequence.seqlen_q) - 1;
+#if SHARED_Q
+  threadgroup QueryMemory q_memory;
+  state.q.elements = q_memory.elements[simdgroup];
+#endif
   device const T* q_head = q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = min(state.first_row + 8 * r + lane.row, sequence.seqlen_q - 1);
-    if (has_queries) SlabD::load_left(state.q[r], q_head + row * params[Q_ROW], scoring.sign, lane);
+    if (has_queries) state.q.load(r, q_head + row * params[Q_ROW], scoring.sign, lane);
     UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
     state.m[r] = -INFINITY;
     state.l[r] = 0.0f;
