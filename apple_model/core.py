@@ -1,7 +1,7 @@
 """A core of an Apple GPU, and how long it takes for a round of a kernel's main loop (core.c).
 
 On M1 to M4 a matrix product runs on the ordinary ALUs: 17 cycles of a scheduler, where its 512 multiplications and
-additions in 32 lanes make 16. So a kernel reaches at most 94 % of the peak, and every other instruction takes from that.
+additions in 32 lanes make 16. So a kernel reaches at most 94 % of the peak; every other instruction takes from that.
 
 Apple7, Apple8: throughputs of philipturner/metal-benchmarks and dougallj/applegpu; the latencies, a load's issue and
 the cache lines a cycle were set by hand with rows of M1 Max in view. Apple9: nothing is published; set from

@@ -31,37 +31,18 @@ ADJUSTED = {
     "transformers.modeling_utils": "transformers",
 }
 
-#: How the names of programs' modules end in which `flash_attn_shim/adjust/flags.py` sets a flag.
-FLAGGED = (
-    "wan.modules.attention",
-    "skyreels_v2_infer.modules.attention",
-    "videox_fun.models.attention_utils",
-    "models.wan_transformer3d",
-    "wan_base.modules.attention",
-    "wan_modules.attention",
-    "wanvideo.modules.attention",
-    "wanvideo.modules.attention_flash",
-    "opensora.models.mmdit.math",
-    "opensora.models.mmdit.distributed",
-    "bert_layers.attention",
-)
-
 _NAMES = frozenset((*PRESENTED, *ADJUSTED))
 
 
 class Gate:
-    """The one object that stands in `sys.meta_path`: three look-ups, together under a microsecond, for names that are
+    """The one object that stands in `sys.meta_path`: two look-ups, together under a microsecond, for names that are
     not ours."""
 
     @staticmethod
     def find_spec(
         fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        if (
-            fullname not in _NAMES
-            and not fullname.endswith(FLAGGED)
-            and fullname.rpartition(".")[2] not in os.environ.get("MTLFLASHATTN_FLAGS", "")
-        ):
+        if fullname not in _NAMES and fullname.rpartition(".")[2] not in os.environ.get("MTLFLASHATTN_FLAGS", ""):
             return None
         try:
             from flash_attn_shim import finder

@@ -15,6 +15,7 @@ _COMMANDS = {
     "demo": "search sentences with a real model through flash_attention_2, or fine-tune it",
     "bench": "time this project, stock PyTorch and other packages side by side",
     "selftest": "compare every tier, and on a Mac every Metal kernel, with attention in float64",
+    "report": "all that can be known of this machine in five minutes, as a page to attach to an issue",
     "tune": "time the variants of the Metal kernel on this GPU and save the fastest",
     "run": "run a script with the import hook set, where Python's start-up files do not run",
 }

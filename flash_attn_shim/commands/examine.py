@@ -19,14 +19,18 @@ _SWITCHES = (
     policy.SWITCH,
     policy.MODULES,
     policy.TRANSFORMERS,
+    policy.HIDE,
     policy.FLAGS,
     *(f"MTLFLASHATTN_{name}" for name in ("TRACE", "KERNEL", "VARIANT", "TUNE", "PROVE", "CACHE")),
     *(f"MTLFLASHATTN_SDPA{name}" for name in ("", "_MIN_GB", "_MIN_SEQ", "_FAST_MIN_SEQ")),
 )
 
 
-def everything() -> dict[str, Any]:
-    """All findings: names, owners, switches, hook, system, attention, libraries, programs, sdpa, advice."""
+def everything(programs: list[str]) -> dict[str, Any]:
+    """All findings: names, owners, switches, hook, system, attention, libraries, programs, sdpa, advice.
+
+    `programs`: files, directories, modules or packages whose code to look at.
+    """
     status = flash_attn_shim.status()  # before anything below imports a library and so changes the answer
     hook = _hook(status)
     attention = _attention()
@@ -38,7 +42,7 @@ def everything() -> dict[str, Any]:
         "system": _system(),
         "attention": attention,
         "libraries": _libraries(),
-        "programs": _programs(status),
+        "programs": _programs(status, programs),
     }
     findings["sdpa"] = _sdpa()
     findings["advice"] = [*owners.advice(), *_advice(status, findings)]
@@ -201,14 +205,22 @@ def _diffusers():
     return [version, f"is_flash_attn_available() is {answer}"]
 
 
-def _programs(status):
-    """The flags that are set in programs once they are imported, by module."""
+def _programs(status, programs):
+    """What programs get because of what their code shows or the user says."""
     if status.programs is not None:
         return {"left alone": status.programs}
     found: dict[str, list[str]] = {}
     for flag in status.flags:
-        found.setdefault(flag.module, []).append(f"{flag.name} = {flag.value}: {flag.reason}")
-    return found
+        found.setdefault(flag.module, []).append(f"{flag.name} = {flag.value!r}: {policy.FLAGS} asks for it")
+    for decision in flash_attn_shim.status().decisions:  # of the libraries that were imported above
+        found.setdefault(decision.who, []).append(decision.what)
+    try:
+        from flash_attn_shim.guests import look
+    except ImportError as error:  # torch can be missing
+        return {**found, **{program: [f"not looked at: {error}"] for program in programs}}
+    for program in programs:
+        found.update(look.decisions(program))
+    return found or {"decided": "nothing yet; `mtlflashattn doctor FILE` says what the code of a program decides"}
 
 
 def _version(distribution):

@@ -40,7 +40,11 @@ def why_hidden(name: str, frame: types.FrameType | None) -> str | None:
         reasons = dict.fromkeys(PRESENTED, f"{policy.HIDE} names {item}")
     elif settings.decides():
         if (module, file) not in _decided:
-            _decided[module, file] = presence.reasons(module, file, frame.f_globals)
+            try:
+                _decided[module, file] = presence.reasons(module, file, frame.f_globals)
+            except Exception as error:  # a mistake in reading a program must not break it
+                journal.failures[module] = repr(error)
+                _decided[module, file] = {}
         reasons = _decided[module, file]
     else:
         reasons = {}

@@ -25,11 +25,11 @@ class _Watched(_ModuleSpec):
 
     @property
     def _initializing(self):
-        return vars(self)["_initializing"]
+        return self.__dict__["_initializing"]
 
     @_initializing.setter
     def _initializing(self, value):
-        vars(self)["_initializing"] = value
+        self.__dict__["_initializing"] = value
         if not value:
             self.__class__ = _ModuleSpec
             if sys.exc_info()[0] is None and self.name in sys.modules:

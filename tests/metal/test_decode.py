@@ -40,6 +40,7 @@ FACTORS = {
     "lse": (True, False),
     "scale": ("number", "float16", "float32"),
     "aligned": (True, False),
+    "codes": (None, torch.float8_e4m3fn, torch.int8, torch.float8_e5m2),
 }
 MORE_DIMS = [(80, 80), (96, 96), (256, 256), (72, 72), (250, 250), (384, 384), (1, 1), (3, 200), (257, 512)]
 SHAPES = pairwise(
@@ -96,6 +97,7 @@ def specs(case, number, shapes=2):
             (shape["q"], shape["k"], shape["v"]) if case["aligned"] else ("offset",) * 3,
             shape["poison"],
             shape["page_size"],
+            codes=case["codes"],
         )
 
 

@@ -13,6 +13,8 @@ from flash_attn.modules.mha import MHA
 from flash_attn.modules.mlp import Mlp
 from flash_attn.utils import generation
 from flash_attn.utils.generation import GenerationMixin, decode, decode_speculative, sample, sample_speculative
+from flash_attn_mps import trace
+from tests.metal_tiers import metal_on
 
 VOCAB = 17
 
@@ -20,11 +22,11 @@ VOCAB = 17
 class Model(nn.Module, GenerationMixin):
     """Two blocks with the call that `flash_attn.utils.generation` expects."""
 
-    def __init__(self, use_flash_attn, seed=0):
+    def __init__(self, use_flash_attn, seed=0, positions=40, **more):
         super().__init__()
         torch.manual_seed(seed)
-        options = {"num_heads": 2, "causal": True, "use_flash_attn": use_flash_attn, "rotary_emb_dim": 8}
-        self.embeddings = GPT2Embeddings(32, VOCAB, 40)
+        options = {"num_heads": 2, "causal": True, "use_flash_attn": use_flash_attn, "rotary_emb_dim": 8, **more}
+        self.embeddings = GPT2Embeddings(32, VOCAB, positions)
         self.blocks = nn.ModuleList(
             Block(32, partial(MHA, layer_idx=i, **options), partial(Mlp, hidden_features=64)) for i in range(2)
         )
@@ -67,6 +69,24 @@ def test_greedy(use_flash_attn):
     full = model.generate(ids, 15, return_dict_in_generate=True, output_scores=True)
     assert len(full.scores) == 11
     assert model.generate(ids, 15, return_dict_in_generate=True).scores is None
+
+
+def test_tokens_are_decoded_on_the_decode_kernel(monkeypatch):
+    """Eight sequences, heads that share their keys, against the torch tier."""
+    model = Model(True, positions=100, num_heads=4, num_heads_kv=2).eval()
+    ids = torch.randint(0, VOCAB, (8, 70))
+    monkeypatch.setenv("MTLFLASHATTN_KERNEL", "torch")
+    expected = decode(ids, model, 76)
+    monkeypatch.delenv("MTLFLASHATTN_KERNEL")
+    monkeypatch.setattr(trace, "enabled", True)
+    monkeypatch.setattr(trace, "calls", trace.Counter())
+    with metal_on("cpu"):
+        found = decode(ids, model, 76)
+    tiers = [call.tier for call in trace.calls.elements()]
+    assert (tiers.count("simdgroup"), tiers.count("decode")) == (2, 2 * 5)
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_end_teacher_and_vocabulary(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,10 @@ def rows(s: Specialization) -> Trial:
     of_sink = torch.zeros_like(lse)
     if p.sinks is not None:
         of_sink = torch.exp(p.sinks[:, None] - lse.masked_fill(~seen, torch.inf)) * -delta
-    unit = _LOG2E if p.softcap or p.alibi_slopes is not None or _is_added(p) else float(p.softmax_scale) * _LOG2E
+    unit = _LOG2E if trial.scores_are_scaled(p) else float(p.softmax_scale) * _LOG2E
 
-    def compared(terms: torch.Tensor) -> torch.Tensor:
+    def compared(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        terms = tensors["terms"]
         return torch.stack([terms[..., 0] * unit + terms[..., 1], terms[..., 2], terms[..., 3]])
 
     zero = torch.zeros_like(lse)
@@ -82,6 +84,18 @@ def keys(s: Specialization) -> Trial:
             expected[name] = _expected(s, getattr(gradients, name))
     total = p.k.shape[1] if p.cu_seqlens_k is None else p.k.shape[0]
     return Trial(p, tensors, expected, {"total_k": total, "heads_together": p.heads // heads})
+
+
+def mask(s: Specialization) -> Trial:
+    """*Mask*: the gradient of the mask, in the mask's own shape."""
+    exact = _exact(s, s.variant.passing, s.variant.held * s.variant.simdgroups)
+    p = exact.p
+    assert p.mask is not None
+    wanted = frozenset({"mask"})
+    found = reference.backward(trial.in_fp32(p), exact.out.float(), exact.lse, exact.dout.float(), None, wanted).dmask
+    names = ("mask_batches", "mask_heads", "mask_rows", "mask_columns")
+    tensors = {**_inputs(exact), "terms": _terms(exact), "dmask": trial.unwritten(tuple(p.mask.shape), p.mask.dtype)}
+    return Trial(p, tensors, {"dmask": _expected(s, found)}, dict(zip(names, p.mask.shape, strict=True)))
 
 
 def _exact(s: Specialization, queries: int, keys: int) -> _Exact:
@@ -127,10 +141,6 @@ def _rounding(s: Specialization, largest: torch.Tensor, like: torch.Tensor) -> t
         torch.float32 if s.dtype == "float" else torch.float16 if s.dtype == "half" else torch.bfloat16
     ).eps
     return torch.full_like(like, (4 * eps + 2e-4) * largest.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
-
-
-def _is_added(p: AttentionProblem) -> bool:
-    return p.mask is not None and p.mask.dtype != torch.bool
 
 
 def _like(x: torch.Tensor, seed: int) -> torch.Tensor:

@@ -16,8 +16,9 @@ import torch
 
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
-from . import gpu, launch, simdgroup
+from . import decode_trials, gpu, launch, simdgroup
 from .kernel import OPTIONAL_BUFFERS, SERVES, Buffer, Grid, Kernel
+from .prove import Proof
 
 
 class Variant(NamedTuple):
@@ -157,7 +158,23 @@ _PARTIAL = {"partial_o": "float", "partial_m_l": "float2"}
 DECODE = Kernel(
     entry="attention_decode",
     headers=("metal_stdlib", "metal_simdgroup_matrix"),
-    sources=("fragment", "scoring", "range", "masking", "keys", "splits", "slices", "exchange", "decode"),
+    sources=(
+        "codes",
+        "fragment",
+        "scoring",
+        "philox",
+        "dropout",
+        "range",
+        "masking",
+        "kept",
+        "keys",
+        "splits",
+        "hidden",
+        "slices",
+        "exchange",
+        "attend",
+        "decode",
+    ),
     buffers={
         **launch.FORWARD_BUFFERS,
         **{name: Buffer(kind, optional=True) for name, kind in _PARTIAL.items()},
@@ -165,6 +182,7 @@ DECODE = Kernel(
     optional=tuple(OPTIONAL_BUFFERS),
     parameters=("splits", "partial_rows"),
     grid=_grid,
+    proof=Proof(decode_trials.decode),
 )
 COMBINE = Kernel(
     entry="attention_combine",
@@ -178,6 +196,7 @@ COMBINE = Kernel(
     optional=tuple(OPTIONAL_BUFFERS),
     parameters=DECODE.parameters,
     grid=_combine_grid,
+    proof=Proof(decode_trials.combine),
 )
 
 
@@ -235,4 +254,4 @@ def _run(p: AttentionProblem) -> Result | None:
     return None
 
 
-TIER = Tier("decode", SERVES, limits, _run, metal=True)
+TIER = Tier("decode", SERVES | {"quantised"}, limits, _run, metal=True)

@@ -30,7 +30,7 @@ class Proof:
 
     def __call__(self, specialization: Specialization, compiled: Any) -> Refusal | None:
         """Why the kernel, compiled so, is not to be used; None if it is. Waits for the device."""
-        return _apart(lambda: _refusal(self.trial, specialization, compiled))
+        return apart(lambda: _refusal(self.trial, specialization, compiled))
 
 
 def _refusal(
@@ -39,7 +39,7 @@ def _refusal(
     try:
         trial = trial_of(specialization)
         device = torch.device(next(iter(compiler.device_types)))
-        tensors = {name: None if t is None else _moved(t, device) for name, t in trial.tensors.items()}
+        tensors = {name: None if t is None else moved(t, device) for name, t in trial.tensors.items()}
         p = _on(trial, device, tensors)
         kernel, variant = specialization.kernel, specialization.variant
         asked, values = launch.arguments(kernel, p, variant, tensors, trial.parameters)
@@ -50,8 +50,9 @@ def _refusal(
         if most is not None and most < math.prod(group_size):
             return refusals.too_many_threads(math.prod(group_size), most)
         compiled(*values, threads=threads, group_size=group_size)
+        written = {name: t.cpu() for name, t in tensors.items() if t is not None and name in trial.expected}
         for name, expected in trial.expected.items():
-            error, allowed = _worst(tensors[name], expected)
+            error, allowed = worst(written[name] if expected.of is None else expected.of(written), expected)
             if not error <= allowed:
                 return refusals.wrong(name, error, allowed)
     except Exception as error:  # whatever happens here would happen in the caller's program
@@ -66,21 +67,20 @@ def _on(trial: Trial, device: torch.device, tensors: dict[str, torch.Tensor | No
     for field in dataclasses.fields(trial.problem):
         value = getattr(trial.problem, field.name)
         if isinstance(value, torch.Tensor):
-            moved = already.get(id(value))
-            changes[field.name] = _moved(value, device) if moved is None else moved
+            there = already.get(id(value))
+            changes[field.name] = moved(value, device) if there is None else there
     return dataclasses.replace(trial.problem, **changes)
 
 
-def _moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+def moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`t` on `device` with the memory around it, in one copy and without a kernel of PyTorch's own."""
     memory = torch.empty(0, dtype=t.dtype, device="cpu").set_(t.untyped_storage())
     return memory.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
-def _worst(got: torch.Tensor | None, expected: Expected) -> tuple[float, float]:
+def worst(got: torch.Tensor, expected: Expected) -> tuple[float, float]:
     """The error that is largest beside what is allowed there, and that."""
-    assert got is not None
-    x, exact = expected.of(got.cpu()).double(), expected.value.double()
+    x, exact = got.double(), expected.value.double()
     error = (x - exact).abs_().nan_to_num_(nan=math.inf)
     error.masked_fill_((x == exact) | (x.isnan() & exact.isnan()), 0.0)
     allowed = torch.as_tensor(expected.allowed, dtype=torch.float64, device="cpu").expand_as(error)
@@ -88,7 +88,7 @@ def _worst(got: torch.Tensor | None, expected: Expected) -> tuple[float, float]:
     return error.flatten()[at].item(), allowed.reshape(-1)[at].item()
 
 
-def _apart(function: Callable[[], Refusal | None]) -> Refusal | None:
+def apart(function: Callable[[], Refusal | None]) -> Refusal | None:
     """In a thread of its own: there is no mode of the caller's there (autocast, a default device, inference, fake
     tensors, a dispatch mode that counts or records, a graph that is being captured)."""
     result: list[Refusal | None] = []

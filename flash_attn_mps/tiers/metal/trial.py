@@ -8,6 +8,7 @@ large enough to show how they are summed, values whose sum overflows float16, bl
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,7 +28,6 @@ _DTYPES = {
 }
 _CODES = {"e4m3": torch.uint8, "e5m2": torch.float8_e5m2, "int8": torch.int8}  # uint8: MPS has no float8_e4m3fn
 
-_HEADS, _HEADS_K = 2, 1
 _PAGE = 16
 _UNUSED, _BEHIND = 2, 3  # rows that seqused_q, seqused_k leave out of a packed sequence; rows behind the last sequence
 _WINDOW_RIGHT = 3
@@ -41,11 +41,14 @@ _CPU = torch.device("cpu")
 
 
 class Expected(NamedTuple):
-    """What a tensor should hold, and by how much rounding may change that (broadcasts). On the CPU."""
+    """What a tensor should hold, and by how much rounding may change that (broadcasts). On the CPU.
+
+    `of`: what is held against `value` instead of the tensor, made of all tensors that are expected to be written.
+    """
 
     value: torch.Tensor
     allowed: torch.Tensor | float
-    of: Callable[[torch.Tensor], torch.Tensor] = lambda t: t  # what of the tensor is held against `value`
+    of: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = None
 
 
 class Trial(NamedTuple):
@@ -60,18 +63,22 @@ class Trial(NamedTuple):
     parameters: Mapping[str, int] = MappingProxyType({})
 
 
-def forward(s: Specialization, seqlen_q: int, seqlen_k: int) -> Trial:
-    """A launch with `launch.FORWARD_BUFFERS`, on the longest sequences of these lengths."""
-    p = problem(s, seqlen_q, seqlen_k)
+def forward(s: Specialization, seqlen_q: int, seqlen_k: int, *, heads: int = 2) -> Trial:
+    """A launch with `launch.FORWARD_BUFFERS`: see `problem`."""
+    p = problem(s, seqlen_q, seqlen_k, heads=heads)
     exact = reference.run(in_fp32(p))
-    expected = {"out": Expected(exact.out, allowed(p))}
-    lse = None
-    if "lse" in s.buffers and exact.lse is not None:
-        lse = unwritten(p.lse_shape, torch.float32)
-        finite = exact.lse.nan_to_num(0.0, 0.0, 0.0)
-        expected["lse"] = Expected(exact.lse, 2e-5 * (1.0 + finite.abs()))
-    tensors = {"q": p.q, "k": p.k, "v": p.v, "out": unwritten(p.out_shape, p.q.dtype), "lse": lse}
-    return Trial(p, tensors, expected)
+    assert exact.lse is not None
+    expected, to = {"out": Expected(exact.out, allowed(p))}, outputs(p)
+    if "lse" in s.buffers:
+        expected["lse"] = Expected(exact.lse, 2e-5 * (1.0 + exact.lse.nan_to_num(0.0, 0.0, 0.0).abs()))
+    else:
+        to["lse"] = None
+    return Trial(p, {"q": p.q, "k": p.k, "v": p.v, **to}, expected)
+
+
+def outputs(p: AttentionProblem) -> dict[str, torch.Tensor | None]:
+    """`out` and `lse`, which nobody has written."""
+    return {"out": unwritten(p.out_shape, p.q.dtype), "lse": unwritten(p.lse_shape, torch.float32)}
 
 
 def unwritten(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -100,11 +107,29 @@ def allowed(p: AttentionProblem) -> torch.Tensor:
     return (2 * torch.finfo(p.q.dtype).eps + of_scores[:, None]) * largest + 2e-5
 
 
-def problem(s: Specialization, seqlen_q: int, seqlen_k: int, *, seen: bool = True) -> AttentionProblem:
+def scores_are_scaled(p: AttentionProblem) -> bool:
+    """Do kernels scale a score before the softmax? SCORES_ARE_SCALED in scoring.metal."""
+    return p.softcap > 0 or p.alibi_slopes is not None or (p.mask is not None and p.mask.dtype != torch.bool)
+
+
+def lengths_of_rows(p: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every row of q, flat: is it a query, and how many keys has its sequence?"""
+    starts = p.cu_seqlens_q.tolist() if p.cu_seqlens_q is not None else [p.max_seqlen_q * b for b in range(p.batch + 1)]
+    exists = torch.zeros(p.q.shape[:-2].numel(), dtype=torch.bool, device=_CPU)
+    keys = torch.zeros(exists.shape, dtype=torch.int64, device=_CPU)
+    of_k = [p.max_seqlen_k] * p.batch if p.cu_seqlens_k is None else p.cu_seqlens_k.diff().tolist()
+    for b, (start, end) in enumerate(itertools.pairwise(starts)):
+        count = end - start if p.seqused_q is None else min(end - start, int(p.seqused_q[b]))
+        exists[start : start + count] = True
+        keys[start:end] = of_k[b] if p.seqused_k is None else min(of_k[b], int(p.seqused_k[b]))
+    return exists, keys
+
+
+def problem(s: Specialization, seqlen_q: int, seqlen_k: int, *, seen: bool = True, heads: int = 2) -> AttentionProblem:
     """A problem whose kernel is specialised as `s`, if its other tensors of rows are contiguous or made by `rows`.
 
     seqlen_q, seqlen_k: of the longest sequence; the others have fewer where `s` knows of lengths. `seen`: does some
-    query see values that are NaN or very large? A gradient would be nothing else then.
+    query see values that are NaN or very large? A gradient would be nothing else then. `heads`: of one KV head.
     """
     generator = torch.Generator(_CPU).manual_seed(0)
     has = frozenset(s.buffers)
@@ -122,20 +147,20 @@ def problem(s: Specialization, seqlen_q: int, seqlen_k: int, *, seen: bool = Tru
         for x, lengths in (("q", lengths_q), ("k", lengths_k))
     ]
     dtype = _DTYPES[s.dtype]
-    q = rows((*shape_q, _HEADS, s.head_dim), s.vector, dtype)
+    q = rows((*shape_q, heads, s.head_dim), s.vector, dtype)
     kv_dtype = _CODES[s.kv_format] if s.kv_format else dtype
-    k = rows((*shape_k, _HEADS_K, s.head_dim), s.vector, kv_dtype)
-    v = rows((*shape_k, _HEADS_K, s.head_dim_v), s.vector_v, kv_dtype)
+    k = rows((*shape_k, 1, s.head_dim), s.vector, kv_dtype)
+    v = rows((*shape_k, 1, s.head_dim_v), s.vector_v, kv_dtype)
     unit = 1.0 if not s.kv_format else 2.0**-5 if s.kv_format == "int8" else 0.5
-    descales = unit * 2.0 ** torch.arange(batch, dtype=torch.float32, device=_CPU)[:, None].expand(batch, _HEADS_K)
+    descales = unit * 2.0 ** torch.arange(batch, dtype=torch.float32, device=_CPU)[:, None].expand(batch, 1)
     tensors |= {name: descales for name in ("k_descale", "v_descale") if name in has}
     strange = [_strange_key(s, n, seen) for n in lengths_k]
     for b in range(batch):
-        of_q = _normal(generator, lengths_q[b], _HEADS, s.head_dim)
+        of_q = _normal(generator, lengths_q[b], heads, s.head_dim)
         of_q[:, -1, 0] = _LARGE_SCORE / _LARGE_K / scale
-        of_k = _normal(generator, lengths_k[b], _HEADS_K, s.head_dim)
+        of_k = _normal(generator, lengths_k[b], 1, s.head_dim)
         of_k[..., 0] = _LARGE_K
-        of_v = _normal(generator, lengths_k[b], _HEADS_K, s.head_dim_v)
+        of_v = _normal(generator, lengths_k[b], 1, s.head_dim_v)
         if s.head_dim_v > 1 and seen and not s.kv_format:
             of_v[..., -1] = _LARGE_V + _SPREAD_V * of_v[..., -1]
         key = strange[b]
@@ -147,15 +172,16 @@ def problem(s: Specialization, seqlen_q: int, seqlen_k: int, *, seen: bool = Tru
         for x, of_x, descale in ((k, of_k, "k_descale"), (v, of_v, "v_descale")):
             x[places_k[b]] = _rounded(of_x, kv_dtype, descales[b, 0] if descale in has else 1.0)
     if "alibi_slopes" in has:
-        tensors["alibi_slopes"] = 2.0 ** -torch.arange(1.0, 1 + batch * _HEADS, dtype=torch.float32, device=_CPU).view(
+        tensors["alibi_slopes"] = 2.0 ** -torch.arange(1.0, 1 + batch * heads, dtype=torch.float32, device=_CPU).view(
             batch, -1
         )
     if "sinks" in has:
-        tensors["sinks"] = _normal(generator, _HEADS)
+        tensors["sinks"] = _normal(generator, heads)
     if "softmax_scale" in has:
         tensors["softmax_scale"] = torch.tensor(scale, dtype=_DTYPES[s.scale_type], device=_CPU)
     if s.mask is not None:
-        tensors["mask"] = _mask(s, (batch, longest[0], longest[1]), strange, seen, generator)
+        mask = _mask(s, (batch, longest[0], longest[1]), strange, seen, generator)
+        tensors["mask"] = mask.expand(batch, heads, *mask.shape[2:])
     fields: dict[str, Any] = {"softmax_scale": scale, **tensors}
     return AttentionProblem(
         q=q,
@@ -249,7 +275,7 @@ def _packed(lengths: list[int], unused: int) -> tuple[list[Any], list[int]]:
 def _mask(
     s: Specialization, shape: tuple[int, int, int], strange: list[int | None], seen: bool, generator: torch.Generator
 ) -> torch.Tensor:
-    """`(batch, heads, queries, keys)` in memory as `s.mask` has it: blocks hidden and unaltered, a row of nothing."""
+    """`(batch, 1, queries, keys)` in memory as `s.mask` has it: blocks hidden and unaltered, a row of nothing."""
     assert s.mask is not None
     batch, queries, keys = shape
     kind, dtype = s.mask, _DTYPES[s.mask.type]
@@ -269,7 +295,7 @@ def _mask(
     elif column_count == 1:
         shown[0] = True
     elements = shown if dtype == torch.bool else values.masked_fill_(~shown, -torch.inf).to(dtype)
-    return _stored(elements, kind.aligned)[:, None].expand(batch, _HEADS, queries, keys)
+    return _stored(elements, kind.aligned)[:, None].expand(batch, 1, queries, keys)
 
 
 def _stored(mask: torch.Tensor, aligned: int) -> torch.Tensor:

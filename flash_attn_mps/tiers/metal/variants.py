@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...problem import AttentionProblem
-from . import store
+from . import recording, store
 from .kernel import TunedKernel
 
 TUNE = "MTLFLASHATTN_TUNE"
@@ -51,6 +51,7 @@ def forget() -> None:
     global _stored
     _chosen.clear()
     _stored = None
+    recording.forget()
 
 
 def _choose(

@@ -33,7 +33,8 @@ body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; background:
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .25rem; }
 p { margin: .25rem 0 .75rem; } .soft, figcaption { color: var(--soft); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 1rem 0; color: var(--soft); }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem 1rem; margin: 1rem 0;
+  color: var(--soft); }
 dt, dd { margin: 0; } figure { margin: 0; overflow-x: auto; }
 svg { width: 100%; min-width: 40rem; height: auto; display: block; }
 text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--ink); }
@@ -45,26 +46,50 @@ details { margin-top: .5rem; } summary { cursor: pointer; color: var(--soft); }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, td:last-child { text-align: left; }
-td:last-child { color: var(--soft); white-space: normal; } tr.wrong td { color: var(--bad); }
+td:last-child { color: var(--soft); white-space: normal; overflow-wrap: anywhere; } tr.wrong td { color: var(--bad); }
 th[colspan] { text-align: left; padding-top: .8rem; } .scroll { overflow-x: auto; }
+@media (max-width: 36rem) { body { padding: 1rem .75rem 3rem; } dl { grid-template-columns: 1fr; }
+  dd { margin-bottom: .3rem; overflow-wrap: anywhere; } }
 """
 
 
 def render(facts: Mapping[str, str], measurements: Sequence[Measurement]) -> str:
     """The whole page. `facts`: of the machine."""
-    colours = _colours(measurements)
+    device = facts.get("device", "")
+    intro = (
+        "Medians over rounds in alternating order, host side included. TF/s count the scores that the mask leaves; GB/s"
+        " count q, k and v read once and the output written once."
+    )
+    title, heading = f"mtlflashattn bench: {device}", f"Attention on {device or 'this machine'}"
+    return document(title, heading, intro, facts, charts(measurements))
+
+
+def document(title: str, heading: str, intro: str, facts: Mapping[str, str], body: str) -> str:
+    """A page of which `body` is HTML, the rest text."""
     style = _STYLE.replace("LIGHT", _variables(0)).replace("DARK", _variables(1))
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    sections = "".join(_section(kind, by_name, colours) for kind, by_name in report.groups(measurements).items())
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>mtlflashattn bench: {escape(facts.get('device', ''))}</title><style>{style}</style></head><body>"
-        f"<h1>Attention on {escape(facts.get('device', 'this machine'))}</h1>"
-        "<p class=soft>Medians over rounds in alternating order, host side included. TF/s count the scores that the"
-        " mask leaves; GB/s count q, k and v read once and the output written once.</p>"
-        f"<dl>{listed}</dl>{sections}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{style}</style></head><body>"
+        f"<h1>{escape(heading)}</h1><p class=soft>{escape(intro)}</p>"
+        f"<dl>{listed}</dl>{body}</body></html>\n"
     )
+
+
+def charts(measurements: Sequence[Measurement]) -> str:
+    """A section for each kind of workload."""
+    colours = _colours(measurements)
+    return "".join(_section(kind, by_name, colours) for kind, by_name in report.groups(measurements).items())
+
+
+def rows(head: Sequence[str], body: Sequence[Sequence[str]], wrong: Callable[[int], bool] = lambda n: False) -> str:
+    """A table of texts; rows of which `wrong` is true, by their number, stand out."""
+    lines = ["<tr>" + "".join(f"<th>{escape(title)}</th>" for title in head) + "</tr>"]
+    for n, row in enumerate(body):
+        kind = ' class="wrong"' if wrong(n) else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    return f"<div class=scroll><table>{''.join(lines)}</table></div>"
 
 
 def _variables(theme: int) -> str:

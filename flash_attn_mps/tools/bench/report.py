@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...text_table import aligned
 from .contenders import STOCK
 from .measure import Measurement
-from .workloads import KINDS
+from .workloads import KINDS, Workload
 
 
 def groups(measurements: Sequence[Measurement]) -> dict[str, dict[str, list[Measurement]]]:
@@ -68,12 +69,13 @@ def table(measurements: Sequence[Measurement]) -> str:
 
 def write_json(file: Path, facts: dict[str, str], measurements: Sequence[Measurement]) -> None:
     """Raises OSError."""
-    data = {"machine": facts, "measurements": [_as_data(m) for m in measurements]}
+    data = {"machine": facts, "measurements": [as_data(m) for m in measurements]}
     file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def _as_data(m: Measurement) -> dict:
-    data = {"workload": m.workload.name, **m.workload._asdict(), "contender": m.contender}
+def as_data(m: Measurement) -> dict:
+    """As JSON has it."""
+    data = {"workload": m.workload.name, **m.workload._asdict(), "contender": m.contender, "ours": m.ours}
     if not m.seconds:
         return {**data, "why not": m.why_not}
     return {
@@ -85,3 +87,13 @@ def _as_data(m: Measurement) -> dict:
         "peak bytes": m.memory,
         "error, of rounding": m.error,
     }
+
+
+def from_data(data: Mapping[str, Any]) -> Measurement:
+    """The measurement of which `as_data` made `data`, read from JSON."""
+    fields = {name: data[name] for name in Workload._fields if name != "lengths"}
+    workload = Workload(lengths=tuple(map(tuple, data["lengths"])), **fields)
+    m = Measurement(workload, data["contender"], data["ours"])
+    if "why not" in data:
+        return m._replace(why_not=data["why not"])
+    return m._replace(seconds=tuple(data["seconds"]), error=data["error, of rounding"], memory=data["peak bytes"])

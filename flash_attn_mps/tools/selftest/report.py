@@ -55,7 +55,7 @@ def write(
         "seconds": round(seconds, 1),
         "cases": len(outcomes),
         "outcomes": Counter(f"{o.case.tier} {o.case.dtype} {o.status}" for o in outcomes),
-        "failures": [_described(o) for o in outcomes if o.failed],
+        "failures": [described(o) for o in outcomes if o.failed],
         "compiler": [
             {"specialization": specialization._asdict(), "log": log}
             for specialization, log in compiler.failures.items()
@@ -64,7 +64,8 @@ def write(
     file.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
 
 
-def _described(outcome: Outcome) -> dict:
+def described(outcome: Outcome) -> dict:
+    """As JSON has it."""
     return {
         "case": str(outcome.case),
         "status": outcome.status,

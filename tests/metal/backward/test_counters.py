@@ -5,7 +5,7 @@ import torch
 
 from flash_attn_mps.describe import CallOptions, dense
 from flash_attn_mps.tiers.metal import backward, launch, simdgroup
-from flash_attn_mps.tiers.metal.backward import Variant
+from flash_attn_mps.tiers.metal.backward_kernels import Variant
 from metal_host import observe
 from tests.metal.calls import Spec, draw
 

@@ -5,7 +5,7 @@
 constant constexpr int SIMDGROUPS = 4;
 constant constexpr int COLUMNS = (PARTIAL_WIDTH + 31) / 32;  // of a lane
 
-[[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
+[[max_total_threads_per_threadgroup(BOUND(32 * SIMDGROUPS))]]
 kernel void attention_combine(
     BUFFERS
     uint3 group [[threadgroup_position_in_grid]],

@@ -8,177 +8,6 @@
 // * A unit is SLICES simdgroups, each with a slice of both head dims, so that ROWS rows of q and o fit into registers: the s of
 //   a slice are added up in threadgroup memory.
 
-template <int N>
-METAL_FUNC void clear(thread Operand (&x)[N]) {
-  UNROLL for (int f = 0; f < N; ++f) x[f].thread_elements()[0] = x[f].thread_elements()[1] = T(0.0f);
-}
-
-// Line 8: s = q k^T, over the slice. EDGE: there may be fewer keys than the block has; those past the end count as 0.
-template <bool EDGE>
-METAL_FUNC void compute_qk(
-    thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread State& state, BlockKeys keys, int first_key, Lane lane) {
-  UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-    int key0 = key_of(first_key, n, lane.column, 0);
-    int key1 = key_of(first_key, n, lane.column, 1);
-    bool exists = !EDGE || key0 < keys.seqlen;
-    if (EDGE) {
-      key0 = min(key0, keys.seqlen - 1);
-      key1 = min(key1, keys.seqlen - 1);
-    }
-    device const T* row0 = keys.k.at(key0);
-    device const T* row1 = keys.k.at(key1);
-    Operand k[D_FRAGMENTS];
-    if (EDGE) clear(k);
-    if (exists) SliceD::load_right_transposed(k, row0, row1, state.slice, lane);
-    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-      s[r][n] = zeros();
-      UNROLL for (int f = 0; f < D_FRAGMENTS; ++f) simdgroup_multiply_accumulate(s[r][n], state.q[r][f], k[f], s[r][n]);
-    }
-  }
-}
-
-// Line 9, and of line 10 the rescaling of o, as in forward.metal.
-template <bool EDGE, bool MASKED>
-METAL_FUNC void online_softmax(
-    thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
-    thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
-    thread State& state,
-    Scoring scoring,
-    MaskTile mask_tile,
-    int first_key,
-    int seqlen_k,
-    Lane lane) {
-  UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-    int query = query_of(state.first_row + 8 * r + lane.row);
-#if HAS_ALIBI_SLOPES
-    scoring.slope = state.slope[r];
-#endif
-    float m = -INFINITY;
-    UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-      UNROLL for (int e = 0; e < 2; ++e) {
-        int key = key_of(first_key, n, lane.column, e);
-        float x = s[r][n].thread_elements()[e];
-#if SCORES_ARE_SCALED
-        x = score_mod(x, scoring, min(query, scoring.seqlen_q - 1), EDGE ? min(key, seqlen_k - 1) : key);
-#endif
-        if (EDGE && !MASKED && !is_visible(scoring, query, key, seqlen_k)) x = -INFINITY;
-#if HAS_MASK
-        if (MASKED) x = apply_mask(x, mask_tile.at(r, n, e));
-#endif
-        s[r][n].thread_elements()[e] = x;
-        m = max(m, x);
-      }
-    }
-    m = max(row_max(m), state.m[r]);
-    float base = m == -INFINITY ? 0.0f : m;
-    float sum = 0.0f;
-    UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-      UNROLL for (int e = 0; e < 2; ++e) {
-        float x = exp_of_difference(s[r][n].thread_elements()[e], base, scoring);
-        p[r][n].thread_elements()[e] = T(x);
-        sum += x;
-      }
-    }
-    if (simd_any(m > state.m[r])) {
-      float rescale = exp_of_difference(state.m[r], base, scoring);
-      UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) {
-        state.o[r][f].thread_elements()[0] *= rescale;
-        state.o[r][f].thread_elements()[1] *= rescale;
-      }
-      state.l[r] *= rescale;
-      state.m[r] = m;
-    }
-    state.l[r] += sum;
-  }
-}
-
-// Line 10: o += p v, where no query sees NaN and infinities of hidden keys, as in forward.metal.
-template <bool EDGE, bool MASKED>
-METAL_FUNC void accumulate_pv(
-    thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
-    thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
-    thread State& state,
-    BlockKeys keys,
-    int first_key,
-    Lane lane) {
-  UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-    int key = key_of(first_key, n, lane.row, 0);
-    bool exists = !EDGE || key < keys.seqlen;
-    if (EDGE) key = min(key, keys.seqlen - 1);
-    device const T* row = keys.v.at(key);
-    Operand v[DV_FRAGMENTS];
-    if (EDGE) clear(v);
-    if (exists) SliceV::load_right(v, row, state.slice, lane);
-    if (EDGE || MASKED) {
-      float nan_if_nonfinite = 0.0f;
-      UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
-        nan_if_nonfinite += 0.0f * float(v[f].thread_elements()[0]) + 0.0f * float(v[f].thread_elements()[1]);
-      if (simd_any(nan_if_nonfinite != 0.0f)) {
-        UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) {
-          Operand nonfinite;  // 1 where v is not finite
-          UNROLL for (int e = 0; e < 2; ++e) {
-            bool is_nonfinite = !isfinite(float(v[f].thread_elements()[e]));
-            nonfinite.thread_elements()[e] = T(is_nonfinite ? 1.0f : 0.0f);
-            if (is_nonfinite) v[f].thread_elements()[e] = T(0.0f);
-          }
-          UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-            Operand visible;  // 1 where the query sees the key
-            UNROLL for (int e = 0; e < 2; ++e)
-              visible.thread_elements()[e] = T(s[r][n].thread_elements()[e] == -INFINITY ? 0.0f : 1.0f);
-            Accumulator nonfinite_seen = zeros();
-            simdgroup_multiply_accumulate(nonfinite_seen, visible, nonfinite, nonfinite_seen);
-            UNROLL for (int e = 0; e < 2; ++e)
-              if (nonfinite_seen.thread_elements()[e] > 0.0f) state.o[r][f].thread_elements()[e] = NAN;
-          }
-        }
-      }
-    }
-    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
-      UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
-        simdgroup_multiply_accumulate(state.o[r][f], p[r][n], v[f], state.o[r][f]);
-  }
-}
-
-// Lines 9 and 10 for a block whose s is there, or lines 8 to 10 where a simdgroup has it by itself.
-template <bool EDGE, bool MASKED>
-METAL_FUNC void attend_block(
-    thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
-    thread State& state,
-    BlockKeys keys,
-    Scoring scoring,
-    MaskTile mask_tile,
-    int first_key,
-    Lane lane) {
-  Operand p[ROW_FRAGMENTS][KEY_FRAGMENTS];
-  if (SLICES == 1) compute_qk<EDGE>(s, state, keys, first_key, lane);
-  online_softmax<EDGE, MASKED>(s, p, state, scoring, mask_tile, first_key, keys.seqlen, lane);
-  accumulate_pv<EDGE, MASKED>(s, p, state, keys, first_key, lane);
-}
-
-// Chooses the code for one block, as in forward.metal.
-METAL_FUNC void dispatch_block(
-    thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
-    bool altered,
-    thread State& state,
-    BlockKeys keys,
-    Scoring scoring,
-    VisibleRange range,
-    int first_key,
-    Lane lane) {
-  MaskTile mask_tile;
-  bool inner = range.contains(first_key, KEYS);
-#if HAS_MASK
-  if (altered) mask_tile.load(!inner, scoring, state.first_row, first_key, keys.seqlen, lane);
-#endif
-  if (inner && !(HAS_MASK && altered)) {
-    attend_block<false, false>(s, state, keys, scoring, mask_tile, first_key, lane);
-  } else if (HAS_MASK && inner) {
-    attend_block<false, HAS_MASK != 0>(s, state, keys, scoring, mask_tile, first_key, lane);
-  } else {
-    attend_block<true, HAS_MASK != 0>(s, state, keys, scoring, mask_tile, first_key, lane);
-  }
-}
-
 // A round of a threadgroup whose units are several simdgroups. All come here, and those that are `active` have a block.
 METAL_FUNC void round_of_slices(
     threadgroup float2* shared,
@@ -192,24 +21,24 @@ METAL_FUNC void round_of_slices(
     int simdgroup,
     ushort index) {
   Lane lane = lane_of(index);
-  Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
   BlockKeys keys = keys_of_block(all_keys, active ? first_key : 0, index);
   if (active) {
+    Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
     if (range.contains(first_key, KEYS)) {
       compute_qk<false>(s, state, keys, first_key, lane);
     } else {
       compute_qk<true>(s, state, keys, first_key, lane);
     }
-    give_slice(shared, s, simdgroup, index);
+    give_s(shared, s, simdgroup, index);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (active) {
-    add_slices(shared, s, simdgroup / SLICES, index);
-    dispatch_block(s, altered, state, keys, scoring, range, first_key, lane);
-  }
+#if SLICES > 1
+  state.unit_s = shared + simdgroup / SLICES * SLICES * S_FRAGMENTS * 32;
+#endif
+  if (active) dispatch_block(altered, state, keys, scoring, range, first_key, lane);
 }
 
-[[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
+[[max_total_threads_per_threadgroup(BOUND(32 * SIMDGROUPS))]]
 kernel void attention_decode(
     BUFFERS
     uint3 group [[threadgroup_position_in_grid]],
@@ -252,7 +81,7 @@ kernel void attention_decode(
     state.m[r] = -INFINITY;
     state.l[r] = 0.0f;
 #if HAS_ALIBI_SLOPES
-    state.slope[r] = in.alibi_slopes[sequence.batch * params[ALIBI_BATCH] + head];
+    state.alibi_slope[r] = in.alibi_slopes[sequence.batch * params[ALIBI_BATCH] + head];
 #endif
   }
 
@@ -262,7 +91,7 @@ kernel void attention_decode(
   Keys keys = keys_of(sequence, first_head, k, v, in);
 #if HAS_MASK
   for (int run = part.visible_begin; run < part.visible_end; run += BLOCKS_PER_RUN * ROUND) {
-    BlockFlags flags = scan_mask(part, scoring, first_row, run + unit * KEYS, ROUND, keys.seqlen, lane);
+    BlockFlags flags = scan_mask<false>(part, scoring, first_row, run + unit * KEYS, ROUND, keys.seqlen, lane);
 #if SLICES > 1
     for (int block = 0; block < BLOCKS_PER_RUN && run + block * ROUND < part.visible_end; ++block)
       round_of_slices(
@@ -271,10 +100,9 @@ kernel void attention_decode(
 #else
     for (; flags.visible; flags.visible &= flags.visible - 1) {
       uint block = ctz(flags.visible);
-      Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
       int first_key = run + int(block) * ROUND + unit * KEYS;
       dispatch_block(
-          s, flags.altered >> block & 1, state, keys_of_block(keys, first_key, index), scoring, part, first_key, lane);
+          flags.altered >> block & 1, state, keys_of_block(keys, first_key, index), scoring, part, first_key, lane);
     }
 #endif
   }
@@ -288,8 +116,7 @@ kernel void attention_decode(
   }
 #else
   for (int first_key = part.visible_begin + unit * KEYS; first_key < part.visible_end; first_key += ROUND) {
-    Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
-    dispatch_block(s, false, state, keys_of_block(keys, first_key, index), scoring, part, first_key, lane);
+    dispatch_block(false, state, keys_of_block(keys, first_key, index), scoring, part, first_key, lane);
   }
 #endif
   merge_units(shared, state, scoring, unit, index);
@@ -305,7 +132,7 @@ kernel void attention_decode(
 #if HAS_PARTIAL_O
     long partial_row = split * params[PARTIAL_ROWS] + partial_row_of(sequence, query, head, int(groups.y) * HEADS_IN_TILE, in);
     if (row < rows) {
-      SliceV::store(partial_o + partial_row * PARTIAL_WIDTH, state.o[r], state.slice, 1.0f, lane);
+      SliceV::store(partial_o + partial_row * PARTIAL_WIDTH, state.o[r], state.slice, keys.v_descale, lane);
       if (state.slice == 0 && lane.column == 0) partial_m_l[partial_row] = float2(state.m[r], l);
     }
 #else
@@ -313,7 +140,7 @@ kernel void attention_decode(
     if (query < sequence.rows_q) {
       bool is_query = row < rows;
       if (!is_query) UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
-      float factor = statistics.l > 0.0f ? statistics.rescale / statistics.l : 0.0f;
+      float factor = statistics.l > 0.0f ? keys.v_descale * statistics.rescale / statistics.l : 0.0f;
       device T* to = out + sequence.batch * params[OUT_BATCH] + (sequence.first_q + query) * params[OUT_ROW] + head * params[OUT_HEAD];
       SliceV::store(to, state.o[r], state.slice, factor, lane);
 #if HAS_LSE

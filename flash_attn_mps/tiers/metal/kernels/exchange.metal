@@ -1,7 +1,6 @@
 // What the simdgroups of a threadgroup tell each other: at first q, which unit 0 reads for all; then the s of their slices, for two
 // rounds by turns, so that one barrier a round is enough; after that, m, l and o of the units. A lane's two elements of a fragment
 // lie together.
-constant constexpr int S_FRAGMENTS = SLICES > 1 ? ROW_FRAGMENTS * KEY_FRAGMENTS : 0;
 constant constexpr int MERGED_FRAGMENTS = ROW_FRAGMENTS * (1 + DV_FRAGMENTS);
 constant constexpr int EXCHANGED = 2 * SIMDGROUPS * S_FRAGMENTS;
 constant constexpr int MERGED = UNITS / 2 * SLICES * MERGED_FRAGMENTS;
@@ -33,26 +32,13 @@ METAL_FUNC void share_q(threadgroup float2* shared, thread State& state, int uni
   if (SLICES > 1) threadgroup_barrier(mem_flags::mem_threadgroup);  // until all have read
 }
 
-METAL_FUNC void give_slice(
+// s of a slice, for `State::take_s`.
+METAL_FUNC void give_s(
     threadgroup float2* shared, thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], int simdgroup, ushort index) {
   threadgroup float2* mine = shared + simdgroup * S_FRAGMENTS * 32 + index;
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
     UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n)
       mine[(r * KEY_FRAGMENTS + n) * 32] = float2(s[r][n].thread_elements()[0], s[r][n].thread_elements()[1]);
-}
-
-// In the same order for all of them: they must agree on s.
-METAL_FUNC void add_slices(
-    threadgroup const float2* shared, thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], int unit, ushort index) {
-  threadgroup const float2* first = shared + unit * SLICES * S_FRAGMENTS * 32 + index;
-  UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-    UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-      float2 sum = first[(r * KEY_FRAGMENTS + n) * 32];
-      UNROLL for (int slice = 1; slice < SLICES; ++slice) sum += first[(slice * S_FRAGMENTS + r * KEY_FRAGMENTS + n) * 32];
-      s[r][n].thread_elements()[0] = sum.x;
-      s[r][n].thread_elements()[1] = sum.y;
-    }
-  }
 }
 
 // m, l and o of the units, put together in those of unit 0: in a tree, as

@@ -172,6 +172,11 @@ struct Slab {
 
   // Right operand, transposed: the rows in memory are the columns of the fragment, and a lane has two of them.
   template <typename Row>
+  METAL_FUNC static void load_right_transposed(thread Operand* to, Row row0, Row row1, Lane lane) {
+    load_right_transposed_slab(to + FIRST, row0, row1, lane);
+    Rest::load_right_transposed(to, row0, row1, lane);
+  }
+  template <typename Row>
   METAL_FUNC static void load_right_transposed_slab(thread Operand* to, Row row0, Row row1, Lane lane) {
     T x[W], y[W];
     Elements<W>::load(x, row0 + BEGIN + W * lane.row);
@@ -259,6 +264,10 @@ struct Slab<DIM, ALIGNED, FIRST, RAGGED> {
     to[FIRST].thread_elements()[1] = T(float(at(row, BEGIN + lane.column + 1)) * factor);
   }
   template <typename Row>
+  METAL_FUNC static void load_right_transposed(thread Operand* to, Row row0, Row row1, Lane lane) {
+    load_right_transposed_slab(to + FIRST, row0, row1, lane);
+  }
+  template <typename Row>
   METAL_FUNC static void load_right_transposed_slab(thread Operand* to, Row row0, Row row1, Lane lane) {
     to[0].thread_elements()[0] = at(row0, BEGIN + lane.row);
     to[0].thread_elements()[1] = at(row1, BEGIN + lane.row);
@@ -291,6 +300,8 @@ struct Slab<DIM, ALIGNED, FIRST, RAGGED> {
 template <int DIM, int ALIGNED, int FIRST>
 struct Slab<DIM, ALIGNED, FIRST, END> {
   METAL_FUNC static void load_left(thread Operand*, device const T*, float, Lane) {}
+  template <typename Row>
+  METAL_FUNC static void load_right_transposed(thread Operand*, Row, Row, Lane) {}
   template <typename Row>
   METAL_FUNC static void load_right(thread Operand*, Row, Lane) {}
   METAL_FUNC static float dot(device const T*, device const T*, Lane) { return 0.0f; }

@@ -76,14 +76,14 @@ constant constexpr int DV_FRAGMENTS = SliceV::FRAGMENTS;
 // The keys of one block, for all lanes together. Pages are looked up by a lane for each key.
 #if HAS_BLOCK_TABLE
 struct BlockRows {
-  device const T* base;
+  device const KV_T* base;
   long page_stride;
   long row_stride;
   int first_key;
   int page;  // of key first_key + the lane's index
   int row;   // in that page
 
-  METAL_FUNC device const T* at(int key) const thread {
+  METAL_FUNC device const KV_T* at(int key) const thread {
     ushort lane = ushort(key - first_key);
     return base + simd_shuffle(page, lane) * page_stride + simd_shuffle(row, lane) * row_stride;
   }
@@ -110,7 +110,7 @@ METAL_FUNC BlockKeys keys_of_block(Keys keys, int first_key, ushort index) {
   int key = first_key + int(index), page = 0, row = 0;
   if (index < KEYS && key < keys.seqlen) {
 #if HAS_LEFTPAD_K
-    key += keys.k.leftpad;
+    key += keys.k.first;
 #endif
     page = keys.k.pages[key / keys.k.page_size];
     row = key % keys.k.page_size;
@@ -127,6 +127,13 @@ typedef Keys BlockKeys;
 METAL_FUNC BlockKeys keys_of_block(Keys keys, int first_key, ushort index) { return keys; }
 #endif
 
+METAL_FUNC void clear(thread Operand* x, int fragments) {
+  UNROLL for (int f = 0; f < fragments; ++f) x[f].thread_elements()[0] = x[f].thread_elements()[1] = T(0.0f);
+}
+
+// Fragments of s that the slices of a unit add up in threadgroup memory, where a lane's two elements lie together.
+constant constexpr int S_FRAGMENTS = SLICES > 1 ? ROW_FRAGMENTS * KEY_FRAGMENTS : 0;
+
 // A tile's rows, and their attention over a unit's blocks so far: the slice of one simdgroup.
 struct State {
   Operand q[ROW_FRAGMENTS][D_FRAGMENTS];
@@ -134,8 +141,90 @@ struct State {
   float m[ROW_FRAGMENTS];  // running maximum of each row's scores
   float l[ROW_FRAGMENTS];  // this lane's part of the running sum of exp(s - m): the four lanes of a row are added at the end
 #if HAS_ALIBI_SLOPES
-  float slope[ROW_FRAGMENTS];
+  float alibi_slope[ROW_FRAGMENTS];
 #endif
   int first_row;
   int slice;
+#if SLICES > 1
+  threadgroup const float2* unit_s;  // S_FRAGMENTS of each slice
+#endif
+  Kept kept;
+
+  // Fragment n of a block of k. EDGE: there may be fewer keys than the block has; those past the end are not read.
+  template <bool EDGE, typename AnyKeys>
+  METAL_FUNC void load_k(thread Operand* to, AnyKeys keys, int first_key, int n, Lane lane) const thread {
+    int key0 = key_of(first_key, n, lane.column, 0);
+    int key1 = key_of(first_key, n, lane.column, 1);
+    bool exists = !EDGE || key0 < keys.seqlen;
+    if (EDGE) {
+      key0 = min(key0, keys.seqlen - 1);
+      key1 = min(key1, keys.seqlen - 1);
+      clear(to, D_FRAGMENTS);
+    }
+    device const KV_T* row0 = keys.k.at(key0);
+    device const KV_T* row1 = keys.k.at(key1);
+    if (exists) SliceD::load_right_transposed(to, row0, row1, slice, lane);
+  }
+
+  // Likewise of v.
+  template <bool EDGE, typename AnyKeys>
+  METAL_FUNC void load_v(thread Operand* to, AnyKeys keys, int first_key, int n, Lane lane) const thread {
+    int key = key_of(first_key, n, lane.row, 0);
+    bool exists = !EDGE || key < keys.seqlen;
+    if (EDGE) {
+      key = min(key, keys.seqlen - 1);
+      clear(to, DV_FRAGMENTS);
+    }
+    device const KV_T* row = keys.v.at(key);
+    if (exists) SliceV::load_right(to, row, slice, lane);
+  }
+
+  // What attend.metal asks for: s += q k^T, and o += p v. HIDDEN: some of the keys may be hidden.
+  template <bool EDGE, typename AnyKeys>
+  METAL_FUNC void add_qk(
+      thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], AnyKeys keys, int first_key, Lane lane) thread {
+    UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
+      Operand k[D_FRAGMENTS];
+      load_k<EDGE>(k, keys, first_key, n, lane);
+      UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
+        UNROLL for (int f = 0; f < D_FRAGMENTS; ++f) simdgroup_multiply_accumulate(s[r][n], q[r][f], k[f], s[r][n]);
+    }
+  }
+  template <bool EDGE, bool HIDDEN, typename AnyKeys>
+  METAL_FUNC void add_block_pv(
+      thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+      thread ushort (&visible)[ROW_FRAGMENTS],
+      AnyKeys keys,
+      int first_key,
+      Lane lane) thread {
+    UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
+      Operand v[DV_FRAGMENTS];
+      load_v<EDGE>(v, keys, first_key, n, lane);
+      add_pv<HIDDEN, 0>(o, p, visible, v, n);
+    }
+  }
+
+  // s of a block from its slices, which all add in the same order: they must agree.
+  METAL_FUNC bool take_s(thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], Lane lane) const thread {
+#if SLICES > 1
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
+      UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
+        threadgroup const float2* first = unit_s + (r * KEY_FRAGMENTS + n) * 32 + lane.index;
+        float2 sum = first[0];
+        UNROLL for (int other = 1; other < SLICES; ++other) sum += first[other * S_FRAGMENTS * 32];
+        s[r][n].thread_elements()[0] = sum.x;
+        s[r][n].thread_elements()[1] = sum.y;
+      }
+    }
+#endif
+    return SLICES > 1;
+  }
+
+  // How the scores of row fragment r are made.
+  METAL_FUNC Scoring scoring_of_row(Scoring scoring, int r) const thread {
+#if HAS_ALIBI_SLOPES
+    scoring.alibi_slope = alibi_slope[r];
+#endif
+    return scoring;
+  }
 };
