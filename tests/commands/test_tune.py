@@ -14,7 +14,7 @@ from flash_attn_shim.commands import main
 
 KEY = store.Key("attention_forward", "float16", 64, 64, "short", "causal")
 DEFAULT = simdgroup.default(2, 64, 64)
-SMALL, WIDE, STAGED = Variant(8, 2, 16, False), Variant(32, 2, 16, False), Variant(8, 2, 16, True)
+SMALL, WIDE, STAGED = Variant(8, 2, 16, False), Variant(16, 2, 16, False), Variant(8, 2, 16, True)
 
 
 class Clock:
