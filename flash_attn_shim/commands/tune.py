@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["variants", "gradients", "sdpa"],
         choices=("variants", "gradients", "sdpa"),
-        help="the variants of the forward kernel, those of the backward kernels, or the length from which to replace "
-        "torch's attention (default: all)",
+        help="the variants of the forward kernel; those of the backward kernels, and whether to use these; the length "
+        "from which to replace torch's attention (default: all)",
     )
     parser.add_argument("--device", default="mps", help="default: mps")
     parser.add_argument("--forget", action="store_true", help="remove the saved results, and time nothing")
@@ -60,9 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _kernels(what):
-    from flash_attn_mps.tiers.metal import backward_kernels, simdgroup
+    from flash_attn_mps.tiers.metal import backward_kernels, composed, simdgroup
 
-    return {"variants": [simdgroup.FORWARD], "gradients": [backward_kernels.QUERIES, backward_kernels.KEYS]}[what]
+    # The way of the backward pass last, with the fastest variants.
+    gradients = [backward_kernels.QUERIES, backward_kernels.KEYS, composed.WAYS]
+    return {"variants": [simdgroup.FORWARD], "gradients": gradients}[what]
 
 
 def _variants(kernels, arguments, watch):
@@ -85,11 +87,11 @@ def _variants(kernels, arguments, watch):
                 )
                 if outcomes[-1].winner is not None:
                     store.save({key: outcomes[-1].winner})
+                    variants.forget()
         except KeyboardInterrupt:
             pass  # what was measured is saved
         except OSError as error:
             unkept = error
-    variants.forget()
     head = ("kernel", "dtype", "head dim", "length", "mask", "fastest", "ms", "default's ms", "gain", "failed")
     print(aligned([head, *map(_row, outcomes)]))
     for reason, count in _reasons(outcomes).items():

@@ -20,7 +20,7 @@ import torch
 
 from ...problem import AttentionProblem
 from . import gpu, specialization
-from .kernel import Kernel
+from .kernel import Choice
 
 CACHE = "MTLFLASHATTN_CACHE"
 _FORMAT = 2
@@ -44,7 +44,7 @@ class Key(NamedTuple):
         return f"{self.kernel} {self.dtype} {dims} {self.length} {self.mask}"
 
 
-def key_of(p: AttentionProblem, kernel: Kernel) -> Key:
+def key_of(p: AttentionProblem, kernel: Choice) -> Key:
     length = (
         "short" if p.max_seqlen_q <= LENGTHS["short"] else "medium" if p.max_seqlen_q <= LENGTHS["medium"] else "long"
     )
