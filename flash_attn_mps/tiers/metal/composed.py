@@ -9,8 +9,8 @@ run: `mtlflashattn tune --what gradients` measures it.
 from __future__ import annotations
 
 from ...problem import AttentionProblem
-from . import compiler, store, variants
-from .kernel import Choice
+from . import compiler, variants
+from .kernel import LENGTHS, Choice
 
 FUSED, COMPOSED = "fused", "composed"
 WHY = "composed of matrix products they are faster for such calls, as tuned or by default"
@@ -45,6 +45,6 @@ def is_faster(p: AttentionProblem) -> bool:
 
     Not those of short calls, whose time is the host's: it launches some twenty operations a block.
     """
-    if p.max_seqlen_q <= store.LENGTHS["short"] or not p.features <= _PLAIN:
+    if p.max_seqlen_q <= LENGTHS["short"] or not p.features <= _PLAIN:
         return False
     return p.q.device.type in compiler.device_types and variants.chosen(p, WAYS) == COMPOSED

@@ -57,10 +57,8 @@ def keys(
     kernel: Choice, dtypes: Sequence[str], head_dims: Sequence[int], lengths: Sequence[str], masks: Sequence[str]
 ) -> list[Key]:
     """All combinations; those that share their compiled kernels follow each other."""
-    entry = kernel.entry
-    return [
-        Key(entry, t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths
-    ]
+    name = kernel.name
+    return [Key(name, t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths]
 
 
 def candidates(key: Key, kernel: Choice) -> list[Any]:
@@ -73,7 +71,7 @@ def launched(trial: Trial, kernel: Any, variant: Any) -> Sequence[torch.Tensor] 
     """What is computed by that variant. None where a kernel does not compile."""
     p, out, lse, dout = trial
     if out is None or lse is None or dout is None:
-        result = launch.run(p, kernel, variant)
+        result = launch.run(p, kernel, variant) if kernel.run is None else kernel.run(p, variant)
         return None if result is None else (result.out,)
     if kernel is composed.WAYS:
         way = reference.backward if variant == composed.COMPOSED else backward.run
@@ -97,10 +95,10 @@ def tune(
     """The fastest of `candidates` and the default, for calls of class `key`. `tick` is called once for each."""
     default = kernel.default(*_shape(key))
     refused = {}
-    small = _trial(_problem(key, device, 2, _SMALL, 2), kernel)
+    small = _trial(_problem(key, kernel, device, True), kernel)
     exact = _exact(small, kernel)
     calls = {}
-    trial = _trial(_problem(key, device, *_LENGTHS[key.length]), kernel)
+    trial = _trial(_problem(key, kernel, device, False), kernel)
     for variant in dict.fromkeys([default, *candidates]):
         reason = _refusal(functools.partial(run, small, kernel, variant), exact, small)
         if reason:
@@ -167,7 +165,10 @@ def _neighbours(variant: Any, key: Key, kernel: Choice) -> list[Any]:
     ]
 
 
-def _problem(key: Key, device: torch.device | str, batch: int, length: int, heads: int) -> AttentionProblem:
+def _problem(key: Key, kernel: Choice, device: torch.device | str, small: bool) -> AttentionProblem:
+    if kernel.problem is not None:
+        return kernel.problem(key, device, small)
+    batch, length, heads = (2, _SMALL, 2) if small else _LENGTHS[key.length]
     dtype = getattr(torch, key.dtype)
     generator = torch.Generator().manual_seed(0)
 
