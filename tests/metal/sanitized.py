@@ -3,8 +3,8 @@
     compute-sanitizer --tool TOOL python -m tests.metal.sanitized
 
 TOOL: memcheck (with PYTORCH_NO_CUDA_MEMORY_CACHING=1: torch's allocator hides where buffers end), racecheck, initcheck.
-MTLFLASHATTN_VARIANT chooses the variant, such as 16x4x32-staged; MTLFLASHATTN_VARIANT_DQ and _DKV those of gradients. The
-arithmetic of the reference stays on the CPU, so that nothing but the kernels is looked at.
+MTLFLASHATTN_VARIANT chooses the variant, such as 16x4x32-staged; MTLFLASHATTN_VARIANT_DQ and _DKV those of gradients.
+The arithmetic of the reference stays on the CPU, so that nothing but the kernels is looked at.
 """
 
 import itertools
@@ -19,8 +19,6 @@ from metal_host import compile_shader
 DEVICE = "cuda"
 LENGTHS_Q, LENGTHS_K = [130, 0, 257], [200, 33, 257]
 CASES = [{}, {"causal": True}, {"window_size": (70, 10)}]
-
-
 CODES = (None, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
