@@ -5,7 +5,7 @@
 
 On M1 to M4 matrix products run on the ordinary ALUs. So here: 16 multiplications and additions a lane for each
 (METAL_HOST_ALU_MATRICES). An SM of an H200 and a core of an M1 both have four schedulers of 32 lanes. `run` gives a
-lane 128 registers, as Apple's GPUs have, and times each kernel twice: as it is, and with so few threadgroups on an SM as
+lane 128 registers, as Apple's GPUs have, and times each kernel twice: as it is, and with so few groups on an SM as
 an M1's core has room for ("m1"). Results are meaningless; inputs are constant. It prints the speed, its share of the
 ALU peak, what the model says of M1 Max, and how the orders of the variants agree (Spearman's rank correlation).
 """

@@ -26,7 +26,7 @@ def attention(p: AttentionProblem) -> Result:
     if refused:
         raise NotImplementedError(
             f"attention with {', '.join(refused)} cannot be recorded by torch.jit.trace: the graph would hold for "
-            "these tensors alone; supported: dense calls without dropout, or torch.export, whose graphs hold for all lengths"
+            "these tensors alone; supported: dense calls without dropout, or torch.export, for graphs of any lengths"
         )
     group = int(p.heads) // int(p.heads_k)
     q, k, v = (x.float().transpose(1, 2) for x in (p.q, p.k, p.v))

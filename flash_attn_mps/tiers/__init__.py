@@ -94,7 +94,10 @@ def explain_gradients(
 
 
 def _asked_for_gradients() -> tuple[Tier, ...]:
-    return tuple(dict.fromkeys((*_asked(), *ORDER)))
+    """A forced tier, and then those that compute gradients."""
+    asked = _asked()
+    forced = () if asked is ORDER else asked
+    return tuple(dict.fromkeys((*forced, *(tier for tier in ORDER if tier.backward is not None))))
 
 
 def _listed(refusals: trace.Refusals) -> str:

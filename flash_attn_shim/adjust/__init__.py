@@ -61,6 +61,11 @@ def catch_up() -> None:
     late.warn(late.mend(_undo))
 
 
+def children() -> None:
+    """Have the processes that multiprocessing spawns call `install()` too."""
+    import_module("flash_attn_shim.adjust.children").adjust(_undo)
+
+
 def undo() -> None:
     """Undo every adjustment."""
     _undo.run()

@@ -11,7 +11,8 @@ from importlib import import_module, metadata
 from typing import Any
 
 import flash_attn_shim
-from flash_attn_shim import owners, policy
+from flash_attn_shim import installations, owners, policy
+from flash_attn_shim.guests import look
 
 _HOOK_FILES = ("mtlflashattn.pth", "mtlflashattn.start")
 _UF_HIDDEN = 0x8000  # macOS: stat.UF_HIDDEN, absent from `stat` elsewhere
@@ -35,7 +36,7 @@ def everything(programs: list[str]) -> dict[str, Any]:
     hook = _hook(status)
     attention = _attention()
     findings = {
-        "names": [{"name": n.name, "visible": n.visible, "origin": n.origin, "why": n.why} for n in status.names],
+        "names": [{"name": n.name, "visible": n.visible, "origin": n.origin, "why": _why(n)} for n in status.names],
         "owners": owners.findings(),
         "switches": {name: os.environ.get(name, "(not set)") for name in _SWITCHES},
         "hook": hook,
@@ -45,8 +46,13 @@ def everything(programs: list[str]) -> dict[str, Any]:
         "programs": _programs(status, programs),
     }
     findings["sdpa"] = _sdpa()
-    findings["advice"] = [*owners.advice(), *_advice(status, findings)]
+    findings["advice"] = [*owners.advice(), *installations.advice(), *_advice(status, findings)]
     return findings
+
+
+def _why(name):
+    fault = None if name.visible else installations.fault(name.name)
+    return name.why if fault is None else f"{name.why}, but {fault}"
 
 
 def _hook(status):
@@ -214,10 +220,6 @@ def _programs(status, programs):
         found.setdefault(flag.module, []).append(f"{flag.name} = {flag.value!r}: {policy.FLAGS} asks for it")
     for decision in flash_attn_shim.status().decisions:  # of the libraries that were imported above
         found.setdefault(decision.who, []).append(decision.what)
-    try:
-        from flash_attn_shim.guests import look
-    except ImportError as error:  # torch can be missing
-        return {**found, **{program: [f"not looked at: {error}"] for program in programs}}
     for program in programs:
         found.update(look.decisions(program))
     return found or {"decided": "nothing yet; `mtlflashattn doctor FILE` says what the code of a program decides"}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flash_attn_mps.frontends import fa2
 from flash_attn_shim import guests
-from flash_attn_shim.guests import journal, settings
+from flash_attn_shim.guests import journal, presence, settings
 from flash_attn_shim.guests.source import position, read
 
 
@@ -85,15 +85,9 @@ def flash_attn_unpadded_qkvpacked_func(
     )
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    one.__name__: one
-    for one in (flash_attn_unpadded_func, flash_attn_unpadded_kvpacked_func, flash_attn_unpadded_qkvpacked_func)
-}
-
-
 def function(name: str) -> Callable[..., Any] | None:
     """The function of that name, if whoever asks for it now imports it and cannot do without; otherwise None."""
-    frame = guests.asking(sys._getframe(2)) if name in FUNCTIONS and settings.decides() else None
+    frame = guests.asking(sys._getframe(2)) if name in presence.OF_VERSION_1 and settings.decides() else None
     if frame is None:
         return None
     where = position(frame)
@@ -104,7 +98,7 @@ def function(name: str) -> Callable[..., Any] | None:
         if name in (alias.name for alias in node.names) and source is not None and not source.is_guarded(node):
             why = "is there: the program imports FlashAttention 1's name without another way"
             journal.note_call(str(where), name, why)
-            return FUNCTIONS[name]
+            return globals()[name]
     return None
 
 

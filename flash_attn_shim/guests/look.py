@@ -7,11 +7,11 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
-from flash_attn_shim.guests import dialects, fa1, presence
+from flash_attn_shim.guests import presence, shapes
 from flash_attn_shim.guests.results import Result
 from flash_attn_shim.guests.source import dotted, lines_of, read
 
-_THREE = {name: "varlen" in name for name in dialects.WITH_EARLY_RESULTS}
+_THREE = {name: "varlen" in name for name in shapes.WITH_EARLY_RESULTS}
 
 
 def decisions(program: str) -> dict[str, list[str]]:
@@ -51,7 +51,7 @@ def _of(file) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in (presence.FA2, presence.FA3):
             for alias in node.names:
                 taken.setdefault(alias.asname or alias.name, []).append((node.module or "", alias.name))
-                if alias.name in fa1.FUNCTIONS and not source.is_guarded(node):
+                if alias.name in presence.OF_VERSION_1 and not source.is_guarded(node):
                     found.append((node.lineno, f"{alias.name} is there, since it is imported without another way"))
     for call in (n for n in source.nodes if isinstance(n, ast.Call)):
         module, _, name = dotted(call.func).rpartition(".")
@@ -59,9 +59,9 @@ def _of(file) -> Iterator[str]:
         for owner, function in [(module, name)] if module else taken.get(name, []):
             what: str | None = ""
             if owner == presence.FA3 and function in _THREE:
-                what = dialects.early_result(_THREE[function], None, result)
+                what = shapes.early_result(_THREE[function], None, result)
             elif function == "unpad_input":
-                what = dialects.four_values(result)
+                what = shapes.four_values(result)
             if what:
                 found.append((call.lineno, f"{function} {what}"))
     yield from (f"line {line}: {what}" for line, what in sorted(found))

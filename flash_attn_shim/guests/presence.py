@@ -25,6 +25,9 @@ from flash_attn_shim.guests.source import Source, dotted, lines_of, read
 
 FA2, FA3 = PRESENTED
 
+#: FlashAttention 1's names (`fa1.py`).
+OF_VERSION_1 = ("flash_attn_unpadded_func", "flash_attn_unpadded_kvpacked_func", "flash_attn_unpadded_qkvpacked_func")
+
 # What the text of such a module contains; others are not parsed, since that takes a tenth of a second for a long one.
 _FLASH = re.compile(
     r"\s*(?:(?:from|import)\s+flash_attn(?:_interface)?\b|(?:async\s+)?def\s+_?flash\w*\((?:self,\s*)?q)"

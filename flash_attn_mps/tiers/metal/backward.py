@@ -14,17 +14,13 @@ import itertools
 import torch
 
 from ...problem import AttentionProblem
-from ..tier import LSE_GRADIENT, MASK_GRADIENT, Gradients
+from ..tier import LARGE_LSE, LSE_GRADIENT, MASK_GRADIENT, Gradients
 from . import gpu, launch, variants
 from .backward_kernels import KEYS, KEYS_OF_EACH_HEAD, MASK, QUERIES, ROWS, ROWS_VARIANT, Variant, mask_variant
 from .kernel import SERVES
 
 # Keys in pages, in entries of a cache or behind padding are those of inference: the tier `torch` has their gradients.
 SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {"dropout", LSE_GRADIENT, MASK_GRADIENT}
-
-# A log-sum-exp of this size is rounded by 2^-24 of it, which is little beside how the dtype rounds a probability. Where
-# one is larger, *rows* computes the scores of the query once more.
-_LARGE_LSE = {torch.float16: 1024.0, torch.bfloat16: 8192.0, torch.float32: 64.0}
 
 _SIMDGROUPS_PER_CORE = 24  # that hide each other's loads
 
@@ -63,7 +59,8 @@ def compute(
     inputs = {"q": q, "k": k, "v": v, "dout": dout}
     terms = q.new_empty((*p.lse_shape, 4), dtype=torch.float32)
     rows = {"out": out, "lse": lse.contiguous(), "dlse": None if dlse is None else dlse.contiguous(), "terms": terms}
-    large = {"large_lse": launch.float_bits(_LARGE_LSE[q.dtype])}
+    # Where one is larger, *rows* computes the scores of the query once more.
+    large = {"large_lse": launch.float_bits(LARGE_LSE[q.dtype])}
     if not launch.enqueue(ROWS, p, ROWS_VARIANT, {**inputs, **rows}, large):
         return None
     inputs["terms"] = terms

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +50,18 @@ def _refusal(
         if most is not None and most < math.prod(group_size):
             return refusals.too_many_threads(math.prod(group_size), most)
         compiled(*values, threads=threads, group_size=group_size)
-        written = {name: t.cpu() for name, t in tensors.items() if t is not None and name in trial.expected}
-        for name, expected in trial.expected.items():
-            error, allowed = worst(written[name] if expected.of is None else expected.of(written), expected)
-            if not error <= allowed:
-                return refusals.wrong(name, error, allowed)
+        return found_wrong(tensors, trial.expected)
     except Exception as error:  # whatever happens here would happen in the caller's program
         return refusals.broke(error)
+
+
+def found_wrong(tensors: Mapping[str, torch.Tensor | None], expected: Mapping[str, Expected]) -> Refusal | None:
+    """The first of `tensors` that does not hold what is expected of it. Waits for the device."""
+    written = {name: t.cpu() for name, t in tensors.items() if t is not None and name in expected}
+    for name, wanted in expected.items():
+        error, allowed = _worst(written[name] if wanted.of is None else wanted.of(written), wanted)
+        if not error <= allowed:
+            return refusals.wrong(name, error, allowed)
     return None
 
 
@@ -78,7 +83,7 @@ def moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     return memory.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
-def worst(got: torch.Tensor, expected: Expected) -> tuple[float, float]:
+def _worst(got: torch.Tensor, expected: Expected) -> tuple[float, float]:
     """The error that is largest beside what is allowed there, and that."""
     x, exact = got.double(), expected.value.double()
     error = (x - exact).abs_().nan_to_num_(nan=math.inf)

@@ -148,7 +148,8 @@ FORWARD = TunedKernel(
 )
 
 
-def _run(p: AttentionProblem) -> Result | None:
+def serve(p: AttentionProblem) -> Result | None:
+    """The forward pass, by the variant that is chosen or one in its place. None where none is to be used."""
     variant = variants.chosen(p, FORWARD, tune.briefly)
     result = launch.run(p, FORWARD, variant)
     if result is None:
@@ -161,7 +162,7 @@ TIER = Tier(
     "simdgroup",
     SERVES | {"dropout", "quantised"},
     launch.limits,
-    _run,
+    serve,
     backward.SERVES_BACKWARD,
     backward.run,
     metal=True,

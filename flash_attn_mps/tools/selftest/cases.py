@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...tiers import BY_NAME, Tier, cpu
-from ...tiers.metal import backward_kernels, decode, simdgroup
+from ...tiers.metal import backward_kernels, decode, few, simdgroup
 
 TILED = simdgroup.TIER  # a case of it that names a variant runs that: of the forward kernel, or of those of gradients
 
@@ -184,7 +184,7 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
 def _is_few(feature: Feature) -> bool:
     """Does the decode tier serve it?"""
     queries, keys = map(max, zip(*feature.lengths, strict=True))
-    return queries <= decode.MAX_QUERIES and keys >= decode.MIN_KEYS
+    return queries <= few.DEFAULT and keys >= decode.MIN_KEYS
 
 
 def _served(tier: Tier) -> Iterator[str]:
