@@ -82,6 +82,27 @@ def ours(variant: Variant, element: str, head_dim: int, causal: bool = False) ->
     return _kernel(f"ours {variant}", library, FORWARD.entry, values, shape, rows, variant.keys, head_dim)
 
 
+def torch_launch(
+    tile: tuple[int, int, int], element: str, head_dim: int, causal: bool, heads: int, length: int
+) -> tuple[ShaderLibrary, str, list[torch.Tensor], tuple[tuple[int, int, int], tuple[int, int, int]]]:
+    """(library, entry, arguments, threads in all and of a group) of PyTorch's prefill kernel; see `torchs`."""
+    queries, keys, simdgroups = tile
+    entry = f"prefill_{queries}_{keys}_{head_dim}"
+    source = (
+        "#include <metal_stdlib>\nusing namespace metal;\n#include <c10/metal/utils.h>\n"
+        "#include <ATen/native/mps/kernels/PrefillAttention.h>\n"
+        f'instantiate_kernel("{entry}", prefill_attention, {_METAL[element]}, {queries}, {keys}, {head_dim}, '
+        f"{simdgroups}, 1, 0, {int(causal)}, {_METAL[element]})\n"
+    )
+    strides = [heads * length * head_dim, length * head_dim, head_dim] * 4
+    packed = struct.pack("<6i2f12i", 1, heads, head_dim, length, length, 1, head_dim**-0.5, 1.0, *strides)
+    tensor = torch.empty(1, heads, length, head_dim, dtype=ELEMENTS[element], device="meta")
+    parameters = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    values = [tensor, tensor, tensor, tensor, parameters, torch.zeros(4, dtype=torch.int32), tensor]
+    shape = ((-(-length // queries) * 32 * simdgroups, heads, 1), (32 * simdgroups, 1, 1))
+    return compile_shader(source, kernels=[]), entry, values, shape
+
+
 @cache
 def torchs(
     tile: tuple[int, int, int], element: str, head_dim: int, causal: bool = False, name: str = "torch"
@@ -91,23 +112,9 @@ def torchs(
     Needs a torch that has ATen/native/mps/kernels/PrefillAttention.h (2.13); the tile need not be one that it ships.
     """
     queries, keys, simdgroups = tile
-    metal = _METAL[element]
-    entry = f"prefill_{queries}_{keys}_{head_dim}"
-    source = (
-        "#include <metal_stdlib>\nusing namespace metal;\n#include <c10/metal/utils.h>\n"
-        "#include <ATen/native/mps/kernels/PrefillAttention.h>\n"
-        f'instantiate_kernel("{entry}", prefill_attention, {metal}, {queries}, {keys}, {head_dim}, {simdgroups}, 1, 0, '
-        f"{int(causal)}, {metal})\n"
-    )
-    library = compile_shader(source, kernels=[])
     length = max(256, 6 * keys, queries)
-    strides = [length * head_dim, length * head_dim, head_dim] * 4
-    packed = struct.pack("<6i2f12i", 1, 1, head_dim, length, length, 1, head_dim**-0.5, 1.0, *strides)
-    device, packed_tensor = torch.empty(0), torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-    values = [device, device, device, device, packed_tensor, torch.zeros(4, dtype=torch.int32), device]
-    shape = ((-(-length // queries) * 32 * simdgroups, 1, 1), (32 * simdgroups, 1, 1))
-    label = f"{name} {queries}x{keys}x{simdgroups}"
-    last_tile = -(-length // queries) - 1
+    library, entry, values, shape = torch_launch(tile, element, head_dim, causal, 1, length)
+    label, last_tile = f"{name} {queries}x{keys}x{simdgroups}", -(-length // queries) - 1
     return _kernel(label, library, entry, values, shape, queries, keys, head_dim, last_tile)
 
 
