@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flash_attn_mps.tiers import metal
-from flash_attn_mps.tiers.metal.kernel import Kernel
+from flash_attn_mps.tiers.metal.kernel import Program
 from metal_host import compile_shader
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def few(sources):
 
 def test_the_list_has_every_kernel(few):
     modules = [import_module(f"{metal.__name__}.{found.name}") for found in pkgutil.iter_modules(metal.__path__)]
-    kernels = {value.entry for module in modules for value in vars(module).values() if isinstance(value, Kernel)}
+    kernels = {value.entry for module in modules for value in vars(module).values() if isinstance(value, Program)}
     assert {s.kernel.entry for s in few} == kernels
 
 

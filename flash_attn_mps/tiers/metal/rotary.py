@@ -7,14 +7,16 @@ the cache has no place is not written, and a position for which the tables have 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from ... import quantised
-from . import compiler
+from . import compiler, rotary_trial
 from .kernel import Program
 from .launch import TYPES
+from .prove import Expected, Launch, Proof, moved
 from .specialization import declarations, of_kv_format, source_of
 
 
@@ -54,8 +56,44 @@ class NewKeys(NamedTuple):
     v_descale: torch.Tensor | None = None
 
 
-PROGRAM = Program(entry="rotate_and_append", headers=("metal_stdlib",), sources=("codes", "rotary"))
-NOT_COMPILED = ["its kernel does not compile on this machine"]  # the reason after `enqueue` has failed
+class _Trial(NamedTuple):
+    """One launch, and what it must come to; tensors on the CPU."""
+
+    rotary: Rotary | None
+    queries: Queries | None
+    new: NewKeys | None
+    expected: Mapping[str, Expected]
+
+    def on(self, specialization: Any, device: torch.device) -> Launch:
+        rotary, queries, new = (_moved(part, device) for part in self[:3])
+        movement, values, threads = arguments(rotary, queries, new)
+        of_new = {} if new is None else {name: getattr(new, name) for name in ("k_cache", "v_cache", "seqused_k")}
+        outputs = {**of_new, "rotated_q": None if queries is None else queries.out}
+        written = {name: t for name, t in outputs.items() if t is not None}
+        return Launch(movement, values, threads, _group_of(threads), written)
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    if part is None:
+        return None
+    fields = part._asdict().items()
+    return part._replace(**{name: moved(t, device) for name, t in fields if isinstance(t, torch.Tensor)})
+
+
+def _trial(movement: Any) -> _Trial:
+    made = rotary_trial.made(movement)
+    return _Trial(
+        None if made.rotary is None else Rotary(**made.rotary),
+        None if made.queries is None else Queries(**made.queries),
+        None if made.new is None else NewKeys(**made.new),
+        made.expected,
+    )
+
+
+PROGRAM = Program(
+    entry="rotate_and_append", headers=("metal_stdlib",), sources=("codes", "rotary"), proof=Proof(_trial)
+)
+NOT_COMPILED = ["its kernel does not work on this machine"]  # the reason after `enqueue` has failed
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _THREADS = 256  # of a group, at most: max_total_threads_per_threadgroup
 _PAIRS = 4  # of a thread, at most
@@ -172,9 +210,13 @@ def enqueue(rotary: Rotary | None, queries: Queries | None, new: NewKeys | None)
     compiled = compiler.kernel(movement)
     if compiled is None:
         return False
-    wide = min(threads[0], _THREADS)
-    compiled(*values, threads=threads, group_size=(wide, _THREADS // wide))
+    compiled(*values, threads=threads, group_size=_group_of(threads))
     return True
+
+
+def _group_of(threads: tuple[int, int]) -> tuple[int, int]:
+    wide = min(threads[0], _THREADS)
+    return wide, _THREADS // wide
 
 
 def arguments(

@@ -9,7 +9,7 @@ from ...problem import AttentionProblem, Result
 from ..tier import Tier
 from . import backward, gpu, launch, trial, tune, variants
 from .kernel import OPTIONAL_BUFFERS, SERVES, Grid, TunedKernel
-from .prove import Proof
+from .prove import Proof, Trial
 from .specialization import Specialization
 
 
@@ -70,7 +70,7 @@ def fallbacks(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: i
     return [usual, usual._replace(staged=not usual.staged), small, small._replace(keys=8)]
 
 
-def _trial(s: Specialization) -> trial.Trial:
+def _trial(s: Specialization) -> Trial:
     """Work for all simdgroups of a group, and a tail. There are more queries than keys: the first may see none."""
     queries, keys = s.variant.rows * s.variant.simdgroups, s.variant.keys
     seqlen_q = max(queries + 19, 2 * keys + 18)
