@@ -26,7 +26,7 @@ import torch
 from flash_attn_mps import describe
 from flash_attn_mps.problem import AttentionProblem
 from flash_attn_mps.tiers.metal import backward, compiler, launch, simdgroup
-from flash_attn_mps.tiers.metal.backward import KEYS, QUERIES, Variant
+from flash_attn_mps.tiers.metal.backward_kernels import KEYS, QUERIES, Variant
 from flash_attn_mps.tiers.metal.specialization import Specialization
 from metal_host import nvidia
 

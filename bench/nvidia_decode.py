@@ -217,6 +217,11 @@ class Kernel(forward.Kernel):
         return go
 
 
+def limits(threads: int) -> tuple[int, ...]:
+    """Those of `LIMITS` with which a group of `threads` has room among a multiprocessor's 65,536 registers."""
+    return tuple(limit for limit in LIMITS if threads * limit <= 65536)
+
+
 def on_gpu(value: Any) -> torch.Tensor | None:
     """A buffer, or the bytes of a number: an int is 32 bits, a list of ints 64 bits each."""
     if value is None or isinstance(value, torch.Tensor):
@@ -239,7 +244,7 @@ class Bench:
         jobs = [
             (name, limit)
             for name, (_, threads) in entries.items()
-            for limit in (LIMITS if name.startswith("attention") and threads <= 512 else (None,))
+            for limit in (limits(threads) if name.startswith("attention") else (None,))
         ]
         with ThreadPoolExecutor() as pool:
             made = pool.map(lambda job: Kernel(directory, job[0], entries[job[0]][0], job[1]), jobs)
@@ -267,7 +272,7 @@ class Bench:
                 out = torch.empty_like(q)
                 made = launches_of(problem(shape, q, k, v, splits), variant, out)
                 mark = "*" if variant == default and splits == automatic else ""
-                for limit in LIMITS:
+                for limit in limits(32 * variant.simdgroups):
                     yield Contender(f"{mark}{variant}/{splits} r{limit}", self.launched(made, limit), out)
 
     def tiled(self, shape: Shape, q, k, v) -> Iterator[Contender]:
@@ -331,7 +336,7 @@ class Bench:
                 values = [q, k, v, partial, sums, maxima, None, shape.keys, *strides, scale]
                 first = self.kernels[name, None].launcher(values, grid, group)
                 second = self.kernels[f"mlx_second_{dim}_{blocks}", None].launcher(
-                    [partial, sums, maxima, out], (shape.batch * HEADS * 1024, queries, 1), (1024, 1, 1)
+                    [partial, sums, maxima, out, blocks], (shape.batch * HEADS * 1024, queries, 1), (1024, 1, 1)
                 )
                 kind = "gqa" if "gqa" in name else "2"
                 go = lambda first=first, second=second: (first(), second())  # noqa: E731
@@ -412,7 +417,8 @@ def run(directory: Path, quick: bool) -> None:
     print(torch.cuda.get_device_name(), flush=True)
     for (name, limit), kernel in bench.kernels.items():
         if name.startswith("attention_decode") and limit == LIMITS[0]:
-            print(f"{name}: {kernel.resources()}; without a limit {bench.kernels[name, LIMITS[1]].resources()}")
+            free = bench.kernels.get((name, LIMITS[1]))
+            print(f"{name}: {kernel.resources()}" + (f"; without a limit {free.resources()}" if free else ""))
     ratios: dict[str, list[float]] = {}
     for shape in shapes(quick):
         times = bench.measure(shape, every=shape.batch == 1 and shape.keys in (8192, 131072))

@@ -9,7 +9,7 @@ import torch
 
 from . import tiers
 from .capture import capturing
-from .graph import attention_op, autograd, transforms
+from .graph import attention_op, autograd, jit_trace, transforms
 from .problem import AttentionProblem, Result
 from .tiers import Gradients, explain, explain_gradients
 
@@ -24,6 +24,8 @@ def attention(p: AttentionProblem, without: frozenset[str] = frozenset()) -> Res
     """
     if capturing(p.q):
         return attention_op.attention(p)
+    if jit_trace.active():
+        return jit_trace.attention(p)
     if transforms.active():
         p = transforms.honoured(p)
     if p.requires_grad:

@@ -18,11 +18,15 @@ def install() -> None:
     """Set the import hook, and adjust libraries that were imported before it was set. Idempotent.
 
     Whether `flash_attn` is then visible is decided at each lookup, from `MTLFLASHATTN_SHIM` and the platform: see
-    `status()`.
-    """
-    from flash_attn_shim import adjust, autoload
+    `status()`. Where no start-up file has set the hook, processes that multiprocessing spawns set it too.
 
-    autoload.install()
+    Raises ImportError if files of the project are missing, as in a frozen program that was made without them.
+    """
+    from flash_attn_shim import adjust, autoload, files
+
+    files.check()
+    if autoload.install():
+        adjust.children()
     adjust.catch_up()
 
 

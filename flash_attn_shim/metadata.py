@@ -9,13 +9,12 @@ others ask `importlib.metadata` before they use a module that they found, so the
 from __future__ import annotations
 
 import os
-import sys
-from importlib.metadata import Distribution, DistributionFinder
+from importlib.metadata import Distribution
 from pathlib import Path
 
 from flash_attn_shim import adjust, finder, guests, policy
 from flash_attn_shim.adjust import transformers
-from flash_attn_shim.autoload import PRESENTED, gate
+from flash_attn_shim.autoload import PRESENTED
 
 NAME = "flash-attn"
 
@@ -64,16 +63,5 @@ def find_distributions(name: str | None) -> tuple[Distribution, ...]:
 
 def refusal() -> str | None:
     """Why the record is not announced right now, in words; None if it is."""
-    refused = transformers.refusal() or adjust.transformers_left_alone()
-    if refused is None and _is_really_recorded():
-        return "a real flash-attn distribution is installed"
-    return refused
-
-
-def _is_really_recorded():
-    context = DistributionFinder.Context(name=NAME)
-    for other in list(sys.meta_path):
-        find = None if other is gate else getattr(other, "find_distributions", None)
-        if find is not None and next(iter(find(context)), None) is not None:
-            return True
-    return False
+    # The record is that of the module that is presented, also beside metadata that another version left behind.
+    return transformers.refusal() or adjust.transformers_left_alone()

@@ -7,6 +7,7 @@ from flash_attn_shim import adjust, finder, metadata, policy
 from flash_attn_shim.adjust import programs, transformers
 from flash_attn_shim.adjust.changes import journal
 from flash_attn_shim.autoload import ADJUSTED, PRESENTED, gate
+from flash_attn_shim.guests import journal as guests
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,19 @@ class Name:
 
 @dataclass(frozen=True)
 class ProgramFlag:
-    """A flag that is set in modules whose name ends in `module`, after they are executed.
-
-    `reason` in words; `source`: the repository and file that show it; `listed`: `MTLFLASHATTN_FLAGS` asks for it.
-    """
+    """A flag that is set in modules whose name ends in `module`, after they are executed (`MTLFLASHATTN_FLAGS`)."""
 
     module: str
     name: str
     value: object
-    reason: str
-    source: str
-    listed: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a program gets because of what its code shows: `who` (a module, or file and line of a call) and `what`."""
+
+    who: str
+    what: str
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Status:
     `metadata`: why `importlib.metadata` does not see "flash-attn", None if it does. `transformers`: why
     transformers is left alone, None if it is adjusted (or will be, when it is imported). `adjustments`: (module,
     "adjusted", what was set in it, or why it was left alone) of each imported module that is adjusted. `programs`: why
-    the flags of programs are left alone, None if they are set; `flags`: one `ProgramFlag` for each.
+    programs are left alone, None if they are not; `flags`: one `ProgramFlag` for each that the user lists; `decisions`:
+    one `Decision` for each module that does not see a name of ours, and for each call that got an older result.
     """
 
     installed: bool
@@ -56,6 +60,7 @@ class Status:
     adjustments: tuple[tuple[str, str], ...]
     programs: str | None
     flags: tuple[ProgramFlag, ...]
+    decisions: tuple[Decision, ...]
 
 
 def status() -> Status:
@@ -69,11 +74,19 @@ def status() -> Status:
         transformers=transformers.refusal() or adjust.transformers_left_alone(),
         adjustments=tuple(_adjustments()),
         programs=programs.refusal(),
-        flags=tuple(
-            ProgramFlag(flag.module, flag.name, flag.value, flag.reason, flag.source, flag.listed)
-            for flag in programs.flags()
-        ),
+        flags=tuple(ProgramFlag(flag.module, flag.name, flag.value) for flag in programs.flags()),
+        decisions=tuple(_decisions()),
     )
+
+
+def _decisions():
+    for module, reasons in guests.hidden.items():
+        for name, why in reasons.items():
+            yield Decision(module, f"does not see {name}: {why}")
+    for (where, function), what in guests.calls.items():
+        yield Decision(where, f"{function} {what}")
+    for who, error in guests.failures.items():
+        yield Decision(who, f"its source could not be read: {error}")
 
 
 def _adjustments():

@@ -10,7 +10,7 @@ import torch
 
 from .. import checks, quantised, trace
 from ..tiers.metal import rotary as kernel
-from ..tiers.metal.rotary import NewKeys, Queries, Rotary
+from ..tiers.metal.movement import NewKeys, Queries, Rotary
 from .rotary import rotated
 
 

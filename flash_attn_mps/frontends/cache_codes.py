@@ -25,7 +25,10 @@ def kv_dtype(call: CacheCall) -> torch.dtype | None:
     `qv` with one that is.
     """
     dtype: Any = getattr(call.k_cache, "dtype", None)
-    if dtype not in quantised.FORMATS or call.caller not in _DESCALED:
+    if dtype in quantised.FORMATS and call.caller not in _DESCALED:
+        accepted = "the dtype of q; quantised caches belong to flash_attn_interface.flash_attn_with_kvcache"
+        raise checks.malformed(call.names["k_cache"], f"dtype {dtype}", accepted)
+    if dtype not in quantised.FORMATS:
         for name, value in (("k_descale", call.k_descale), ("v_descale", call.v_descale)):
             if value is not None:
                 formats = ", ".join(map(str, quantised.FORMATS))

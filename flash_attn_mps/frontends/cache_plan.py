@@ -14,7 +14,7 @@ import torch
 from .. import checks, dispatch
 from ..lengths import Lengths, Rows, check_pages, used
 from ..problem import AttentionProblem, Result, with_qv
-from ..tiers.metal.rotary import NewKeys, Queries, Rotary
+from ..tiers.metal.movement import NewKeys, Queries, Rotary
 from .cache_append import prepare
 from .cache_call import NAMES, CacheCall
 from .cache_codes import check_descales, kv_dtype, may_be_quantised
@@ -255,7 +255,7 @@ def _rotary(
             lengths = [min(n, 1) for n in lengths]
         _check_table(cos, start, of_new.known, "keys")
         _check_table(cos, start, lengths, "queries")
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(q.shape)
     return Rotary(cos, sin, call.rotary_interleaved, start.number), Queries(q, out, call.cu_seqlens_q, advances)
 
 

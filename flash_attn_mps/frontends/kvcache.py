@@ -10,7 +10,7 @@ from ..capture import capturing
 from ..graph import attention_op, kvcache_op
 from ..problem import Result
 from .cache_call import CacheCall
-from .cache_plan import describe, run
+from .cache_repeat import computed
 
 
 def attention(call: CacheCall) -> Result:
@@ -30,7 +30,7 @@ def attention(call: CacheCall) -> Result:
 
 
 def _computed(call: CacheCall) -> Result:
-    return kvcache_op.captured(call) if capturing(call.q) else run(describe(call))
+    return kvcache_op.captured(call) if capturing(call.q) else computed(call)
 
 
 class _NoBackward(torch.autograd.Function):

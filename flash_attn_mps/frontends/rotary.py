@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import trace
+from ..capture import capturing
 from ..graph import transforms
 from ..tiers.metal import rotary as kernel
+from ..tiers.metal.movement import Queries, Rotary
 
 
 def apply_rotary(
@@ -47,8 +49,8 @@ def apply_rotary(
         ValueError: shapes do not fit, or a position known on the host lies outside the tables.
     """
     _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
-    if not torch.compiler.is_compiling():
-        rotary = kernel.Rotary(cos, sin, interleaved, seqlen_offsets, conjugate)
+    if not capturing(x):
+        rotary = Rotary(cos, sin, interleaved, seqlen_offsets, conjugate)
         reasons = _unsupported_reasons(x, rotary, cu_seqlens, inplace)
         out = None if reasons else _by_kernel(x, rotary, cu_seqlens, inplace)
         trace.record_step("rotary embedding", reasons or kernel.NOT_COMPILED if out is None else [])
@@ -57,9 +59,9 @@ def apply_rotary(
     return rotated(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, inplace, conjugate)
 
 
-def _unsupported_reasons(x: Tensor, rotary: kernel.Rotary, cu_seqlens: Tensor | None, inplace: bool) -> list[str]:
+def _unsupported_reasons(x: Tensor, rotary: Rotary, cu_seqlens: Tensor | None, inplace: bool) -> list[str]:
     """Why the kernel does not rotate `x`, in words; empty if it does."""
-    reasons = kernel.unsupported_reasons(rotary, kernel.Queries(x, x, cu_seqlens), None)
+    reasons = kernel.unsupported_reasons(rotary, Queries(x, x, cu_seqlens), None)
     if reasons:
         return reasons
     if x.requires_grad and torch.is_grad_enabled():
@@ -89,13 +91,13 @@ def _one_axis_of_heads(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
         return None
 
 
-def _by_kernel(x: Tensor, rotary: kernel.Rotary, cu_seqlens: Tensor | None, inplace: bool) -> Tensor | None:
+def _by_kernel(x: Tensor, rotary: Rotary, cu_seqlens: Tensor | None, inplace: bool) -> Tensor | None:
     """None where the kernel does not compile on this machine."""
     out = x if inplace else torch.empty_like(x, memory_format=torch.contiguous_format)
     heads = _one_axis_of_heads(x, cu_seqlens)
     assert heads is not None
     to = heads if inplace else out.view(heads.shape)
-    return out if kernel.enqueue(rotary, kernel.Queries(heads, to, cu_seqlens), None) else None
+    return out if kernel.enqueue(rotary, Queries(heads, to, cu_seqlens), None) else None
 
 
 def rotated(

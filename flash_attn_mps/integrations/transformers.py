@@ -12,6 +12,7 @@ own kernels.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,7 @@ def attention(
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | Tensor | None = None,
@@ -135,12 +137,14 @@ def attention(
     `sliding_window` are then ignored, as in transformers' SDPA attention. `sliding_window` is the number of tokens
     that a causal query sees, itself included; else it reaches `sliding_window - 1` to both sides. `s_aux` `(heads,)`
     are attention sinks: an extra, unscaled score for every query of a head, in addition to its keys; differentiable.
+    `position_bias`, as T5 has it, is added to the scores; it broadcasts to `(batch, heads, seqlen_q, seqlen_k)`;
+    differentiable.
     Returns `((batch, seqlen_q, heads, head_dim), None)`; queries that see nothing, such as padded ones, give zeros.
 
-    Raises ValueError that names a malformed argument, NotImplementedError that names what is not supported (biases,
-    attention weights, ...).
+    Raises ValueError that names a malformed argument, NotImplementedError that names what is not supported (a mask of
+    heads, attention weights, ...).
     """
-    for name in ("head_mask", "position_bias", "cache", "output_attentions"):
+    for name in ("head_mask", "cache", "output_attentions"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise NotImplementedError(
                 f"{name}: attention {NAME!r} does not support it; use attn_implementation='eager'"
@@ -157,10 +161,15 @@ def attention(
     }
     if attention_mask is not None and attention_mask.ndim == 4:
         attention_mask = attention_mask[..., : k.shape[1]]  # a mask for a static cache may reach further
-        problem = dense(q, k, v, CallOptions(**rules), _NAMES)
-        return _computed(with_mask(problem, attention_mask, "attention_mask"), s_aux), None
+        problem = with_mask(dense(q, k, v, CallOptions(**rules), _NAMES), attention_mask, "attention_mask")
+        return _computed(_with_bias(problem, position_bias), s_aux), None
     causal = getattr(module, "is_causal", True) if is_causal is None else checks.flag(is_causal, "is_causal")
     options = CallOptions(causal=causal, window_size=_window(module, causal, sliding_window), **rules)
+    if position_bias is not None:
+        if attention_mask is None and cu_seq_lens_q is not None:
+            raise checks.unsupported("position_bias", position_bias, "None where cu_seq_lens_q packs sequences")
+        problem = _dense_of_kept(q, k, v, attention_mask, options)
+        return _computed(_with_bias(problem, position_bias), s_aux), None
     if attention_mask is not None:
         return _padded(q, k, v, attention_mask, options, s_aux), None
     if cu_seq_lens_q is not None:
@@ -185,8 +194,34 @@ def _window(module, causal, sliding_window):
     return (reach, reach) if of_mask is None else (of_mask, of_mask)
 
 
-def _padded(q, k, v, keep, options, s_aux):
-    """Attention of the tokens that a mask `(batch, keys)` keeps, as one packed call; the others give zeros."""
+def _with_bias(problem, position_bias):
+    """`problem` with the bias on its scores, on top of its mask. -inf hides, as in a bool mask."""
+    if position_bias is None:
+        return problem
+    checks.tensor(position_bias, "position_bias", "batch, heads, queries, keys", problem.q)
+    bias = position_bias[..., : problem.max_seqlen_k]  # a bias for a static cache reaches further
+    biased, mask = with_mask(problem, bias, "position_bias"), problem.mask
+    if mask is None:
+        return biased
+    bias = bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else (bias + mask).to(bias.dtype)
+    return with_mask(problem, bias, "position_bias")
+
+
+def _dense_of_kept(q, k, v, keep, options):
+    """The problem of all tokens, in which those that a mask `(batch, keys)` keeps see no others; the others give zeros.
+
+    As a packed batch is, but with a mask of scores, on which a bias can stand.
+    """
+    if keep is None:
+        return dense(q, k, v, options, _NAMES)
+    keep_q = _kept_queries(q, k, v, keep, options)
+    k, v = k[:, : keep.shape[1]], v[:, : keep.shape[1]]
+    seen = (keep_q[:, :, None] == keep[:, None]) & keep[:, None].bool()
+    return with_mask(dense(q, k, v, options, _NAMES), seen[:, None], "attention_mask")
+
+
+def _kept_queries(q, k, v, keep, options):
+    """What a mask `(batch, keys)` says of the queries."""
     checks.qkv(q, k, v, (_DIMS, _DIMS), _NAMES)
     batch, seqlen_q = q.shape[:2]
     if k.shape[0] != batch:
@@ -194,13 +229,19 @@ def _padded(q, k, v, keep, options, s_aux):
     if keep.dtype not in _MASKS or keep.device != q.device or keep.shape[0] != batch or keep.shape[1] > k.shape[1]:
         accepted = f"a bool or integer mask ({batch}, keys) for at most {k.shape[1]} keys, on {q.device}"
         raise checks.malformed("attention_mask", keep, accepted)
-    k, v = k[:, : keep.shape[1]], v[:, : keep.shape[1]]
     if options.causal or options.window_size != (-1, -1) or keep.dtype != torch.bool:
         if keep.shape[1] < seqlen_q:
             raise checks.malformed("attention_mask", keep, f"at least {seqlen_q} keys, one for each query")
-        keep_q = keep[:, keep.shape[1] - seqlen_q :]
-    else:  # cross attention has this mask for the keys alone, and perhaps as many queries
-        keep_q = keep.new_ones(batch, seqlen_q)
+        return keep[:, keep.shape[1] - seqlen_q :]
+    # Cross attention has this mask for the keys alone, and perhaps as many queries.
+    return keep.new_ones(batch, seqlen_q)
+
+
+def _padded(q, k, v, keep, options, s_aux):
+    """Attention of the tokens that a mask `(batch, keys)` keeps, as one packed call; the others give zeros."""
+    keep_q = _kept_queries(q, k, v, keep, options)
+    batch, seqlen_q = q.shape[:2]
+    k, v = k[:, : keep.shape[1]], v[:, : keep.shape[1]]
     rows_q, cu_seqlens_q = _pack(keep_q)
     rows_k, cu_seqlens_k = _pack(keep)
     if len(cu_seqlens_q) != len(cu_seqlens_k):

@@ -21,7 +21,7 @@ ORDER: tuple[Tier, ...] = (decode.TIER, simdgroup.TIER, cpu.TIER, reference.TIER
 BY_NAME = {tier.name: tier for tier in (*ORDER, scalar.TIER)}  # scalar computes only where it is asked for by name
 METAL = frozenset(tier.name for tier in BY_NAME.values() if tier.metal)
 
-_FORCE = "MTLFLASHATTN_KERNEL"
+FORCE = "MTLFLASHATTN_KERNEL"
 _REFUSED = "its kernel does not work on this machine"
 _AUTO = "auto"
 _unknown: set[str] = set()
@@ -94,7 +94,10 @@ def explain_gradients(
 
 
 def _asked_for_gradients() -> tuple[Tier, ...]:
-    return tuple(dict.fromkeys((*_asked(), *ORDER)))
+    """A forced tier, and then those that compute gradients."""
+    asked = _asked()
+    forced = () if asked is ORDER else asked
+    return tuple(dict.fromkeys((*forced, *(tier for tier in ORDER if tier.backward is not None))))
 
 
 def _listed(refusals: trace.Refusals) -> str:
@@ -102,7 +105,7 @@ def _listed(refusals: trace.Refusals) -> str:
 
 
 def _asked() -> tuple[Tier, ...]:
-    choice = os.environ.get(_FORCE)
+    choice = os.environ.get(FORCE)
     if choice is None:
         return ORDER
     forced = BY_NAME.get(choice.lower())
@@ -111,7 +114,7 @@ def _asked() -> tuple[Tier, ...]:
     if choice.lower() != _AUTO and choice not in _unknown:
         _unknown.add(choice)
         known = ", ".join((*BY_NAME, _AUTO))
-        warnings.warn(f"{_FORCE}={choice} is not known; it counts as auto. Known: {known}.", stacklevel=4)
+        warnings.warn(f"{FORCE}={choice} is not known; it counts as auto. Known: {known}.", stacklevel=4)
     return ORDER
 
 

@@ -46,17 +46,23 @@ class Dequantised:
 Rows = torch.Tensor | Dequantised
 
 
-def rows_of(keys: KeyRows, tensor: torch.Tensor, descale: torch.Tensor | None, group: Group) -> Rows:
-    """The keys, or the values, of a group."""
+def rows_of(keys: KeyRows, tensor: torch.Tensor, descale: torch.Tensor | None, group: Group, kv: slice) -> Rows:
+    """The keys, or the values, of a group and of these heads."""
+    tensor = tensor[..., kv, :]
     if "quantised" in keys.p.features:
-        return Dequantised(keys, tensor, descale, group, 0, group.seqlen_k)
+        return Dequantised(keys, tensor, None if descale is None else descale[:, kv], group, 0, group.seqlen_k)
     return keys.take(tensor, group)
 
 
-def products(rows: torch.Tensor, keys: Rows) -> torch.Tensor:
-    """`rows` times all `keys`."""
+def products(rows: torch.Tensor, keys: Rows, less: torch.Tensor | None = None) -> torch.Tensor:
+    """`rows` times all `keys`, less a number of each row, `(..., 1)`."""
     if isinstance(keys, torch.Tensor):
-        return rows @ keys.transpose(-1, -2)
+        if less is None:
+            return rows @ keys.transpose(-1, -2)
+        one, other, minus = (t.flatten(0, 1) for t in (rows, keys, less))
+        found = torch.baddbmm(minus.expand(-1, -1, keys.shape[-2]), one, other.transpose(-1, -2), beta=-1.0)
+        return found.unflatten(0, rows.shape[:2])
+    assert less is None  # quantised keys have no gradients
     return torch.cat([rows @ part.transpose(-1, -2) for _, part in keys.parts()], -1)
 
 

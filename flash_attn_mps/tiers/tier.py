@@ -33,6 +33,10 @@ Backward = Callable[
 LSE_GRADIENT, MASK_GRADIENT = "lse_gradient", "mask_gradient"
 
 
+# A log-sum-exp of this size is rounded by 2^-24 of it, which is little beside how the dtype rounds a probability.
+LARGE_LSE = {torch.float16: 1024.0, torch.bfloat16: 8192.0, torch.float32: 64.0}
+
+
 @dataclass(frozen=True)
 class Tier:
     """One way to compute attention. What it does not name it does not get: no call with a feature outside of `serves`.

@@ -4,7 +4,8 @@ was tried with.
 An adjustment that does not fit the library's version leaves it untouched and says why in `changes.journal`. Each file
 has `MODULES`: module name -> function that takes the executed module and changes it through an `Undo`, or raises
 `Misfit` before it has changed anything; `refusal()`, why the library is left alone; and `catch_up(undo)`, for what else
-a late install must mend. `programs.py` does the same from a table, for modules of programs, which have many names.
+a late install must mend. `programs.py` does the same for flags that the
+user lists. What programs get for what their code shows is the subject of `flash_attn_shim.guests`.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ def catch_up() -> None:
     _programs().catch_up(_undo)
     late = import_module("flash_attn_shim.adjust.late")
     late.warn(late.mend(_undo))
+
+
+def children() -> None:
+    """Have the processes that multiprocessing spawns call `install()` too."""
+    import_module("flash_attn_shim.adjust.children").adjust(_undo)
 
 
 def undo() -> None:

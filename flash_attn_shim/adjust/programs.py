@@ -1,9 +1,9 @@
-"""Applies the flags of `flags.TABLE`, and those of `MTLFLASHATTN_FLAGS`, to a program's module once it is executed.
+"""Applies the flags of `MTLFLASHATTN_FLAGS` to a program's module once it is executed.
 
     MTLFLASHATTN_FLAGS=module:FLAG=value,...
 
-adds flags, or replaces those of the table for the same module and flag; `value` is True, False, None or an integer.
-`MTLFLASHATTN_FLAGS=off` leaves all programs alone.
+`value` is True, False, None, an integer, or a string, in quotes or without. `MTLFLASHATTN_FLAGS=off` leaves all
+programs alone, also those whose code would decide what they get (`flash_attn_shim.guests`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,27 @@ from types import ModuleType
 
 from flash_attn_shim import finder, policy
 from flash_attn_shim.adjust.changes import Misfit, Undo, journal
-from flash_attn_shim.adjust.flags import FA2, FA3, TABLE, Flag
+from flash_attn_shim.autoload import PRESENTED
 
 _VALUES = {"True": True, "False": False, "None": None}
+_EXPECTED = (
+    "Expected module:FLAG=value, with True, False, None, an integer or a string, for example "
+    "package.attention:HAS_FLASH_ATTN=False; separate items with commas."
+)
 
 _warned: set[str] = set()
+
+
+class Flag:
+    """`name` in the modules whose dotted name ends in `module` becomes `value` while the shim presents something."""
+
+    def __init__(self, module: str, name: str, value: object) -> None:
+        self.module = module
+        self.name = name
+        self.value = value
+
+    def matches(self, fullname: str) -> bool:
+        return fullname == self.module or fullname.endswith("." + self.module)
 
 
 def refusal() -> str | None:
@@ -30,10 +46,19 @@ def refusal() -> str | None:
 
 
 def flags() -> list[Flag]:
-    """The table, with the user's changes."""
-    listed = _listed(os.environ.get(policy.FLAGS, ""))
-    replaced = {(flag.module, flag.name) for flag in listed}
-    return [*(flag for flag in TABLE if (flag.module, flag.name) not in replaced), *listed]
+    """What the variable lists. Items that cannot be read are ignored, with one warning."""
+    value = os.environ.get(policy.FLAGS, "")
+    if value.strip().lower() in policy.OFF:
+        return []
+    listed = []
+    for item in filter(str.strip, value.split(",")):
+        left, _, text = item.strip().partition("=")
+        module, _, name = left.rpartition(":")
+        if module.strip() and name.strip().isidentifier() and text.strip():
+            listed.append(Flag(module.strip(), name.strip(), _parsed(text.strip())))
+        else:
+            _warn_once(f'{policy.FLAGS}: ignoring "{item.strip()}". {_EXPECTED}')
+    return listed
 
 
 def knows(fullname: str) -> bool:
@@ -48,7 +73,7 @@ def adjust(module: ModuleType, undo: Undo) -> str:
     for flag in ours:
         if reasons[flag] is None:
             undo.set(module, flag.name, flag.value)
-    done = [f"{flag.name} is set to {flag.value}: {flag.reason}" for flag in ours if reasons[flag] is None]
+    done = [f"{flag.name} is set to {flag.value!r}: {policy.FLAGS} asks for it" for flag in ours if not reasons[flag]]
     if not done:
         raise Misfit("; ".join(f"{flag.name} {why}" for flag, why in reasons.items()))
     return "; ".join(done)
@@ -56,9 +81,7 @@ def adjust(module: ModuleType, undo: Undo) -> str:
 
 def catch_up(undo: Undo) -> None:
     """Set the flags of modules that were imported while the shim was not there."""
-    if refusal():
-        return
-    known = flags()
+    known = [] if refusal() else flags()
     for name, module in list(sys.modules.items()):
         if module is not None and name not in journal and any(flag.matches(name) for flag in known):
             try:
@@ -69,47 +92,29 @@ def catch_up(undo: Undo) -> None:
 
 def _why_not(flag, module):
     """Why the flag is not set in that module, in words that follow its name; None if it is."""
-    served = (FA2, FA3) if flag.served is None else (flag.served,)
-    if not any(finder.locate(name)[0] for name in served):
-        return f"is kept: the shim does not present {' or '.join(served)}"
+    if not any(finder.locate(name)[0] for name in PRESENTED):
+        return f"is kept: the shim does not present {' or '.join(PRESENTED)}"
     if flag.name not in vars(module):
         return "does not exist"
     current = vars(module)[flag.name]
-    if current is flag.value:
-        return f"is already {current}"
-    if flag.value is not None and type(current) is not type(flag.value):
-        return f"is {type(current).__name__}, not {type(flag.value).__name__}"
-    if flag.applies is not None and not flag.applies(module):
-        return "is kept: it leads to no path that requires CUDA, or there is no other path"
+    if current == flag.value and type(current) is type(flag.value):
+        return f"is already {current!r}"
+    if None not in (flag.value, current) and type(current) is not type(flag.value):
+        why = f"is {type(current).__name__}, not {type(flag.value).__name__}"
+        _warn_once(f"{policy.FLAGS}: {flag.name} of {module.__name__} {why}: it is not set to {flag.value!r}.")
+        return why
     return None
 
 
-def _listed(value):
-    """The flags that the variable names. What cannot be read is ignored, with one warning."""
-    if not value.strip() or value.strip().lower() in policy.OFF:
-        return []
-    listed = []
-    for item in value.split(","):
-        if not item.strip():
-            continue
-        left, _, text = item.strip().rpartition("=")
-        module, _, name = left.rpartition(":")
-        text = text.strip()
-        known = text in _VALUES or text.removeprefix("-").isdecimal()
-        if module.strip() and name.strip().isidentifier() and known:
-            chosen = _VALUES[text] if text in _VALUES else int(text)
-            reason = f"{policy.FLAGS} asks for it"
-            listed.append(Flag(module.strip(), name.strip(), chosen, None, reason, policy.FLAGS, listed=True))
-        else:
-            _warn_once(item.strip())
-    return listed
+def _parsed(text):
+    if text in _VALUES:
+        return _VALUES[text]
+    if text.removeprefix("-").isdecimal():
+        return int(text)
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] in ("'", '"') else text
 
 
-def _warn_once(item):
-    if item in _warned:
-        return
-    _warned.add(item)
-    finder.warn(
-        f'{policy.FLAGS}: ignoring "{item}". Expected module:FLAG=value, with True, False, None or an integer, '
-        "for example package.attention:HAS_FLASH_ATTN=False; separate items with commas."
-    )
+def _warn_once(text):
+    if text not in _warned:
+        _warned.add(text)
+        finder.warn(text)

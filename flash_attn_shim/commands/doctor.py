@@ -19,13 +19,18 @@ _SECTIONS = (
     ("Programs", "programs"),
 )
 
+_WIDEST = 60  # columns of names beside their values
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "program", nargs="*", help="a file, directory, module or package: say what its code decides, without running it"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    findings = examine.everything()
+    findings = examine.everything(arguments.program)
     print(json.dumps(findings, indent=2) if arguments.json else render(findings))
     return 0
 
@@ -46,11 +51,15 @@ def render(findings: dict[str, Any]) -> str:
 
 
 def _table(values):
-    width = max(map(len, values), default=0)
+    width = max((len(name) for name in values if len(name) <= _WIDEST), default=0)
     for name, value in values.items():
         if isinstance(value, dict):
             yield f"  {name}"
             yield from (f"  {line}" for line in _table(value))
+            continue
+        parts = value if isinstance(value, list) else [value]
+        if len(name) > _WIDEST:  # a path: its line is its own
+            yield f"  {name}"
+            yield from (f"    {part}" for part in parts)
         else:
-            for number, part in enumerate(value if isinstance(value, list) else [value]):
-                yield f"  {name if number == 0 else '':{width}}  {part}"
+            yield from (f"  {name if number == 0 else '':{width}}  {part}" for number, part in enumerate(parts))

@@ -11,7 +11,8 @@ from importlib import import_module, metadata
 from typing import Any
 
 import flash_attn_shim
-from flash_attn_shim import owners, policy
+from flash_attn_shim import installations, owners, policy
+from flash_attn_shim.guests import look
 
 _HOOK_FILES = ("mtlflashattn.pth", "mtlflashattn.start")
 _UF_HIDDEN = 0x8000  # macOS: stat.UF_HIDDEN, absent from `stat` elsewhere
@@ -19,30 +20,39 @@ _SWITCHES = (
     policy.SWITCH,
     policy.MODULES,
     policy.TRANSFORMERS,
+    policy.HIDE,
     policy.FLAGS,
     *(f"MTLFLASHATTN_{name}" for name in ("TRACE", "KERNEL", "VARIANT", "TUNE", "PROVE", "CACHE")),
     *(f"MTLFLASHATTN_SDPA{name}" for name in ("", "_MIN_GB", "_MIN_SEQ", "_FAST_MIN_SEQ")),
 )
 
 
-def everything() -> dict[str, Any]:
-    """All findings: names, owners, switches, hook, system, attention, libraries, programs, sdpa, advice."""
+def everything(programs: list[str]) -> dict[str, Any]:
+    """All findings: names, owners, switches, hook, system, attention, libraries, programs, sdpa, advice.
+
+    `programs`: files, directories, modules or packages whose code to look at.
+    """
     status = flash_attn_shim.status()  # before anything below imports a library and so changes the answer
     hook = _hook(status)
     attention = _attention()
     findings = {
-        "names": [{"name": n.name, "visible": n.visible, "origin": n.origin, "why": n.why} for n in status.names],
+        "names": [{"name": n.name, "visible": n.visible, "origin": n.origin, "why": _why(n)} for n in status.names],
         "owners": owners.findings(),
         "switches": {name: os.environ.get(name, "(not set)") for name in _SWITCHES},
         "hook": hook,
         "system": _system(),
         "attention": attention,
         "libraries": _libraries(),
-        "programs": _programs(status),
+        "programs": _programs(status, programs),
     }
     findings["sdpa"] = _sdpa()
-    findings["advice"] = [*owners.advice(), *_advice(status, findings)]
+    findings["advice"] = [*owners.advice(), *installations.advice(), *_advice(status, findings)]
     return findings
+
+
+def _why(name):
+    fault = None if name.visible else installations.fault(name.name)
+    return name.why if fault is None else f"{name.why}, but {fault}"
 
 
 def _hook(status):
@@ -201,14 +211,18 @@ def _diffusers():
     return [version, f"is_flash_attn_available() is {answer}"]
 
 
-def _programs(status):
-    """The flags that are set in programs once they are imported, by module."""
+def _programs(status, programs):
+    """What programs get because of what their code shows or the user says."""
     if status.programs is not None:
         return {"left alone": status.programs}
     found: dict[str, list[str]] = {}
     for flag in status.flags:
-        found.setdefault(flag.module, []).append(f"{flag.name} = {flag.value}: {flag.reason}")
-    return found
+        found.setdefault(flag.module, []).append(f"{flag.name} = {flag.value!r}: {policy.FLAGS} asks for it")
+    for decision in flash_attn_shim.status().decisions:  # of the libraries that were imported above
+        found.setdefault(decision.who, []).append(decision.what)
+    for program in programs:
+        found.update(look.decisions(program))
+    return found or {"decided": "nothing yet; `mtlflashattn doctor FILE` says what the code of a program decides"}
 
 
 def _version(distribution):

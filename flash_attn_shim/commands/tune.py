@@ -1,6 +1,7 @@
 """`mtlflashattn tune`: what is fastest on this GPU, measured and saved.
 
-That is, which variants of the Metal kernels, and from which length `flash_attn_mps.sdpa` beats torch's own attention.
+That is, which variants of the Metal kernels, up to how many queries the decode kernel beats the tiled one, and from
+which length `flash_attn_mps.sdpa` beats torch's own attention.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["short", "medium", "long"],
         choices=("short", "medium", "long"),
-        help="up to 512 queries, up to 2048, more",
+        help="up to 512 queries, up to 2048, more; in the decode kernel up to 2048 keys, up to 16384, more",
     )
     parser.add_argument("--mask", nargs="+", default=["full", "causal"], choices=("full", "causal", "window"))
     parser.add_argument(
         "--what",
         nargs="+",
-        default=["variants", "gradients", "sdpa"],
-        choices=("variants", "gradients", "sdpa"),
-        help="the variants of the forward kernel, those of the backward kernels, or the length from which to replace "
-        "torch's attention (default: all)",
+        default=["variants", "decode", "gradients", "sdpa"],
+        choices=("variants", "decode", "gradients", "sdpa"),
+        help="the variants of the forward kernel, those of the decode kernel and up to how many queries it is used, "
+        "the variants of the backward kernels, or the length from which to replace torch's attention (default: all)",
     )
     parser.add_argument("--device", default="mps", help="default: mps")
     parser.add_argument("--forget", action="store_true", help="remove the saved results, and time nothing")
@@ -37,11 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from flash_attn_mps import sdpa, timing
-    from flash_attn_mps.tiers.metal import compiler, launch, store, variants
+    from flash_attn_mps.tiers.metal import compiler, few, launch, store, variants
 
     if arguments.forget:
         store.path().unlink(missing_ok=True)
         variants.forget()
+        few.forget()
         sdpa.reset()
         print(f"Removed {store.path()}: calls use this GPU's default variant again, and sdpa its default lengths.")
         return 0
@@ -52,27 +54,70 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"Nothing to tune here: {reason}.", file=sys.stderr)
         return 2
     watch = timing.stopwatch(arguments.device)
-    results = [
-        _lengths(arguments, watch) if what == "sdpa" else _variants(_kernels(what), arguments, watch)
-        for what in dict.fromkeys(arguments.what)
-    ]
-    return max(results)
+    jobs = {"variants": _forward, "decode": _decode, "gradients": _backward, "sdpa": _lengths}
+    return max(jobs[what](arguments, watch) for what in dict.fromkeys(arguments.what))
 
 
-def _kernels(what):
-    from flash_attn_mps.tiers.metal import backward, simdgroup
+def _forward(arguments, watch):
+    from flash_attn_mps.tiers.metal import simdgroup
 
-    return {"variants": [simdgroup.FORWARD], "gradients": [backward.QUERIES, backward.KEYS]}[what]
+    return _variants([simdgroup.FORWARD], arguments, watch, arguments.mask)
 
 
-def _variants(kernels, arguments, watch):
+def _backward(arguments, watch):
+    from flash_attn_mps.tiers.metal import backward_kernels
+
+    return _variants([backward_kernels.QUERIES, backward_kernels.KEYS], arguments, watch, arguments.mask)
+
+
+def _decode(arguments, watch):
+    """Of a few queries a mask hides little: one kind stands for all."""
+    from flash_attn_mps.tiers.metal import decode
+
+    return max(
+        _variants(list(decode.DECODE.values()), arguments, watch, ["full"]),
+        _queries(arguments, watch),
+    )
+
+
+def _queries(arguments, watch):
+    """0 if every dtype and head dim has a limit now."""
+    from flash_attn_mps.text_table import aligned
+    from flash_attn_mps.tiers.metal import decode, few, simdgroup
+    from flash_attn_mps.tools.progress import Progress
+
+    classes = [few.Class(dtype, dim) for dtype in arguments.dtype for dim in arguments.head_dim]
+    rows, unkept = [], None
+    with Progress(len(classes), "decode") as progress:
+        try:
+            for of in classes:
+                progress.step(f"{of.dtype} {of.head_dim}")
+                most, seconds = few.measure(of, arguments.device, watch, decode.serve, simdgroup.serve)
+                few.save({of: most})
+                rows.append((of.dtype, of.head_dim, most, *map(_both, (seconds.get(n) for n in few.QUERIES))))
+        except KeyboardInterrupt:
+            pass  # what was measured is saved
+        except OSError as error:
+            unkept = error
+    few.forget()
+    print("Up to how many queries the decode kernel is used:")
+    print(aligned([("dtype", "head dim", "queries", *(f"{n}: ms, tiled" for n in few.QUERIES)), *rows]))
+    _tell_where(unkept, rows)
+    return 0 if unkept is None and len(rows) == len(classes) else 1
+
+
+def _both(seconds):
+    return "-" if seconds is None else "{:.3f}, {:.3f}".format(*(1e3 * s for s in seconds))
+
+
+def _variants(kernels, arguments, watch, masks):
     """0 if every class of calls has a variant now."""
     from flash_attn_mps import project
     from flash_attn_mps.text_table import aligned
     from flash_attn_mps.tiers.metal import store, tune, variants
     from flash_attn_mps.tools.progress import Progress
 
-    classes = (arguments.dtype, arguments.head_dim, arguments.length, arguments.mask)
+    classes = (arguments.dtype, arguments.head_dim, arguments.length, masks)
     keys = {key: kernel for kernel in kernels for key in tune.keys(kernel, *classes)}
     candidates = {key: tune.candidates(key, kernel) for key, kernel in keys.items()}
     outcomes, unkept = [], None

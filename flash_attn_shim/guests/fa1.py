@@ -1,8 +1,9 @@
 """FlashAttention 1's names, under which 2.0 and later have the varlen functions.
 
 They do not exist for who asks under `try`, or with `hasattr`: such a program has another way for FlashAttention 2. A
-program that imports them without one gets them, since it would end there, and works on a Mac where flash_attn is missing
-(Boltz up to 2.0, OpenFold up to 2.1: `if find_spec("flash_attn"): from ... import flash_attn_unpadded_kvpacked_func`).
+program that imports them without one gets them. It would end there otherwise, and it works on a Mac where flash_attn is
+missing (Boltz up to 2.0, OpenFold up to 2.1: `if find_spec("flash_attn")`, and then an import of
+`flash_attn_unpadded_kvpacked_func`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from flash_attn_mps.frontends import fa2
 from flash_attn_shim import guests
-from flash_attn_shim.guests import journal, settings
+from flash_attn_shim.guests import journal, presence, settings
 from flash_attn_shim.guests.source import position, read
 
 
@@ -84,26 +85,20 @@ def flash_attn_unpadded_qkvpacked_func(
     )
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (flash_attn_unpadded_func, flash_attn_unpadded_kvpacked_func, flash_attn_unpadded_qkvpacked_func)
-}
-
-
 def function(name: str) -> Callable[..., Any] | None:
     """The function of that name, if whoever asks for it now imports it and cannot do without; otherwise None."""
-    frame = guests.asking(sys._getframe(2)) if name in _FUNCTIONS and settings.decides() else None
+    frame = guests.asking(sys._getframe(2)) if name in presence.OF_VERSION_1 and settings.decides() else None
     if frame is None:
         return None
     where = position(frame)
     source = read(where.file, frame.f_globals)
     for node in source.nodes if source is not None else ():
-        if isinstance(node, ast.ImportFrom) and node.lineno <= where.line <= (node.end_lineno or 0):
-            if name in (alias.name for alias in node.names) and not source.is_guarded(node):  # type: ignore[union-attr]
-                journal.note_call(
-                    str(where), name, "FlashAttention 1's name is there: the module imports it without try"
-                )
-                return _FUNCTIONS[name]
+        if not isinstance(node, ast.ImportFrom) or not node.lineno <= where.line <= (node.end_lineno or 0):
+            continue
+        if name in (alias.name for alias in node.names) and source is not None and not source.is_guarded(node):
+            why = "is there: the program imports FlashAttention 1's name without another way"
+            journal.note_call(str(where), name, why)
+            return globals()[name]
     return None
 
 
@@ -111,6 +106,6 @@ def _refuse_top_left(causal, cu_seqlens_q, cu_seqlens_k):
     """flash-attn 1 aligned the causal mask to the top left: the same only where queries and keys are as many."""
     if causal and cu_seqlens_q is not cu_seqlens_k and not torch.equal(cu_seqlens_q, cu_seqlens_k):
         raise NotImplementedError(
-            "causal: flash-attn 1 aligns the mask of sequences with cu_seqlens_q != cu_seqlens_k to the top left, which "
-            "is not supported; flash_attn_varlen_func aligns it to the bottom right"
+            "causal: flash-attn 1 aligns the mask of sequences with cu_seqlens_q != cu_seqlens_k to the top left, "
+            "which is not supported; flash_attn_varlen_func aligns it to the bottom right"
         )

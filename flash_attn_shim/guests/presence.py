@@ -25,8 +25,18 @@ from flash_attn_shim.guests.source import Source, dotted, lines_of, read
 
 FA2, FA3 = PRESENTED
 
-#: What the source of such a module contains; others are not parsed.
-_HINT = re.compile(r"cuda|_flash_attn_(?:varlen_)?(?:forward|backward)\b")
+#: FlashAttention 1's names (`fa1.py`).
+OF_VERSION_1 = ("flash_attn_unpadded_func", "flash_attn_unpadded_kvpacked_func", "flash_attn_unpadded_qkvpacked_func")
+
+# What the text of such a module contains; others are not parsed, since that takes a tenth of a second for a long one.
+_FLASH = re.compile(
+    r"\s*(?:(?:from|import)\s+flash_attn(?:_interface)?\b|(?:async\s+)?def\s+_?flash\w*\((?:self,\s*)?q)"
+)
+_DEMAND = re.compile(
+    r"\b(?:assert|if|elif)\b.*cuda|\bis_cuda\b|\.cuda\(|\bcuda\.(?:current|get|mem|set|sync)\w+\("
+    r"|\bdevice\s*=\s*.?cuda|\.to\(\s*.cuda|_flash_attn_\w*(?:forward|backward)\("
+)
+_BESIDE = re.compile(r"\s+(?:from|import)\s+([\w.]+)")
 _PRIVATE = re.compile(r"_flash_attn_(?:varlen_)?(?:forward|backward)")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -37,11 +47,11 @@ def reasons(name: str, file: str, namespace: dict[str, object]) -> dict[str, str
     `name`, `file`, `namespace`: the module's `__name__`, the file of its code, and its globals.
     """
     lines = lines_of(file, namespace)
-    siblings = _siblings(name, file)
-    if not any(_HINT.search(line) for line in lines) and not siblings:
-        return {}
-    source = read(file, namespace)
-    return {} if source is None else Module(source).reasons(siblings)
+    is_flash = any(map(_FLASH.match, lines))
+    demands = any(_DEMAND.search(line) for line in lines if is_flash or not line[0].isspace())
+    asking_beside = _asking_beside(name, file, lines)
+    source = read(file, namespace) if demands or asking_beside else None
+    return {} if source is None else Module(source).reasons(asking_beside)
 
 
 class Module:
@@ -56,21 +66,22 @@ class Module:
         self.probes = {f.name for f in self.functions if any(map(self._asks, ast.walk(f)))}
         self.flags = {name for statement in self.asking_statements() for name in bound(statement)}
 
-    def reasons(self, siblings: tuple[str, ...]) -> dict[str, str]:
+    def reasons(self, asking_beside: dict[str, str]) -> dict[str, str]:
+        """`asking_beside`: modules of its own package, as it imports them, that ask for CUDA -> their files."""
         if line := cuda.asked_at_import(self.source):
             return dict.fromkeys(PRESENTED, f"line {line} asks for CUDA while the module is imported")
         if any(self._is_at_top(node) and not self._is_optional(node) for node in self.imports):
             return {}
         if line := self._flash_path_asks():
             return dict.fromkeys(PRESENTED, f"line {line} asks for CUDA before it calls flash attention")
-        if asking := self._imports_what_asks(siblings):
-            return dict.fromkeys(PRESENTED, f"beside it the module imports {asking}, which asks for CUDA")
+        if asking := self._imports_what_asks(asking_beside):
+            return dict.fromkeys(PRESENTED, f"once it has found flash_attn it imports {asking}, which asks for CUDA")
         line = self._calls_private_by_position()
         return {FA3: f"line {line} calls a private function of an early build by position"} if line else {}
 
     def _taken(self):
         """The names under which it has our modules and functions, `self.attend = flash_attn_func` too."""
-        taken = {(a.asname or a.name).partition(".")[0] for n in self.imports for a in n.names}
+        taken = {(a.asname or a.name).partition(".")[0] for n in self.imports for a in n.names}  # type: ignore[attr-defined]
         for node in self.source.nodes:
             if isinstance(node, ast.Assign):
                 value = node.value.args[0] if isinstance(node.value, ast.Call) and node.value.args else node.value
@@ -157,22 +168,22 @@ class Module:
 
     # --- what it imports, what it calls ------------------------------------------------------------------------------
 
-    def _imports_what_asks(self, siblings):
-        """The module of the same package that it imports once flash_attn is found, and that asks for CUDA."""
-        for node in self.source.nodes:
-            if not isinstance(node, ast.ImportFrom | ast.Import) or _is_ours(node) or not self._follows_ours(node):
-                continue
-            for file in _files(node, siblings):
-                source = read(file) if any("cuda" in line for line in lines_of(file)) else None
-                if source is not None and cuda.asked_at_import(source):
-                    return os.path.basename(file)
+    def _imports_what_asks(self, asking_beside):
+        """The file of its package that it imports once flash_attn is found, and that asks for CUDA."""
+        for node in (n for n in self.source.nodes if isinstance(n, ast.ImportFrom)):
+            file = asking_beside.get("." * node.level + (node.module or ""))
+            if file is not None and self._follows_ours(node):
+                return file
         return None
 
     def _follows_ours(self, node):
         """Does it run only if flash_attn was found?"""
         tries = [up for up in self.source.above(node) if isinstance(up, ast.Try)]
         return self._is_behind_probe(node) or any(
-            _is_ours(n) and n.lineno < node.lineno for up in tries for s in up.body for n in ast.walk(s)
+            _is_ours(n) and n.lineno < node.lineno  # type: ignore[attr-defined]
+            for up in tries
+            for s in up.body
+            for n in ast.walk(s)
         )
 
     def _calls_private_by_position(self):
@@ -196,7 +207,7 @@ def bound(statement: ast.AST) -> set[str]:
 def _is_ours(node):
     names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     if isinstance(node, ast.ImportFrom) and not node.level:
-        names = [node.module]
+        names = [node.module or ""]
     return any(name.partition(".")[0] in PRESENTED for name in names)
 
 
@@ -210,25 +221,24 @@ def _helper_demands(statements, asking):
     return None
 
 
-def _siblings(name, file):
-    """The directories of the module's own package and of those around it, from the inside out."""
+def _asking_beside(name, file, lines):
+    """The modules of its own package that a module imports inside a statement, and that ask for CUDA -> their files."""
     directory = os.path.dirname(os.path.abspath(file))
-    depth = name.count(".") + os.path.basename(file).startswith("__init__.")
-    return tuple(os.path.join(directory, *[os.pardir] * up) for up in range(max(depth, 0)))
-
-
-def _files(node, siblings):
-    """The files that an import inside the module's own package may mean."""
-    names = [alias.name for alias in node.names]
-    if isinstance(node, ast.Import):
-        paths = [(siblings[-1:], name) for name in names]
-    elif node.level:
-        paths = [(siblings[node.level - 1 : node.level], x) for x in ([node.module] if node.module else names)]
-    else:
-        paths = [(siblings[-1:], node.module)]
-    for directories, module in paths:
-        for directory in directories:
-            parts = module.split(".")
-            if not getattr(node, "level", 0):  # from the package's own name on
-                directory = os.path.join(directory, os.pardir)
-            yield from (p for p in (os.path.join(directory, *parts) + ".py",) if os.path.isfile(p))
+    top = directory
+    for _ in range(name.count(".") - (not os.path.basename(file).startswith("__init__."))):
+        top = os.path.dirname(top)
+    found = {}
+    for module in {match[1] for match in map(_BESIDE.match, lines) if match}:
+        level = len(module) - len(module.lstrip("."))
+        parts = module.lstrip(".").split(".")
+        if level:
+            path = os.path.join(directory, *[os.pardir] * (level - 1), *parts) + ".py"
+        elif parts[0] == name.partition(".")[0] != name:
+            path = os.path.join(top, *parts[1:]) + ".py"
+        else:
+            continue
+        text = lines_of(path) if os.path.isfile(path) else []
+        source = read(path) if any(_DEMAND.search(line) for line in text if not line[0].isspace()) else None
+        if source is not None and cuda.asked_at_import(source):
+            found[module] = os.path.basename(path)
+    return found

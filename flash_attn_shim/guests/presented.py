@@ -1,7 +1,7 @@
 """The class of presented modules, which notice who imports them when they are imported already.
 
-Python asks no finder then, but it reads `__spec__` of the module, as does `importlib.util.find_spec`. From Python 3.13 on
-an error there makes the import fail (before, `import flash_attn` ignores it, and `again.py` mends what followed).
+Python asks no finder then, but it reads `__spec__` of the module, as does `importlib.util.find_spec`. From Python 3.13
+on an error there makes the import fail (before, `import flash_attn` ignores it, and `again.py` mends what followed).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Presented(types.ModuleType):
     """A module that is there for everybody but the guests that must not see it."""
 
     @property
-    def __spec__(self) -> ModuleSpec | None:  # type: ignore[override]
+    def __spec__(self) -> ModuleSpec | None:
         spec = vars(self)["__spec__"]
         frame = guests.asking()
         name = self.__name__.partition(".")[0]

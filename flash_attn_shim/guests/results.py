@@ -12,6 +12,7 @@ Each use is one of: `("index", n)`, `("unpack", n)`, `("star", n)` with n names 
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,9 +36,22 @@ class Result:
         self.targets: list[list[ast.expr]] = []
         self.uses: list[Use] = list(self._of(call))
 
+    @functools.cached_property
+    def makes_batch_of_one(self) -> bool:
+        """Does the program add the dimension of the arguments that `[0]` of the result removes again?"""
+        call = self.call.value if isinstance(self.call, ast.Await) else self.call
+        arguments = [*call.args, *(k.value for k in call.keywords)] if isinstance(call, ast.Call) else []
+        names = {n.id for argument in arguments for n in ast.walk(argument) if isinstance(n, ast.Name)}
+        for node in ast.walk(self.source.scope(call)):
+            if isinstance(node, ast.Assign | ast.NamedExpr):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if any(isinstance(n, ast.Name) and n.id in names for target in targets for n in ast.walk(target)):
+                    arguments.append(node.value)
+        return any(_adds_dimension(n) for argument in arguments for n in ast.walk(argument))
+
     def _of(self, node: ast.AST) -> Iterator[Use]:
         """The uses of an expression's value."""
-        up = self.source.parent.get(node)
+        up: Any = self.source.parent.get(node)
         if isinstance(up, ast.Expr):
             yield "nothing"
         elif isinstance(up, ast.Return | ast.Lambda):
@@ -66,15 +80,8 @@ class Result:
             yield "tensor"
 
     def _subscript(self, node):
-        index = node.slice
-        if (
-            isinstance(index, ast.UnaryOp)
-            and isinstance(index.op, ast.USub)
-            and isinstance(index.operand, ast.Constant)
-        ):
-            return "index", -index.operand.value
-        if isinstance(node.ctx, ast.Load) and isinstance(index, ast.Constant) and type(index.value) is int:
-            return "index", index.value
+        if isinstance(node.ctx, ast.Load) and isinstance(node.slice, ast.Constant) and type(node.slice.value) is int:
+            return "index", node.slice.value
         return "tensor"
 
     def _assigned(self, target, statement):
@@ -101,26 +108,26 @@ class Result:
 
     def _beside(self, values, node):
         """`out, other = f(...), g(...)`"""
-        statement = self.source.parent[values]
+        statement: Any = self.source.parent[values]
         for target in statement.targets:
             pairs = isinstance(target, ast.Tuple) and len(target.elts) == len(values.elts)
-            if not pairs or any(isinstance(x, ast.Starred) for x in (*target.elts, *values.elts)):
+            if not pairs or _stars(target.elts) or _stars(values.elts):
                 yield "tensor"
             else:
                 yield from self._assigned(target.elts[values.elts.index(node)], statement)
 
     def _starred(self, node):
         """`g(*f(...))`, `[*f(...)]`, `a, b = *f(...),`"""
-        up = self.source.parent[node]
+        up: Any = self.source.parent[node]
         above = self.source.parent.get(up)
         if isinstance(up, ast.Call):
             yield self._spread(up, node)
         elif isinstance(up, ast.Tuple | ast.List) and isinstance(above, ast.Assign) and len(above.targets) == 1:
-            target = above.targets[0]
-            if isinstance(target, ast.Tuple | ast.List) and not any(isinstance(x, ast.Starred) for x in target.elts):
-                if sum(isinstance(x, ast.Starred) for x in up.elts) == 1:
-                    yield "unpack", len(target.elts) - len(up.elts) + 1
-                    return
+            target: Any = above.targets[0]
+            names = target.elts if isinstance(target, ast.Tuple | ast.List) else []
+            if names and not _stars(names) and _stars(up.elts) == 1:
+                yield "unpack", len(names) - len(up.elts) + 1
+                return
             yield from self._of(up) if len(up.elts) == 1 else ["tensor"]
         elif isinstance(up, ast.Tuple | ast.List) and len(up.elts) == 1:
             yield from self._of(up)
@@ -130,7 +137,7 @@ class Result:
     def _spread(self, call, starred):
         """How many parameters of a function of this file are left for `*f(...)`."""
         function, first = self._callee(call)
-        if function is None or function.args.vararg or sum(isinstance(x, ast.Starred) for x in call.args) > 1:
+        if function is None or function.args.vararg or _stars(call.args) > 1:
             return "tensor"
         parameters = [*function.args.posonlyargs, *function.args.args][first:]
         named = {keyword.arg for keyword in call.keywords}
@@ -148,7 +155,7 @@ class Result:
         elif name in _PASS_ON and len(call.args) == 1 and isinstance(call.func, ast.Name):
             yield from self._of(call)
         elif name == "iter" and isinstance(self.source.parent[call], ast.Call):
-            up = self.source.parent[call]
+            up: Any = self.source.parent[call]
             yield ("index", 0) if dotted(up.func) == "next" else "tensor"
         elif isinstance(call.func, ast.Call) and dotted(call.func.func).endswith("itemgetter"):
             number = call.func.args[0] if len(call.func.args) == 1 else None
@@ -162,7 +169,7 @@ class Result:
         parameters = [] if function is None else [*function.args.posonlyargs, *function.args.args]
         if isinstance(argument, ast.keyword):
             found = [p.arg for p in parameters if p.arg == argument.arg]
-        elif any(isinstance(x, ast.Starred) for x in call.args):
+        elif _stars(call.args):
             found = []
         else:
             found = [p.arg for p in parameters[first + call.args.index(argument) :][:1]]
@@ -215,7 +222,8 @@ class Result:
 
     def _reach(self, name, scope, statement):
         """Where the name is certainly bound anew, and the branches that exclude the statement's own."""
-        last, unreachable = (1 << 60, 0), set()
+        last = 1 << 60, 0
+        unreachable: set[ast.AST] = set()
         if statement is None:
             body = scope.body if isinstance(scope.body, list) else []
             return min([last, *(_end(later) for later in body if _binds(later, name))]), unreachable
@@ -242,6 +250,26 @@ def _excluded(node, inner):
     if isinstance(node, ast.Match):
         return {case for case in node.cases if case is not inner}
     return set()
+
+
+def _stars(expressions):
+    return sum(isinstance(x, ast.Starred) for x in expressions)
+
+
+def _adds_dimension(node):
+    if isinstance(node, ast.Subscript):  # q[None]
+        first = node.slice.elts[0] if isinstance(node.slice, ast.Tuple) and node.slice.elts else node.slice
+        return isinstance(first, ast.Constant) and first.value is None
+    if not isinstance(node, ast.Call):
+        return False
+    name = dotted(node.func).rpartition(".")[2]
+    values = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+    if name in ("unsqueeze", "unsqueeze_", "expand_dims"):
+        return 0 in values
+    if name in ("view", "reshape", "expand"):
+        return any(isinstance(n, ast.Constant) and n.value == 1 for n in node.args[:2])
+    texts = [value for value in values if isinstance(value, str) and "->" in value]
+    return any(text.partition("->")[2].strip().startswith(("1 ", "() ")) for text in texts)
 
 
 def _binds(statement, name):

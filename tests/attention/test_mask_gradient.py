@@ -242,7 +242,7 @@ def test_a_tier_that_does_not_name_it_is_not_asked():
     assert "mask_gradient" in tiers.BY_NAME["torch"].serves_backward
 
 
-@pytest.mark.parametrize(("shape", "copies"), [((4, 1, 2048), 0), ((2048, 2048), 2), ((1, 2048, 1), 0)], ids=str)
+@pytest.mark.parametrize(("shape", "copies"), [((4, 1, 2048), 0), ((2048, 2048), 1), ((1, 2048, 1), 0)], ids=str)
 def test_memory(shape, copies, tmp_path):
     """A gradient takes the memory of the mask, and blocks of scores: the scores of a call take 64 MiB for a head."""
     q, k, v = (torch.randn(1, 4, 2048, 32, requires_grad=True) for _ in range(3))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flash_attn_mps.tiers.metal import variants
+from flash_attn_mps.tiers.metal import few, variants
 from tests.metal_tiers import metal_on
 
 
@@ -17,8 +17,10 @@ def cache(tmp_path, monkeypatch):
     for name in ("MTLFLASHATTN_VARIANT", "MTLFLASHATTN_TUNE"):
         monkeypatch.delenv(name, raising=False)
     variants.forget()
+    few.forget()
     yield tmp_path
     variants.forget()
+    few.forget()
 
 
 @pytest.fixture

@@ -22,6 +22,9 @@ SMALL = [
     Workload("prefill", "float32", 16, 2, 2, ((40, 40),) * 2),
     Workload("prefill", "bfloat16", 16, 4, 2, ((40, 40),), causal=False),
     Workload("decode", "float32", 16, 4, 2, ((1, 70),) * 2),
+    Workload("decode", "float16", 16, 4, 2, ((4, 80),) * 2, page_size=16),
+    Workload("decode", "bfloat16", 16, 4, 2, ((2, 96),) * 2, codes="int8"),
+    Workload("decode", "float16", 16, 4, 2, ((1, 80),), page_size=8, codes="uint8"),
     Workload("varlen", "float32", 16, 2, 2, ((30, 30), (1, 1), (7, 7))),
     Workload("window", "float32", 16, 2, 2, ((64, 64),), window=9),
     Workload("training", "bfloat16", 16, 4, 2, ((40, 40),)),
@@ -56,7 +59,8 @@ def test_everybody_computes_the_same(workload, metal):
     assert [c.name for c in entrants][-1] == STOCK
     found = measure.measure(workload, entrants, "cpu", 0.0, lambda call, times: 1e-3)
     ours = {tier.name for tier in tiers.BY_NAME.values() if tier.backward is not None or workload.kind != "training"}
-    served = {f"mtlflashattn {name}" for name in ours - {"cpu"}} | {STOCK}
+    few = {"decode"} if workload.kind != "decode" else set()
+    served = {f"mtlflashattn {name}" for name in ours - {"cpu"} - few} | ({STOCK} if not workload.codes else set())
     assert {m.contender for m in found if m.seconds} >= served
     assert not any(m.differs for m in found), [(m.contender, m.error) for m in found]
     refused = [m for m in found if not m.seconds]
@@ -284,7 +288,9 @@ def test_other_packages_are_called_as_their_interfaces_want(workload, monkeypatc
     assert "metal-flash-sdpa" not in {c.name for c in contenders.contenders("mps", full=False, hub=False)}
     found = measure.measure(workload, entrants[-3:], "cpu", 0.0, lambda call, times: 1e-3)
     assert not any(m.differs for m in found), found
-    assert [m.why_not for m in found] == ["", "does not support packed sequences" if workload.packed else "", ""]
+    cache = "is not timed on pages and quantised caches" if workload.page_size or workload.codes else ""
+    packed = "does not support packed sequences" if workload.packed else ""
+    assert [m.why_not for m in found] == [cache, cache or packed, cache]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

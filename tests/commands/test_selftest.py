@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flash_attn_mps.tiers import BY_NAME, reference
-from flash_attn_mps.tiers.metal import backward, compiler, simdgroup
+from flash_attn_mps.tiers.metal import backward_kernels, compiler, simdgroup
 from flash_attn_mps.tiers.metal.kernel import OPTIONAL_BUFFERS
 from flash_attn_mps.tools.selftest import build, cases, run
 from flash_attn_mps.tools.selftest.cases import FEATURES, Case
@@ -115,7 +115,7 @@ def test_cases_are_named_without_ambiguity(level, metal_is_there):
     forward = {case.variant for case in tried if case.variant and not FEATURES[case.feature].gradients}
     assert forward == (set(map(str, simdgroup.FORWARD.fitting(2, 64, 64))) if metal_is_there else set())
     of_gradients = {case.variant for case in tried if case.variant} - forward
-    candidates = set(map(str, filter(backward.KEYS.worth_tuning, backward.KEYS.fitting(2, 64, 64))))
+    candidates = set(map(str, filter(backward_kernels.KEYS.worth_tuning, backward_kernels.KEYS.fitting(2, 64, 64))))
     assert of_gradients >= candidates if metal_is_there else not of_gradients
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from flash_attn_mps import describe, timing
-from flash_attn_mps.tiers.metal import backward, compiler, gpu, simdgroup, store, tune, variants
+from flash_attn_mps.problem import AttentionProblem
+from flash_attn_mps.tiers.metal import backward_kernels, compiler, decode, few, gpu, simdgroup, store, tune, variants
 from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant
 from flash_attn_shim.commands import main
 
@@ -56,7 +57,7 @@ def test_another_kernel_is_tuned_among_its_own_variants(metal):
     assert set(ran) == clock.kernels == {other}
 
 
-@pytest.mark.parametrize("kernel", [backward.QUERIES, backward.KEYS])
+@pytest.mark.parametrize("kernel", [backward_kernels.QUERIES, backward_kernels.KEYS])
 def test_kernels_of_gradients_are_tuned_apart(metal, kernel):
     key = store.Key(kernel.entry, "float16", 16, 16, "short", "causal")
     default, fast, wrong, *others = tune.candidates(key, kernel)
@@ -115,10 +116,61 @@ def test_nothing_works(metal):
 @pytest.mark.parametrize("length", store.LENGTHS)
 def test_what_is_timed_is_of_the_class(mask, length):
     key = store.Key("attention_forward", "bfloat16", 64, 32, length, mask)
-    p = tune._problem(key, "cpu", *tune._LENGTHS[length])
+    p = tune._problem(key, FORWARD, "cpu", False)
     assert store.key_of(p, FORWARD) == key
-    small = tune._problem(key, "cpu", 2, tune._SMALL, 2)
+    small = tune._problem(key, FORWARD, "cpu", True)
     assert (small.window_left >= 0, small.window_right) == (mask == "window", -1 if mask == "full" else 0)
+
+
+@pytest.mark.parametrize("length", store.LENGTHS)
+@pytest.mark.parametrize("rows", decode.ROWS)
+def test_decode_is_tuned_by_rows_and_keys(metal, rows, length):
+    kernel = decode.DECODE[rows]
+    key = store.Key(f"attention_decode of {rows} rows", "float16", 16, 16, length, "full")
+    assert tune.keys(kernel, ["float16"], [16], [length], ["full"]) == [key]
+    assert store.key_of(tune._problem(key, kernel, "meta", False), kernel) == key
+    default, fast, wrong, *others = tune.candidates(key, kernel)
+    assert 5 < len(others) < 20
+
+    def run(trial, kernel, variant):
+        (out,) = tune.launched(trial, kernel, variant)
+        if variant == wrong:
+            out[0, 0, 3, 5] += 0.05
+        return (out,)
+
+    if length == "short":  # the others have more keys than the runner likes
+        clock = Clock({default: 3e-3, fast: 1e-3, wrong: 1e-9})
+        outcome = tune.tune(key, kernel, "cpu", clock, candidates=[fast, wrong], run=run)
+        assert outcome.winner == store.Winner(str(fast), 1e-3, 3e-3)
+        assert "is off by" in outcome.refused[wrong]
+
+
+def test_with_one_split_what_was_tuned_does_not_depend_on_the_keys_of_a_batch():
+    q, k = torch.empty(2, 1, 8, 64), torch.empty(2, 100, 2, 64)
+    for keys in (100, 5000, 100000):
+        p = AttentionProblem(q, k, k, 2, 1, keys, 1.0, num_splits=1)
+        assert store.key_of(p, decode.DECODE[8]).length == "medium"
+
+
+def test_the_limit_of_few_queries_is_measured_and_kept(metal, cache, monkeypatch):
+    monkeypatch.setattr(gpu, "name", lambda: "Apple M3 Max, 40 cores")
+    monkeypatch.setattr(few, "_KEYS", 100)
+
+    def watch(call, times):
+        return call()
+
+    of = few.Class("float16", 64)
+    tiled = {8: 3.0, 16: 2.0, 32: 0.5}
+    most, seconds = few.measure(of, "cpu", watch, lambda p: 1.0, lambda p: tiled[p.max_seqlen_q])
+    assert (most, list(seconds)) == (16, [8, 16, 32])
+    q, k = torch.empty(1, 20, 8, 64).half(), torch.empty(1, 100, 2, 64).half()
+    p = AttentionProblem(q, k, k, 1, 20, 100, 1.0)
+    assert decode.TIER.unsupported_reasons(p) == []
+    few.save({of: most})
+    few.forget()
+    assert decode.TIER.unsupported_reasons(p) == ["there are more than 16 queries"]
+    few.forget()
+    assert few.most(p) == 16
 
 
 def test_rounds_alternate_and_a_first_call_does_not_count():
@@ -162,7 +214,10 @@ def test_the_command_stores_what_later_calls_use(a_mac, capsys):
 
 def test_the_command_tunes_kernels_of_gradients(metal, cache, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "name", lambda: "Apple M3 Max, 40 cores")
-    chosen = {kernel: tune.candidates(key_of(kernel), kernel)[:2] for kernel in (backward.QUERIES, backward.KEYS)}
+    chosen = {
+        kernel: tune.candidates(key_of(kernel), kernel)[:2]
+        for kernel in (backward_kernels.QUERIES, backward_kernels.KEYS)
+    }
     seconds = {variant: 1e-3 * (2 - n) for variants in chosen.values() for n, variant in enumerate(variants)}
     monkeypatch.setattr(timing, "stopwatch", lambda device: Clock(seconds))
     monkeypatch.setattr(tune, "candidates", lambda key, kernel: chosen[kernel])
@@ -176,8 +231,25 @@ def test_the_command_tunes_kernels_of_gradients(metal, cache, monkeypatch, capsy
     assert variants.chosen(p, FORWARD, tune.briefly) == DEFAULT
 
 
+def test_the_command_tunes_the_decode_kernel(metal, cache, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "name", lambda: "Apple M3 Max, 40 cores")
+    chosen = {kernel.name: tune.candidates(key_of(kernel), kernel)[:2] for kernel in decode.DECODE.values()}
+    seconds = {variant: 1e-3 * (2 - n) for variants in chosen.values() for n, variant in enumerate(variants)}
+    monkeypatch.setattr(timing, "stopwatch", lambda device: Clock(seconds))
+    monkeypatch.setattr(tune, "candidates", lambda key, kernel: chosen[kernel.name])
+    monkeypatch.setattr(few, "measure", lambda *how: (64, {8: (1e-3, 2e-3)}))
+    assert main([*COMMAND[:-1], "decode"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^float16 +64 +64 +1.000, 2.000 +-", printed, re.MULTILINE)
+    for rows, kernel in decode.DECODE.items():
+        q, k = torch.empty(1, rows // 8, 8, 64).half(), torch.empty(1, 1, 1, 64).half().expand(1, 1000, 1, 64)
+        p = AttentionProblem(q, k, k, 1, rows // 8, 1000, 1.0, window_right=0)
+        assert next(decode.variants(p)) == chosen[kernel.name][1]._replace(heads_in_tile=8)
+        assert few.most(p) == 64
+
+
 def key_of(kernel):
-    return store.Key(kernel.entry, "float16", 64, 64, "short", "full")
+    return store.Key(kernel.name, "float16", 64, 64, "short", "full")
 
 
 def test_auto_stores_too(a_mac, monkeypatch):

@@ -20,6 +20,7 @@ LAYERS = [
         "frontends.cache_plan",
         "frontends.cache_append",
         "frontends.cache_codes",
+        "frontends.cache_repeat",
         "frontends.cache_call",
         "frontends.rotary",
     },

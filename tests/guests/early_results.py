@@ -332,6 +332,16 @@ def one(q, k, v):
 def attend(q, k, v):
     return torch.stack([one(*entry) for entry in zip(q, k, v)])
 """,
+    "a batch of one that the caller makes": TAKE
+    + """
+import torch
+
+def one(q, k, v):
+    return flash_attn_func(q, k, v)[0]
+
+def attend(q, k, v):
+    return torch.stack([one(*(x.unsqueeze(0) for x in entry)) for entry in zip(q, k, v)])
+""",
     "asks what it got": TAKE
     + """
 def attend(q, k, v):
@@ -371,7 +381,7 @@ def attend(q, k, v):
 """,
 }
 
-#: Early programs in which nothing shows it: they get today's result. docs/guests.md lists them.
+#: Early programs in which nothing shows it: they get today's result. docs/cuda-insisting-programs.md lists them.
 UNDECIDABLE = {
     "in a container": TAKE
     + """

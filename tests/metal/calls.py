@@ -181,7 +181,7 @@ def draw(spec: Spec) -> Call:
         dropout_p=spec.dropout_p,
         seed=SEED if spec.dropout_p else 0,
         want_lse=spec.lse,
-        mask=mask,
+        mask=None if mask is None else unexpanded(mask),
         sinks=sinks,
         **extra,
     )
@@ -286,6 +286,11 @@ def _mask(spec: Spec, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> t
         dtype = spec.dtype if spec.mask == "same" else torch.float32
         mask = torch.randn(shape).to(dtype).masked_fill_(~shown, -math.inf)
     return arranged(mask, spec.mask_layout).expand(*full.values())
+
+
+def unexpanded(mask: torch.Tensor) -> torch.Tensor:
+    """In its own shape: 1 where it is broadcast."""
+    return mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
 
 
 def arranged(mask: torch.Tensor, layout: str) -> torch.Tensor:

@@ -13,7 +13,7 @@ from flash_attn_mps.frontends import cache_append, fa2, fa3
 from flash_attn_mps.frontends.cache_call import CacheCall
 from flash_attn_mps.frontends.cache_plan import describe
 from flash_attn_mps.frontends.rotary import apply_rotary
-from flash_attn_mps.tiers.metal import compiler
+from flash_attn_mps.tiers.metal import compiler, movement, rotary, rotary_proof
 from metal_host import observe
 from tests.attention.layouts import laid_out
 from tests.attention.pairwise import case_id, pairwise
@@ -179,6 +179,43 @@ def test_against_float64(case, monkeypatch):
         keys = [a + b - c for a, b, c in zip(cached, lengths_new, pads, strict=True)]
         assert plan.problem.seqused_k.tolist() == keys
     assert all(torch.equal(a, b) for a, b in zip((call.q, call.k, call.v), before[2:], strict=True))
+
+
+def movement_of(case):
+    plan = describe(built(case)[0])
+    return movement.arguments(rotary.PROGRAM, plan.rotary, plan.queries, plan.new)[0]
+
+
+@pytest.mark.parametrize("case", CASES[1::8], ids=case_id)
+def test_its_proof_holds(case, monkeypatch):
+    monkeypatch.setattr(checks, "readable", lambda _tensor: False)
+    kind = movement_of(case)
+    assert rotary_proof.proof(kind, compiler.kernel(kind)) is None
+
+
+@pytest.mark.parametrize(
+    ("now", "wrong", "name"),
+    [
+        ("row < params[ROOM]", "row <= params[ROOM]", "k_cache"),
+        ("position >= params[POSITIONS]", "position > params[POSITIONS] - 2", "rotated_q"),
+        ("piece.x[i] = fma(x0, c[i], -(x1 * sine))", "piece.x[i] = fma(x0, c[i], x1 * sine)", "rotated_q"),
+        ("seqlen -= in.leftpad_k[sequence]", "seqlen -= 1", "seqused_k"),
+        ("rint(", "floor(", "k_cache"),
+        ("(1 << (DROPPED - 1))", "0", "k_cache"),
+        ("* params[V_DESCALE_BATCH]", "* 0", "v_cache"),
+    ],
+)
+def test_its_proof_finds_what_is_wrong(now, wrong, name, monkeypatch):
+    monkeypatch.setattr(checks, "readable", lambda _tensor: False)
+    case = dict(CASES[0], queries="dense", new="dense", where="pages+batch_idx", leftpad=True, cached="tensor")
+    case |= {"rotary": "halves", "dtype": torch.float16, "codes": torch.float8_e4m3fn, "descales": "both"}
+    kind = movement_of(case | ({"codes": torch.int8} if now == "rint(" else {}))
+    source = kind.source()
+    assert now in source
+    library = compiler.compile_shader(source.replace(now, wrong))
+    refusal = rotary_proof.proof(kind, library.rotate_and_append)
+    assert refusal is not None
+    assert refusal.why.startswith(f"{name} is off by"), refusal
 
 
 @pytest.mark.parametrize("codes", CODES)

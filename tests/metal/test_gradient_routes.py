@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_attn_mps import sdpa, trace
+from flash_attn_mps import sdpa, tiers, trace
 from metal_host import observe
 from tests.attention import oracle
 from tests.attention.gradient_routes import BACKWARD_PASSES, ROUTES, instead_of_torchs
@@ -31,9 +31,11 @@ def test_the_kernels_compute_gradients(name):
     with observe(instrumented=False) as launches:
         grads = ROUTES[name](q, k, v, dout)
     kernels = [launch.kernel for launch in launches]
-    assert kernels.count("attention_forward") == trace.calls.total()
-    assert sorted({*kernels} - {"attention_forward"}) == BACKWARD
-    assert {call.tier for call in trace.calls} == {"simdgroup"}
+    forward = [kernel for kernel in kernels if kernel not in BACKWARD]
+    assert set(forward) <= {"attention_forward", "attention_decode"}
+    assert len(forward) == trace.calls.total() > 0
+    assert {*kernels} >= {*BACKWARD}
+    assert {call.tier for call in trace.calls} <= tiers.METAL
     assert [call.tier for call in trace.gradients.elements()] == ["simdgroup"] * BACKWARD_PASSES.get(name, 1)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     expected = torch.autograd.grad(oracle.dense(*exact).out, exact, dout.double())

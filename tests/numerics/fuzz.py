@@ -51,6 +51,7 @@ def kind_of(r: random.Random) -> dict:
         "alibi": r.choice((None, None, None, "H", "BH")),
         "sinks": r.random() < 0.2,
         "mask": r.choice(masks),
+        "dropout": r.choice((0.0, 0.0, 0.3)),
         "scale": r.choice(("number", "number", "float16", "float32")),
         "lse": r.random() < 0.7,
         "layout": tuple(r.choice(LAYOUTS) for _ in range(3)),
@@ -95,6 +96,7 @@ def spec_of(kind: dict, r: random.Random) -> Spec:
         r.choice((math.nan, math.inf)),
         r.choice((1, 16, 50)),
         tuple(min(r.choice(SIZES), largest) for _ in range(3)),
+        kind["dropout"],
     )
 
 
@@ -117,34 +119,37 @@ def served_by(tier: str, variant: simdgroup.Variant) -> Iterator[None]:
 def errors(call: Call, gradients: bool, r: random.Random) -> list[str]:
     """What is wrong with the product's answer, in words."""
     p = call.problem
-    tensors = [p.q, p.k, p.v]
-    for tensor in tensors:
+    tensors = {"dq": p.q, "dk": p.k, "dv": p.v}
+    if p.mask is not None and p.mask.is_floating_point() and r.random() < 0.5:
+        tensors["dmask"] = p.mask
+    for tensor in tensors.values():
         tensor.requires_grad_(gradients)
     with torch.set_grad_enabled(gradients):
         result = dispatch.attention(p)
     dout = torch.randn(p.out_shape, generator=torch.Generator().manual_seed(r.getrandbits(32))).to(p.q.dtype)
-    grads = torch.autograd.grad(result.out, tensors, dout) if gradients else (None, None, None)
+    grads = torch.autograd.grad(result.out, tuple(tensors.values()), dout) if gradients else ()
+    grads = dict(zip(tensors, grads, strict=False))
     wrong = []
     read_q, read_k = torch.zeros(p.q.shape[:-2], dtype=torch.bool), torch.zeros(p.k.shape[:-2], dtype=torch.bool)
-    for s in call.sequences:
+    for b, s in enumerate(call.sequences):
         read_q[s.place], read_k[s.place_k] = True, True
         exact = _computed(s, dout[s.place], torch.float64, None)
         plain = _computed(s, dout[s.place], torch.float32, None)
         rounded = _computed(s, dout[s.place], torch.float64, p.q.dtype)
-        got = {"out": result.out.detach()[s.place], "dq": grads[0], "dk": grads[1], "dv": grads[2]}
-        for name, place in (("dq", s.place), ("dk", s.place_k), ("dv", s.place_k)):
-            got[name] = None if got[name] is None else got[name][place]
+        got = {"out": result.out.detach()[s.place]}
+        places = {"dq": s.place, "dk": s.place_k, "dv": s.place_k}
+        places["dmask"] = (b, slice(None), slice(s.q.shape[0]), slice(s.k.shape[0]))
+        got |= {name: grad[places[name]] for name, grad in grads.items()}
         if p.want_lse and result.lse is not None:
             got["lse"] = result.lse.detach().transpose(-1, -2)[s.place]
         for name, value in got.items():
-            if value is not None:
-                more = _float32(name, s, dout[s.place])
-                why = _differs(value, exact[name], plain[name], rounded[name], name == "lse", more)
-                wrong += [f"{name}: {why}"] if why else []
+            more = _float32(name, s, dout[s.place])
+            why = _differs(value, exact[name], plain[name], rounded[name], name == "lse", more)
+            wrong += [f"{name}: {why}"] if why else []
     if not (result.out[~read_q] == 0).all():
         wrong.append("out: a row of no sequence is not zero")
-    for name, grad, read in (("dq", grads[0], read_q), ("dk", grads[1], read_k), ("dv", grads[2], read_k)):
-        if grad is not None and not (grad[~read] == 0).all():
+    for name, read in (("dq", read_q), ("dk", read_k), ("dv", read_k)):
+        if name in grads and not (grads[name][~read] == 0).all():
             wrong.append(f"{name}: a row of no sequence has a gradient")
     return wrong
 
@@ -154,17 +159,22 @@ def _computed(s: Sequence, dout: torch.Tensor, number: torch.dtype, rounded_to: 
 
     `rounded_to`: the gradients as FlashAttention's formula has them from an output that was rounded to that dtype.
     """
-    q, k, v = (x.detach().to(number).requires_grad_() for x in (s.q, s.k, s.v))
-    out, lse, _ = oracle.one_sequence(q, k, v, **s.how)
+    names, inputs = ["dq", "dk", "dv"], [s.q, s.k, s.v]
+    if s.how["mask"] is not None and s.how["mask"].is_floating_point():
+        names, inputs = [*names, "dmask"], [*inputs, s.how["mask"]]
+    inputs = [x.detach().to(number).requires_grad_() for x in inputs]
+    out, lse, _ = oracle.one_sequence(*inputs[:3], **s.how | ({"mask": inputs[3]} if "dmask" in names else {}))
     dout = dout.to(number)
-    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    grads = dict(zip(names, torch.autograd.grad(out, inputs, dout, retain_graph=True), strict=True))
     if rounded_to is not None:
         # delta = rowsum(dout * out) changes with the output, and ds = p (dp - delta) by p times that: as if it were a
         # gradient of lse.
         change = ((out.detach().to(rounded_to).to(number) - out.detach()) * dout).sum(-1).T
-        more_dq, more_dk = torch.autograd.grad(lse, (q, k), -change.masked_fill(lse.isinf(), 0.0))
-        dq, dk = dq + more_dq, dk + more_dk
-    return {"out": out.detach(), "lse": lse.detach().T, "dq": dq, "dk": dk, "dv": dv}
+        of_scores = [name for name in names if name != "dv"]
+        wanted = [x for name, x in zip(names, inputs, strict=True) if name != "dv"]
+        more = torch.autograd.grad(lse, wanted, -change.masked_fill(lse.isinf(), 0.0))
+        grads |= {name: grads[name] + x for name, x in zip(of_scores, more, strict=True)}
+    return {"out": out.detach(), "lse": lse.detach().T, **grads}
 
 
 def _float32(name: str, s: Sequence, dout: torch.Tensor) -> float:
@@ -184,8 +194,10 @@ def _float32(name: str, s: Sequence, dout: torch.Tensor) -> float:
         "dv": queries * dout.double().abs().max().item(),
         "dq": products * scale * k.abs().max().item(),
         "dk": products * scale * q.abs().max().item() * queries,
+        "dmask": products,
     }[name]
-    return (scores + (2e-6 if name in ("dq", "dk") else 0.0)) * of_scores
+    of_scores /= 1.0 if name == "lse" else 1.0 - s.how["dropout_p"]
+    return (scores + (2e-6 if name in ("dq", "dk", "dmask") else 0.0)) * of_scores
 
 
 def _differs(got, exact, plain, rounded, is_lse: bool, more: float) -> str | None:

@@ -18,6 +18,8 @@ from flash_attn.layers.rotary import (
     apply_rotary_emb_torch,
 )
 from flash_attn.ops.triton.rotary import apply_rotary
+from flash_attn_mps import trace
+from tests.metal_tiers import metal_on
 
 from . import reference
 from .reference import assert_close, assert_rounded_once
@@ -458,3 +460,26 @@ def test_compiles_without_a_break_for_any_length(interleaved):
         weight = torch.randn_like(x)
         assert_close(*(torch.autograd.grad(out, x, weight)[0] for out in (got, want)), scale=2)
     assert len(graphs) <= 2
+
+
+def test_the_kernel_rotates_forward_and_backward(monkeypatch):
+    """The layer's functions on the Metal kernel, which stands for that of a Mac: no operation of torch rotates."""
+    monkeypatch.setattr(trace, "enabled", True)
+    trace.clear()
+    cos, sin = tables(12, 16, torch.float32)
+    x, qkv = torch.randn(2, 9, 3, 16), torch.randn(2, 9, 3, 2, 16)
+    dout = torch.randn(2, 9, 3, 16)
+    with metal_on():
+        leaf, packed = x.clone().requires_grad_(), qkv.clone().requires_grad_()
+        rotated = apply_rotary_emb(leaf, cos, sin, seqlen_offsets=torch.tensor([3, 1]))
+        (dx,) = torch.autograd.grad(rotated, leaf, dout)
+        both = apply_rotary_emb_qkv_(packed.clone(), cos, sin, interleaved=True)
+        (dqkv,) = torch.autograd.grad(both, packed, qkv)
+    assert trace.steps == {("rotary embedding", "Metal"): 4}
+    trace.clear()
+    assert_close(rotated, batch_reference(x, cos, sin, torch.tensor([3, 1])))
+    assert_close(dx, batch_reference(dout, cos, sin, torch.tensor([3, 1]), conjugate=True))
+    for got, conjugate in ((both, False), (dqkv, True)):
+        turned = batch_reference(qkv[:, :, :2].flatten(2, 3), cos, sin, 0, interleaved=True, conjugate=conjugate)
+        assert_close(got[:, :, :2].flatten(2, 3), turned)
+        assert torch.equal(got[:, :, 2], qkv[:, :, 2])

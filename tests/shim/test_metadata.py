@@ -78,9 +78,36 @@ def test_a_real_distribution_wins_from_pythonpath(installed, tmp_path):
     assert installed.run(ASK, PYTHONPATH=tmp_path, **ON).startswith("2.7.4 ['flash_attn'] ")
 
 
-def test_a_real_distribution_wins_without_its_module(installed, tmp_path):
+def test_metadata_without_a_module_do_not_speak_for_ours(installed, tmp_path):
+    """As an uninstalled version leaves them: what is announced is the version of the module that is presented."""
     write(tmp_path, REAL)
-    assert installed.run(ASK, PYTHONPATH=tmp_path, **ON).startswith("2.7.4 ['flash_attn'] ")
+    assert installed.run(ASK, PYTHONPATH=tmp_path, **ON).startswith("2.8.3 ")
+    program = "import flash_attn, importlib.metadata as m; print(m.version('flash-attn') == flash_attn.__version__)"
+    assert installed.run(program, PYTHONPATH=tmp_path, **ON) == "True"
+    assert installed.run(ASK, PYTHONPATH=tmp_path, MTLFLASHATTN_SHIM="off").startswith("2.7.4 ['flash_attn'] ")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pkg_resources") is None, reason="setuptools 82 has none")
+@pytest.mark.parametrize("leftover", [{}, REAL])
+def test_pkg_resources_sees_what_importlib_sees(with_torch, tmp_path, leftover):
+    write(tmp_path, leftover)
+    program = """
+    import warnings
+    warnings.simplefilter("ignore")
+    import pkg_resources, flash_attn_shim
+    def ask():
+        try:
+            return str(pkg_resources.require("flash-attn>=2.8")[0])
+        except pkg_resources.ResolutionError as error:
+            return type(error).__name__
+    print(ask(), pkg_resources.get_distribution("flash_attn").version if ask()[0] == "f" else None, end=" ")
+    flash_attn_shim.uninstall()
+    print(ask())
+    """
+    without = "VersionConflict" if leftover else "DistributionNotFound"
+    assert with_torch.run(program, PYTHONPATH=tmp_path, **ON) == f"flash-attn 2.8.3 2.8.3 {without}"
+    off = with_torch.run(program, PYTHONPATH=tmp_path, MTLFLASHATTN_SHIM="off")
+    assert off == f"{without} None {without}"
 
 
 def test_a_real_module_without_metadata_has_none(installed, tmp_path):

@@ -114,10 +114,53 @@ def test_sinks_and_their_gradient(form):
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["head_mask", "position_bias"])
-def test_what_it_cannot_honour_is_named(name):
-    with pytest.raises(NotImplementedError, match=name):
-        attention(Layer(), *heads(), None, **{name: torch.zeros(4)})
+@pytest.mark.parametrize("mask", [None, "padding", "numbers", "bool", "added"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_position_bias_and_its_gradient(mask, is_causal):
+    """Beside any mask; longer than the keys, as for a static cache."""
+    q, k, v = heads(7, 7)
+    bias = torch.randn(1, 4, 7, 9, generator=torch.Generator().manual_seed(3))
+    seen = causal(7, 7) if is_causal else torch.ones(7, 7, dtype=torch.bool)
+    numbers = torch.tensor([[1, 1, 1, 2, 2, 3, 3], [0, 1, 1, 1, 1, 2, 2]])
+    given = {"padding": padding(), "numbers": numbers, "bool": padding()[:, None, None].expand(2, 1, 7, 7)}.get(mask)
+    added = torch.tensor(0.0)
+    if mask == "padding":
+        seen = seen & given[:, None, None] & (given[:, None, :, None] if is_causal else True)
+    elif mask == "numbers":
+        seen = seen & (numbers[:, None, :, None] == numbers[:, None, None]) & (numbers > 0)[:, None, :, None]
+    elif mask == "bool":
+        seen = given
+    elif mask == "added":
+        seen, given = torch.tensor(True), torch.randn(2, 1, 7, 7, generator=torch.Generator().manual_seed(4))
+        added = given.double()
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v, bias)]
+    exact_leaves = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    out, _ = attention(Layer(), q, k, v, given, position_bias=bias, is_causal=is_causal)
+    exact = reference(*exact_leaves[:3], seen, bias=exact_leaves[3][..., :7] + added)
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad(out, leaves, dout)
+    for got, want in zip(grads, torch.autograd.grad(exact, exact_leaves, dout.double()), strict=True):
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+LENGTHS = {"cu_seq_lens_q": torch.tensor([0, 7]), "cu_seq_lens_k": torch.tensor([0, 7])}
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "given"),
+    [
+        (NotImplementedError, "head_mask", {"head_mask": torch.zeros(4)}),
+        (NotImplementedError, "position_bias", {"position_bias": torch.zeros(1, 4, 5, 7), **LENGTHS}),
+        (ValueError, "position_bias", {"position_bias": torch.zeros(4)}),
+        (ValueError, "position_bias", {"position_bias": torch.zeros(1, 4, 5, 6)}),
+        (ValueError, "position_bias", {"position_bias": torch.zeros(1, 3, 5, 7)}),
+        (ValueError, "position_bias", {"position_bias": torch.zeros(1, 4, 5, 7, dtype=torch.float64)}),
+    ],
+)
+def test_what_it_cannot_honour_is_named(error, name, given):
+    with pytest.raises(error, match=f"^{name}: "):
+        attention(Layer(), *heads(), None, **given)
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
@@ -172,6 +215,31 @@ def test_gpt_oss_trains_as_with_eager(padded):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(gradients[0][f"model.layers.{n}.self_attn.sinks"].abs().min() > 1e-7 for n in range(2))
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_t5_trains_and_generates_as_with_eager(padded):
+    """Its learned position bias, and what training does to it; cross attention; both caches."""
+    options = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 2, "vocab_size": 16}
+    config = transformers.T5Config(**options, dropout_rate=0.0, decoder_start_token_id=0)
+    ids, labels = torch.arange(12).reshape(2, 6), torch.arange(10).reshape(2, 5)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, 4:] = 0
+    gradients, texts = [], []
+    for implementation in ("eager", "mps_fa"):
+        torch.manual_seed(0)
+        model = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation=implementation)
+        model.train()(ids, attention_mask=mask, labels=labels).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        model.eval()
+        how = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        texts.append([model.generate(ids, **how, cache_implementation=cache) for cache in (None, "static")])
+    learned = [name for name in gradients[0] if "relative_attention_bias" in name]
+    assert len(learned) == 2
+    assert all(gradients[0][name].abs().max() > 1e-5 for name in learned)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(*texts, strict=True))
 
 
 def test_packed_batches_train_as_with_eager():

@@ -13,8 +13,8 @@ from .. import reference
 from ..tier import Gradients
 from . import trial
 from .launch import float_bits
-from .prove import Expected, Trial
 from .specialization import Specialization
+from .trial import Expected, Trial
 
 _LOG2E = 1.4426950408889634
 _LARGE_LSE = 100.0  # less than that of the last head: its queries are walked
@@ -85,6 +85,18 @@ def keys(s: Specialization) -> Trial:
             expected[name] = _expected(s, getattr(gradients, name))
     total = p.k.shape[1] if p.cu_seqlens_k is None else p.k.shape[0]
     return Trial(p, tensors, expected, {"total_k": total, "heads_together": p.heads // heads})
+
+
+def mask(s: Specialization) -> Trial:
+    """*Mask*: the gradient of the mask, in the mask's own shape."""
+    exact = _exact(s, s.variant.passing, s.variant.held * s.variant.simdgroups)
+    p = exact.p
+    assert p.mask is not None
+    wanted = frozenset({"mask"})
+    found = reference.backward(trial.in_fp32(p), exact.out.float(), exact.lse, exact.dout.float(), None, wanted).dmask
+    names = ("mask_batches", "mask_heads", "mask_rows", "mask_columns")
+    tensors = {**_inputs(exact), "terms": _terms(exact), "dmask": trial.unwritten(tuple(p.mask.shape), p.mask.dtype)}
+    return Trial(p, tensors, {"dmask": _expected(s, found)}, dict(zip(names, p.mask.shape, strict=True)))
 
 
 def _exact(s: Specialization, queries: int, keys: int) -> _Exact:

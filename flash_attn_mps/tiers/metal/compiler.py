@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import proved, refusals
+from . import proved, recording, refusals
 from .refusals import Refusal
 from .specialization import Compilable
 
@@ -77,6 +77,7 @@ def _prove(specialization: Compilable, compiled: Any, source: str) -> Refusal | 
 def clear() -> None:
     """Forget all kernels, failures and warnings given, and what the file of proofs said."""
     kernel.cache_clear()
+    recording.forget()
     failures.clear()
     proved.forget()
     _warned.clear()

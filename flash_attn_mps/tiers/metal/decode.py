@@ -16,8 +16,9 @@ import torch
 
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
-from . import decode_trials, gpu, launch, simdgroup
-from .kernel import OPTIONAL_BUFFERS, SERVES, Buffer, Grid, Kernel
+from . import decode_trials, few, gpu, launch, simdgroup, store
+from . import variants as choice
+from .kernel import OPTIONAL_BUFFERS, SERVES, Buffer, Grid, Kernel, TunedKernel
 from .prove import Proof
 
 
@@ -40,19 +41,20 @@ class Variant(NamedTuple):
         return -(-whole // self.slices)
 
     def __str__(self) -> str:
-        """Like "8x1x8x32": rows, slices, units and keys."""
-        return f"{self.rows}x{self.slices}x{self.units}x{self.keys}"
+        """Like "1x8x32": slices, units and keys, as `MTLFLASHATTN_DECODE_VARIANT` takes it."""
+        return f"{self.slices}x{self.units}x{self.keys}"
 
 
 MAX_HEAD_DIM = 512
-MAX_QUERIES = 32  # of a sequence: with more of them the tiled kernel is faster
 MIN_KEYS = 65  # with fewer keys there is nothing to divide
 MAX_SPLITS = 128
-_MAX_ROWS = 32
-_THREADGROUP_BYTES = (
-    20 << 10
-)  # of the 60 KB of an Apple core, for three threadgroups; more only where nothing else fits
-_MAX_REGISTERS = 112  # of a lane, in 32 bits: of the 128 that an Apple GPU has, what addresses and loops leave
+ROWS = (8, 16, 32)  # that a tile may have
+_MAX_ROWS = ROWS[-1]
+_THREADGROUP_BYTES = 20 << 10  # more only where nothing else fits: an Apple core has some 60 KB, for three threadgroups
+_MAX_REGISTERS = 112
+# By the bytes of an element: with up to so many `registers` a lane has at most some 100 live ones (docs/decode.md), and an
+# M1 core runs two threadgroups of eight simdgroups.
+_COMFORTABLE_REGISTERS = {2: 72, 4: 60}
 _SIMDGROUPS = 8  # of a threadgroup
 _GROUPS_PER_CORE = 2  # threadgroups that a core works on at a time
 # Of a split at least, so that its keys and values are more than its queries and results: rounds of all units, and keys.
@@ -76,6 +78,14 @@ def threadgroup_bytes(variant: Variant, head_dim: int, head_dim_v: int) -> int:
     return max(exchanged, merged, q, 1) * 32 * 8
 
 
+def fits(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> bool:
+    """Does it stay within registers and threadgroup memory?"""
+    return (
+        registers(variant, element_bytes, head_dim, head_dim_v) <= _MAX_REGISTERS
+        and threadgroup_bytes(variant, head_dim, head_dim_v) <= simdgroup.MAX_THREADGROUP_BYTES
+    )
+
+
 @functools.lru_cache(maxsize=512)
 def shapes(rows: int, heads_in_tile: int, element_bytes: int, head_dim: int, head_dim_v: int) -> tuple[Variant, ...]:
     """For tiles of `rows`, in the order in which to try them: the later ones need fewer threads in a group."""
@@ -86,11 +96,16 @@ def shapes(rows: int, heads_in_tile: int, element_bytes: int, head_dim: int, hea
             for slices in (1, 2, 4, 8, 16)
             for keys in (32, 16, 8)
             for variant in [Variant(rows, heads_in_tile, slices, max(simdgroups // slices, 1), keys)]
-            if registers(variant, element_bytes, head_dim, head_dim_v) <= _MAX_REGISTERS
-            and threadgroup_bytes(variant, head_dim, head_dim_v) <= simdgroup.MAX_THREADGROUP_BYTES
+            if fits(variant, element_bytes, head_dim, head_dim_v)
         ]
         found.append(
-            min(tried, key=lambda variant: threadgroup_bytes(variant, head_dim, head_dim_v) > _THREADGROUP_BYTES)
+            min(
+                tried,
+                key=lambda variant: (
+                    registers(variant, element_bytes, head_dim, head_dim_v) > _COMFORTABLE_REGISTERS[element_bytes],
+                    threadgroup_bytes(variant, head_dim, head_dim_v) > _THREADGROUP_BYTES,
+                ),
+            )
         )
     return tuple(dict.fromkeys(found))
 
@@ -101,7 +116,7 @@ def rows_of(p: AttentionProblem) -> int:
         return _MAX_ROWS  # whatever the other sequences of the batch have
     rows = p.max_seqlen_q * (p.heads // p.heads_k)
     tiles = -(-rows // _MAX_ROWS)
-    return next(n for n in (8, 16, _MAX_ROWS) if n * tiles >= rows)
+    return next(n for n in ROWS if n * tiles >= rows)
 
 
 def _tiles(p: AttentionProblem, rows: int) -> tuple[int, int]:
@@ -155,34 +170,81 @@ def _combine_grid(p: AttentionProblem, variant: Variant) -> Grid:
 
 
 _PARTIAL = {"partial_o": "float", "partial_m_l": "float2"}
-DECODE = Kernel(
-    entry="attention_decode",
-    headers=("metal_stdlib", "metal_simdgroup_matrix"),
-    sources=(
-        "codes",
-        "fragment",
-        "scoring",
-        "philox",
-        "dropout",
-        "range",
-        "masking",
-        "kept",
-        "keys",
-        "splits",
-        "slices",
-        "exchange",
-        "attend",
-        "decode",
-    ),
-    buffers={
-        **launch.FORWARD_BUFFERS,
-        **{name: Buffer(kind, optional=True) for name, kind in _PARTIAL.items()},
-    },
-    optional=tuple(OPTIONAL_BUFFERS),
-    parameters=("splits", "partial_rows"),
-    grid=_grid,
-    proof=Proof(decode_trials.decode),
-)
+_PARAMETERS = ("splits", "partial_rows")
+
+
+_LENGTHS = {"short": 2048, "medium": 16384, "long": 65536}  # of keys: classes of calls
+
+
+def _length(p: AttentionProblem) -> int:
+    """Keys. With one split the shape of the kernel does not depend on those of the other sequences."""
+    return _LENGTHS["medium"] if p.num_splits == 1 else p.max_seqlen_k
+
+
+def _problem(rows: int, key: store.Key, device: torch.device | str, small: bool) -> AttentionProblem:
+    """Eight heads that share their keys; of keys so many that there are splits."""
+    dtype, generator = getattr(torch, key.dtype), torch.Generator().manual_seed(0)
+    batch, keys = (2, 1100) if small else (1, {"short": 1024, "medium": 8192, "long": _LENGTHS["long"]}[key.length])
+    queries, heads_k = rows // 8, 1 if small else 4
+
+    def randn(rows: int, heads: int, head_dim: int) -> torch.Tensor:
+        return torch.randn(batch, rows, heads, head_dim, generator=generator).to(device, dtype)
+
+    q, k = randn(queries, 8 * heads_k, key.head_dim), randn(keys, heads_k, key.head_dim)
+    v = randn(keys, heads_k, key.head_dim_v)
+    return AttentionProblem(q, k, v, batch, queries, keys, key.head_dim**-0.5)
+
+
+def _decode(rows: int) -> TunedKernel:
+    """The kernel for tiles of so many rows: their variants do not compare."""
+    return TunedKernel(
+        variants=tuple(
+            Variant(rows, 1, slices, units, keys)
+            for slices in (1, 2, 4, 8, 16)
+            for units in (1, 2, 4, 8)
+            for keys in (8, 16, 32)
+            if 2 <= slices * units <= 16
+        ),
+        fits=fits,
+        default=lambda *shape: shapes(rows, 1, *shape)[0],
+        fallbacks=lambda _variant, *shape: shapes(rows, 1, *shape),
+        variable="MTLFLASHATTN_DECODE_VARIANT",
+        worth_tuning=lambda variant: variant.simdgroups in (_SIMDGROUPS // 2, _SIMDGROUPS),
+        label=f"of {rows} rows",
+        length_of=_length,
+        lengths=_LENGTHS,
+        problem=functools.partial(_problem, rows),
+        run=lambda p, variant: run(p, variant._replace(heads_in_tile=p.heads // p.heads_k)),
+        entry="attention_decode",
+        headers=("metal_stdlib", "metal_simdgroup_matrix"),
+        sources=(
+            "codes",
+            "fragment",
+            "scoring",
+            "philox",
+            "dropout",
+            "range",
+            "masking",
+            "kept",
+            "keys",
+            "splits",
+            "slices",
+            "exchange",
+            "attend",
+            "decode",
+        ),
+        buffers={
+            **launch.FORWARD_BUFFERS,
+            **{name: Buffer(kind, optional=True) for name, kind in _PARTIAL.items()},
+        },
+        optional=tuple(OPTIONAL_BUFFERS),
+        parameters=_PARAMETERS,
+        grid=_grid,
+        proof=Proof(decode_trials.decode),
+    )
+
+
+DECODE = {rows: _decode(rows) for rows in ROWS}
 COMBINE = Kernel(
     entry="attention_combine",
     headers=("metal_stdlib",),
@@ -193,7 +255,7 @@ COMBINE = Kernel(
         "lse": launch.FORWARD_BUFFERS["lse"],
     },
     optional=tuple(OPTIONAL_BUFFERS),
-    parameters=DECODE.parameters,
+    parameters=_PARAMETERS,
     grid=_combine_grid,
     proof=Proof(decode_trials.combine),
 )
@@ -201,7 +263,16 @@ COMBINE = Kernel(
 
 def variants(p: AttentionProblem) -> Iterator[Variant]:
     """What to try for `p`, in order."""
-    yield from shapes(rows_of(p), p.heads // p.heads_k, p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
+    kernel, heads = DECODE[rows_of(p)], p.heads // p.heads_k
+    first = choice.chosen(p, kernel)
+    yield _with_heads(first, heads)
+    for variant in choice.instead(p, kernel, first):
+        yield _with_heads(variant, heads)
+
+
+@functools.lru_cache(maxsize=512)
+def _with_heads(variant: Variant, heads_in_tile: int) -> Variant:
+    return variant._replace(heads_in_tile=heads_in_tile)
 
 
 def run(p: AttentionProblem, variant: Variant) -> Result | None:
@@ -220,7 +291,7 @@ def run(p: AttentionProblem, variant: Variant) -> Result | None:
         }
     outputs = {"out": result.out, "lse": result.lse}
     tensors = {"q": q, "k": p.k, "v": p.v, **outputs, **partial}
-    if not launch.enqueue(DECODE, p, variant, tensors, parameters):
+    if not launch.enqueue(DECODE[variant.rows], p, variant, tensors, parameters):
         return None
     if splits > 1 and not launch.enqueue(COMBINE, p, variant, {**partial, **outputs}, parameters):
         return None
@@ -235,8 +306,9 @@ def limits(p: AttentionProblem) -> list[str]:
     reasons = launch.limits(p, MAX_HEAD_DIM)
     if p.q.shape[-1] > launch.MAX_HEAD_DIM or p.v.shape[-1] > launch.MAX_HEAD_DIM:
         return reasons  # there is no tiled kernel
-    if p.max_seqlen_q > MAX_QUERIES:
-        reasons.append(f"there are more than {MAX_QUERIES} queries")
+    most = few.most(p)
+    if p.max_seqlen_q > most:
+        reasons.append(f"there are more than {most} queries")
     if p.num_splits == 1:
         if p.cu_seqlens_q is not None:
             reasons.append("queries are packed, and num_splits is 1")
@@ -245,7 +317,8 @@ def limits(p: AttentionProblem) -> list[str]:
     return reasons
 
 
-def _run(p: AttentionProblem) -> Result | None:
+def serve(p: AttentionProblem) -> Result | None:
+    """The forward pass, by the variant that is chosen or one in its place. None where none is to be used."""
     for variant in variants(p):
         result = run(p, variant)
         if result is not None:
@@ -253,4 +326,4 @@ def _run(p: AttentionProblem) -> Result | None:
     return None
 
 
-TIER = Tier("decode", SERVES | {"quantised"}, limits, _run, metal=True)
+TIER = Tier("decode", SERVES | {"quantised"}, limits, serve, metal=True)

@@ -10,8 +10,8 @@ import torch
 from ...problem import AttentionProblem
 from .. import reference
 from . import trial
-from .prove import Expected, Trial
 from .specialization import Specialization
+from .trial import Expected, Trial
 
 _SPLITS = 3
 _SPLITS_TO_COMBINE = 6  # more than the simdgroups that take them in turn

@@ -128,8 +128,16 @@ class Kernel(Program):
     grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
 
 
+# Classes of calls, and the longest that each has; "long" has all others, and this is a typical one.
+LENGTHS = {"short": 512, "medium": 2048, "long": 8192}
+
+
 def _always(_variant: Any) -> bool:
     return True
+
+
+def _queries(p: AttentionProblem) -> int:
+    return p.max_seqlen_q
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -145,8 +153,25 @@ class TunedKernel(Kernel):
     variable: str  # of the environment, which forces one
     gradients: frozenset[str] = frozenset()  # of which tensors it computes them; of none: it computes the output
     worth_tuning: Callable[[Any], bool] = _always  # is a variant one of those that `tune` times?
+    label: str = ""  # what tells it from others with its entry, where `tune` keeps what it found
+    # By what `length_of` a call, variants are chosen: a name for each class of them, as `LENGTHS`.
+    length_of: Callable[[AttentionProblem], int] = _queries
+    lengths: Mapping[str, int] = field(default_factory=lambda: LENGTHS)
+    # What is timed of a class, and (small) what shows whether a variant works: of a `store.Key`, a device, and `small`.
+    problem: Callable[[Any, Any, bool], AttentionProblem] | None = None
+    # Runs it, where `launch.run` does not: problem and variant.
+    run: Callable[[AttentionProblem, Any], Any] | None = None
     # What to try in turn where one is refused on this machine, by the arguments of `fits`.
     fallbacks: Callable[[Any, int, int, int], Sequence[Any]] = lambda *_: ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry} {self.label}".strip()
+
+    def class_of(self, p: AttentionProblem) -> str:
+        """The name of the class of calls that `p` is one of."""
+        length = self.length_of(p)
+        return "short" if length <= self.lengths["short"] else "medium" if length <= self.lengths["medium"] else "long"
 
     def fitting(self, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Any]:
         """Those that these head dims allow."""

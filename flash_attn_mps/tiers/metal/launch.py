@@ -12,7 +12,7 @@ import torch
 from ... import quantised
 from ...philox import threshold
 from ...problem import AttentionProblem, Result
-from . import compiler
+from . import compiler, recording
 from .kernel import Buffer, Grid, Kernel, Parameters
 from .specialization import Mask, Specialization
 
@@ -76,7 +76,7 @@ def enqueue(
     if compiled is None:
         return False
     threads, group_size = kernel.grid(p, variant)
-    compiled(*values, threads=threads, group_size=group_size)
+    recording.enqueue(compiled, values, threads, group_size)
     return True
 
 

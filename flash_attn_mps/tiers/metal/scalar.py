@@ -8,7 +8,7 @@ from ...problem import AttentionProblem, Result
 from ..tier import Tier
 from . import launch, trial
 from .kernel import OPTIONAL_BUFFERS, SERVES, Grid, Kernel
-from .prove import Proof, Trial
+from .prove import Proof
 from .specialization import Specialization
 
 
@@ -23,7 +23,7 @@ def _grid(p: AttentionProblem, variant: Variant) -> Grid:
     return launch.tiles_of_queries(p, variant.threads, variant.threads)
 
 
-def _trial(s: Specialization) -> Trial:
+def _trial(s: Specialization) -> trial.Trial:
     return trial.forward(s, s.variant.threads + 19, s.variant.threads + 14)
 
 

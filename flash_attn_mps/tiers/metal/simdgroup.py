@@ -9,7 +9,7 @@ from ...problem import AttentionProblem, Result
 from ..tier import Tier
 from . import backward, gpu, launch, trial, tune, variants
 from .kernel import OPTIONAL_BUFFERS, SERVES, Grid, TunedKernel
-from .prove import Proof, Trial
+from .prove import Proof
 from .specialization import Specialization
 
 
@@ -70,7 +70,7 @@ def fallbacks(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: i
     return [usual, usual._replace(staged=not usual.staged), small, small._replace(keys=8)]
 
 
-def _trial(s: Specialization) -> Trial:
+def _trial(s: Specialization) -> trial.Trial:
     """Work for all simdgroups of a group, and a tail. There are more queries than keys: the first may see none."""
     queries, keys = s.variant.rows * s.variant.simdgroups, s.variant.keys
     seqlen_q = max(queries + 19, 2 * keys + 18)
@@ -117,7 +117,8 @@ FORWARD = TunedKernel(
 )
 
 
-def _run(p: AttentionProblem) -> Result | None:
+def serve(p: AttentionProblem) -> Result | None:
+    """The forward pass, by the variant that is chosen or one in its place. None where none is to be used."""
     variant = variants.chosen(p, FORWARD, tune.briefly)
     result = launch.run(p, FORWARD, variant)
     if result is None:
@@ -130,7 +131,7 @@ TIER = Tier(
     "simdgroup",
     SERVES | {"dropout", "quantised"},
     launch.limits,
-    _run,
+    serve,
     backward.SERVES_BACKWARD,
     backward.run,
     metal=True,

@@ -20,23 +20,22 @@ import torch
 
 from ...problem import AttentionProblem
 from . import gpu, specialization
-from .kernel import Kernel
+from .kernel import LENGTHS, TunedKernel
 
 CACHE = "MTLFLASHATTN_CACHE"
 _FORMAT = 2
 _WINNERS = "winners"  # the section of the variants
-LENGTHS = {"short": 512, "medium": 2048, "long": 8192}  # class -> its longest (long: its typical) number of queries
 MASKS = ("full", "causal", "window")
 
 
 class Key(NamedTuple):
     """What decides which variant is fastest: a kernel and a class of its calls."""
 
-    kernel: str  # its entry
+    kernel: str  # its name
     dtype: str  # torch's name, without "torch."
     head_dim: int
     head_dim_v: int
-    length: str  # of LENGTHS, by the number of queries
+    length: str  # of LENGTHS
     mask: str  # of MASKS
 
     def __str__(self) -> str:
@@ -44,12 +43,10 @@ class Key(NamedTuple):
         return f"{self.kernel} {self.dtype} {dims} {self.length} {self.mask}"
 
 
-def key_of(p: AttentionProblem, kernel: Kernel) -> Key:
-    length = (
-        "short" if p.max_seqlen_q <= LENGTHS["short"] else "medium" if p.max_seqlen_q <= LENGTHS["medium"] else "long"
-    )
+def key_of(p: AttentionProblem, kernel: TunedKernel) -> Key:
     mask = "window" if p.window_left >= 0 else "causal" if p.window_right >= 0 else "full"
-    return Key(kernel.entry, str(p.q.dtype).removeprefix("torch."), p.q.shape[-1], p.v.shape[-1], length, mask)
+    dtype = str(p.q.dtype).removeprefix("torch.")
+    return Key(kernel.name, dtype, p.q.shape[-1], p.v.shape[-1], kernel.class_of(p), mask)
 
 
 class Winner(NamedTuple):

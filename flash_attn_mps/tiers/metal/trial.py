@@ -9,38 +9,59 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
 from ... import quantised
 from ...problem import AttentionProblem
 from .. import reference
-from .prove import Expected, Trial
 from .specialization import Specialization
 
-DTYPES = {
+_DTYPES = {
     "half": torch.float16,
     "bfloat": torch.bfloat16,
     "float": torch.float32,
     "uchar": torch.bool,
-    "int": torch.int32,
-    "long": torch.int64,
 }
-CODES = {"e4m3": torch.uint8, "e5m2": torch.float8_e5m2, "int8": torch.int8}  # uint8: MPS has no float8_e4m3fn
+_CODES = {"e4m3": torch.uint8, "e5m2": torch.float8_e5m2, "int8": torch.int8}  # uint8: MPS has no float8_e4m3fn
 
 _PAGE = 16
 _UNUSED, _BEHIND = 2, 3  # rows that seqused_q, seqused_k leave out of a packed sequence; rows behind the last sequence
 _WINDOW_RIGHT = 3
 _SOFTCAP = 20.0
-_LARGE_SCORE = (
-    256.0  # of every other query of the last head: half a unit in its last place is 6 % of a probability in float16
-)
+# Of every other query of the last head: half a unit in its last place is 6 % of a probability in float16.
+_LARGE_SCORE = 256.0
 _LARGE_K = 2.0
 _LARGE_V, _SPREAD_V = 8000.0, 2000.0  # of the last column of v: the sum of nine exceeds float16
 _DROPOUT, _SEED = 0.25, 0x123456789ABCDEF
 _NAN = float("nan")
 _CPU = torch.device("cpu")
+
+
+class Expected(NamedTuple):
+    """What a tensor should hold, and by how much rounding may change that (broadcasts). On the CPU.
+
+    `of`: what is held against `value` instead of the tensor, made of all tensors that are expected to be written.
+    """
+
+    value: torch.Tensor
+    allowed: torch.Tensor | float
+    of: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = None
+
+
+class Trial(NamedTuple):
+    """One launch of a kernel, and what it must come to. All tensors are on the CPU; `prove` moves them.
+
+    `tensors`: the kernel's own buffers, outputs included (`unwritten`). `expected`: of those that it writes.
+    """
+
+    problem: AttentionProblem
+    tensors: Mapping[str, torch.Tensor | None]
+    expected: Mapping[str, Expected]
+    parameters: Mapping[str, int] = MappingProxyType({})
 
 
 def forward(s: Specialization, seqlen_q: int, seqlen_k: int, *, heads: int = 2) -> Trial:
@@ -126,9 +147,9 @@ def problem(s: Specialization, seqlen_q: int, seqlen_k: int, *, seen: bool = Tru
         max(lengths) + (_UNUSED if {f"cu_seqlens_{x}", f"seqused_{x}"} <= has else 0)
         for x, lengths in (("q", lengths_q), ("k", lengths_k))
     ]
-    dtype = DTYPES[s.dtype]
+    dtype = _DTYPES[s.dtype]
     q = rows((*shape_q, heads, s.head_dim), s.vector, dtype)
-    kv_dtype = CODES[s.kv_format] if s.kv_format else dtype
+    kv_dtype = _CODES[s.kv_format] if s.kv_format else dtype
     k = rows((*shape_k, 1, s.head_dim), s.vector, kv_dtype)
     v = rows((*shape_k, 1, s.head_dim_v), s.vector_v, kv_dtype)
     unit = 1.0 if not s.kv_format else 2.0**-5 if s.kv_format == "int8" else 0.5
@@ -158,7 +179,7 @@ def problem(s: Specialization, seqlen_q: int, seqlen_k: int, *, seen: bool = Tru
     if "sinks" in has:
         tensors["sinks"] = _normal(generator, heads)
     if "softmax_scale" in has:
-        tensors["softmax_scale"] = torch.tensor(scale, dtype=DTYPES[s.scale_type], device=_CPU)
+        tensors["softmax_scale"] = torch.tensor(scale, dtype=_DTYPES[s.scale_type], device=_CPU)
     if s.mask is not None:
         mask = _mask(s, (batch, longest[0], longest[1]), strange, seen, generator)
         tensors["mask"] = mask.expand(batch, heads, *mask.shape[2:])
@@ -258,7 +279,7 @@ def _mask(
     """`(batch, 1, queries, keys)` in memory as `s.mask` has it: blocks hidden and unaltered, a row of nothing."""
     assert s.mask is not None
     batch, queries, keys = shape
-    kind, dtype = s.mask, DTYPES[s.mask.type]
+    kind, dtype = s.mask, _DTYPES[s.mask.type]
     row_count, column_count = (1 if kind.rows_are_one else queries), (1 if kind.columns_are_one else keys)
     shown = torch.rand((batch, row_count, column_count), generator=generator, device=_CPU) > 0.3
     values = torch.randn((batch, row_count, column_count), generator=generator, device=_CPU)

@@ -57,10 +57,8 @@ def keys(
     kernel: TunedKernel, dtypes: Sequence[str], head_dims: Sequence[int], lengths: Sequence[str], masks: Sequence[str]
 ) -> list[Key]:
     """All combinations; those that share their compiled kernels follow each other."""
-    entry = kernel.entry
-    return [
-        Key(entry, t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths
-    ]
+    name = kernel.name
+    return [Key(name, t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths]
 
 
 def candidates(key: Key, kernel: TunedKernel) -> list[Any]:
@@ -73,7 +71,7 @@ def launched(trial: Trial, kernel: TunedKernel, variant: Any) -> Sequence[torch.
     """What the kernel computes by that variant. None where it does not compile."""
     p, out, lse, dout = trial
     if out is None or lse is None or dout is None:
-        result = launch.run(p, kernel, variant)
+        result = launch.run(p, kernel, variant) if kernel.run is None else kernel.run(p, variant)
         return None if result is None else (result.out,)
     # *Rows*, which runs before, is small beside them.
     each_head = backward.each_head(p, variant)
@@ -94,10 +92,10 @@ def tune(
     """The fastest of `candidates` and the default, for calls of class `key`. `tick` is called once for each."""
     default = kernel.default(*_shape(key))
     refused = {}
-    small = _trial(_problem(key, device, 2, _SMALL, 2), kernel)
+    small = _trial(_problem(key, kernel, device, True), kernel)
     exact = _exact(small, kernel)
     calls = {}
-    trial = _trial(_problem(key, device, *_LENGTHS[key.length]), kernel)
+    trial = _trial(_problem(key, kernel, device, False), kernel)
     for variant in dict.fromkeys([default, *candidates]):
         reason = _refusal(functools.partial(run, small, kernel, variant), exact, small)
         if reason:
@@ -164,7 +162,10 @@ def _neighbours(variant: Any, key: Key, kernel: TunedKernel) -> list[Any]:
     ]
 
 
-def _problem(key: Key, device: torch.device | str, batch: int, length: int, heads: int) -> AttentionProblem:
+def _problem(key: Key, kernel: TunedKernel, device: torch.device | str, small: bool) -> AttentionProblem:
+    if kernel.problem is not None:
+        return kernel.problem(key, device, small)
+    batch, length, heads = (2, _SMALL, 2) if small else _LENGTHS[key.length]
     dtype = getattr(torch, key.dtype)
     generator = torch.Generator().manual_seed(0)
 

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...problem import AttentionProblem
-from . import store
+from . import recording, store
 from .kernel import TunedKernel
 
 TUNE = "MTLFLASHATTN_TUNE"
 
-_SHORT, _MEDIUM = store.LENGTHS["short"], store.LENGTHS["medium"]
 _chosen: dict[tuple, Any] = {}  # by kernel and class of calls
 _stored: dict[store.Key, store.Winner] | None = None  # None: the file has not been read
 
@@ -27,9 +26,8 @@ def chosen(
     `tuned`, where there is such a function, finds the fastest if `MTLFLASHATTN_TUNE` asks for it. Raises
     `NotImplementedError` where the kernel's variable names a variant that these head dims do not allow.
     """
-    q, queries = p.q, p.max_seqlen_q
-    length = 0 if queries <= _SHORT else 1 if queries <= _MEDIUM else 2
-    call = (kernel, q.dtype, q.shape[-1], p.v.shape[-1], length, p.window_left >= 0, p.window_right >= 0)
+    q = p.q
+    call = (kernel, q.dtype, q.shape[-1], p.v.shape[-1], kernel.class_of(p), p.window_left >= 0, p.window_right >= 0)
     variant = _chosen.get(call)
     if variant is None:
         variant = _chosen[call] = _choose(p, kernel, tuned)
@@ -51,6 +49,7 @@ def forget() -> None:
     global _stored
     _chosen.clear()
     _stored = None
+    recording.forget()
 
 
 def _choose(

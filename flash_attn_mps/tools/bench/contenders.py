@@ -66,9 +66,29 @@ def build(workload: Workload, x: Inputs) -> problem.AttentionProblem:
     options = describe.CallOptions(causal=workload.causal, window_size=(workload.window, -1))
     if workload.packed:
         p = describe.varlen(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, options)
+    elif workload.kind == "decode":
+        p = _cached(workload, x, options)
     else:
         p = describe.dense(x.q, x.k, x.v, options)
     return dataclasses.replace(p, needs_grad=True, want_lse=True) if workload.training else p
+
+
+def _cached(workload: Workload, x: Inputs, options: describe.CallOptions) -> problem.AttentionProblem:
+    """As `flash_attn_with_kvcache` describes it: the lengths are on the device."""
+    batch, (queries, keys) = len(workload.lengths), workload.lengths[0]
+    return problem.AttentionProblem(
+        x.q,
+        x.k,
+        x.v,
+        batch,
+        queries,
+        keys,
+        **options.checked(x.q, batch),
+        seqused_k=x.seqused,
+        block_table=x.block_table,
+        k_descale=x.descale,
+        v_descale=x.descale,
+    )
 
 
 def by_tier(tier: Tier, workload: Workload, x: Inputs) -> tuple[torch.Tensor, ...] | None:
@@ -138,26 +158,33 @@ def _stock(workload: Workload, x: Inputs) -> Callable[[], torch.Tensor]:
             return out[0].transpose(0, 1)
 
         return lambda: torch.cat([one(*qkv) for qkv in zip(q, k, v, strict=True)])
+    if workload.codes:
+        raise Unsupported("does not read quantised caches")
     q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
     queries, keys = workload.lengths[0]
     mask = None
-    if workload.window >= 0:
+    if workload.window >= 0 or (workload.causal and 1 < queries < keys):  # its is_causal aligns first with first
         distance = (
             torch.arange(queries, device=q.device)[:, None] + keys - queries - torch.arange(keys, device=q.device)
         )
-        mask = (distance >= 0) & (distance <= workload.window)
+        mask = (distance >= 0) & (distance <= (workload.window if workload.window >= 0 else keys))
     causal = workload.causal and mask is None and queries > 1
 
-    def call() -> torch.Tensor:
+    def call(k: torch.Tensor = k, v: torch.Tensor = v) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa).transpose(1, 2)
 
-    return call
+    table = x.block_table
+    if table is None:
+        return call
+    # It has no pages: they are gathered for each call.
+    return lambda: call(*(pages[table].flatten(1, 2).transpose(1, 2) for pages in (x.k, x.v)))
 
 
 def _flash_attn_like(name: str, hub: bool = False) -> Callable[[Workload, Inputs], Call]:
     """A package with FlashAttention-2's functions."""
 
     def prepare(workload: Workload, x: Inputs) -> Callable[[], torch.Tensor]:
+        _needs_plain_cache(workload)
         module = importlib.import_module("kernels").get_kernel(name) if hub else importlib.import_module(name)
         wanted = fa2.flash_attn_varlen_func if workload.packed else fa2.flash_attn_func
         function = getattr(module, wanted.__name__, None)
@@ -174,7 +201,13 @@ def _flash_attn_like(name: str, hub: bool = False) -> Callable[[Workload, Inputs
     return _differentiated(prepare)
 
 
+def _needs_plain_cache(workload: Workload) -> None:
+    if workload.page_size or workload.codes:
+        raise Unsupported("is not timed on pages and quantised caches")
+
+
 def _mps_flash_attn(workload: Workload, x: Inputs) -> Callable[[], torch.Tensor]:
+    _needs_plain_cache(workload)
     if workload.packed:
         raise Unsupported("does not support packed sequences")
     function = importlib.import_module("mps_flash_attn").flash_attention

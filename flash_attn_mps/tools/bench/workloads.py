@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from ... import quantised
+
 KINDS = {
     "prefill": "a prompt, or an encoder",
-    "decode": "one query against a cache",
+    "decode": "a few queries against a cache: dense, in pages, quantised",
     "varlen": "packed sequences of mixed length",
     "window": "sliding-window attention",
     "training": "forward and backward, as a step of training needs them",
@@ -28,6 +30,8 @@ class Workload(NamedTuple):
     lengths: tuple[tuple[int, int], ...]
     causal: bool = True
     window: int = -1  # keys to the left of a query; -1 is open
+    page_size: int = 0  # keys and values are in pages of so many, which lie in no order
+    codes: str = ""  # the dtype of quantised keys and values: "int8", or "uint8" for float8_e4m3fn
 
     @property
     def packed(self) -> bool:
@@ -46,8 +50,10 @@ class Workload(NamedTuple):
             what = f"B{len(self.lengths)} L{keys}" if queries == keys else f"B{len(self.lengths)} {queries}x{keys}"
         mask = f"window {self.window}" if self.window >= 0 else "causal" if self.causal and queries > 1 else ""
         passes = "fwd+bwd" if self.training else ""
+        pages = f"pages of {self.page_size}" if self.page_size else ""
+        codes = {"": "", "uint8": "e4m3 cache"}.get(self.codes, f"{self.codes} cache")
         size = f"H{self.heads}/{self.heads_k} D{self.head_dim}"
-        return " ".join(filter(None, (what, size, _SHORT[self.dtype], mask, passes)))
+        return " ".join(filter(None, (what, size, _SHORT[self.dtype], mask, pages, codes, passes)))
 
     @property
     def pairs(self) -> int:
@@ -66,10 +72,10 @@ class Workload(NamedTuple):
     def bytes(self) -> int:
         """q, k and v read once, the output written once; in training these and its gradient read again for theirs."""
         queries, keys = (sum(lengths) for lengths in zip(*self.lengths, strict=True))
-        elements = 2 * queries * self.heads + 2 * keys * self.heads_k
-        if self.training:
-            elements += 4 * queries * self.heads + 4 * keys * self.heads_k
-        return elements * self.head_dim * getattr(torch, self.dtype).itemsize
+        of_q, of_k = 2 * queries * self.heads * self.head_dim, 2 * keys * self.heads_k * self.head_dim
+        times = 3 if self.training else 1
+        itemsize = getattr(torch, self.dtype).itemsize
+        return times * (of_q * itemsize + of_k * (1 if self.codes else itemsize))
 
 
 def _pairs(queries: int, keys: int, causal: bool, window: int) -> int:
@@ -83,7 +89,8 @@ def _pairs(queries: int, keys: int, causal: bool, window: int) -> int:
 class Inputs:
     """`(batch, seqlen, heads, head_dim)`, or packed `(total, heads, head_dim)` with `cu_seqlens`.
 
-    `dout`: the gradient of the output, in training.
+    k and v are pages `(num_blocks, page_size, heads_k, head_dim)` with `block_table`, codes with `descale`
+    `(batch, heads_k)`. `dout`: the gradient of the output, in training.
     """
 
     q: torch.Tensor
@@ -92,6 +99,9 @@ class Inputs:
     dout: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
     max_seqlen: int = 0
+    block_table: torch.Tensor | None = None
+    descale: torch.Tensor | None = None
+    seqused: torch.Tensor | None = None  # how many keys of each sequence count, where it is a cache
 
 
 def inputs(workload: Workload, device: torch.device | str) -> Inputs:
@@ -106,10 +116,33 @@ def inputs(workload: Workload, device: torch.device | str) -> Inputs:
     q, k, v = randn(0, workload.heads), randn(1, workload.heads_k), randn(1, workload.heads_k)
     dout = randn(0, workload.heads) if workload.training else None
     if not workload.packed:
-        return Inputs(q, k, v, dout)
+        x = Inputs(q, k, v, dout)
+        if workload.kind == "decode":
+            x.seqused = torch.tensor([keys for _, keys in workload.lengths], dtype=torch.int32).to(device)
+        if workload.codes:
+            _quantise(x, getattr(torch, workload.codes))
+        if workload.page_size:
+            _to_pages(x, workload.page_size, generator)
+        return x
     lengths = torch.tensor([queries for queries, _ in workload.lengths])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
     return Inputs(q, k, v, dout, cu_seqlens, int(lengths.max()))
+
+
+def _quantise(x: Inputs, dtype: torch.dtype) -> None:
+    form = quantised.FORMATS[dtype]
+    unit = 4.0 / form.largest  # of numbers that are hardly ever larger than 4
+    x.k, x.v = (quantised.encoded(t.float() / unit, dtype).view(dtype) for t in (x.k, x.v))
+    x.descale = torch.full((x.k.shape[0], x.k.shape[2]), unit, dtype=torch.float32, device=x.k.device)
+
+
+def _to_pages(x: Inputs, page_size: int, generator: torch.Generator) -> None:
+    """In a random order."""
+    batch, keys = x.k.shape[:2]
+    count = batch * keys // page_size
+    order = torch.randperm(count, generator=generator).to(x.k.device)
+    x.k, x.v = (t.reshape(count, page_size, *t.shape[2:])[order] for t in (x.k, x.v))
+    x.block_table = order.argsort().int().view(batch, -1)
 
 
 def _same(batch: int, length: int, keys: int | None = None) -> tuple[tuple[int, int], ...]:
@@ -132,6 +165,7 @@ def _for_cpu(full: bool) -> list[Workload]:
     found += [
         Workload("prefill", "bfloat16", 64, 8, 2, _same(1, 1024)),
         Workload("decode", "float32", 64, 8, 2, _same(4, 1, 2048)),
+        Workload("decode", "bfloat16", 64, 8, 2, _same(4, 1, 2048), page_size=16, codes="int8"),
         Workload("varlen", "float32", 64, 8, 8, _mixed(8, 512)),
         Workload("window", "float32", 64, 8, 8, _same(1, 2048), window=256),
         *(Workload("training", "float32", 64, 8, 8, _same(1, 512), causal) for causal in (True, False)),
@@ -150,7 +184,20 @@ def _for_cpu(full: bool) -> list[Workload]:
 def _for_gpu(full: bool) -> list[Workload]:
     found = [Workload("prefill", "float16", d, 16, 8, _same(1, n)) for d in (64, 128) for n in (512, 2048, 8192)]
     found += [Workload("prefill", "float16", 128, 16, 8, _same(1, 2048), causal=False)]
-    found += [Workload("decode", "float16", 128, 32, 8, _same(b, 1, n)) for b, n in ((1, 4096), (8, 4096), (1, 32768))]
+    found += [
+        Workload("decode", "float16", 128, 32, 8, _same(batch, queries, keys), **cache)
+        for batch, queries, keys, cache in (
+            (1, 1, 1024, {}),
+            (1, 1, 8192, {}),
+            (1, 1, 131072, {}),
+            (1, 4, 8192, {}),
+            (1, 16, 8192, {}),
+            (16, 1, 8192, {}),
+            (16, 1, 8192, {"page_size": 16}),
+            (16, 1, 8192, {"codes": "int8"}),
+            (16, 1, 8192, {"page_size": 16, "codes": "uint8"}),
+        )
+    ]
     found += [Workload("varlen", "float16", 128, 16, 8, _mixed(16, 2048))]
     found += [Workload("window", "float16", 128, 16, 8, _same(1, 8192), window=1024)]
     found += [
@@ -166,8 +213,15 @@ def _for_gpu(full: bool) -> list[Workload]:
         ]
         found += [Workload("prefill", "float16", d, 16, 16, _same(1, 4096)) for d in (40, 96, 160, 192, 256)]
         found += [
-            Workload("decode", "bfloat16", d, 32, 8, _same(4, 1, n)) for d in (64, 128, 256) for n in (1024, 8192)
+            Workload("decode", "bfloat16", 128, 32, 8, _same(batch, queries, keys), **cache)
+            for batch in (1, 16)
+            for queries in (1, 4, 16)
+            for keys in (1024, 8192, 32768, 131072)
+            for cache in ({}, {"page_size": 16}, {"codes": "int8"}, {"codes": "uint8"})
+            if batch * keys <= 16 * 32768
         ]
+        found += [Workload("decode", "bfloat16", d, 32, 8, _same(4, 1, 8192)) for d in (64, 256, 512)]
+        found += [Workload("decode", "bfloat16", 128, 32, n, _same(4, 1, 8192)) for n in (4, 32)]
         found += [Workload("varlen", "bfloat16", d, 16, 8, _mixed(64, 4096)) for d in (64, 128)]
         found += [
             Workload("window", "bfloat16", d, 16, 8, _same(1, n), window=1024) for d in (64, 128) for n in (4096, 16384)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...tiers import BY_NAME, Tier, cpu
-from ...tiers.metal import backward, decode, simdgroup
+from ...tiers.metal import backward_kernels, decode, few, simdgroup
 
 TILED = simdgroup.TIER  # a case of it that names a variant runs that: of the forward kernel, or of those of gradients
 
@@ -165,7 +165,11 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
                 for names in (_OF_VARIANTS, _OF_BACKWARD_VARIANTS):
                     plain = [Case(TILED.name, dtype, *dims, name) for name in names[:count]]
                     for name, variant in variants(plain[0]).items():
-                        if level == "full" or not FEATURES[names[0]].gradients or backward.KEYS.worth_tuning(variant):
+                        if (
+                            level == "full"
+                            or not FEATURES[names[0]].gradients
+                            or backward_kernels.KEYS.worth_tuning(variant)
+                        ):
                             yield from (case._replace(variant=name) for case in plain)
     few = _USUAL if level == "full" else head_dims[:2]
     # The tiled kernel is covered above. The cpu tier is PyTorch's own code, which needs no test on a Mac.
@@ -180,7 +184,7 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
 def _is_few(feature: Feature) -> bool:
     """Does the decode tier serve it?"""
     queries, keys = map(max, zip(*feature.lengths, strict=True))
-    return queries <= decode.MAX_QUERIES and keys >= decode.MIN_KEYS
+    return queries <= few.DEFAULT and keys >= decode.MIN_KEYS
 
 
 def _served(tier: Tier) -> Iterator[str]:
@@ -194,5 +198,5 @@ def variants(case: Case) -> dict[str, Any]:
     shape = getattr(torch, case.dtype).itemsize, case.head_dim, case.head_dim_v
     if not FEATURES[case.feature].gradients:
         return {str(variant): variant for variant in simdgroup.FORWARD.fitting(*shape)}
-    of_queries = set(backward.QUERIES.fitting(*shape))
-    return {str(v): v for v in backward.KEYS.fitting(*shape) if v._replace(split=False) in of_queries}
+    of_queries = set(backward_kernels.QUERIES.fitting(*shape))
+    return {str(v): v for v in backward_kernels.KEYS.fitting(*shape) if v._replace(split=False) in of_queries}

@@ -8,7 +8,7 @@ import torch
 
 from flash_attn_mps.problem import DIFFERENTIABLE
 from flash_attn_mps.tiers.metal import backward
-from flash_attn_mps.tiers.metal.backward import Variant
+from flash_attn_mps.tiers.metal.backward_kernels import Variant
 from tests.attention import oracle
 from tests.attention.layouts import laid_out
 from tests.attention.rule import assert_within_rule, largest
@@ -40,7 +40,8 @@ class Backward:
     @property
     def names(self) -> list[str]:
         """Of the tensors whose gradient Metal computes."""
-        return [name for name in DIFFERENTIABLE[:4] if getattr(self.call.problem, name) is not None]
+        tensors = {name: getattr(self.call.problem, name) for name in DIFFERENTIABLE}
+        return [name for name, t in tensors.items() if t is not None and t.is_floating_point()]
 
     def expected(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The oracle's gradients, computed in `dtype`."""
@@ -51,11 +52,17 @@ class Backward:
             leaves["k"][s.place_k], leaves["v"][s.place_k] = s.k.to(dtype), s.v.to(dtype)
         if p.sinks is not None:
             leaves["sinks"] = p.sinks.to(dtype).clone()
+        if "mask" in self.names:
+            leaves["mask"] = p.mask.to(dtype).clone()
         for leaf in leaves.values():
             leaf.requires_grad_()
-        total = sum(leaf.sum() * 0.0 for leaf in leaves.values())
-        for s in self.call.sequences:
+        whole = (p.batch, p.heads, p.max_seqlen_q, p.max_seqlen_k)
+        mask = leaves["mask"].expand(whole) if "mask" in leaves else None
+        total = sum(leaf.nan_to_num(0.0, 0.0, 0.0).sum() * 0.0 for leaf in leaves.values())
+        for b, s in enumerate(self.call.sequences):
             how = {**s.how, "sinks": leaves.get("sinks")}
+            if mask is not None:
+                how["mask"] = mask[b, :, : s.q.shape[0], : s.k.shape[0]]
             out, lse, _ = oracle.one_sequence(
                 leaves["q"][s.place], leaves["k"][s.place_k], leaves["v"][s.place_k], **how
             )

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from flash_attn_mps.tiers.metal import backward
-from flash_attn_mps.tiers.metal.backward import Variant
+from flash_attn_mps.tiers.metal import backward_kernels
+from flash_attn_mps.tiers.metal.backward_kernels import Variant
 from tests.attention.pairwise import pairwise
 from tests.metal.calls import Spec, draw
 
@@ -65,7 +65,7 @@ def cases_of_every_variant() -> list[dict]:
     shape = ("held", "simdgroups", "passing", "staged", "operands", "split")
     names = {pair: name for name, pair in OPERANDS.items()}
     for dtype, dims in ((torch.float16, (64, 64)), (torch.float32, (20, 13)), (torch.bfloat16, (192, 128))):
-        for variant in backward.KEYS.fitting(dtype.itemsize, *dims):
+        for variant in backward_kernels.KEYS.fitting(dtype.itemsize, *dims):
             held, simdgroups, passing, staged, in_registers, reload, split = variant
             levels = (held, simdgroups, passing, staged, names[in_registers, reload], split)
             other = others[len(chosen) % len(others)]
@@ -79,7 +79,7 @@ def variants(case: dict) -> tuple[Variant, Variant]:
     staged = case["staged"] and simdgroups > 1
     variant = Variant(held, simdgroups, passing, staged, *OPERANDS[case["operands"]], case["split"])
     element_bytes = case["dtype"].itemsize
-    while not backward.KEYS.fits(variant, element_bytes, *case["dims"]):
+    while not backward_kernels.KEYS.fits(variant, element_bytes, *case["dims"]):
         if variant.passing > 8:
             variant = variant._replace(passing=8)
         elif variant.held > 8:

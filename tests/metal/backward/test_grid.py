@@ -13,13 +13,18 @@ from tests.attention.pairwise import case_id
 from . import grid
 
 SMALL = {
-    "dims": [(64, 64), (13, 20)],
+    "dims": [(32, 16), (13, 20)],
     "dtype": [torch.float16, torch.float32],
+    "storage": ["dense", "varlen-used", "dense-used"],
+    "heads": [(4, 2), (3, 1)],
     "window": [(-1, -1), (-1, 0), (8, 1)],
     "alibi": [None, "BH"],
     "mask": [None, "bool", "float32"],
     "broadcast": ["", "hq"],
+    "mask_layout": ["rows", "columns"],
+    "scale": [None, -0.2],
     "layout": ["contiguous", "strided_last", "offset"],
+    "dout": ["transposed", "expanded"],
     "passing": [8, 16],
     "simdgroups": [1, 2],
 }

@@ -12,7 +12,8 @@
 // rows are loaded once, as rows, and serve as left operands first and as right ones then; what is transposed is ds and p, two
 // elements a lane.
 //
-// NEEDS_DP: is ds computed, and with it y? HAS_DA, HAS_DB: which gradients of held rows are wanted.
+// NEEDS_DP: is ds computed, and with it y? HAS_DA, HAS_DB: which gradients of held rows are wanted. HAS_DM: of the mask, which is
+// ds itself: backward_mask.metal.
 
 constant constexpr bool KEEPS_C = !RELOAD && HAS_DA;  // do passing fragments stay in registers until they are needed again?
 constant constexpr bool KEEPS_E = !RELOAD && HAS_DB && NEEDS_DP;
@@ -57,8 +58,14 @@ struct Held {
 #if HAS_DB
   Accumulator db[HELD_FRAGMENTS][DV_FRAGMENTS];
 #endif
+#if HAS_DM
+  Accumulator dm[HELD_FRAGMENTS];  // passing rows by held ones
+#endif
 #if !OF_KEYS
   float4 terms[HELD_FRAGMENTS][2];  // of the queries of this lane's two columns
+#endif
+#if HAS_MASK && STAGED
+  int turn;  // of the votes about a run of blocks
 #endif
 #if HAS_DROPOUT
   Kept kept;
@@ -91,61 +98,6 @@ struct Passing {
 #if OF_KEYS
   device const float4* terms;  // of the sequence's queries
 #endif
-};
-
-// x += passing held^T, slab by slab. With KEEPS the passing fragments are left in `kept`.
-template <typename S, bool OF_A, bool KEEPS>
-struct Product {
-  template <typename Row>
-  METAL_FUNC static void run(
-      thread Accumulator (&x)[HELD_FRAGMENTS], thread HeldOperands& held, Row row, thread Operand* kept, Lane lane) {
-    Operand passing[S::W];
-    S::load_right_slab(passing, row, lane);
-    if (KEEPS) UNROLL for (int f = 0; f < S::W; ++f) kept[S::FRAGMENT + f] = passing[f];
-    UNROLL for (int r = 0; r < HELD_FRAGMENTS; ++r) {
-      Operand right[S::W];
-      held.template get<OF_A, S::FRAGMENT, S::W>(right, r);
-      UNROLL for (int f = 0; f < S::W; ++f) simdgroup_multiply_accumulate(x[r], passing[f], right[f], x[r]);
-    }
-    Product<typename S::Rest, OF_A, KEEPS>::run(x, held, row, kept, lane);
-  }
-};
-template <int DIM, int ALIGNED, int FIRST, bool OF_A, bool KEEPS>
-struct Product<Slab<DIM, ALIGNED, FIRST, END>, OF_A, KEEPS> {
-  template <typename Row>
-  METAL_FUNC static void run(thread Accumulator (&)[HELD_FRAGMENTS], thread HeldOperands&, Row, thread Operand*, Lane) {}
-};
-
-// to += w passing, w being a left operand. KEPT: the passing fragments are in `kept`. With `tested` a lane that has `cleans` takes
-// elements that are not finite for zero, since 0 * NaN is NaN.
-template <typename S, int FRAGMENTS, bool KEPT>
-struct Gather {
-  template <typename Row>
-  METAL_FUNC static void run(
-      thread Accumulator (&to)[HELD_FRAGMENTS][FRAGMENTS], thread Operand (&w)[HELD_FRAGMENTS], Row row,
-      thread Operand* kept, bool tested, bool cleans, Lane lane) {
-    Operand passing[S::W];
-    if (KEPT) {
-      UNROLL for (int f = 0; f < S::W; ++f) passing[f] = kept[S::FRAGMENT + f];
-    } else {
-      S::load_right_slab(passing, row, lane);
-    }
-    if (tested) {
-      UNROLL for (int f = 0; f < S::W; ++f)
-        UNROLL for (int i = 0; i < 2; ++i)
-          if (cleans && !isfinite(float(passing[f].thread_elements()[i]))) passing[f].thread_elements()[i] = T(0.0f);
-    }
-    UNROLL for (int f = 0; f < S::W; ++f)
-      UNROLL for (int r = 0; r < HELD_FRAGMENTS; ++r)
-        simdgroup_multiply_accumulate(to[r][S::FRAGMENT + f], w[r], passing[f], to[r][S::FRAGMENT + f]);
-    Gather<typename S::Rest, FRAGMENTS, KEPT>::run(to, w, row, kept, tested, cleans, lane);
-  }
-};
-template <int DIM, int ALIGNED, int FIRST, int FRAGMENTS, bool KEPT>
-struct Gather<Slab<DIM, ALIGNED, FIRST, END>, FRAGMENTS, KEPT> {
-  template <typename Row>
-  METAL_FUNC static void run(
-      thread Accumulator (&)[HELD_FRAGMENTS][FRAGMENTS], thread Operand (&)[HELD_FRAGMENTS], Row, thread Operand*, bool, bool, Lane) {}
 };
 
 // Eight passing rows, from `first` on. `edge`: some of their scores may be hidden by a side of the window, or lie past the
@@ -196,12 +148,18 @@ METAL_FUNC void attend(
 #if HAS_DROPOUT
       if (!held.keeps(first, r, i, lane)) dp = kept = 0.0f;
 #endif
+#if HAS_DM
+      slope = 1.0f;  // the mask is added behind the soft-capping
+#endif
       float change = prob * (dp - terms.z) * slope;
       if (edge || altered) {
         bool hidden = altered && s == -INFINITY;
-        if (edge) hidden = hidden || passes >= passing.count || !is_visible(scoring, row, key, OF_KEYS ? key + 1 : passing.count);
+        if (edge) hidden = hidden || passes >= passing.count || !is_visible(scoring, row, key, HAS_DM ? held.count : OF_KEYS ? key + 1 : passing.count);
         if (hidden) kept = change = 0.0f;
       }
+#if HAS_DM
+      held.dm[r].thread_elements()[i] += change;
+#endif
       p[r].thread_elements()[i] = T(kept);
       ds[r].thread_elements()[i] = T(change);
     }
@@ -236,31 +194,64 @@ METAL_FUNC void visit(
       attend(!range.contains(first + n, 8), altered, held, passing, scoring, dropout, first + n, lane);
 }
 
-// Lets all rows pass that the held ones go with: those of `range`, of `group_range` for the whole threadgroup.
+// The block of PASSING rows from `first` on for the whole threadgroup; a simdgroup that does not need it only helps to stage it.
+METAL_FUNC void pass_block(
+    bool needed, bool altered, thread Held& held, Passing<Rows, Rows> passing, Scoring scoring, Dropout dropout,
+    VisibleRange range, int first, threadgroup Memory* memory, ushort simdgroup, Lane lane) {
+#if STAGED
+  stage_block(memory->staging, passing.c, passing.e, first, passing.count, ushort(simdgroup * 32 + lane.index));
+  if (!needed) return;
+  Passing<StagedRows<STAGED_K_ROW, 1>, StagedRows<STAGED_V_ROW, 1>> staged;
+  staged.c.base = memory->staging.k;
+  staged.e.base = memory->staging.v;
+  staged.c.first = staged.e.first = first;
+  staged.count = passing.count;
+#if OF_KEYS
+  staged.terms = passing.terms;
+#endif
+  visit(altered, held, staged, scoring, dropout, range, first, lane);
+#else
+  visit(altered, held, passing, scoring, dropout, range, first, lane);
+#endif
+}
+
+// Lets all rows pass that the held ones go with: those of `range`, of `group_range` for the whole threadgroup. Under a mask in
+// runs: `scan_mask` looks at a run's blocks together.
 METAL_FUNC void pass_all(
     thread Held& held, Passing<Rows, Rows> passing, Scoring scoring, Dropout dropout, VisibleRange range,
     VisibleRange group_range, threadgroup Memory* memory, ushort simdgroup, Lane lane) {
 #if HAS_DROPOUT
   held.kept_first = -KEPT_PASSING;  // none yet
 #endif
+  int begin = STAGED ? group_range.visible_begin : range.visible_begin;
+  int end = STAGED ? group_range.visible_end : range.visible_end;
+#if HAS_MASK
+  int seqlen_k = scoring.seqlen_q + scoring.offset;
+  // Vectors of the mask would go beyond the last key.
+  bool beyond = OF_KEYS && held.first + HELD > seqlen_k;
+  for (int run = begin; run < end; run += BLOCKS_PER_RUN * PASSING) {
+    BlockFlags flags;
+    flags.visible = flags.altered = 0;
+    if (range.visible_end > 0) {
+      if (beyond) range.full_end = range.full_begin;
+      flags = scan_mask<OF_KEYS != 0>(range, scoring, OF_KEYS ? run : held.first, OF_KEYS ? held.first : run, PASSING, seqlen_k, lane);
+    }
+    uint visible = flags.visible;
 #if STAGED
-  // All simdgroups of the group copy every block that one of them needs; those that need it compute.
-  for (int first = group_range.visible_begin; first < group_range.visible_end; first += PASSING) {
-    stage_block(memory->staging, passing.c, passing.e, first, passing.count, ushort(simdgroup * 32 + lane.index));
-    if (!range.overlaps(first, PASSING)) continue;
-    Passing<StagedRows<STAGED_K_ROW, 1>, StagedRows<STAGED_V_ROW, 1>> staged;
-    staged.c.base = memory->staging.k;
-    staged.e.base = memory->staging.v;
-    staged.c.first = staged.e.first = first;
-    staged.count = passing.count;
-#if OF_KEYS
-    staged.terms = passing.terms;
+    held.turn ^= 1;
+    visible = visible_to_any(memory->staging.votes, visible, held.turn, simdgroup, lane.index);
 #endif
-    visit(HAS_MASK, held, staged, scoring, dropout, range, first, lane);
+    for (; visible; visible &= visible - 1) {
+      uint block = ctz(visible);
+      bool needed = flags.visible >> block & 1, altered = flags.altered >> block & 1;
+      pass_block(
+          needed, altered, held, passing, scoring, dropout, range, run + int(block) * PASSING, memory, simdgroup, lane);
+    }
   }
 #else
-  for (int first = range.visible_begin; first < range.visible_end; first += PASSING)
-    visit(HAS_MASK, held, passing, scoring, dropout, range, first, lane);
+  for (int first = begin; first < end; first += PASSING)
+    pass_block(
+        range.overlaps(first, PASSING), false, held, passing, scoring, dropout, range, first, memory, simdgroup, lane);
 #endif
 }
 
@@ -308,3 +299,32 @@ METAL_FUNC Rows rows_of(device const T* base, long row_stride) {
   rows.row_stride = row_stride;
   return rows;
 }
+
+// The queries of a sequence and head, and the gradients of their outputs.
+METAL_FUNC Rows q_rows_of(Sequence sequence, int head, device const T* q, Inputs in) {
+  constant long* params = in.params;
+  return rows_of(
+      q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD], params[Q_ROW]);
+}
+METAL_FUNC Rows do_rows_of(Sequence sequence, int head, device const T* dout, Inputs in) {
+  constant long* params = in.params;
+  return rows_of(
+      dout + sequence.batch * params[DOUT_BATCH] + sequence.first_q * params[DOUT_ROW] + head * params[DOUT_HEAD],
+      params[DOUT_ROW]);
+}
+METAL_FUNC device const float4* terms_of(Sequence sequence, int head, device const float4* terms, Inputs in) {
+  constant long* params = in.params;
+  return terms + sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD];
+}
+
+#if OF_KEYS
+METAL_FUNC Passing<Rows, Rows> queries_of(
+    Sequence sequence, int head, device const T* q, device const T* dout, device const float4* terms, Inputs in) {
+  Passing<Rows, Rows> passing;
+  passing.c = q_rows_of(sequence, head, q, in);
+  passing.e = do_rows_of(sequence, head, dout, in);
+  passing.count = sequence.seqlen_q;
+  passing.terms = terms_of(sequence, head, terms, in);
+  return passing;
+}
+#endif

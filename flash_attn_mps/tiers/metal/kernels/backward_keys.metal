@@ -31,6 +31,9 @@ kernel void attention_backward_keys(
   Keys keys = keys_of(sequence, first_head, k, v, in);
   Scoring scoring = scoring_of(sequence, first_head, in);
   DECLARE_MEMORY
+#if HAS_MASK && STAGED
+  held.turn = 0;
+#endif
   if (has_keys) hold(held, keys.k, keys.v, scoring.sign, memory, simdgroup, lane);
 
   // Under a causal mask the first keys are seen by most queries, and come first as they are.
@@ -43,12 +46,7 @@ kernel void attention_backward_keys(
 #if HAS_ALIBI_SLOPES || HAS_MASK
     scoring = scoring_of(sequence, head, in);
 #endif
-    Passing<Rows, Rows> passing;
-    passing.c = rows_of(q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD], params[Q_ROW]);
-    passing.e = rows_of(
-        dout + sequence.batch * params[DOUT_BATCH] + sequence.first_q * params[DOUT_ROW] + head * params[DOUT_HEAD], params[DOUT_ROW]);
-    passing.count = sequence.seqlen_q;
-    passing.terms = terms + sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD];
+    Passing<Rows, Rows> passing = queries_of(sequence, head, q, dout, terms, in);
     pass_all(held, passing, scoring, dropout_of(sequence, head, in), range, group_range, memory, simdgroup, lane);
   }
   float factor = 1.0f;

@@ -24,14 +24,14 @@ kernel void attention_backward_queries(
   held.count = sequence.seqlen_q;
   int last_row = min(held.first + HELD, sequence.seqlen_q) - 1;
   Scoring scoring = scoring_of(sequence, head, in);
-  Rows q_rows = rows_of(q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD], params[Q_ROW]);
-  Rows do_rows = rows_of(
-      dout + sequence.batch * params[DOUT_BATCH] + sequence.first_q * params[DOUT_ROW] + head * params[DOUT_HEAD], params[DOUT_ROW]);
-  device const float4* terms_of_head =
-      terms + sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD];
   DECLARE_MEMORY
+#if HAS_MASK && STAGED
+  held.turn = 0;
+#endif
   if (has_queries) {
+    Rows q_rows = q_rows_of(sequence, head, q, in), do_rows = do_rows_of(sequence, head, dout, in);
     hold(held, q_rows, do_rows, scoring.sign, memory, simdgroup, lane);
+    device const float4* terms_of_head = terms_of(sequence, head, terms, in);
     UNROLL for (int r = 0; r < HELD_FRAGMENTS; ++r)
       UNROLL for (int i = 0; i < 2; ++i)
         held.terms[r][i] = terms_of_head[min(held.first + 8 * r + lane.column + i, sequence.seqlen_q - 1)];

@@ -91,7 +91,7 @@ kernel void attention_decode(
   Keys keys = keys_of(sequence, first_head, k, v, in);
 #if HAS_MASK
   for (int run = part.visible_begin; run < part.visible_end; run += BLOCKS_PER_RUN * ROUND) {
-    BlockFlags flags = scan_mask(part, scoring, first_row, run + unit * KEYS, ROUND, keys.seqlen, lane);
+    BlockFlags flags = scan_mask<false>(part, scoring, first_row, run + unit * KEYS, ROUND, keys.seqlen, lane);
 #if SLICES > 1
     for (int block = 0; block < BLOCKS_PER_RUN && run + block * ROUND < part.visible_end; ++block)
       round_of_slices(

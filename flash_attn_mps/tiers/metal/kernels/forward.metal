@@ -52,7 +52,7 @@ kernel void attention_forward(
   for (int run = group_range.visible_begin; run < group_range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
     BlockFlags flags;
     flags.visible = flags.altered = 0;
-    if (is_needed) flags = scan_mask(range, scoring, state.first_row, run, KEYS, keys.seqlen, lane);
+    if (is_needed) flags = scan_mask<false>(range, scoring, state.first_row, run, KEYS, keys.seqlen, lane);
     uint visible = visible_to_any(staging.votes, flags.visible, run / (BLOCKS_PER_RUN * KEYS) % 2, simdgroup, index);
     for (; visible; visible &= visible - 1) {
       uint block = ctz(visible);
@@ -72,7 +72,7 @@ kernel void attention_forward(
   if (!is_needed) range.visible_end = range.visible_begin;
 #if HAS_MASK
   for (int run = range.visible_begin; run < range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
-    BlockFlags flags = scan_mask(range, scoring, state.first_row, run, KEYS, keys.seqlen, lane);
+    BlockFlags flags = scan_mask<false>(range, scoring, state.first_row, run, KEYS, keys.seqlen, lane);
     for (; flags.visible; flags.visible &= flags.visible - 1) {
       uint block = ctz(flags.visible);
       int first_key = run + int(block) * KEYS;

@@ -142,20 +142,26 @@ struct BlockFlags {
 constant constexpr int BLOCKS_PER_RUN = 32;   // as many as BlockFlags has bits
 constant constexpr int BLOCKS_IN_FLIGHT = 4;  // whose masks are loaded together
 
-// What the mask says of a run of blocks, each `step` keys after the one before, from `first_key` on, for a simdgroup's rows from
-// `first_row` on. A block with an edge counts as visible and altered, unread.
+// What the mask says of a run of blocks of ROWS queries and KEYS keys: of those of the queries from `first_row` on, whose keys
+// lie in `range`, each `step` keys after the one before, from `first_key` on; or, ALONG_QUERIES, with the sides exchanged. A block
+// with an edge on the side of the run counts as visible and altered, unread.
+template <bool ALONG_QUERIES>
 METAL_FUNC BlockFlags scan_mask(
     VisibleRange range, Scoring scoring, int first_row, int first_key, int step, int seqlen, Lane lane) {
+  constexpr int BLOCK = ALONG_QUERIES ? ROWS : KEYS;
+  int first = ALONG_QUERIES ? first_row : first_key;
   BlockFlags flags;
   flags.visible = flags.altered = 0;
-  int inner_begin = (range.full_begin + KEYS - 1) / KEYS * KEYS;
-  int inner_last = range.full_end / KEYS * KEYS - KEYS;
-  for (int block = 0; block < BLOCKS_PER_RUN && first_key + block * step < range.visible_end; block += BLOCKS_IN_FLIGHT) {
+  int inner_begin = (range.full_begin + BLOCK - 1) / BLOCK * BLOCK;
+  int inner_last = range.full_end / BLOCK * BLOCK - BLOCK;
+  for (int block = 0; block < BLOCKS_PER_RUN && first + block * step < range.visible_end; block += BLOCKS_IN_FLIGHT) {
     MaskTile mask_tile[BLOCKS_IN_FLIGHT];
-    int from = first_key + block * step;
+    int from = first + block * step;
     if (inner_begin <= inner_last && from <= inner_last && from + (BLOCKS_IN_FLIGHT - 1) * step >= inner_begin) {
-      UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i)
-        mask_tile[i].load(false, scoring, first_row, clamp(from + i * step, inner_begin, inner_last), seqlen, lane);
+      UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
+        int at = clamp(from + i * step, inner_begin, inner_last);
+        mask_tile[i].load(false, scoring, ALONG_QUERIES ? at : first_row, ALONG_QUERIES ? first_key : at, seqlen, lane);
+      }
       UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
         flags.visible |= uint(mask_tile[i].any_visible()) << (block + i);
         flags.altered |= uint(mask_tile[i].alters_scores()) << (block + i);
@@ -163,9 +169,9 @@ METAL_FUNC BlockFlags scan_mask(
     }
     UNROLL for (int i = 0; i < BLOCKS_IN_FLIGHT; ++i) {
       uint bit = 1u << (block + i);
-      if (!range.overlaps(from + i * step, KEYS)) {
+      if (!range.overlaps(from + i * step, BLOCK)) {
         flags.visible &= ~bit;
-      } else if (!range.contains(from + i * step, KEYS)) {
+      } else if (!range.contains(from + i * step, BLOCK)) {
         flags.visible |= bit;
         flags.altered |= bit;
       }

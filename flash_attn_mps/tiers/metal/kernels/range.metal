@@ -43,5 +43,8 @@ METAL_FUNC VisibleRange query_range_of(Scoring scoring, int first_key, int last_
   range.visible_end = min(seqlen_q, last_key - scoring.offset + scoring.left + 1);
   range.full_end = min(seqlen_q, first_key - scoring.offset + scoring.left + 1);
 #endif
+#if HAS_MASK
+  range.visible_begin -= range.visible_begin % ROWS;
+#endif
   return range;
 }

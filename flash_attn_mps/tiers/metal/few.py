@@ -1,0 +1,101 @@
+"""Up to how many queries the decode kernel beats the tiled one: a default, or what `mtlflashattn tune` measured.
+
+What the decode kernel does of anything is at most what the tiled one does, as long as its tiles are few: it reads keys
+and values once for 32 rows, queries times heads that share their keys, where the tiled one reads them for each head
+(tests/metal/test_decode.py counts). With more queries the tiled one alone keeps a GPU busy, and needs no sums of slices
+and units.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from ... import timing
+from ...problem import AttentionProblem
+from . import store
+
+DEFAULT = 32
+QUERIES = (8, 16, 32, 64, 128)  # that are timed
+_SECTION = "few"
+_ROUNDS = 5
+_BATCH_SECONDS = 0.02
+_KEYS, _HEADS, _HEADS_K = 8192, 32, 8
+
+Run = Callable[[AttentionProblem], object]
+_stored: dict[Class, int] | None = None  # None: the file has not been read
+
+
+class Class(NamedTuple):
+    """Calls that have the same limit."""
+
+    dtype: str  # torch's name, without "torch."
+    head_dim: int
+
+
+def most(p: AttentionProblem) -> int:
+    """With how many queries a sequence of `p` is still few."""
+    stored = _stored if _stored is not None else _read()
+    return stored.get(Class(str(p.q.dtype).removeprefix("torch."), p.q.shape[-1]), DEFAULT) if stored else DEFAULT
+
+
+def forget() -> None:
+    """Read the file anew."""
+    global _stored
+    _stored = None
+
+
+def measure(
+    of: Class, device: torch.device | str, watch: timing.Stopwatch, decode: Run, tiled: Run
+) -> tuple[int, dict[int, tuple[float, float]]]:
+    """The most of `QUERIES` such that decode is faster there and at all fewer, and seconds of both; 0 for none."""
+    found, seconds = 0, {}
+    for queries in QUERIES:
+        p = _problem(of, queries, device)
+        calls = _calls(p, decode=decode, tiled=tiled)
+        times = timing.rounds(calls, watch, _ROUNDS, _BATCH_SECONDS)
+        ours, theirs = (sorted(times[name])[_ROUNDS // 2] for name in calls)
+        seconds[queries] = ours, theirs
+        if ours > theirs:
+            break
+        found = queries
+    return found, seconds
+
+
+def _calls(p: AttentionProblem, **runs: Run) -> dict[str, Callable[[], object]]:
+    return {name: functools.partial(run, p) for name, run in runs.items()}
+
+
+def save(found: Mapping[Class, int]) -> None:
+    """Add to what is stored. Raises OSError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what cannot be used is replaced
+        merged = {**_read(), **found}
+    store.write(_SECTION, [{**key._asdict(), "queries": queries} for key, queries in sorted(merged.items())])
+
+
+def _read() -> dict[Class, int]:
+    global _stored
+    try:
+        _stored = dict(map(_entry, store.read().get(_SECTION, ())))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        _stored = store.broken(error)
+    return _stored
+
+
+def _entry(entry: dict[str, Any]) -> tuple[Class, int]:
+    return Class(str(entry["dtype"]), int(entry["head_dim"])), int(entry["queries"])
+
+
+def _problem(of: Class, queries: int, device: torch.device | str) -> AttentionProblem:
+    dtype, generator = getattr(torch, of.dtype), torch.Generator().manual_seed(0)
+
+    def randn(rows: int, heads: int) -> torch.Tensor:
+        return torch.randn(1, rows, heads, of.head_dim, generator=generator).to(device, dtype)
+
+    q, k, v = randn(queries, _HEADS), randn(_KEYS, _HEADS_K), randn(_KEYS, _HEADS_K)
+    return AttentionProblem(q, k, v, 1, queries, _KEYS, of.head_dim**-0.5)
