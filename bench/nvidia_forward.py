@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from flash_attn_mps import describe, problem
 from flash_attn_mps.tiers.metal import launch
-from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant, fits
+from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant
 from flash_attn_mps.tiers.metal.specialization import Specialization
 from metal_host import nvidia
 
@@ -43,9 +43,8 @@ VARLEN_VARIANT = Variant(16, 4, 32, False)
 
 
 def variants(dtype: str, head_dim: int) -> list[Variant]:
-    rows = (8, 16) if dtype != "float" else (8,)
-    tried = [Variant(r, 4, k, staged) for r in rows for k in (16, 32, 64) for staged in (False, True)]
-    return [variant for variant in tried if fits(variant, DTYPES[dtype].itemsize, head_dim, head_dim)]
+    fitting = FORWARD.fitting(DTYPES[dtype].itemsize, head_dim, head_dim)
+    return [v for v in fitting if v.simdgroups == 4 and v.keys >= 16 and v.rows <= (8 if dtype == "float" else 16)]
 
 
 def problems() -> list[tuple[str, int, str, int, int]]:
@@ -86,8 +85,9 @@ def specialization(p: problem.AttentionProblem, variant: Variant) -> Specializat
 
 
 def shape_of(variant: Variant) -> str:
-    """Queries of a simdgroup, simdgroups, keys of a block; staged or direct."""
-    return f"{variant.rows}x{variant.simdgroups}x{variant.keys}{'s' if variant.staged else 'd'}"
+    """Queries of a simdgroup, simdgroups, keys of a block; staged or direct; q in threadgroup memory."""
+    way = f"{'s' if variant.staged else 'd'}{'q' * variant.shared_q}"
+    return f"{variant.rows}x{variant.simdgroups}x{variant.keys}{way}"
 
 
 def name_of(dtype: str, head_dim: int, mask: str, variant: Variant) -> str:

@@ -139,10 +139,9 @@ class ShaderLibrary:
         return apple.compile_ptx(self._unit, name)
 
     def live_registers(self, name: str) -> int:
-        """The fewest 32-bit registers a lane that the kernel's live values fit in, on a GPU with Apple's operands.
+        """The most 32-bit registers of a lane that are alive together, with Apple's operands, as a multiple of 4.
 
-        Found with ptxas (apple.py), as a multiple of 4; 256 stands for all above. Apple's GPUs have 128. Needs a CUDA
-        toolkit, no GPU.
+        Counted in the kernel's code (apple.py). Apple's GPUs have 128. Needs a CUDA toolkit's libdevice, no GPU.
         """
         return apple.live_registers(self.apple_ptx(name))
 

@@ -60,6 +60,11 @@ def fast_matrices() -> bool:
     return os.environ.get("METAL_HOST_FAST_MATRICES", "0") not in ("", "0")
 
 
+def alu_matrices() -> bool:
+    """METAL_HOST_ALU_MATRICES=1: matrix products on the ordinary ALUs, for timing, with meaningless results."""
+    return os.environ.get("METAL_HOST_ALU_MATRICES", "0") not in ("", "0")
+
+
 def compile_ptx(unit: Unit, host_names: list[str], more_flags: tuple[str, ...] = ()) -> tuple[str, dict[str, str]]:
     """(PTX, host name -> entry) of the kernels `host_names`, with threadgroup variables in shared memory."""
     entries = {name: f"__mh_entry_{i}" for i, name in enumerate(host_names)}
@@ -69,6 +74,7 @@ def compile_ptx(unit: Unit, host_names: list[str], more_flags: tuple[str, ...] =
         *versions.flags(unit.version),
         *_TARGET,
         *(["-D__MH_FAST_MATRICES"] if fast_matrices() else []),
+        *(["-D__MH_ALU_MATRICES"] if alu_matrices() else []),
         *more_flags,
     ]
 

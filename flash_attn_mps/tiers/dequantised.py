@@ -17,7 +17,7 @@ _ELEMENTS = 1 << 22  # of a part: 16 MiB of float32
 class Dequantised:
     """Rows `lo` to `hi` of the keys, or of the values, of a group: `(g, heads_k, hi - lo, head_dim)`, part by part.
 
-    A slice of it is taken as that of the tensor which it stands for: `rows[:, heads, lo:hi]`.
+    A slice of it is taken as that of the tensor which it stands for: `rows[:, :, lo:hi]`.
     """
 
     def __init__(
@@ -27,10 +27,8 @@ class Dequantised:
         self.lo, self.hi = lo, hi
 
     def __getitem__(self, index: tuple[slice, slice, slice]) -> Dequantised:
-        _, heads, rows = index
-        lo, hi, _ = rows.indices(self.hi - self.lo)
-        codes, descale = self.codes[..., heads, :], None if self.descale is None else self.descale[:, heads]
-        return Dequantised(self.keys, codes, descale, self.group, self.lo + lo, self.lo + hi)
+        lo, hi, _ = index[2].indices(self.hi - self.lo)
+        return Dequantised(self.keys, self.codes, self.descale, self.group, self.lo + lo, self.lo + hi)
 
     def parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Where a part's rows are among these, and what they are; rows that do not exist are zero."""
@@ -48,10 +46,11 @@ class Dequantised:
 Rows = torch.Tensor | Dequantised
 
 
-def rows_of(keys: KeyRows, tensor: torch.Tensor, descale: torch.Tensor | None, group: Group) -> Rows:
-    """The keys, or the values, of a group."""
+def rows_of(keys: KeyRows, tensor: torch.Tensor, descale: torch.Tensor | None, group: Group, kv: slice) -> Rows:
+    """The keys, or the values, of a group and of these heads."""
+    tensor = tensor[..., kv, :]
     if "quantised" in keys.p.features:
-        return Dequantised(keys, tensor, descale, group, 0, group.seqlen_k)
+        return Dequantised(keys, tensor, None if descale is None else descale[:, kv], group, 0, group.seqlen_k)
     return keys.take(tensor, group)
 
 

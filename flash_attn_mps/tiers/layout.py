@@ -160,6 +160,12 @@ class KeyRows:
         valid = self.valid(group)
         return rows if valid is None else rows.masked_fill(~valid[:, None, first:last, None], 0.0)
 
+    def zeros_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where gradients are added up: in the tensor's dtype if each row is added to once, without an index."""
+        p = self.p
+        once = not (p.ragged_q or p.ragged_k) and p.block_table is None and p.kv_batch_idx is None
+        return torch.zeros(tensor.shape, dtype=tensor.dtype if once else torch.float32, device=tensor.device)
+
     def add(self, buffer: torch.Tensor, group: Group, values: torch.Tensor) -> None:
         """Add the gradients of a group, laid out as `take` gives rows; they are zero for rows that do not exist."""
         slices = self._slices(group, 0, group.seqlen_k)

@@ -21,7 +21,7 @@ from ..checks import readable
 from ..problem import AttentionProblem, Result
 from .dequantised import Rows, products, rows_of, summed
 from .layout import KeyRows, QueryRows, groups
-from .score_blocks import SERVES, blocks
+from .score_blocks import SERVES, blocks, kv_heads
 from .tier import LARGE_LSE, LSE_GRADIENT, MASK_GRADIENT, Gradients, Tier
 
 
@@ -44,24 +44,25 @@ def run(p: AttentionProblem) -> Result:
     if p.sinks is not None:  # what a query has that sees no key
         lse.copy_(p.sinks)
     for group in () if p.empty else groups(p):
-        k_rows, v_rows = rows_of(keys, k, p.k_descale, group), rows_of(keys, v, p.v_descale, group)
-        for block in blocks(p, group, queries, keys):
-            s, _ = block.scores(block.rows(q), k_rows)
-            v_seen = v_rows[:, block.kv, block.lo : block.hi]
-            seen = s != -torch.inf if _may_hold_nonfinite(p, False, v_seen) else None
-            prob, block_lse = block.softmax(s)
-            place = (group.seqs, block.heads, slice(block.first, block.last), slice(block.lo, block.hi))
-            if probs is not None:
-                probs[place] = prob.flatten(1, 2).to(q.dtype)
-            if p.dropout_p:
-                keep = block.kept()
+        for kv in kv_heads(p, group):
+            k_rows, v_rows = rows_of(keys, k, p.k_descale, group, kv), rows_of(keys, v, p.v_descale, group, kv)
+            for block in blocks(p, group, queries, keys, kv):
+                s, _ = block.scores(block.rows(q), k_rows)
+                v_seen = v_rows[:, :, block.lo : block.hi]
+                seen = s != -torch.inf if _may_hold_nonfinite(p, False, v_seen) else None
+                prob, block_lse = block.softmax(s)
+                place = (group.seqs, block.heads, slice(block.first, block.last), slice(block.lo, block.hi))
                 if probs is not None:
-                    signs = keep.flatten(1, 2) * 2.0 - 1.0
-                    probs[place] *= signs.to(q.dtype)
-                prob *= keep / (1.0 - p.dropout_p)
-            o = _weighted(prob.flatten(2, 3), v_seen, seen)
-            block.put(out, o)
-            block.put(lse[..., None], block_lse)
+                    probs[place] = prob.flatten(1, 2).to(q.dtype)
+                if p.dropout_p:
+                    keep = block.kept()
+                    if probs is not None:
+                        signs = keep.flatten(1, 2) * 2.0 - 1.0
+                        probs[place] *= signs.to(q.dtype)
+                    prob *= keep / (1.0 - p.dropout_p)
+                o = _weighted(prob.flatten(2, 3), v_seen, seen)
+                block.put(out, o)
+                block.put(lse[..., None], block_lse)
     lse = queries.finished(lse)
     if p.sinks is not None and (exists := queries.exist()) is not None:
         lse.masked_fill_(~exists[..., None], -torch.inf)
@@ -84,62 +85,62 @@ def backward(
     queries, keys = QueryRows(p), KeyRows(p)
     of_scores = not needed.isdisjoint({"q", "k", "mask"})  # is the gradient of the scores needed?
     dq = queries.new(q, q.shape[-2:], 0.0, q.dtype) if "q" in needed else None
-    dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device) if "k" in needed else None
-    dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device) if "v" in needed else None
+    dk, dv = (keys.zeros_like(x) if name in needed else None for name, x in (("k", k), ("v", v)))
     dmask = _zeros_for(p, p.mask) if "mask" in needed and p.mask is not None else None
     lse, dlse = lse.transpose(-1, -2), None if dlse is None else dlse.transpose(-1, -2)
     # Against +inf the probability of a row that sees nothing is 0, not NaN.
     less = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None] if _is_small(lse, q.dtype) else None
     dsinks = None if p.sinks is None or "sinks" not in needed else _gradient_of_sinks(p.sinks, out, lse, dout, dlse)
     for group in groups(p) if (of_scores or dv is not None) and not p.empty else ():
-        k_rows, v_rows = keys.take(k, group), keys.take(v, group)
-        dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
-        for block in blocks(p, group, queries, keys):
-            kv, keys_seen = block.kv, slice(block.lo, block.hi)
-            k_seen, v_seen = k_rows[:, kv, keys_seen], v_rows[:, kv, keys_seen]
-            q_rows, do = block.rows(q), block.rows(dout)
-            s, capped = block.scores(q_rows, k_rows, of_scores, None if less is None else block.rows(less))
-            hidden = s == -torch.inf if _may_hold_nonfinite(p, p.ragged_q, q_rows, k_seen, v_seen) else None
-            if hidden is not None:
-                k_seen, v_seen = _finite(k_seen), _finite(v_seen)
-            if less is not None:
-                prob = s.exp_()
-            else:
-                prob, own_lse = block.softmax(s)
-                if p.mask is None:
-                    rounding = block.rounding(q_rows, k_seen, own_lse)
-                    prob *= _share(block.split(block.rows(lse[..., None])), own_lse, rounding)
-            if hidden is not None:
-                prob.masked_fill_(hidden, 0.0)
-            keep = block.kept().to(torch.float32).div_(1.0 - p.dropout_p) if p.dropout_p else None
-            if dv is not None:
-                kept = prob if keep is None else prob * keep
-                dv_rows[:, kv, keys_seen] += kept.flatten(2, 3).transpose(-1, -2) @ do
-            if not of_scores:
-                continue
-            delta = (do * block.rows(out)).sum(-1, keepdim=True)
-            if dlse is not None:
-                delta -= block.rows(dlse[..., None])
-            if keep is None:
-                ds = block.split(products(do, v_seen, delta)).mul_(prob)
-            else:
-                ds = block.split(products(do, v_seen)).mul_(keep).sub_(block.split(delta)).mul_(prob)
-            if hidden is not None:
-                ds.masked_fill_(hidden, 0.0)
-            if dmask is not None:
-                block.add_to_mask(dmask, ds)
-            if capped is not None:
-                of_capped = 1.0 - capped.div_(p.softcap).square_()
-                ds.mul_(of_capped if hidden is None else of_capped.masked_fill_(hidden, 0.0))
-            ds = ds.flatten(2, 3)
-            if dq is not None:
-                block.put(dq, block.scaled(ds @ k_seen))
+        for kv in kv_heads(p, group):
+            k_rows, v_rows = keys.take(k[..., kv, :], group), keys.take(v[..., kv, :], group)
+            dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
+            for block in blocks(p, group, queries, keys, kv):
+                seen = slice(block.lo, block.hi)
+                k_seen, v_seen = k_rows[:, :, seen], v_rows[:, :, seen]
+                q_rows, do = block.rows(q), block.rows(dout)
+                s, capped = block.scores(q_rows, k_rows, of_scores, None if less is None else block.rows(less))
+                hidden = s == -torch.inf if _may_hold_nonfinite(p, p.ragged_q, q_rows, k_seen, v_seen) else None
+                if hidden is not None:
+                    k_seen, v_seen = _finite(k_seen), _finite(v_seen)
+                if less is not None:
+                    prob = s.exp_()
+                else:
+                    prob, own_lse = block.softmax(s)
+                    if p.mask is None:
+                        rounding = block.rounding(q_rows, k_seen, own_lse)
+                        prob *= _share(block.split(block.rows(lse[..., None])), own_lse, rounding)
+                if hidden is not None:
+                    prob.masked_fill_(hidden, 0.0)
+                keep = block.kept().to(torch.float32).div_(1.0 - p.dropout_p) if p.dropout_p else None
+                if dv is not None:
+                    kept = prob if keep is None else prob * keep
+                    dv_rows[:, :, seen] += kept.flatten(2, 3).transpose(-1, -2) @ do
+                if not of_scores:
+                    continue
+                delta = (do * block.rows(out)).sum(-1, keepdim=True)
+                if dlse is not None:
+                    delta -= block.rows(dlse[..., None])
+                if keep is None:
+                    ds = block.split(products(do, v_seen, delta)).mul_(prob)
+                else:
+                    ds = block.split(products(do, v_seen)).mul_(keep).sub_(block.split(delta)).mul_(prob)
+                if hidden is not None:
+                    ds.masked_fill_(hidden, 0.0)
+                if dmask is not None:
+                    block.add_to_mask(dmask, ds)
+                if capped is not None:
+                    of_capped = 1.0 - capped.div_(p.softcap).square_()
+                    ds.mul_(of_capped if hidden is None else of_capped.masked_fill_(hidden, 0.0))
+                ds = ds.flatten(2, 3)
+                if dq is not None:
+                    block.put(dq, block.scaled(ds @ k_seen))
+                if dk is not None:
+                    dk_rows[:, :, seen] += ds.transpose(-1, -2) @ block.scaled(q_rows)
             if dk is not None:
-                dk_rows[:, kv, keys_seen] += ds.transpose(-1, -2) @ block.scaled(q_rows)
-        if dk is not None:
-            keys.add(dk, group, dk_rows)
-        if dv is not None:
-            keys.add(dv, group, dv_rows)
+                keys.add(dk[..., kv, :], group, dk_rows)
+            if dv is not None:
+                keys.add(dv[..., kv, :], group, dv_rows)
     return Gradients(
         None if dq is None else queries.finished(dq),
         None if dk is None else dk.to(k.dtype),

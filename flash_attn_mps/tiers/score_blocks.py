@@ -52,7 +52,7 @@ class Block:
         self, p: AttentionProblem, group: Group, queries: QueryRows, keys: KeyRows, kv: slice, first: int, last: int
     ) -> None:
         self.p, self.group, self.queries, self.keys = p, group, queries, keys
-        self.kv, self.heads_k = kv, kv.stop - kv.start  # heads of k
+        self.heads_k = kv.stop - kv.start
         together = p.heads // p.heads_k
         self.heads = slice(kv.start * together, kv.stop * together)  # heads of q
         self.first, self.last = first, last
@@ -91,8 +91,7 @@ class Block:
         With `keep_capped` also as they were before bias and mask.
         """
         p = self.p
-        keys = k_rows[:, self.kv, self.lo : self.hi]
-        s = self.split(products(self.scaled(q_rows), keys, None if p.softcap else lse))
+        s = self.split(products(self.scaled(q_rows), k_rows[:, :, self.lo : self.hi], None if p.softcap else lse))
         capped = None
         if p.softcap:
             s = s.div_(p.softcap).tanh_().mul_(p.softcap)
@@ -202,13 +201,21 @@ class Block:
         return functools.reduce(operator.or_, hidden) if hidden else None
 
 
-def blocks(p: AttentionProblem, group: Group, queries: QueryRows, keys: KeyRows) -> Iterator[Block]:
-    of_a_query = max(1, group.size * (p.heads // p.heads_k) * group.seqlen_k)  # scores, of one head of k
-    heads = max(1, min(p.heads_k, SCORES // (of_a_query * min(_QUERIES, group.seqlen_q))))
-    count = max(1, SCORES // (of_a_query * heads))
-    for head in range(0, p.heads_k, heads):
-        kv = slice(head, min(head + heads, p.heads_k))
-        for first in range(0, group.seqlen_q, count):
-            block = Block(p, group, queries, keys, kv, first, min(first + count, group.seqlen_q))
-            if block.lo < block.hi:
-                yield block
+def kv_heads(p: AttentionProblem, group: Group) -> Iterator[slice]:
+    """The heads of k, as many at a time as leave enough queries to their blocks."""
+    count = max(1, min(p.heads_k, SCORES // (_scores_of_a_query(p, group) * min(_QUERIES, group.seqlen_q))))
+    for first in range(0, p.heads_k, count):
+        yield slice(first, min(first + count, p.heads_k))
+
+
+def blocks(p: AttentionProblem, group: Group, queries: QueryRows, keys: KeyRows, kv: slice) -> Iterator[Block]:
+    count = max(1, SCORES // (_scores_of_a_query(p, group) * (kv.stop - kv.start)))
+    for first in range(0, group.seqlen_q, count):
+        block = Block(p, group, queries, keys, kv, first, min(first + count, group.seqlen_q))
+        if block.lo < block.hi:
+            yield block
+
+
+def _scores_of_a_query(p: AttentionProblem, group: Group) -> int:
+    """Of one head of k."""
+    return max(1, group.size * (p.heads // p.heads_k) * group.seqlen_k)

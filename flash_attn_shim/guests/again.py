@@ -2,6 +2,7 @@
 
 Its import statement has succeeded (Python asked nobody, see `presented.py`), so as soon as the guest has been executed,
 the statements at its top that ask are run once more, this time without flash_attn: the same `try` takes its handler.
+If the guest could not be executed because there is no CUDA, its importer gets the ImportError that it would have got.
 """
 
 from __future__ import annotations
@@ -32,8 +33,14 @@ class _Watched(_ModuleSpec):
         self.__dict__["_initializing"] = value
         if not value:
             self.__class__ = _ModuleSpec
-            if sys.exc_info()[0] is None and self.name in sys.modules:
+            error = sys.exc_info()[1]
+            if error is None and self.name in sys.modules:
                 _run_again(sys.modules[self.name])
+            elif isinstance(error, AssertionError | RuntimeError) and "CUDA" in str(error):  # from torch
+                why = next(iter(journal.hidden.get(self.name, {}).values()), "")
+                raise ModuleNotFoundError(
+                    f"No module named 'flash_attn' (mtlflashattn hides it: {why})", name="flash_attn"
+                ) from error
 
 
 def after_import(frame: types.FrameType | None) -> None:

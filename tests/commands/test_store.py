@@ -58,8 +58,8 @@ def test_kernels_do_not_share_their_winners(monkeypatch):
     store.save({KEY: TUNED, store.key_of(p, other): of_other})
     assert (chosen(p), str(variants.chosen(p, other, None))) == (TUNED.variant, of_other.variant)
     variants.forget()
-    monkeypatch.setenv("OTHER_VARIANT", "32x2x16-direct")
-    assert (chosen(p), str(variants.chosen(p, other, None))) == (TUNED.variant, "32x2x16-direct")
+    monkeypatch.setenv("OTHER_VARIANT", "16x2x16-direct")
+    assert (chosen(p), str(variants.chosen(p, other, None))) == (TUNED.variant, "16x2x16-direct")
 
 
 def test_a_window_that_was_not_tuned_takes_what_causal_has():
@@ -77,7 +77,7 @@ def test_a_window_that_was_not_tuned_takes_what_causal_has():
 def test_length_classes_agree_with_the_fast_look_up(length, expected):
     p = call(length)
     assert store.key_of(p, FORWARD).length == expected
-    winner = TUNED._replace(variant="32x1x8-direct")
+    winner = TUNED._replace(variant="16x1x8-direct")
     store.save({store.key_of(p, FORWARD): winner})
     assert chosen(p) == winner.variant
     for other in (512, 513, 2048, 2049):
@@ -160,12 +160,12 @@ def test_kernels_that_changed_make_it_stale(monkeypatch):
 
 def test_forced_variant_wins_and_an_impossible_one_says_why(monkeypatch):
     store.save({KEY: TUNED})
-    monkeypatch.setenv("MTLFLASHATTN_VARIANT", "32x2x16-direct")
-    assert variants.chosen(call(causal=True), FORWARD, None) == Variant(32, 2, 16, False)
+    monkeypatch.setenv("MTLFLASHATTN_VARIANT", "16x2x16-direct")
+    assert variants.chosen(call(causal=True), FORWARD, None) == Variant(16, 2, 16, False)
     variants.forget()
     monkeypatch.setenv("MTLFLASHATTN_VARIANT", "32x4x32-direct")
     with pytest.raises(
-        NotImplementedError, match=r"MTLFLASHATTN_VARIANT=32x4x32-direct .* 256 .*there are 8x1x8-direct"
+        NotImplementedError, match=r"MTLFLASHATTN_VARIANT=32x4x32-direct .* 256 .*there are 8x1x8-direct-q"
     ):
         chosen(call(head_dim=256))
 

@@ -38,7 +38,9 @@ def few(sources):
 
 def test_the_list_has_every_kernel(few):
     modules = [import_module(f"{metal.__name__}.{found.name}") for found in pkgutil.iter_modules(metal.__path__)]
-    kernels = {value.entry for module in modules for value in vars(module).values() if isinstance(value, Program)}
+    values = [value for module in modules for value in vars(module).values()]
+    values += [kernel for value in values if isinstance(value, dict) for kernel in value.values()]
+    kernels = {value.entry for value in values if isinstance(value, Program)}
     assert {s.kernel.entry for s in few} == kernels
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PAGES = [
     page
-    for pattern in ("*.md", "docs/*.md", "tests/*.md", "metal_host/*.md")
+    for pattern in ("*.md", "docs/*.md", "tests/*.md", "metal_host/*.md", "apple_model/*.md")
     for page in sorted(ROOT.glob(pattern))
     if page.name != "CHANGELOG.md"
 ]

@@ -381,7 +381,7 @@ def attend(q, k, v):
 """,
 }
 
-#: Early programs in which nothing shows it: they get today's result. docs/guests.md lists them.
+#: Early programs in which nothing shows it: they get today's result. docs/cuda-insisting-programs.md lists them.
 UNDECIDABLE = {
     "in a container": TAKE
     + """

@@ -109,3 +109,164 @@ def test_nothing_is_decided_on_demand(outcomes):
     name, program = "unpacked", unpadding.FOUR["unpacked"]
     assert "too many values" in outcomes({name: program}, "unpads", MTLFLASHATTN_FLAGS="off")[name]
     assert "AssertionError" in outcomes({"Wan": insisting.INSISTING["Wan"]}, "attends", MTLFLASHATTN_FLAGS="off")["Wan"]
+
+
+VERSION_1 = "from flash_attn.flash_attn_interface import flash_attn_unpadded_kvpacked_func\n"
+
+
+def test_names_of_flash_attention_1(outcomes):
+    """There for who imports them without another way, with version 1's signature; nobody else sees them."""
+    programs = {
+        "behind find_spec": f"""
+            import importlib.util
+            if importlib.util.find_spec("flash_attn"):
+                {VERSION_1.strip()}
+            """,
+        "handlers that leave": f"""
+            import sys
+            try:
+                {VERSION_1.strip()}
+            except ImportError as error:
+                print(error)
+                sys.exit(1)
+            """,
+        "by another name, in a function": """
+            def take():
+                from flash_attn.flash_attn_interface import (
+                    flash_attn_unpadded_kvpacked_func as attend,
+                )
+                return attend
+            flash_attn_unpadded_kvpacked_func = take()
+            """,
+        "in try": """
+            try:
+                from flash_attn.flash_attn_interface import flash_attn_unpadded_kvpacked_func
+                HAS_FLASH = True
+            except ImportError:
+                HAS_FLASH = False
+            assert not HAS_FLASH
+            """,
+        "suppressed": f"""
+            import contextlib
+            with contextlib.suppress(ImportError):
+                {VERSION_1.strip()}
+            assert "flash_attn_unpadded_kvpacked_func" not in globals()
+            """,
+        "asked for": """
+            import flash_attn.flash_attn_interface as interface
+            assert not hasattr(interface, "flash_attn_unpadded_func")
+            assert "flash_attn_unpadded_func" not in dir(interface)
+            """,
+    }
+    check = """
+def calls(module):
+    function = vars(module).get("flash_attn_unpadded_kvpacked_func")
+    if function is None:
+        return
+    q, kv, bounds = torch.randn(5, 2, 8), torch.randn(5, 2, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    out = function(q, kv, bounds, bounds, 3, 3, 0.0, 1.0, True)
+    first = truth(q[None, :1] * 8**0.5, kv[None, :1, 0], kv[None, :1, 1])
+    assert torch.allclose(out[:1].double(), first[0], atol=1e-5)
+    try:
+        function(q, kv, bounds, torch.tensor([0, 3, 5], dtype=torch.int32), 3, 3, dropout_p=0.0, causal=True)
+    except NotImplementedError as error:
+        assert "top left" in str(error)
+    else:
+        raise AssertionError
+"""
+    assert outcomes(programs, "calls", check) == right(programs)
+
+
+KERNELS = """
+    from flash_attn import flash_attn_func
+    import torch
+    IS_AMPERE = torch.cuda.get_device_capability("cuda") == (8, 0)
+    """
+
+
+@pytest.mark.parametrize("before", ["", "import flash_attn\n"])
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        KERNELS,
+        KERNELS.replace("    from flash_attn import flash_attn_func\n", ""),  # and only its importer has asked
+        "from flash_attn.bert_padding import unpad_input\nimport torch\nEMPTY = torch.empty(1, device='cuda')\n",
+    ],
+)
+def test_cuda_at_import(with_torch, tmp_path, kernels, before):
+    """A module that asks for CUDA at its top, imported in `try` where flash_attn was found: as if it were not."""
+    importer = """
+        try:
+            from flash_attn import flash_attn_varlen_func
+            from program.kernels import anything
+            FLASH = True
+        except ImportError:
+            FLASH = False
+        """
+    write(tmp_path, {"program/__init__.py": "", "program/kernels.py": kernels, "program/model.py": importer})
+    if before and "flash_attn" not in kernels and sys.version_info < (3, 13):
+        pytest.skip("the importer has been told yes, and the module that fails has asked nobody")
+    program = f"""{before}
+from program import model
+import flash_attn_shim
+print(model.FLASH, flash_attn_shim.status().decisions[0].what)
+"""
+    printed = with_torch.run(program, PYTHONPATH=tmp_path, MTLFLASHATTN_SHIM="on")
+    assert printed.startswith("False does not see flash_attn: ")
+    assert "asks for CUDA" in printed
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "HAS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)",
+        "CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else None",
+        "def later():\n    return torch.cuda.current_device()",
+        "try:\n    NAME = torch.cuda.get_device_name(0)\nexcept Exception:\n    NAME = None",
+    ],
+)
+def test_cuda_that_is_asked_for_with_care(with_torch, tmp_path, line):
+    write(tmp_path, {"program.py": f"import torch\nfrom flash_attn import flash_attn_func\n{line}\n"})
+    program = "import program, flash_attn_shim; print(flash_attn_shim.status().decisions)"
+    assert with_torch.run(program, PYTHONPATH=tmp_path, MTLFLASHATTN_SHIM="on") == "()"
+
+
+def test_private_functions_by_position(outcomes):
+    """They differ from build to build: where there is another way, FlashAttention 3 is not seen."""
+    text = """
+        try:
+            from flash_attn_interface import _flash_attn_forward
+            THREE = True
+        except ImportError:
+            THREE = False
+
+        def attend(q, k, v):
+            return _flash_attn_forward({arguments})[0]
+        """
+    programs = {
+        "by position": text.format(arguments="q, k, v, None, None, None") + "\n        assert not THREE",
+        "by name": text.format(arguments="q=q, k=k, v=v, softmax_scale=1.0") + "\n        assert THREE",
+    }
+    assert outcomes(programs, "(lambda module: None)") == right(programs)
+
+
+def test_a_mistake_in_reading_breaks_nobody(with_torch, tmp_path):
+    write(tmp_path, {"program.py": insisting.INSISTING["Wan"]})
+    program = """
+    import flash_attn_shim.guests.presence as presence, flash_attn_shim
+    presence.Module.reasons = lambda *_: 1 / 0
+    import program
+    print(program.FLASH_ATTN_2_AVAILABLE, flash_attn_shim.status().decisions[0].what)
+    """
+    printed = with_torch.run(program, PYTHONPATH=tmp_path, MTLFLASHATTN_SHIM="on")
+    assert printed == "True its source could not be read: ZeroDivisionError('division by zero')"
+
+
+def test_modules_stay_ordinary_ones(with_torch):
+    program = """
+    import importlib, pickle, sys, types, flash_attn, flash_attn_interface
+    assert all(isinstance(m, types.ModuleType) for m in (flash_attn, flash_attn_interface))
+    assert flash_attn.__spec__.name == "flash_attn" and importlib.reload(flash_attn) is flash_attn
+    assert pickle.loads(pickle.dumps(flash_attn)) is flash_attn
+    """
+    assert with_torch.run(program, MTLFLASHATTN_SHIM="on") == ""

@@ -203,7 +203,7 @@ def run(x, mask):
 """,
 }
 
-#: Programs for four values in which nothing shows it: they get five. docs/guests.md lists them.
+#: Programs for four values in which nothing shows it: they get five. docs/cuda-insisting-programs.md lists them.
 UNDECIDABLE = {
     "the last one": TAKE
     + """

@@ -71,7 +71,13 @@ CASES = {
     "aligned": (True, False),
     "long": (False,),
 }
-VARIANTS = {"rows": (8, 16, 32), "simdgroups": (1, 2, 4, 8), "keys": (8, 16, 32, 64), "staged": (False, True)}
+VARIANTS = {
+    "rows": (8, 16, 32),
+    "simdgroups": (1, 2, 4, 8),
+    "keys": (8, 16, 32, 64),
+    "staged": (False, True),
+    "shared_q": (False, True),
+}
 SHAPES = pairwise(
     turn=tuple(range(7)),
     heads=((2, 2), (4, 2), (3, 1)),
@@ -105,14 +111,20 @@ def cases_of_every_variant() -> list[dict]:
 
 
 def fitting(case: dict) -> Variant:
-    """The variant that a case asks for, made smaller until it fits the head dims."""
-    variant = Variant(case["rows"], case["simdgroups"], case["keys"], case["staged"] and case["simdgroups"] > 1)
-    element_bytes = case["dtype"].itemsize
-    while not simdgroup.fits(variant, element_bytes, *case["dims"]):
-        if variant.keys > 8:
+    """The variant that a case asks for, made smaller until there is room for it."""
+    staged = case["staged"] and case["simdgroups"] > 1
+    variant = Variant(case["rows"], case["simdgroups"], case["keys"], staged, case["shared_q"])
+    shape = (case["dtype"].itemsize, *case["dims"])
+    while simdgroup.live_registers(variant, *shape) > simdgroup.MAX_REGISTERS and variant.keys > 8:
+        variant = variant._replace(keys=variant.keys // 2)
+    while simdgroup.live_registers(variant, *shape) > simdgroup.MAX_REGISTERS:
+        variant = variant._replace(rows=variant.rows // 2) if variant.rows > 8 else variant._replace(shared_q=True)
+    while simdgroup.threadgroup_bytes(variant, *shape) > simdgroup.MAX_THREADGROUP_BYTES:
+        if variant.keys > 8 and variant.staged:
             variant = variant._replace(keys=variant.keys // 2)
         else:
-            variant = variant._replace(rows=variant.rows // 2)
+            simdgroups = variant.simdgroups // 2
+            variant = variant._replace(simdgroups=simdgroups, staged=variant.staged and simdgroups > 1)
     return variant
 
 

@@ -51,7 +51,10 @@ MAX_SPLITS = 128
 ROWS = (8, 16, 32)  # that a tile may have
 _MAX_ROWS = ROWS[-1]
 _THREADGROUP_BYTES = 20 << 10  # more only where nothing else fits: an Apple core has some 60 KB, for three threadgroups
-_MAX_REGISTERS = 112  # of a lane, in 32 bits: of the 128 that an Apple GPU has, what addresses and loops leave
+_MAX_REGISTERS = 112
+# By the bytes of an element: with up to so many `registers` a lane has at most some 100 live ones (docs/decode.md), and
+# an M1 core runs two threadgroups of eight simdgroups.
+_COMFORTABLE_REGISTERS = {2: 72, 4: 60}
 _SIMDGROUPS = 8  # of a threadgroup
 _GROUPS_PER_CORE = 2  # threadgroups that a core works on at a time
 # Of a split at least, so that its keys and values are more than its queries and results: rounds of all units, and keys.
@@ -96,7 +99,13 @@ def shapes(rows: int, heads_in_tile: int, element_bytes: int, head_dim: int, hea
             if fits(variant, element_bytes, head_dim, head_dim_v)
         ]
         found.append(
-            min(tried, key=lambda variant: threadgroup_bytes(variant, head_dim, head_dim_v) > _THREADGROUP_BYTES)
+            min(
+                tried,
+                key=lambda variant: (
+                    registers(variant, element_bytes, head_dim, head_dim_v) > _COMFORTABLE_REGISTERS[element_bytes],
+                    threadgroup_bytes(variant, head_dim, head_dim_v) > _THREADGROUP_BYTES,
+                ),
+            )
         )
     return tuple(dict.fromkeys(found))
 
@@ -219,6 +228,7 @@ def _decode(rows: int) -> TunedKernel:
             "kept",
             "keys",
             "splits",
+            "hidden",
             "slices",
             "exchange",
             "attend",

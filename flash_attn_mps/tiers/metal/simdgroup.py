@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
-from . import backward, gpu, launch, trial, tune, variants
+from . import backward, launch, trial, tune, variants
 from .kernel import OPTIONAL_BUFFERS, SERVES, Grid, TunedKernel
 from .prove import Proof
 from .specialization import Specialization
@@ -20,54 +20,82 @@ class Variant(NamedTuple):
     simdgroups: int  # simdgroups of a threadgroup
     keys: int  # keys of a block: a multiple of 8
     staged: bool  # do the simdgroups of a group share their keys through threadgroup memory?
+    shared_q: bool = False  # are queries in threadgroup memory? Else in registers.
 
     def __str__(self) -> str:
-        """Like "16x4x32-direct", as `MTLFLASHATTN_VARIANT` takes it."""
-        return f"{self.rows}x{self.simdgroups}x{self.keys}-{'staged' if self.staged else 'direct'}"
+        """Like "16x4x32-direct" or "8x4x32-direct-q", as `MTLFLASHATTN_VARIANT` takes it."""
+        shape = f"{self.rows}x{self.simdgroups}x{self.keys}"
+        return f"{shape}-{'staged' if self.staged else 'direct'}{'-q' * self.shared_q}"
 
 
 MAX_THREADGROUP_BYTES = 32 << 10
+MAX_REGISTERS = 128  # of a lane of an Apple GPU, 32 bits each
 
 
 def fits(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> bool:
-    """Does it stay within threadgroup memory, and within registers that no GPU spills badly?"""
-    wide = max(head_dim, head_dim_v)
-    if variant.staged and threadgroup_bytes(variant, element_bytes, head_dim, head_dim_v) > MAX_THREADGROUP_BYTES:
+    """Is there room for it, in memory and in registers? Queries leave the registers only where they must."""
+    shape = (element_bytes, head_dim, head_dim_v)
+    if threadgroup_bytes(variant, *shape) > MAX_THREADGROUP_BYTES or (variant.staged and variant.simdgroups == 1):
         return False
-    # 32-bit registers of a lane for q, o and s alone, of some 256.
-    registers = variant.rows // 8 * (wide // 8 * (2 + element_bytes // 2) + variant.keys // 4)
-    return registers <= 208 and not (variant.staged and variant.simdgroups == 1)
+    if variant.shared_q and live_registers(variant._replace(shared_q=False), *shape) <= MAX_REGISTERS:
+        return False
+    return live_registers(variant, *shape) <= MAX_REGISTERS
+
+
+def live_registers(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> int:
+    """About how many registers of a lane are alive together.
+
+    The two large parts are exact: o, and q where it is in registers. The rest is fitted to what the Metal runner counts
+    in the kernel's code (its `live_registers`); tests/metal/test_registers.py holds the two against each other.
+    """
+    rows, keys = variant.rows // 8, variant.keys // 8
+    o, q = 2 * rows * -(-head_dim_v // 8), element_bytes // 2 * rows * -(-head_dim // 8)
+    # Slabs of several widths (fragment.metal) take addresses of their own.
+    ragged = any(dim * element_bytes % 128 for dim in (head_dim, head_dim_v))
+    rest = 5 * rows * keys + 10 * keys + 18 * rows + 10 * rows * variant.shared_q
+    return o + (0 if variant.shared_q else q) + rest // 4 + 8 * variant.staged + 7 * ragged + 40
 
 
 def threadgroup_bytes(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> int:
-    if not variant.staged:
-        return 0
-    padding = 16 // element_bytes
-    rows = sum(-(-dim // 8) * 8 + padding for dim in (head_dim, head_dim_v))
-    votes = 2 * 4 * variant.simdgroups  # under a mask: staging.metal, `Votes`
-    return variant.keys * rows * element_bytes + votes
+    total = 0
+    if variant.staged:
+        padding = 16 // element_bytes
+        rows = sum(-(-dim // 8) * 8 + padding for dim in (head_dim, head_dim_v))
+        votes = 2 * 4 * variant.simdgroups  # under a mask: staging.metal, `Votes`
+        total += variant.keys * rows * element_bytes + votes
+    if variant.shared_q:
+        total += variant.simdgroups * variant.rows * -(-head_dim // 8) * 8 * element_bytes
+    return total
+
+
+# The best first, by the cost model of Apple's GPUs (docs/apple-model.md), for M1 to M4 alike. Direct: loads take whole
+# cache lines, and staging costs barriers, address arithmetic and room. Sixteen rows halve what is loaded for a product.
+_PREFERRED = (
+    Variant(16, 4, 32, False),
+    Variant(16, 4, 16, False),
+    Variant(16, 4, 16, False, True),
+    *(
+        Variant(8, simdgroups, keys, False, shared_q)
+        for keys in (32, 16, 8)
+        for simdgroups in (4, 2)
+        for shared_q in (False, True)
+    ),
+)
+_ROOM_FOR_THREE = 20 << 10  # threadgroup bytes with which three groups are resident on a core of M1
 
 
 @functools.lru_cache(maxsize=512)
 def default(element_bytes: int, head_dim: int, head_dim_v: int) -> Variant:
-    """What should do well on this machine's GPU generation: M1 and M2 staged, later ones direct.
-
-    An unknown GPU gets the staged one, which does no more of anything than PyTorch's kernel (tests/metal/counters.py).
-    """
-    wide = max(head_dim, head_dim_v)
-    staged = gpu.generation() <= 2
-    rows = 16 if wide <= 64 and element_bytes == 2 else 8
-    keys = 32 if wide <= 128 else 16
-    preferred = Variant(rows, 4, keys, staged)
-    candidates = [preferred, preferred._replace(keys=16), preferred._replace(keys=8), preferred._replace(staged=False)]
-    return next(variant for variant in candidates if fits(variant, element_bytes, head_dim, head_dim_v))
+    """What should do well on any GPU where nothing was tuned."""
+    shape = (element_bytes, head_dim, head_dim_v)
+    return next(v for v in _PREFERRED if fits(v, *shape) and threadgroup_bytes(v, *shape) <= _ROOM_FOR_THREE)
 
 
 def fallbacks(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Variant]:
-    """Code of another kind for the same tile, then smaller tiles in smaller groups."""
+    """Code of another kind, then smaller tiles in smaller groups."""
     usual = default(element_bytes, head_dim, head_dim_v)
-    small = usual._replace(rows=8, simdgroups=2, keys=min(usual.keys, 16), staged=False)
-    return [usual, usual._replace(staged=not usual.staged), small, small._replace(keys=8)]
+    small = [Variant(8, 2, keys, False, shared_q) for keys in (16, 8) for shared_q in (False, True)]
+    return [usual, usual._replace(staged=True), Variant(8, 4, 16, True), *small]
 
 
 def _trial(s: Specialization) -> trial.Trial:
@@ -95,6 +123,8 @@ FORWARD = TunedKernel(
         "kept",
         "keys",
         "staging",
+        "queries",
+        "hidden",
         "tile",
         "attend",
         "forward",
@@ -103,11 +133,12 @@ FORWARD = TunedKernel(
     optional=tuple(OPTIONAL_BUFFERS),
     grid=_grid,
     variants=tuple(
-        Variant(rows, simdgroups, keys, staged)
+        Variant(rows, simdgroups, keys, staged, shared_q)
         for rows in (8, 16, 32)
         for simdgroups in (1, 2, 4, 8)
         for keys in (8, 16, 32, 64)
         for staged in (False, True)
+        for shared_q in (False, True)
     ),
     fits=fits,
     default=default,

@@ -84,6 +84,9 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
         descales = {f"{x}_descale": unit * torch.rand(shape, generator=generator).add_(0.5) for x in "kv"}
     left, right = feature.window[0], 0 if feature.causal else feature.window[1]
     of_sinks = None if sinks is None else sinks.double().requires_grad_(feature.gradients)
+    masks = [s.mask for s in sequences]
+    if feature.mask == "float" and feature.gradients:
+        masks = [None if mask is None else mask.double().requires_grad_() for mask in masks]
     leaves = []
     for b, s in enumerate(sequences):
         k, v = (
@@ -100,7 +103,7 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
             softcap=feature.softcap,
             slopes=s.slopes,
             sinks=of_sinks,
-            mask=s.mask,
+            mask=masks[b],
             keep=_kept(feature, b) if feature.dropout else None,
             dropout_p=feature.dropout,
         )
@@ -148,6 +151,9 @@ def build(case: Case, device: torch.device | str, seed: int = 0) -> Built:
             built.gradients[name] = joined([_lengthened(_gradient_of(x), unused, 0.0) for x in rows])
         if of_sinks is not None:
             built.gradients["sinks"] = _gradient_of(of_sinks)
+        of_masks = [_gradient_of(mask) for mask in masks if mask is not None and mask.requires_grad]
+        if of_masks:
+            built.gradients["mask"] = torch.stack(of_masks)
     return built
 
 

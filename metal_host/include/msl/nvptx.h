@@ -220,6 +220,29 @@ __MH_DEVICE ext<float, 2> matrix_product(ext<float, 2> a, ext<float, 2> b, ext<f
           : "f"(a0), "f"(a1), "f"(b0), "f"(b1));
   return ext<float, 2>{d0, d1};
 }
+#elif defined(__MH_ALU_MATRICES)
+// As Apple's M1 to M4 compute a product: 16 multiplications and additions a lane on the ordinary ALUs, in two chains. For
+// timing; what it computes is meaningless.
+#define __MH_CHAIN "fma.rn.f32 %0, %2, %3, %0; fma.rn.f32 %1, %2, %3, %1; "
+#define __MH_CHAINS __MH_CHAIN __MH_CHAIN __MH_CHAIN __MH_CHAIN __MH_CHAIN __MH_CHAIN __MH_CHAIN __MH_CHAIN
+#define __MH_MMA16(T)                                                                                 \
+  __MH_DEVICE ext<float, 2> matrix_product(ext<T, 2> a, ext<T, 2> b, ext<float, 2> c) {               \
+    float d0 = c.x, d1 = c.y;                                                                         \
+    __asm__ volatile(__MH_CHAINS                                                                      \
+                     : "+f"(d0), "+f"(d1)                                                             \
+                     : "f"(__builtin_bit_cast(float, a)), "f"(__builtin_bit_cast(float, b)));         \
+    return ext<float, 2>{d0, d1};                                                                     \
+  }
+__MH_MMA16(half)
+__MH_MMA16(bfloat)
+#undef __MH_MMA16
+__MH_DEVICE ext<float, 2> matrix_product(ext<float, 2> a, ext<float, 2> b, ext<float, 2> c) {
+  float d0 = c.x, d1 = c.y, a0 = a.x + a.y, b0 = b.x + b.y;
+  __asm__ volatile(__MH_CHAINS : "+f"(d0), "+f"(d1) : "f"(a0), "f"(b0));
+  return ext<float, 2>{d0, d1};
+}
+#undef __MH_CHAINS
+#undef __MH_CHAIN
 #else
 // d = a b + c on the tensor cores: the upper half of m16n8k8, the lower eight rows zero.
 __MH_DEVICE uint transposed(uint pair) {  // an 8x8 matrix of 16-bit elements

@@ -5,23 +5,18 @@
 template <bool EDGE, typename AnyKeys>
 METAL_FUNC void compute_qk(
     thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread State& state, AnyKeys keys, int first_key, Lane lane) {
-  UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-    Operand k[D_FRAGMENTS];
-    state.load_k<EDGE>(k, keys, first_key, n, lane);
-    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-      s[r][n] = zeros();
-      UNROLL for (int f = 0; f < D_FRAGMENTS; ++f) simdgroup_multiply_accumulate(s[r][n], state.q[r][f], k[f], s[r][n]);
-    }
-  }
+  UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) s[r][n] = zeros();
+  state.add_qk<EDGE>(s, keys, first_key, lane);
 }
 
 // Line 9, and of line 10 the rescaling of o: scales and masks s, then
 //   m_new = max(m, rowmax(s)),  p = exp(s - m_new),  l = exp(m - m_new) l + rowsum(p),  o = exp(m - m_new) o.
-// s stays behind with its scores in it, -inf where hidden.
+// Where keys may be hidden, `visible` tells which scores are not (hidden.metal).
 template <bool EDGE, bool MASKED>
 METAL_FUNC void online_softmax(
     thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
     thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+    thread ushort (&visible)[ROW_FRAGMENTS],
     thread State& state,
     Scoring scoring,
     MaskTile mask_tile,
@@ -57,6 +52,12 @@ METAL_FUNC void online_softmax(
       }
     }
 #endif
+    if (EDGE || MASKED) {
+      visible[r] = 0;
+      UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n)
+        UNROLL for (int e = 0; e < 2; ++e)
+          visible[r] |= ushort(s[r][n].thread_elements()[e] == -INFINITY ? 0 : 1 << (2 * n + e));
+    }
     // m_new = max(m, rowmax(s))
     m = max(row_max(m), state.m[r]);
     float base = m == -INFINITY ? 0.0f : m;  // a row that has seen nothing yet: -inf - -inf would be NaN
@@ -85,61 +86,17 @@ METAL_FUNC void online_softmax(
   }
 }
 
-// Line 10: o += p v. A hidden key has p = 0, but 0 * NaN is NaN, and memory that no query sees may hold anything. So where
-// keys may be hidden, at an edge or by a mask, NaN and infinities in v are replaced by 0, and NaN is put into o for those
-// queries alone that see them.
-template <bool EDGE, bool MASKED, typename AnyKeys>
-METAL_FUNC void accumulate_pv(
-    thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
-    thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
-    thread State& state,
-    AnyKeys keys,
-    int first_key,
-    Lane lane) {
-  UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
-    Operand v[DV_FRAGMENTS];
-    state.load_v<EDGE>(v, keys, first_key, n, lane);
-    if (EDGE || MASKED) {
-      float nan_if_nonfinite = 0.0f;
-      UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
-        nan_if_nonfinite += 0.0f * float(v[f].thread_elements()[0]) + 0.0f * float(v[f].thread_elements()[1]);
-      bool has_nonfinite = simd_any(nan_if_nonfinite != 0.0f);
-      if (has_nonfinite) {
-        UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) {
-          Operand nonfinite;  // 1 where v is not finite
-          UNROLL for (int e = 0; e < 2; ++e) {
-            bool is_nonfinite = !isfinite(float(v[f].thread_elements()[e]));
-            nonfinite.thread_elements()[e] = T(is_nonfinite ? 1.0f : 0.0f);
-            if (is_nonfinite) v[f].thread_elements()[e] = T(0.0f);
-          }
-          UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-            Operand visible;  // 1 where the query sees the key
-            UNROLL for (int e = 0; e < 2; ++e)
-              visible.thread_elements()[e] = T(s[r][n].thread_elements()[e] == -INFINITY ? 0.0f : 1.0f);
-            Accumulator nonfinite_seen = zeros();  // how many of them each query sees, in each column
-            simdgroup_multiply_accumulate(nonfinite_seen, visible, nonfinite, nonfinite_seen);
-            UNROLL for (int e = 0; e < 2; ++e)
-              if (nonfinite_seen.thread_elements()[e] > 0.0f) state.o[r][f].thread_elements()[e] = NAN;
-          }
-        }
-      }
-    }
-    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
-      UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f)
-        simdgroup_multiply_accumulate(state.o[r][f], p[r][n], v[f], state.o[r][f]);
-  }
-}
-
 // Lines 7 to 10 for the block of keys from `first_key` on. EDGE: the sequence's end or a side of the window lies in it.
 // MASKED: `mask_tile` is applied, in which what lies beyond an edge is hidden too.
 template <bool EDGE, bool MASKED, typename AnyKeys>
 METAL_FUNC void attend_block(thread State& state, AnyKeys keys, Scoring scoring, MaskTile mask_tile, int first_key, Lane lane) {
   Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
   Operand p[ROW_FRAGMENTS][KEY_FRAGMENTS];
+  ushort visible[ROW_FRAGMENTS];
   state.kept.move_to(state.first_row, first_key, lane);  // before s takes registers
   if (!state.take_s(s, lane)) compute_qk<EDGE>(s, state, keys, first_key, lane);
-  online_softmax<EDGE, MASKED>(s, p, state, scoring, mask_tile, first_key, keys.seqlen, lane);
-  accumulate_pv<EDGE, MASKED>(s, p, state, keys, first_key, lane);
+  online_softmax<EDGE, MASKED>(s, p, visible, state, scoring, mask_tile, first_key, keys.seqlen, lane);
+  state.add_block_pv<EDGE, EDGE || MASKED>(p, visible, keys, first_key, lane);
 }
 
 // Chooses the code for one block, with no more tests in it than the block needs: a test inside the loops over fragments would

@@ -29,10 +29,14 @@ kernel void attention_forward(
   state.first_row = group_first_row + simdgroup * ROWS;
   state.kept.begin(dropout_of(sequence, head, in));
   int last_row = min(state.first_row + ROWS, sequence.seqlen_q) - 1;
+#if SHARED_Q
+  threadgroup QueryMemory q_memory;
+  state.q.elements = q_memory.elements[simdgroup];
+#endif
   device const T* q_head = q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = min(state.first_row + 8 * r + lane.row, sequence.seqlen_q - 1);
-    if (has_queries) SlabD::load_left(state.q[r], q_head + row * params[Q_ROW], scoring.sign, lane);
+    if (has_queries) state.q.load(r, q_head + row * params[Q_ROW], scoring.sign, lane);
     UNROLL for (int f = 0; f < DV_FRAGMENTS; ++f) state.o[r][f] = zeros();
     state.m[r] = -INFINITY;
     state.l[r] = 0.0f;

@@ -173,14 +173,18 @@ struct Slab {
   // Right operand, transposed: the rows in memory are the columns of the fragment, and a lane has two of them.
   template <typename Row>
   METAL_FUNC static void load_right_transposed(thread Operand* to, Row row0, Row row1, Lane lane) {
+    load_right_transposed_slab(to + FIRST, row0, row1, lane);
+    Rest::load_right_transposed(to, row0, row1, lane);
+  }
+  template <typename Row>
+  METAL_FUNC static void load_right_transposed_slab(thread Operand* to, Row row0, Row row1, Lane lane) {
     T x[W], y[W];
     Elements<W>::load(x, row0 + BEGIN + W * lane.row);
     Elements<W>::load(y, row1 + BEGIN + W * lane.row);
     UNROLL for (int f = 0; f < W; ++f) {
-      to[FIRST + f].thread_elements()[0] = x[f];
-      to[FIRST + f].thread_elements()[1] = y[f];
+      to[f].thread_elements()[0] = x[f];
+      to[f].thread_elements()[1] = y[f];
     }
-    Rest::load_right_transposed(to, row0, row1, lane);
   }
 
   // Right operand: `row` is this lane's row.
@@ -261,8 +265,12 @@ struct Slab<DIM, ALIGNED, FIRST, RAGGED> {
   }
   template <typename Row>
   METAL_FUNC static void load_right_transposed(thread Operand* to, Row row0, Row row1, Lane lane) {
-    to[FIRST].thread_elements()[0] = at(row0, BEGIN + lane.row);
-    to[FIRST].thread_elements()[1] = at(row1, BEGIN + lane.row);
+    load_right_transposed_slab(to + FIRST, row0, row1, lane);
+  }
+  template <typename Row>
+  METAL_FUNC static void load_right_transposed_slab(thread Operand* to, Row row0, Row row1, Lane lane) {
+    to[0].thread_elements()[0] = at(row0, BEGIN + lane.row);
+    to[0].thread_elements()[1] = at(row1, BEGIN + lane.row);
   }
   template <typename Row>
   METAL_FUNC static void load_right(thread Operand* to, Row row, Lane lane) {

@@ -7,19 +7,27 @@ struct Rows {
   long page_stride;
   device const int* pages;  // the sequence's row of block_table
   int page_size;
-#if HAS_LEFTPAD_K
-  int leftpad;
-#endif
+  int first;  // where key 0 lies, in rows of the pages
 
   METAL_FUNC device const KV_T* at(int key) const thread {
-#if HAS_LEFTPAD_K
-    key += leftpad;
-#endif
+    key += first;
     return base + pages[key / page_size] * page_stride + key % page_size * row_stride;
   }
 #else
   METAL_FUNC device const KV_T* at(int key) const thread { return base + key * row_stride; }
 #endif
+
+  // The rows from `key` on, which becomes key 0. What is a fixed number of keys from it is, in one piece of memory, at a
+  // distance that all lanes share: no address is kept, or multiplied out, for each key of a block.
+  METAL_FUNC Rows from(int key) const thread {
+    Rows rows = *this;
+#if HAS_BLOCK_TABLE
+    rows.first += key;
+#else
+    rows.base = at(key);
+#endif
+    return rows;
+  }
 };
 
 struct Keys {
@@ -51,8 +59,9 @@ METAL_FUNC Keys keys_of(Sequence sequence, int head, device const KV_T* k, devic
   keys.v.page_stride = params[V_BATCH];
   keys.k.pages = keys.v.pages = in.block_table + entry * params[BLOCK_TABLE_ROW];
   keys.k.page_size = keys.v.page_size = int(params[PAGE_SIZE]);
+  keys.k.first = keys.v.first = 0;
 #if HAS_LEFTPAD_K
-  keys.k.leftpad = keys.v.leftpad = in.leftpad_k[sequence.batch];
+  keys.k.first = keys.v.first = in.leftpad_k[sequence.batch];
 #endif
 #else
   long first = sequence.first_k;
@@ -64,3 +73,19 @@ METAL_FUNC Keys keys_of(Sequence sequence, int head, device const KV_T* k, devic
 #endif
   return keys;
 }
+
+// The rows that a lane reads of a block of keys: `at` is the one so many keys behind its first. EDGE: there may be fewer keys
+// than the block has; the last one stands for those past the end.
+template <bool EDGE, typename AnyRows>
+struct LaneRows {
+  AnyRows rows;
+  int first;
+  int last;
+
+  METAL_FUNC void begin(AnyRows all, int key, int seqlen) thread {
+    rows = EDGE ? all : all.from(key);
+    first = EDGE ? key : 0;
+    last = seqlen - 1;
+  }
+  METAL_FUNC auto at(int apart) const thread { return rows.at(EDGE ? min(first + apart, last) : apart); }
+};

@@ -110,7 +110,7 @@ METAL_FUNC BlockKeys keys_of_block(Keys keys, int first_key, ushort index) {
   int key = first_key + int(index), page = 0, row = 0;
   if (index < KEYS && key < keys.seqlen) {
 #if HAS_LEFTPAD_K
-    key += keys.k.leftpad;
+    key += keys.k.first;
 #endif
     page = keys.k.pages[key / keys.k.page_size];
     row = key % keys.k.page_size;
@@ -177,6 +177,31 @@ struct State {
     }
     device const KV_T* row = keys.v.at(key);
     if (exists) SliceV::load_right(to, row, slice, lane);
+  }
+
+  // What attend.metal asks for: s += q k^T, and o += p v. HIDDEN: some of the keys may be hidden.
+  template <bool EDGE, typename AnyKeys>
+  METAL_FUNC void add_qk(
+      thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], AnyKeys keys, int first_key, Lane lane) thread {
+    UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
+      Operand k[D_FRAGMENTS];
+      load_k<EDGE>(k, keys, first_key, n, lane);
+      UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r)
+        UNROLL for (int f = 0; f < D_FRAGMENTS; ++f) simdgroup_multiply_accumulate(s[r][n], q[r][f], k[f], s[r][n]);
+    }
+  }
+  template <bool EDGE, bool HIDDEN, typename AnyKeys>
+  METAL_FUNC void add_block_pv(
+      thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+      thread ushort (&visible)[ROW_FRAGMENTS],
+      AnyKeys keys,
+      int first_key,
+      Lane lane) thread {
+    UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
+      Operand v[DV_FRAGMENTS];
+      load_v<EDGE>(v, keys, first_key, n, lane);
+      add_pv<HIDDEN, 0>(o, p, visible, v, n);
+    }
   }
 
   // s of a block from its slices, which all add in the same order: they must agree.

@@ -14,6 +14,14 @@ struct StagedRows {
 
   METAL_FUNC static int slot_of(uint row) { return row % STEP * 8 + row / STEP; }
   METAL_FUNC threadgroup const T* at(int row) const thread { return base + slot_of(row - first) * STAGED_ROW; }
+
+  // As of Rows, for a row of the first fragment.
+  METAL_FUNC StagedRows from(int row) const thread {
+    StagedRows rows;
+    rows.base = at(row);
+    rows.first = 0;
+    return rows;
+  }
 };
 
 inline constexpr int copy_width(int dim, int aligned) {

@@ -1,38 +1,101 @@
-// What a simdgroup of forward.metal holds, and how it reads keys: what attend.metal asks of a `State`.
+// What a simdgroup of forward.metal holds, and how it computes with a block of keys: what attend.metal asks of a `State`.
 
-constant constexpr int D_FRAGMENTS = (HEAD_DIM + 7) / 8;
-constant constexpr int DV_FRAGMENTS = (HEAD_DIM_V + 7) / 8;
+// Line 8: s = q k^T for key fragments `begin` to `end` - 1, a slab of the head dim after the other, so that few fragments of k
+// and q are in registers together.
+template <typename S>
+struct ScoresOf {
+  template <typename AnyLaneRows>
+  METAL_FUNC static void add(
+      thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+      thread Queries& queries,
+      AnyLaneRows rows,
+      int begin,
+      int end,
+      Lane lane) {
+    Operand q[ROW_FRAGMENTS][S::W];
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) queries.template slab<S>(q[r], r, lane);
+    UNROLL for (int n = begin; n < end; ++n) {
+      Operand k[S::W];
+      S::load_right_transposed_slab(k, rows.at(key_of(0, n, 0, 0)), rows.at(key_of(0, n, 0, 1)), lane);
+      UNROLL for (int f = 0; f < S::W; ++f)
+        UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) simdgroup_multiply_accumulate(s[r][n], q[r][f], k[f], s[r][n]);
+    }
+    ScoresOf<typename S::Rest>::add(s, queries, rows, begin, end, lane);
+  }
+};
+template <int DIM, int ALIGNED, int FIRST>
+struct ScoresOf<Slab<DIM, ALIGNED, FIRST, END>> {
+  template <typename AnyLaneRows>
+  METAL_FUNC static void add(
+      thread Accumulator (&)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread Queries&, AnyLaneRows, int, int, Lane) {}
+};
 
-typedef Slab<HEAD_DIM, VECTOR> SlabD;
-typedef Slab<HEAD_DIM_V, VECTOR_V> SlabV;
+// Line 10 for fragment n of a block, of which `row` is this lane's, likewise.
+template <typename S>
+struct ValuesOf {
+  template <bool HIDDEN, typename Row>
+  METAL_FUNC static void add(
+      thread Accumulator (&o)[ROW_FRAGMENTS][DV_FRAGMENTS],
+      thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+      thread ushort (&visible)[ROW_FRAGMENTS],
+      Row row,
+      int n,
+      Lane lane) {
+    Operand v[S::W];
+    S::load_right_slab(v, row, lane);
+    add_pv<HIDDEN, S::FRAGMENT>(o, p, visible, v, n);
+    ValuesOf<typename S::Rest>::template add<HIDDEN>(o, p, visible, row, n, lane);
+  }
+};
+template <int DIM, int ALIGNED, int FIRST>
+struct ValuesOf<Slab<DIM, ALIGNED, FIRST, END>> {
+  template <bool HIDDEN, typename Row>
+  METAL_FUNC static void add(
+      thread Accumulator (&)[ROW_FRAGMENTS][DV_FRAGMENTS],
+      thread Operand (&)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+      thread ushort (&)[ROW_FRAGMENTS],
+      Row,
+      int,
+      Lane) {}
+};
 
 // A simdgroup's queries, and their attention over the blocks so far.
 struct State {
-  Operand q[ROW_FRAGMENTS][D_FRAGMENTS];
+  Queries q;
   Accumulator o[ROW_FRAGMENTS][DV_FRAGMENTS];  // not yet divided by l
   float m[ROW_FRAGMENTS];  // running maximum of each row's scores
   float l[ROW_FRAGMENTS];  // this lane's part of the running sum of exp(s - m): the four lanes of a row are added at the end
   int first_row;
   Kept kept;
 
-  // Fragment n of a block of k. EDGE: there may be fewer keys than the block has; the last one stands for those past the end.
+  // s += q k^T. EDGE: there may be fewer keys than the block has.
   template <bool EDGE, typename AnyKeys>
-  METAL_FUNC void load_k(thread Operand* to, AnyKeys keys, int first_key, int n, Lane lane) const thread {
-    int key0 = key_of(first_key, n, lane.column, 0);
-    int key1 = key_of(first_key, n, lane.column, 1);
-    if (EDGE) {
-      key0 = min(key0, keys.seqlen - 1);
-      key1 = min(key1, keys.seqlen - 1);
+  METAL_FUNC void add_qk(
+      thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS], AnyKeys keys, int first_key, Lane lane) thread {
+    LaneRows<EDGE, decltype(keys.k)> rows;
+    rows.begin(keys.k, key_of(first_key, 0, lane.column, 0), keys.seqlen);
+    // At an edge the address of each key is its own: one fragment of keys at a time, so that few are needed together.
+    constexpr int COUNT = EDGE ? 1 : KEY_FRAGMENTS;
+    UNROLL for (int n = 0; n < KEY_FRAGMENTS; n += COUNT) {
+#if SHARED_Q
+      simdgroup_barrier(mem_flags::mem_threadgroup);  // so that no compiler keeps q in registers from one use to the next
+#endif
+      ScoresOf<SlabD>::add(s, q, rows, n, n + COUNT, lane);
     }
-    SlabD::load_right_transposed(to, keys.k.at(key0), keys.k.at(key1), lane);
   }
 
-  // Likewise of v.
-  template <bool EDGE, typename AnyKeys>
-  METAL_FUNC void load_v(thread Operand* to, AnyKeys keys, int first_key, int n, Lane lane) const thread {
-    int key = key_of(first_key, n, lane.row, 0);
-    if (EDGE) key = min(key, keys.seqlen - 1);
-    SlabV::load_right(to, keys.v.at(key), lane);
+  // o += p v. HIDDEN: some of the keys may be hidden.
+  template <bool EDGE, bool HIDDEN, typename AnyKeys>
+  METAL_FUNC void add_block_pv(
+      thread Operand (&p)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+      thread ushort (&visible)[ROW_FRAGMENTS],
+      AnyKeys keys,
+      int first_key,
+      Lane lane) thread {
+    LaneRows<EDGE, decltype(keys.v)> rows;
+    rows.begin(keys.v, key_of(first_key, 0, lane.row, 0), keys.seqlen);
+    UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n)
+      ValuesOf<SlabV>::template add<HIDDEN>(o, p, visible, rows.at(key_of(0, n, 0, 0)), n, lane);
   }
 
   // s of a block, where it is there already.

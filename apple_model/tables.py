@@ -1,0 +1,143 @@
+"""The tables of docs/apple-model.md: predictions for this project's kernels, and published times beside the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+from flash_attn_mps.tiers.metal import simdgroup
+from flash_attn_mps.tiers.metal.simdgroup import Variant
+
+from .chips import CHIPS, Chip
+from .kernels import ELEMENTS, Kernel, ours
+from .predict import Call, predict
+from .validate import Row, mean_and_rms, ranked, rows
+
+PAGE = Path(__file__).parent.parent / "docs" / "apple-model.md"
+JUDGED = ("M1", "M1 Max", "M3 Max", "M4 Max")
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+CALL = Call(1, 16, 4096, 4096)
+HEADER = (
+    *("head dim", "dtype", "chip", "variant", "live registers", "threadgroup bytes", "groups a core"),
+    *("share of the peak", "bound by"),
+)
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    cells = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in cells)
+
+
+def variants(element: str, head_dim: int) -> list[Variant]:
+    size = ELEMENTS[element].itemsize
+    return [v for v in simdgroup.FORWARD.variants if simdgroup.fits(v, size, head_dim, head_dim)]
+
+
+def is_modelled(chip: Chip, element: str) -> bool:
+    """bfloat is emulated before M3, in ways that are not known."""
+    return element != "bf16" or chip.core.name == "Apple9"
+
+
+def defaults(chips: Sequence[str] = JUDGED, elements: Iterable[str] = ELEMENTS, dims: Iterable[int] = HEAD_DIMS) -> str:
+    lines = []
+    for element in elements:
+        for head_dim in dims:
+            variant = simdgroup.default(ELEMENTS[element].itemsize, head_dim, head_dim)
+            for chip in (CHIPS[name] for name in chips):
+                if is_modelled(chip, element):
+                    lines.append(_described(chip, ours(variant, element, head_dim), element))
+    return markdown(HEADER, lines)
+
+
+def _described(chip: Chip, kernel: Kernel, element: str, call: Call = CALL) -> list[object]:
+    p = predict(chip, kernel, call)
+    name = kernel.name.removeprefix("ours ")
+    cells = [kernel.head_dim, element, chip.name, name, kernel.registers, kernel.threadgroup_bytes, p.groups]
+    return [*cells, f"{p.share:.2f}", p.bound]
+
+
+def all_variants(chip: Chip, element: str, head_dim: int, call: Call) -> str:
+    """Every variant that fits, the fastest first."""
+    lines = [
+        _described(chip, ours(v, element, head_dim, call.causal), element, call) for v in variants(element, head_dim)
+    ]
+    lines.sort(key=lambda line: str(line[-2]), reverse=True)
+    return markdown(HEADER, lines)
+
+
+@cache
+def _rows() -> list[Row]:
+    return rows()
+
+
+def validation() -> str:
+    lines = []
+    for r in _rows():
+        c = r.call
+        shape = f"{c.batch} x {c.heads} x {c.queries} x {c.keys}{' causal' if c.causal else ''}"
+        times = f"{r.milliseconds:.3f}", f"{r.prediction.milliseconds:.3f}", f"{r.ratio:.2f}"
+        lines.append([r.chip.name, r.kernel.name, r.element, r.kernel.head_dim, shape, *times, r.source])
+    header = (
+        "chip",
+        "kernel",
+        "dtype",
+        "D",
+        "batch x heads x queries x keys",
+        "measured ms",
+        "predicted ms",
+        "ratio",
+        "source",
+    )
+    return markdown(header, lines)
+
+
+def summary() -> str:
+    """Errors by chip and kind of row, and how well tiles of one kernel are ranked."""
+    found = _rows()
+    kinds = {
+        "all": found,
+        "M1 Max": [r for r in found if r.chip.name == "M1 Max"],
+        "M3 to M5": [r for r in found if r.chip.name != "M1 Max"],
+        "M1 Max, kernels known from their code": [
+            r for r in found if r.chip.name == "M1 Max" and "MFA" not in r.kernel.name
+        ],
+        "M3 to M5, kernels known from their code": [
+            r for r in found if r.chip.name != "M1 Max" and "MFA" not in r.kernel.name
+        ],
+        "metal-flash-attention, written by hand": [r for r in found if "MFA" in r.kernel.name],
+        "one query": [r for r in found if r.call.queries == 1],
+    }
+    lines = []
+    for name, members in kinds.items():
+        mean, rms = mean_and_rms(r.ratio for r in members)
+        _, constant = mean_and_rms(_of_constant_share(members))
+        lines.append([name, len(members), f"{mean:.2f}", f"x{rms:.2f}", f"x{constant:.2f}"])
+    errors = markdown(
+        ("rows", "number", "predicted / measured, mean", "rms", "rms of one share of the peak for all"), lines
+    )
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for r in found:
+        if r.group:
+            groups.setdefault(r.group, []).append((r.milliseconds, r.prediction.milliseconds))
+    counts = {name: ranked(pairs) for name, pairs in groups.items()}
+    counts["together"] = (sum(c[0] for c in counts.values()), sum(c[1] for c in counts.values()))
+    lines = [[name, *pair] for name, pair in counts.items()]
+    return errors + "\n\n" + markdown(("ranked", "pairs right", "wrong"), lines)
+
+
+def _of_constant_share(members: list[Row]) -> list[float]:
+    """Ratios of the trivial model: each kernel runs at the same share of the ALU peak, the best one for these rows."""
+    times = [r.call.operations(r.kernel.head_dim) / r.chip.peak * 1e3 / (r.milliseconds - r.floor) for r in members]
+    mean, _ = mean_and_rms(times)
+    return [t / mean for t in times]
+
+
+def write_page() -> None:
+    """Put the tables into docs/apple-model.md, each between its two markers."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in (("defaults", defaults()), ("summary", summary()), ("validation", validation())):
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        first, last = text.index(begin) + len(begin), text.index(end)
+        text = f"{text[:first]}\n{table}\n{text[last:]}"
+    PAGE.write_text(text, encoding="utf-8")
