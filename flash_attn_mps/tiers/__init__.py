@@ -12,7 +12,7 @@ import torch
 from .. import trace
 from ..problem import AttentionProblem, Result
 from . import cpu, reference
-from .metal import decode, scalar, simdgroup
+from .metal import composed, decode, scalar, simdgroup
 from .tier import Gradients, Tier
 
 __all__ = ["BY_NAME", "METAL", "ORDER", "Gradients", "Tier", "explain", "explain_gradients", "gradients", "run"]
@@ -65,8 +65,8 @@ def gradients(
     leave a call without gradients. `dlse` is the gradient of the log-sum-exp, if it has one. `needed`: names of
     `problem.DIFFERENTIABLE`.
     """
-    refusals: trace.Refusals = []
-    for tier in _asked_for_gradients():
+    order, refusals = _asked_for_gradients(p)
+    for tier in order:
         reasons = tier.unsupported_backward_reasons(p, dlse is not None, needed)
         if not reasons and tier.backward is not None:
             off = torch.autocast(p.q.device.type, enabled=False) if _is_autocast(p.q.device.type) else nullcontext()
@@ -90,14 +90,17 @@ def explain_gradients(
     p: AttentionProblem, dlse: bool = False, needed: frozenset[str] = frozenset("qkv")
 ) -> dict[str, list[str]]:
     """Likewise, why each tier does not compute the gradients of `needed`. `dlse`: has the log-sum-exp a gradient?"""
-    return {tier.name: tier.unsupported_backward_reasons(p, dlse, needed) for tier in _asked_for_gradients()}
+    order, refusals = _asked_for_gradients(p)
+    return dict(refusals) | {tier.name: tier.unsupported_backward_reasons(p, dlse, needed) for tier in order}
 
 
-def _asked_for_gradients() -> tuple[Tier, ...]:
-    """A forced tier, and then those that compute gradients."""
+def _asked_for_gradients(p: AttentionProblem) -> tuple[tuple[Tier, ...], trace.Refusals]:
+    """A forced tier, and then those that compute gradients; and who is not asked, since another is faster."""
     asked = _asked()
+    if asked is ORDER and composed.is_faster(p):
+        return (BY_NAME[reference.TIER.name],), [(simdgroup.TIER.name, [composed.WHY])]
     forced = () if asked is ORDER else asked
-    return tuple(dict.fromkeys((*forced, *(tier for tier in ORDER if tier.backward is not None))))
+    return tuple(dict.fromkeys((*forced, *(tier for tier in ORDER if tier.backward is not None)))), []
 
 
 def _listed(refusals: trace.Refusals) -> str:

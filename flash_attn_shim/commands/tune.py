@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["variants", "decode", "gradients", "sdpa"],
         choices=("variants", "decode", "gradients", "sdpa"),
-        help="the variants of the forward kernel, those of the decode kernel and up to how many queries it is used, "
-        "the variants of the backward kernels, or the length from which to replace torch's attention (default: all)",
+        help="the variants of the forward kernel; those of the decode kernel, and up to how many queries it is used; "
+        "those of the backward kernels, and whether to use these; the length from which to replace torch's attention "
+        "(default: all)",
     )
     parser.add_argument("--device", default="mps", help="default: mps")
     parser.add_argument("--forget", action="store_true", help="remove the saved results, and time nothing")
@@ -65,9 +66,11 @@ def _forward(arguments, watch):
 
 
 def _backward(arguments, watch):
-    from flash_attn_mps.tiers.metal import backward_kernels
+    """Whether to use the kernels comes last, with their fastest variants."""
+    from flash_attn_mps.tiers.metal import backward_kernels, composed
 
-    return _variants([backward_kernels.QUERIES, backward_kernels.KEYS], arguments, watch, arguments.mask)
+    choices = [backward_kernels.QUERIES, backward_kernels.KEYS, composed.WAYS]
+    return _variants(choices, arguments, watch, arguments.mask)
 
 
 def _decode(arguments, watch):
@@ -130,11 +133,11 @@ def _variants(kernels, arguments, watch, masks):
                 )
                 if outcomes[-1].winner is not None:
                     store.save({key: outcomes[-1].winner})
+                    variants.forget()
         except KeyboardInterrupt:
             pass  # what was measured is saved
         except OSError as error:
             unkept = error
-    variants.forget()
     head = ("kernel", "dtype", "head dim", "length", "mask", "fastest", "ms", "default's ms", "gain", "failed")
     print(aligned([head, *map(_row, outcomes)]))
     for reason, count in _reasons(outcomes).items():

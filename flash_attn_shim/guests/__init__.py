@@ -14,7 +14,7 @@ import types
 
 from flash_attn_shim import policy
 from flash_attn_shim.autoload import PRESENTED
-from flash_attn_shim.guests import journal, presence, settings
+from flash_attn_shim.guests import journal, settings
 
 #: Modules that ask on behalf of others. importlib's own have the second names until somebody imports `importlib`.
 _BETWEEN = ("importlib", "_frozen_importlib", "_frozen_importlib_external", "importlib_metadata", "pkgutil")
@@ -40,17 +40,25 @@ def why_hidden(name: str, frame: types.FrameType | None) -> str | None:
         reasons = dict.fromkeys(PRESENTED, f"{policy.HIDE} names {item}")
     elif settings.decides():
         if (module, file) not in _decided:
-            try:
-                _decided[module, file] = presence.reasons(module, file, frame.f_globals)
-            except Exception as error:  # a mistake in reading a program must not break it
-                journal.failures[module] = repr(error)
-                _decided[module, file] = {}
+            _decided[module, file] = _reasons(module, file, frame.f_globals)
         reasons = _decided[module, file]
     else:
         reasons = {}
     if reasons:
         journal.hidden[module] = reasons
     return reasons.get(name)
+
+
+def _reasons(module, file, namespace):
+    if file.startswith("<"):  # code without a file that could be read
+        return {}
+    from flash_attn_shim.guests import presence  # which needs the parser: a file has to be read, so it is worth it
+
+    try:
+        return presence.reasons(module, file, namespace)
+    except Exception as error:  # a mistake in reading a program must not break it
+        journal.failures[module] = repr(error)
+        return {}
 
 
 def _top(frame):

@@ -2,7 +2,7 @@
 
 Its import statement has succeeded (Python asked nobody, see `presented.py`), so as soon as the guest has been executed,
 the statements at its top that ask are run once more, this time without flash_attn: the same `try` takes its handler.
-If the guest could not be executed, its importer gets the ImportError that it would have got.
+If the guest could not be executed because there is no CUDA, its importer gets the ImportError that it would have got.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Watched(_ModuleSpec):
             error = sys.exc_info()[1]
             if error is None and self.name in sys.modules:
                 _run_again(sys.modules[self.name])
-            elif isinstance(error, Exception) and not isinstance(error, ImportError):
+            elif isinstance(error, AssertionError | RuntimeError) and "CUDA" in str(error):  # from torch
                 why = next(iter(journal.hidden.get(self.name, {}).values()), "")
                 raise ModuleNotFoundError(
                     f"No module named 'flash_attn' (mtlflashattn hides it: {why})", name="flash_attn"

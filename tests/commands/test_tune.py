@@ -8,7 +8,18 @@ import torch
 
 from flash_attn_mps import describe, timing
 from flash_attn_mps.problem import AttentionProblem
-from flash_attn_mps.tiers.metal import backward_kernels, compiler, decode, few, gpu, simdgroup, store, tune, variants
+from flash_attn_mps.tiers.metal import (
+    backward_kernels,
+    compiler,
+    composed,
+    decode,
+    few,
+    gpu,
+    simdgroup,
+    store,
+    tune,
+    variants,
+)
 from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant
 from flash_attn_shim.commands import main
 
@@ -214,10 +225,9 @@ def test_the_command_stores_what_later_calls_use(a_mac, capsys):
 
 def test_the_command_tunes_kernels_of_gradients(metal, cache, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "name", lambda: "Apple M3 Max, 40 cores")
-    chosen = {
-        kernel: tune.candidates(key_of(kernel), kernel)[:2]
-        for kernel in (backward_kernels.QUERIES, backward_kernels.KEYS)
-    }
+    kernels = (backward_kernels.QUERIES, backward_kernels.KEYS, composed.WAYS)
+    chosen = {kernel: tune.candidates(key_of(kernel), kernel)[:2] for kernel in kernels}
+    assert chosen[composed.WAYS] == [composed.FUSED, composed.COMPOSED]
     seconds = {variant: 1e-3 * (2 - n) for variants in chosen.values() for n, variant in enumerate(variants)}
     monkeypatch.setattr(timing, "stopwatch", lambda device: Clock(seconds))
     monkeypatch.setattr(tune, "candidates", lambda key, kernel: chosen[kernel])

@@ -19,8 +19,6 @@ from metal_host import compile_shader
 DEVICE = "cuda"
 LENGTHS_Q, LENGTHS_K = [130, 0, 257], [200, 33, 257]
 CASES = [{}, {"causal": True}, {"window_size": (70, 10)}]
-
-
 CODES = (None, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from flash_attn_mps import tiers
 from flash_attn_mps.describe import CallOptions, dense, varlen
 from flash_attn_mps.frontends import fa2
 from flash_attn_mps.problem import with_mask
@@ -127,3 +128,21 @@ def test_dropout_adds_one_shuffle_for_a_fragment_of_scores(dim):
     assert {name for name in counters.COUNTERS if without[name] != dropping[name]} == {"shuffles"}
     fragments = without["matrix_products"] // (2 * dim // 8)
     assert dropping["shuffles"] == without["shuffles"] + fragments
+
+
+def test_dropout_adds_two_shuffles_for_a_fragment_of_scores_backward():
+    """In each kernel; bytes, products and exponentials are those of a call without it."""
+    q, k, v, dout = (torch.randn(1, 128, 2, 64, dtype=torch.float16) for _ in range(4))
+    counted = []
+    for dropout_p in (0.0, 0.1):
+        options = CallOptions(causal=True, dropout_p=dropout_p, seed=SEED, want_lse=True, want_probs=False)
+        p = dense(q, k, v, options)
+        result = tiers.run(p)
+        with observe() as launches:
+            tiers.gradients(p, result.out, result.lse, dout, None, frozenset("qkv"))
+        counted.append({launch.kernel: launch.counters for launch in launches})
+    for kernel, products in (("attention_backward_queries", 3), ("attention_backward_keys", 4)):
+        without, dropping = (of_kernels[kernel] for of_kernels in counted)
+        assert {name for name in counters.COUNTERS if without[name] != dropping[name]} == {"shuffles"}
+        fragments = without["matrix_products"] // (products * 64 // 8)
+        assert dropping["shuffles"] == without["shuffles"] + 2 * fragments

@@ -40,8 +40,9 @@ def kind_of(r: random.Random) -> dict:
     dtype = r.choice((torch.float16, torch.bfloat16, torch.float32))
     dims, storage = r.choice(DIMS), r.choice(("dense", "varlen", *STORAGES))
     masks = (None, None, None, "bool", "same", "float32") if storage in SAME_QUERIES else (None,)  # not for packed ones
+    tier = r.choice((*TIERS, "simdgroup", "simdgroup"))
     return {
-        "tier": r.choice((*TIERS, "simdgroup", "simdgroup")),
+        "tier": tier,
         "variant": r.choice(simdgroup.FORWARD.fitting(dtype.itemsize, *dims)),
         "dtype": dtype,
         "dims": dims,
@@ -51,7 +52,7 @@ def kind_of(r: random.Random) -> dict:
         "alibi": r.choice((None, None, None, "H", "BH")),
         "sinks": r.random() < 0.2,
         "mask": r.choice(masks),
-        "dropout": r.choice((0.0, 0.0, 0.3)),
+        "dropout": 0.0 if tier == "decode" else r.choice((0.0, 0.0, 0.3)),
         "scale": r.choice(("number", "number", "float16", "float32")),
         "lse": r.random() < 0.7,
         "layout": tuple(r.choice(LAYOUTS) for _ in range(3)),
@@ -88,7 +89,7 @@ def spec_of(kind: dict, r: random.Random) -> Spec:
         kind["alibi"],
         kind["sinks"],
         kind["mask"],
-        r.choice(("", "b", "h", "bh")),
+        r.choice(("", "b", "h", "bh")) + r.choice(("", "", "q", "k", "qk")),
         "columns",
         scale,
         kind["lse"],
@@ -121,7 +122,8 @@ def errors(call: Call, gradients: bool, r: random.Random) -> list[str]:
     p = call.problem
     tensors = {"dq": p.q, "dk": p.k, "dv": p.v}
     if p.mask is not None and p.mask.is_floating_point() and r.random() < 0.5:
-        tensors["dmask"] = p.mask
+        own = tuple(slice(None) if step else slice(1) for step in p.mask.stride())  # not expanded
+        tensors["dmask"] = p.mask = p.mask[own]
     for tensor in tensors.values():
         tensor.requires_grad_(gradients)
     with torch.set_grad_enabled(gradients):
@@ -131,21 +133,33 @@ def errors(call: Call, gradients: bool, r: random.Random) -> list[str]:
     grads = dict(zip(tensors, grads, strict=False))
     wrong = []
     read_q, read_k = torch.zeros(p.q.shape[:-2], dtype=torch.bool), torch.zeros(p.k.shape[:-2], dtype=torch.bool)
-    for b, s in enumerate(call.sequences):
+    of_masks: dict[str, list[torch.Tensor]] = {"exact": [], "plain": [], "rounded": []}
+    rounding = 0.0
+    for s in call.sequences:
         read_q[s.place], read_k[s.place_k] = True, True
         exact = _computed(s, dout[s.place], torch.float64, None)
         plain = _computed(s, dout[s.place], torch.float32, None)
         rounded = _computed(s, dout[s.place], torch.float64, p.q.dtype)
         got = {"out": result.out.detach()[s.place]}
         places = {"dq": s.place, "dk": s.place_k, "dv": s.place_k}
-        places["dmask"] = (b, slice(None), slice(s.q.shape[0]), slice(s.k.shape[0]))
-        got |= {name: grad[places[name]] for name, grad in grads.items()}
+        got |= {name: grads[name][place] for name, place in places.items() if name in grads}
+        if "dmask" in grads:
+            rounding += _float32("dmask", s, dout[s.place])
+            beyond = (0, p.max_seqlen_k - s.k.shape[0], 0, p.max_seqlen_q - s.q.shape[0])
+            for how, computed in (("exact", exact), ("plain", plain), ("rounded", rounded)):
+                of_masks[how].append(torch.nn.functional.pad(computed["dmask"], beyond))
         if p.want_lse and result.lse is not None:
             got["lse"] = result.lse.detach().transpose(-1, -2)[s.place]
         for name, value in got.items():
             more = _float32(name, s, dout[s.place])
             why = _differs(value, exact[name], plain[name], rounded[name], name == "lse", more)
             wrong += [f"{name}: {why}"] if why else []
+    if "dmask" in grads:
+        shape = grads["dmask"].shape
+        sums = {how: torch.stack(parts).sum_to_size(shape) for how, parts in of_masks.items()}
+        terms = p.batch * p.heads * p.max_seqlen_q * p.max_seqlen_k / shape.numel()  # summed into an element
+        why = _differs(grads["dmask"], *sums.values(), False, rounding * terms)
+        wrong += [f"dmask: {why}"] if why else []
     if not (result.out[~read_q] == 0).all():
         wrong.append("out: a row of no sequence is not zero")
     for name, read in (("dq", read_q), ("dk", read_k), ("dv", read_k)):

@@ -52,8 +52,8 @@ ROWS = (8, 16, 32)  # that a tile may have
 _MAX_ROWS = ROWS[-1]
 _THREADGROUP_BYTES = 20 << 10  # more only where nothing else fits: an Apple core has some 60 KB, for three threadgroups
 _MAX_REGISTERS = 112
-# By the bytes of an element: with up to so many `registers` a lane has at most some 100 live ones (docs/decode.md), and an
-# M1 core runs two threadgroups of eight simdgroups.
+# By the bytes of an element: with up to so many `registers` a lane has at most some 100 live ones (docs/decode.md), and
+# an M1 core runs two threadgroups of eight simdgroups.
 _COMFORTABLE_REGISTERS = {2: 72, 4: 60}
 _SIMDGROUPS = 8  # of a threadgroup
 _GROUPS_PER_CORE = 2  # threadgroups that a core works on at a time

@@ -17,9 +17,11 @@ import torch
 
 from ... import timing
 from ...problem import AttentionProblem
-from . import store
+from . import gpu, store
 
 DEFAULT = 32
+_ROWS_OF_A_TILE = 32
+_GROUPS_PER_CORE = 2  # threadgroups of the tiled kernel that keep a core busy
 QUERIES = (8, 16, 32, 64, 128)  # that are timed
 _SECTION = "few"
 _ROUNDS = 5
@@ -40,7 +42,22 @@ class Class(NamedTuple):
 def most(p: AttentionProblem) -> int:
     """With how many queries a sequence of `p` is still few."""
     stored = _stored if _stored is not None else _read()
-    return stored.get(Class(str(p.q.dtype).removeprefix("torch."), p.q.shape[-1]), DEFAULT) if stored else DEFAULT
+    found = stored.get(Class(str(p.q.dtype).removeprefix("torch."), p.q.shape[-1])) if stored else None
+    return default(p) if found is None else found
+
+
+def default(p: AttentionProblem) -> int:
+    """Where the tiled kernel alone fills the GPU, with fewer queries than elsewhere.
+
+    A tile of 32 rows does some 32 operations for each byte of keys and values, as many as Apple's GPUs do in the time
+    of reading it. With more rows than one tile has arithmetic takes the time, and the tiled kernel has less of it. An
+    H200 agrees (docs/decode.md): at least 1.6 times as fast as the tiled kernel with one tile of up to 8 queries, 1.3
+    times with one of 16, 0.5 to 1.3 times with more.
+    """
+    # With one split it may not depend on the other sequences of the batch.
+    if p.num_splits == 1 or p.batch * p.heads < gpu.cores() * _GROUPS_PER_CORE:
+        return DEFAULT
+    return 16 if 16 * (p.heads // p.heads_k) <= _ROWS_OF_A_TILE else 8
 
 
 def forget() -> None:

@@ -141,12 +141,13 @@ def _queries(p: AttentionProblem) -> int:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class TunedKernel(Kernel):
-    """A kernel of several variants. Head dims decide which of them fit; which is fastest depends on the GPU.
+class Choice:
+    """Between variants. Head dims decide which of them fit; which is fastest depends on the GPU.
 
     The `str` of a variant is its name: in the environment, and where `tune` keeps what it found.
     """
 
+    entry: str  # of what there are variants
     variants: tuple[Any, ...]
     fits: Callable[[Any, int, int, int], bool]  # variant, bytes of an element, head_dim, head_dim_v
     default: Callable[[int, int, int], Any]  # one that fits: what this GPU should do well with
@@ -161,8 +162,6 @@ class TunedKernel(Kernel):
     problem: Callable[[Any, Any, bool], AttentionProblem] | None = None
     # Runs it, where `launch.run` does not: problem and variant.
     run: Callable[[AttentionProblem, Any], Any] | None = None
-    # What to try in turn where one is refused on this machine, by the arguments of `fits`.
-    fallbacks: Callable[[Any, int, int, int], Sequence[Any]] = lambda *_: ()
 
     @property
     def name(self) -> str:
@@ -176,3 +175,11 @@ class TunedKernel(Kernel):
     def fitting(self, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Any]:
         """Those that these head dims allow."""
         return [variant for variant in self.variants if self.fits(variant, element_bytes, head_dim, head_dim_v)]
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class TunedKernel(Kernel, Choice):
+    """A kernel of several variants."""
+
+    # What to try in turn where one is refused on this machine, by the arguments of `fits`.
+    fallbacks: Callable[[Any, int, int, int], Sequence[Any]] = lambda *_: ()

@@ -20,7 +20,7 @@ import torch
 
 from ...problem import AttentionProblem
 from . import gpu, specialization
-from .kernel import LENGTHS, TunedKernel
+from .kernel import LENGTHS, Choice
 
 CACHE = "MTLFLASHATTN_CACHE"
 _FORMAT = 2
@@ -43,7 +43,7 @@ class Key(NamedTuple):
         return f"{self.kernel} {self.dtype} {dims} {self.length} {self.mask}"
 
 
-def key_of(p: AttentionProblem, kernel: TunedKernel) -> Key:
+def key_of(p: AttentionProblem, kernel: Choice) -> Key:
     mask = "window" if p.window_left >= 0 else "causal" if p.window_right >= 0 else "full"
     dtype = str(p.q.dtype).removeprefix("torch.")
     return Key(kernel.name, dtype, p.q.shape[-1], p.v.shape[-1], kernel.class_of(p), mask)

@@ -17,8 +17,8 @@ import torch
 from ... import describe, timing
 from ...problem import AttentionProblem
 from .. import reference
-from . import backward, launch, store
-from .kernel import TunedKernel
+from . import backward, composed, launch, store
+from .kernel import Choice, TunedKernel
 from .store import Key, Winner
 
 # (rounds, how many of the candidates go on). The last survivors meet the default again, whose place they must earn.
@@ -41,7 +41,7 @@ class Trial(NamedTuple):
     dout: torch.Tensor | None = None
 
 
-Launch = Callable[[Trial, TunedKernel, Any], "Sequence[torch.Tensor] | None"]
+Launch = Callable[[Trial, Any, Any], "Sequence[torch.Tensor] | None"]
 
 
 class Outcome(NamedTuple):
@@ -54,34 +54,37 @@ class Outcome(NamedTuple):
 
 
 def keys(
-    kernel: TunedKernel, dtypes: Sequence[str], head_dims: Sequence[int], lengths: Sequence[str], masks: Sequence[str]
+    kernel: Choice, dtypes: Sequence[str], head_dims: Sequence[int], lengths: Sequence[str], masks: Sequence[str]
 ) -> list[Key]:
     """All combinations; those that share their compiled kernels follow each other."""
     name = kernel.name
     return [Key(name, t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths]
 
 
-def candidates(key: Key, kernel: TunedKernel) -> list[Any]:
+def candidates(key: Key, kernel: Choice) -> list[Any]:
     """The default, and of those that fit all that may be faster."""
     shape = _shape(key)
     return list(dict.fromkeys([kernel.default(*shape), *filter(kernel.worth_tuning, kernel.fitting(*shape))]))
 
 
-def launched(trial: Trial, kernel: TunedKernel, variant: Any) -> Sequence[torch.Tensor] | None:
-    """What the kernel computes by that variant. None where it does not compile."""
+def launched(trial: Trial, kernel: Any, variant: Any) -> Sequence[torch.Tensor] | None:
+    """What is computed by that variant. None where a kernel does not compile."""
     p, out, lse, dout = trial
     if out is None or lse is None or dout is None:
         result = launch.run(p, kernel, variant) if kernel.run is None else kernel.run(p, variant)
         return None if result is None else (result.out,)
-    # *Rows*, which runs before, is small beside them.
-    each_head = backward.each_head(p, variant)
-    grads = backward.compute(p, out, lse, dout, None, kernel.gradients, variant, variant, each_head)
+    if kernel is composed.WAYS:
+        way = reference.backward if variant == composed.COMPOSED else backward.run
+        grads = way(p, out, lse, dout, None, kernel.gradients)
+    else:  # *rows*, which runs before, is small beside them
+        each_head = backward.each_head(p, variant)
+        grads = backward.compute(p, out, lse, dout, None, kernel.gradients, variant, variant, each_head)
     return None if grads is None else tuple(grad for grad in grads if grad is not None)
 
 
 def tune(
     key: Key,
-    kernel: TunedKernel,
+    kernel: Choice,
     device: torch.device | str,
     watch: timing.Stopwatch,
     *,
@@ -147,7 +150,7 @@ def _shape(key: Key) -> tuple[int, int, int]:
     return getattr(torch, key.dtype).itemsize, key.head_dim, key.head_dim_v
 
 
-def _neighbours(variant: Any, key: Key, kernel: TunedKernel) -> list[Any]:
+def _neighbours(variant: Any, key: Key, kernel: Choice) -> list[Any]:
     """Those that differ from `variant` in one respect, a number by one step."""
     near = {
         field: {value, value * 2, value // 2}
@@ -162,7 +165,7 @@ def _neighbours(variant: Any, key: Key, kernel: TunedKernel) -> list[Any]:
     ]
 
 
-def _problem(key: Key, kernel: TunedKernel, device: torch.device | str, small: bool) -> AttentionProblem:
+def _problem(key: Key, kernel: Choice, device: torch.device | str, small: bool) -> AttentionProblem:
     if kernel.problem is not None:
         return kernel.problem(key, device, small)
     batch, length, heads = (2, _SMALL, 2) if small else _LENGTHS[key.length]
@@ -180,7 +183,7 @@ def _problem(key: Key, kernel: TunedKernel, device: torch.device | str, small: b
     )
 
 
-def _trial(p: AttentionProblem, kernel: TunedKernel) -> Trial:
+def _trial(p: AttentionProblem, kernel: Choice) -> Trial:
     if not kernel.gradients:
         return Trial(p)
     result = reference.run(replace(p, want_lse=True))
@@ -189,7 +192,7 @@ def _trial(p: AttentionProblem, kernel: TunedKernel) -> Trial:
     return Trial(p, result.out, result.lse, dout)
 
 
-def _exact(trial: Trial, kernel: TunedKernel) -> Sequence[torch.Tensor]:
+def _exact(trial: Trial, kernel: Choice) -> Sequence[torch.Tensor]:
     """In fp32, and on the CPU, since PyTorch's own kernels on that GPU may be wrong as well."""
     p, _, _, dout = trial
     p = replace(p, q=p.q.float().cpu(), k=p.k.float().cpu(), v=p.v.float().cpu(), want_lse=True)

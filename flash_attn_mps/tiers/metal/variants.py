@@ -8,7 +8,7 @@ from typing import Any
 
 from ...problem import AttentionProblem
 from . import recording, store
-from .kernel import TunedKernel
+from .kernel import Choice, TunedKernel
 
 TUNE = "MTLFLASHATTN_TUNE"
 
@@ -18,8 +18,8 @@ _stored: dict[store.Key, store.Winner] | None = None  # None: the file has not b
 
 def chosen(
     p: AttentionProblem,
-    kernel: TunedKernel,
-    tuned: Callable[[AttentionProblem, TunedKernel], store.Winner] | None = None,
+    kernel: Choice,
+    tuned: Callable[[AttentionProblem, Any], store.Winner] | None = None,
 ) -> Any:
     """The variant of `kernel` for `p`: one dictionary look-up but for the first call of a class.
 
@@ -52,9 +52,7 @@ def forget() -> None:
     recording.forget()
 
 
-def _choose(
-    p: AttentionProblem, kernel: TunedKernel, tuned: Callable[[AttentionProblem, TunedKernel], store.Winner] | None
-) -> Any:
+def _choose(p: AttentionProblem, kernel: Choice, tuned: Callable[[AttentionProblem, Any], store.Winner] | None) -> Any:
     global _stored
     shape = (p.q.itemsize, p.q.shape[-1], p.v.shape[-1])
     fitting = {str(variant): variant for variant in kernel.fitting(*shape)}

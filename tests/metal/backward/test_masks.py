@@ -99,6 +99,17 @@ def test_the_gradient_of_a_mask(broadcast, rules=RULES[:1]):
         assert (got["mask"][mask.isneginf()] == 0).all()
 
 
+@pytest.mark.parametrize("columns", [53, 1])
+def test_keys_that_are_not_used_give_a_mask_no_gradient(columns):
+    """Also those of a tile whose other keys every query sees."""
+    mask = torch.randn(2, 2, 33, columns)
+    call = Backward(draw(Spec([(33, 20), (33, 50)], (24, 16), torch.float32, "dense-used", (2, 1), mask=mask)))
+    with observe():
+        got = call.run()
+    call.check(got)
+    assert columns == 1 or (got["mask"][0, ..., 20:] == 0).all()
+
+
 @pytest.mark.metal_full
 @pytest.mark.parametrize("broadcast", BROADCAST)
 def test_the_gradient_of_a_mask_under_all_rules(broadcast):
