@@ -81,7 +81,8 @@ def _wants_while_traced(name, is_varlen):
     from flash_attn_shim.guests import traced
 
     decide = four_values if is_varlen is None else functools.partial(early_result, is_varlen, None)
-    return _wants(name, decide, map(_traced_site, traced.positions()))
+    sites = [_traced_site(where) for where in traced.positions()]
+    return _wants(name, decide, sites or _callers(4))  # torch.export that is not strict runs the program itself
 
 
 _wants_while_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # runs while torch.compile traces
@@ -104,9 +105,12 @@ def _wants(name, decide, sites, batch=None):
     return False
 
 
-def _callers() -> Iterator[Site]:
-    """The call of the function with two dialects, the call of the function that made it, and so on."""
-    frame, first = sys._getframe(3), True  # of this generator, `_wants` and `call`
+def _callers(depth: int = 3) -> Iterator[Site]:
+    """The call of the function with two dialects, the call of the function that made it, and so on.
+
+    `depth`: of that call, above this generator, `_wants` and `call`.
+    """
+    frame, first = sys._getframe(depth), True
     while frame is not None:
         yield _site(frame, first)
         frame, first = frame.f_back, False  # type: ignore[assignment]

@@ -289,6 +289,24 @@ def attend(q, k, v):
 """,
 }
 
+EARLY["exported"] = (
+    TAKE
+    + """
+import torch
+
+class Layer(torch.nn.Module):
+    def forward(self, q, k, v):
+        out, lse = flash_attn_func(q, k, v)
+        return out
+
+def attend(q, k, v):
+    for strict in (False, True):
+        out = torch.export.export(Layer(), (q, k, v), strict=strict).module()(q, k, v)
+        assert out.shape == q.shape
+    return out
+"""
+)
+
 #: Written for today's FlashAttention 3, or for both.
 TODAY = {
     "plain": TAKE
