@@ -21,7 +21,10 @@ import pytest
 TESTS = Path(__file__).parent
 
 #: Files and folders that are started first, in this order.
-SLOW = [TESTS / name for name in ("transformers", "neighbours", "metal", "attention/test_compile.py")]
+SLOW = [
+    TESTS / name
+    for name in ("transformers", "neighbours", "metal", "commands/test_report.py", "attention/test_compile.py")
+]
 
 
 @pytest.hookimpl(optionalhook=True)

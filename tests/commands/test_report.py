@@ -49,7 +49,7 @@ def run(small, tmp_path, capsys):
     def run(*arguments):
         files = {"json": tmp_path / "report.json", "html": tmp_path / "report.html"}
         written = [word for kind, file in files.items() for word in (f"--{kind}", str(file))]
-        status = main(["report", "--device", "cpu", "--minutes", "0.2", *written, *arguments])
+        status = main(["report", "--device", "cpu", "--minutes", "3", *written, *arguments])
         found = json.loads(files["json"].read_text(), parse_constant=pytest.fail)
         return status, found, files["html"].read_text(), capsys.readouterr()
 
@@ -164,7 +164,7 @@ def test_each_stage_is_written_before_the_next_begins(small, tmp_path, monkeypat
 
     seen = []
     monkeypatch.setattr(hazards, "run", interrupted)
-    assert main(["report", "--device", "cpu", "--minutes", "0.2", "--json", str(tmp_path / "report.json")]) == 1
+    assert main(["report", "--device", "cpu", "--minutes", "3", "--json", str(tmp_path / "report.json")]) == 1
     assert seen[0]["selftest"]["cases"] == 4
 
 

@@ -48,7 +48,8 @@ def rows(s: Specialization) -> Trial:
 
     zero = torch.zeros_like(lse)
     log2_l = torch.where(seen, lse * _LOG2E, torch.inf)
-    value = torch.stack([log2_l, torch.where(seen, delta, zero), torch.where(seen, of_sink, zero)])
+    kept = delta * (1.0 - p.dropout_p)  # what the gradients of probabilities are compared with before they are scaled
+    value = torch.stack([log2_l, torch.where(seen, kept, zero), torch.where(seen, of_sink, zero)])
     size = torch.stack([2e-5 * (1 + (lse.masked_fill(~seen, 0.0)).abs()), *[_rounding(s, delta, lse)] * 2])
     tensors = {
         **_inputs(exact),
@@ -127,7 +128,8 @@ def _terms(exact: _Exact) -> torch.Tensor:
     seen = exact.lse != -torch.inf
     zero = torch.zeros_like(exact.lse)
     log2_l = torch.where(seen, exact.lse * _LOG2E, torch.inf)
-    return torch.stack([zero, log2_l, torch.where(seen, exact.delta, zero), zero], -1)
+    kept = exact.delta * (1.0 - exact.p.dropout_p)
+    return torch.stack([zero, log2_l, torch.where(seen, kept, zero), zero], -1)
 
 
 def _expected(s: Specialization, gradient: torch.Tensor | None) -> Expected:

@@ -14,6 +14,7 @@ from .specialization import Specialization
 from .trial import Expected, Trial
 
 _SPLITS = 3
+_SPLITS_TO_COMBINE = 6  # more than the simdgroups that take them in turn
 
 
 def decode(s: Specialization) -> Trial:
@@ -55,23 +56,28 @@ def decode(s: Specialization) -> Trial:
 def combine(s: Specialization) -> Trial:
     """Of as many parts as a sequence has, others hold NaN. Every key is seen: parts follow from lengths."""
     a_round, queries = s.variant.units * s.variant.keys, s.variant.rows // s.variant.heads_in_tile + 3
-    p = trial.problem(s, queries, _SPLITS * a_round - 5, seen=False, heads=s.variant.heads_in_tile)
+    p = trial.problem(s, queries, _SPLITS_TO_COMBINE * a_round - 5, seen=False, heads=s.variant.heads_in_tile)
     p = dataclasses.replace(
         p,
-        num_splits=_SPLITS,
+        num_splits=_SPLITS_TO_COMBINE,
         window_left=p.max_seqlen_k if s.left else -1,
         window_right=p.max_seqlen_q if s.right else -1,
     )
     generator = torch.Generator("cpu").manual_seed(0)
-    m_l = torch.rand((_SPLITS, _rows(p), 2), generator=generator, dtype=torch.float32, device="cpu") + 0.5
+    m_l = torch.rand((_SPLITS_TO_COMBINE, _rows(p), 2), generator=generator, dtype=torch.float32, device="cpu") + 0.5
     m_l[..., 0] = 8.0 * m_l[..., 0] / _unit(p)
     o = torch.randn(
-        (_SPLITS, _rows(p), -(-s.head_dim_v // 8) * 8), generator=generator, dtype=torch.float32, device="cpu"
+        (_SPLITS_TO_COMBINE, _rows(p), -(-s.head_dim_v // 8) * 8),
+        generator=generator,
+        dtype=torch.float32,
+        device="cpu",
     )
     queries_of, parts = trial.lengths_of_rows(p)
-    parts = torch.where(parts > 0, -(-parts // (-(-parts // (_SPLITS * a_round)) * a_round).clamp(min=1)), parts)
+    parts = torch.where(
+        parts > 0, -(-parts // (-(-parts // (_SPLITS_TO_COMBINE * a_round)) * a_round).clamp(min=1)), parts
+    )
     counts = parts.where(queries_of, 0).repeat_interleave(p.heads)
-    given = torch.arange(_SPLITS, device="cpu")[:, None] < counts
+    given = torch.arange(_SPLITS_TO_COMBINE, device="cpu")[:, None] < counts
     m_l.masked_fill_(~given[..., None], torch.nan)
     out, lse = _combined(p, o, m_l, given)
     outputs = trial.outputs(p)
@@ -81,7 +87,7 @@ def combine(s: Specialization) -> Trial:
     else:
         outputs["lse"] = None
     tensors = {"partial_o": o, "partial_m_l": m_l, **outputs}
-    return Trial(p, tensors, expected, {"splits": _SPLITS, "partial_rows": _rows(p)})
+    return Trial(p, tensors, expected, {"splits": _SPLITS_TO_COMBINE, "partial_rows": _rows(p)})
 
 
 def _rows(p: AttentionProblem) -> int:

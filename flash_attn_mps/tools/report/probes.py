@@ -14,12 +14,12 @@ import torch
 
 from ... import describe, timing
 from ...tiers.metal import compiler, decode, launch, proved, simdgroup
-from ...tiers.metal.kernel import Kernel
 
 _TEXT = Path(__file__).with_suffix(".metal")
 _REPEATS = 256
 _TYPES = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
 _ROUNDS = 5
+_KERNELS = ("attention_forward", "attention_decode")
 
 
 def of(device: torch.device | str, watch: timing.Stopwatch, scale: float = 1.0) -> dict[str, Callable[[], str]]:
@@ -39,8 +39,8 @@ def of(device: torch.device | str, watch: timing.Stopwatch, scale: float = 1.0) 
         "multiply-adds, float32": lambda: _multiply_adds(device, watch, scale),
         **{f"8x8 products, {t}": _bound(_products, device, watch, scale, t) for t in _TYPES},
         **{
-            f"{kernel.entry}, {t}, head dim {d}": _bound(_pipeline, device, kernel, t, d)
-            for kernel in (simdgroup.FORWARD, decode.DECODE)
+            f"{name}, {t}, head dim {d}": _bound(_pipeline, device, name, t, d)
+            for name in _KERNELS
             for t in _TYPES
             for d in (64, 128, 256)
         },
@@ -134,16 +134,16 @@ def _products(device: torch.device | str, watch: timing.Stopwatch, scale: float,
     return f"{2 * 8**3 * 8 * _REPEATS * simdgroups / seconds / 1e12:.2f} TF/s"
 
 
-def _pipeline(device: torch.device | str, kernel: Kernel, dtype: str, head_dim: int) -> str:
+def _pipeline(device: torch.device | str, name: str, dtype: str, head_dim: int) -> str:
     """What Metal makes of a default kernel for causal attention, and how long that and its proof take."""
-    q = torch.zeros(1, 8, 2, head_dim, dtype=getattr(torch, dtype), device=device)
-    p = describe.dense(q, q, q, describe.CallOptions(causal=True))
-    shape = (q.itemsize, head_dim, head_dim)
-    tensors: dict[str, torch.Tensor | None] = {"q": q, "k": q, "v": q, "out": q, "lse": None}
-    if kernel is simdgroup.FORWARD:
-        variant: Any = simdgroup.FORWARD.default(*shape)
+    q, k = (torch.zeros(1, rows, 2, head_dim, dtype=getattr(torch, dtype), device=device) for rows in (1, 128))
+    p = describe.dense(q, k, k, describe.CallOptions(causal=True))
+    tensors: dict[str, torch.Tensor | None] = {"q": q, "k": k, "v": k, "out": q, "lse": None}
+    if name == simdgroup.FORWARD.entry:
+        kernel, variant = simdgroup.FORWARD, simdgroup.FORWARD.default(q.itemsize, head_dim, head_dim)
     else:
-        variant = decode.shapes(8, 1, *shape)[0]
+        variant = next(decode.variants(p))
+        kernel = decode.DECODE[variant.rows]
         tensors |= {"partial_o": None, "partial_m_l": None}
     specialization, _ = launch.arguments(kernel, p, variant, tensors, dict.fromkeys(kernel.parameters, 1))
     begin = time.perf_counter()
