@@ -2,6 +2,7 @@
 
     python -m apple_model defaults                              what a call gets where nothing was tuned
     python -m apple_model variants --chip "M1 Max" --dim 128    every variant of the kernel, the fastest first
+    python -m apple_model training                              forward and backward
     python -m apple_model validate                              published times beside the model's
     python -m apple_model write                                 the tables of docs/apple-model.md, anew
 
@@ -20,7 +21,7 @@ from .predict import Call
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("defaults", "variants", "validate", "write"))
+    parser.add_argument("what", choices=("defaults", "variants", "training", "validate", "write"))
     parser.add_argument("--chip", choices=CHIPS, action="append", help="may be given again; default: those judged")
     parser.add_argument("--dim", type=int, action="append", help="head dim; may be given again")
     parser.add_argument("--dtype", choices=ELEMENTS, action="append")
@@ -37,6 +38,8 @@ def main() -> None:
             for element in elements:
                 for dim in dims:
                     print(tables.all_variants(CHIPS[chip], element, dim, call), end="\n\n")
+    elif options.what == "training":
+        print(tables.training())
     elif options.what == "validate":
         print(tables.validation(), tables.summary(), sep="\n\n")
     else:

@@ -15,6 +15,11 @@ class Chip:
     core: Core
 
     @property
+    def generation(self) -> int:
+        """The number in "M3 Max"."""
+        return int(self.name[1])
+
+    @property
     def peak(self) -> float:
         """Of the ALUs, in operations a second: 128 multiplications with an addition a core and cycle."""
         return self.cores * 256 * self.ghz * 1e9

@@ -6,11 +6,12 @@ import re
 import struct
 from dataclasses import dataclass, replace
 from functools import cache
+from unittest.mock import patch
 
 import torch
 
 from flash_attn_mps import describe
-from flash_attn_mps.tiers.metal import launch
+from flash_attn_mps.tiers.metal import backward_kernels, gpu, launch
 from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant
 from metal_host import compile_shader
 from metal_host.library import ShaderLibrary
@@ -37,6 +38,7 @@ class Kernel:
     threadgroup_bytes: int
     program: Program
     leader: tuple[Operation, ...] = ()  # what the first simdgroup does, where it differs
+    products: int = 2  # of matrices that it computes: q k^T and p v forward
 
     def __hash__(self) -> int:
         return id(self)
@@ -52,6 +54,7 @@ def _kernel(
     keys: int,
     head_dim: int,
     position: int = 0,
+    products: int = 2,
 ) -> Kernel:
     ptx = library.apple_ptx(entry)
     spaces = {p.index: p.space for p in library.kernel(entry).arguments if not isinstance(p, str)}
@@ -64,7 +67,8 @@ def _kernel(
     program = program_of(trace.run(ptx, buffers, *shape, position), AHEAD)
     shared = sum(int(n) for n in re.findall(r"^\.shared .*\[(\d+)\];", ptx, re.MULTILINE))
     simdgroups = shape[1][0] // 32
-    return Kernel(name, simdgroups, rows, keys, head_dim, library.live_registers(entry), shared, program)
+    registers = library.live_registers(entry)
+    return Kernel(name, simdgroups, rows, keys, head_dim, registers, shared, program, (), products)
 
 
 @cache
@@ -80,6 +84,46 @@ def ours(variant: Variant, element: str, head_dim: int, causal: bool = False) ->
     rows = variant.rows * variant.simdgroups
     shape = FORWARD.grid(p, variant)
     return _kernel(f"ours {variant}", library, FORWARD.entry, values, shape, rows, variant.keys, head_dim)
+
+
+def gradients(element: str, head_dim: int, generation: int) -> list[Kernel]:
+    """This project's kernels for dq, dk and dv in the default variants of a generation of chips; dk and dv may have one
+    each."""
+    size = ELEMENTS[element].itemsize
+    with patch.object(gpu, "generation", lambda: generation):
+        backward_kernels._default.cache_clear()
+        of_queries, of_keys = (
+            k.default(size, head_dim, head_dim) for k in (backward_kernels.QUERIES, backward_kernels.KEYS)
+        )
+    backward_kernels._default.cache_clear()
+    made = (("dk",), ("dv",)) if of_keys.split else (("dk", "dv"),)
+    return [
+        _gradient(("dq",), of_queries, element, head_dim),
+        *(_gradient(m, of_keys, element, head_dim) for m in made),
+    ]
+
+
+@cache
+def _gradient(made: tuple[str, ...], variant: backward_kernels.Variant, element: str, head_dim: int) -> Kernel:
+    """A round is a block of the other side."""
+    kernel = backward_kernels.QUERIES if made == ("dq",) else backward_kernels.KEYS
+    rows = variant.held * variant.simdgroups
+    length = max(256, 6 * variant.passing, 2 * rows)
+    q = torch.empty(1, length, 2, head_dim, dtype=ELEMENTS[element], device="meta")
+    p = describe.dense(q, q, q, describe.CallOptions())
+    terms = torch.empty(*p.lse_shape, 4, device="meta")
+    tensors: dict[str, torch.Tensor | None] = {"q": q, "k": q, "v": q, "dout": q, "terms": terms}
+    parameters = {}
+    if kernel is backward_kernels.KEYS:
+        tensors |= {"dk": None, "dv": None}
+        parameters = {"total_k": length, "heads_together": 1}
+    tensors |= dict.fromkeys(made, q)
+    specialization, values = launch.arguments(kernel, p, variant, tensors, parameters)
+    library = compile_shader(specialization.source(), kernels=[])
+    # q k^T again; do v^T, which dv does without; and one for each gradient.
+    products = (1 if made == ("dv",) else 2) + len(made)
+    name, shape = f"{'+'.join(made)} {variant}", kernel.grid(p, variant)
+    return _kernel(name, library, kernel.entry, values, shape, rows, variant.passing, head_dim, 0, products)
 
 
 def torch_launch(

@@ -19,12 +19,12 @@ class Call(NamedTuple):
     keys: int
     causal: bool = False
 
-    def operations(self, head_dim: int) -> float:
-        """Multiplications and additions of both products, of the pairs that are seen."""
+    def operations(self, head_dim: int, products: int = 2) -> float:
+        """Multiplications and additions of so many products of matrices, of the pairs that are seen."""
         pairs = self.queries * self.keys
         if self.causal:
             pairs -= self.queries * (self.queries - 1) // 2 if self.queries <= self.keys else 0
-        return 4.0 * self.batch * self.heads * pairs * head_dim
+        return 2.0 * products * self.batch * self.heads * pairs * head_dim
 
 
 class Prediction(NamedTuple):
@@ -66,7 +66,7 @@ def predict(chip: Chip, kernel: Kernel, call: Call, floor: float = 0.0, longest_
     outside = (kernel.program.outside * kernel.simdgroups / 4 + 2 * core.device_latency / most) / cycles[-1]
     tiles = [r + outside for r in (rounds if longest_first else rounds[::-1])] * (call.batch * call.heads)
     milliseconds = floor + _launch(tiles, chip.cores, cycles) / chip.ghz / 1e6
-    share = call.operations(kernel.head_dim) / (milliseconds / 1e3) / chip.peak
+    share = call.operations(kernel.head_dim, kernel.products) / (milliseconds / 1e3) / chip.peak
     return Prediction(milliseconds, share, bound_of(round_of(core, kernel, len(cycles) - 1, typical)), most)
 
 

@@ -10,7 +10,7 @@ from flash_attn_mps.tiers.metal import simdgroup
 from flash_attn_mps.tiers.metal.simdgroup import Variant
 
 from .chips import CHIPS, Chip
-from .kernels import ELEMENTS, Kernel, ours
+from .kernels import ELEMENTS, Kernel, gradients, ours
 from .predict import Call, predict
 from .validate import Row, mean_and_rms, ranked, rows
 
@@ -55,6 +55,39 @@ def _described(chip: Chip, kernel: Kernel, element: str, call: Call = CALL) -> l
     name = kernel.name.removeprefix("ours ")
     cells = [kernel.head_dim, element, chip.name, name, kernel.registers, kernel.threadgroup_bytes, p.groups]
     return [*cells, f"{p.share:.2f}", p.bound]
+
+
+# metal-flash-attention's README (8671cdd): forward and backward of one head, of FlashAttention-2's seven products.
+_PUBLISHED = {("M1 Max", 64): 0.62, ("M1 Max", 128): 0.63, ("M1 Max", 256): 0.64}
+_PUBLISHED |= {("M4 Max", 64): 0.71, ("M4 Max", 128): 0.69, ("M4 Max", 256): 0.61}  # of an M4
+
+
+def training(chips: Sequence[str] = ("M1 Max", "M3 Max", "M4 Max"), dims: Iterable[int] = (64, 128, 256)) -> str:
+    """Forward and backward in fp16, each kernel's share of the peak and the whole by seven products."""
+    lines = []
+    for head_dim in dims:
+        forward = ours(simdgroup.default(2, head_dim, head_dim), "fp16", head_dim)
+        for chip in (CHIPS[name] for name in chips):
+            made = [
+                (kernel, predict(chip, kernel, CALL))
+                for kernel in (forward, *gradients("fp16", head_dim, chip.generation))
+            ]
+            whole = CALL.operations(head_dim, 7) / chip.peak / (sum(p.milliseconds for _, p in made) / 1e3)
+            of_gradients = "; ".join(
+                f"{kernel.name}: {p.share:.2f} ({kernel.registers} registers)" for kernel, p in made[1:]
+            )
+            published = _PUBLISHED.get((chip.name, head_dim))
+            cells = [head_dim, chip.name, f"{made[0][1].share:.2f}", of_gradients, f"{whole:.2f}", published or ""]
+            lines.append(cells)
+    header = (
+        "head dim",
+        "chip",
+        "forward",
+        "gradients",
+        "forward and backward, of 7 products",
+        "metal-flash-attention, measured",
+    )
+    return markdown(header, lines)
 
 
 def all_variants(chip: Chip, element: str, head_dim: int, call: Call) -> str:
@@ -136,7 +169,8 @@ def _of_constant_share(members: list[Row]) -> list[float]:
 def write_page() -> None:
     """Put the tables into docs/apple-model.md, each between its two markers."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in (("defaults", defaults()), ("summary", summary()), ("validation", validation())):
+    tables = {"defaults": defaults(), "training": training(), "summary": summary(), "validation": validation()}
+    for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         first, last = text.index(begin) + len(begin), text.index(end)
         text = f"{text[:first]}\n{table}\n{text[last:]}"

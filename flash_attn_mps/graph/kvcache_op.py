@@ -16,7 +16,7 @@ from torch.library import custom_op
 from .. import checks
 from ..describe import CallOptions
 from ..frontends.cache_call import CacheCall
-from ..frontends.cache_plan import describe, run
+from ..frontends.cache_repeat import computed
 from ..problem import Result
 from .attention_op import NAMESPACE, contiguous
 from .schema import fields_of, flatten, schema_of, unflatten
@@ -39,7 +39,7 @@ def _append(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _computed(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = _call(arguments)
     with torch.no_grad():
-        result = run(describe(call))
+        result = computed(call)
         lse = result.lse if call.options.want_lse else None
         return contiguous(result.out), call.q.new_empty(0, dtype=torch.float32) if lse is None else contiguous(lse)
 
@@ -89,4 +89,6 @@ def _number(value: Any, name: str) -> int | torch.Tensor | None:
 
 def _call(arguments: tuple[Any, ...]) -> CacheCall:
     values = iter(arguments)
-    return CacheCall(**unflatten(_CALL, values), options=CallOptions(**unflatten(_OPTIONS, values)))
+    fields, options = unflatten(_CALL, values), unflatten(_OPTIONS, values)
+    options["window_size"] = tuple(options["window_size"])  # an operator gets a list
+    return CacheCall(**fields, options=CallOptions(**options))

@@ -9,10 +9,10 @@ imported, without the shim, with it, and on an injected Mac, each with nothing e
 flash_attn. What they import besides and is not installed is stood in for.
 """
 
-import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from tests.shim.environments import MAC
@@ -78,6 +78,11 @@ def close(got, right, tolerance=1e-4):
     assert error <= tolerance, error
 '''
 
+DECISIONS = """
+import flash_attn_shim
+print("decided", *(f"{d.who}: {d.what}" for d in flash_attn_shim.status().decisions), sep="\\n      ")
+"""
+
 #: Name -> what to do; it raises where something is wrong. `presented`: is flash_attn there?
 PROGRAMS = {
     "HiDream": """
@@ -118,7 +123,7 @@ PROGRAMS = {
             close(m._flash_attn(*heads_first, mask), truth(q, k, v), 0.01)
         """,
     "faesm": """
-        stand_in("esm")
+        stand_in("*transformers", "*esm")
         m = importlib.import_module("faesm.esm")
         assert m.flash_attn_installed is False
         """,
@@ -129,7 +134,7 @@ PROGRAMS = {
             outs = []
             for flash in (True, False):
                 torch.manual_seed(0)
-                model = Perceiver(16, 1, latent_dim=16, num_latents=4, cross_heads=2, cross_head_dim=8,
+                model = Perceiver(input_dim=16, depth=1, latent_dim=16, num_latents=4, cross_heads=2, cross_head_dim=8,
                                   latent_heads=2, latent_head_dim=8, use_flash_attn=flash).eval()
                 with torch.no_grad():
                     outs.append([model(row[None, :n]) if n < 7 else model(row[None]) for row, n in zip(x, (7, 4))])
@@ -151,11 +156,9 @@ PROGRAMS = {
 
 def run(program: str, folder: str, presented: bool, mac: bool, late: bool) -> str:
     """What became of it, in words."""
-    import textwrap
-
     first = "import flash_attn.bert_padding; from flash_attn import flash_attn_func\n" if late else ""
     text = (MAC if mac else "") + DRIVER + f"presented = {presented}\n{first}" + textwrap.dedent(PROGRAMS[program])
-    text += "\nimport flash_attn_shim\nprint('decided', *(f'{d.who}: {d.what}' for d in flash_attn_shim.status().decisions), sep='\\n      ')"
+    text += DECISIONS
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MTLFLASHATTN")}
     switch = {} if mac else {"MTLFLASHATTN_SHIM": "on" if presented else "off"}
     done = subprocess.run(

@@ -12,6 +12,7 @@ from metal_host import observe
 from tests.attention import test_kvcache as kvcache
 from tests.attention import test_quantised as quantised
 from tests.attention.pairwise import case_id
+from tests.compiled import compiled
 
 from .calls import int32
 
@@ -187,3 +188,19 @@ def test_launches_of_another_thread_are_not_recorded():
         assert ours == [1]
         torch.zeros(3)  # an operation: what was held back goes first
         assert ours == [1, 2]
+
+
+def test_in_a_graph(repeats):
+    """The operator of a compiled graph repeats its steps too."""
+
+    def call(q, k_cache, v_cache, k, v, cache_seqlens):
+        return fa2.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, causal=True)
+
+    steps = [step(seed=seed) for seed in range(4)]
+    expected = [call(*(x.clone() for x in args), how["cache_seqlens"]) for args, how in steps]
+    recording.forget()
+    repeats.clear()
+    fast, _ = compiled(call)
+    for (args, how), out in zip(steps, expected, strict=True):
+        assert torch.equal(fast(*args, how["cache_seqlens"]), out)
+    assert len(repeats) == 2

@@ -184,9 +184,9 @@ def test_what_cannot_be_read_is_said_once(installed, tmp_path, item):
 def test_a_value_of_another_type_is_said_once(installed, tmp_path):
     write(tmp_path, {"mine.py": "HAS_FLASH = True\n"})
     program = "import mine, importlib; importlib.reload(mine); print(mine.HAS_FLASH)"
-    done = installed.start("-c", program, PYTHONPATH=tmp_path, MTLFLASHATTN_FLAGS="mine:HAS_FLASH=flase", **ON)
+    done = installed.start("-c", program, PYTHONPATH=tmp_path, MTLFLASHATTN_FLAGS="mine:HAS_FLASH=perhaps", **ON)
     assert done.stdout.strip() == "True"
-    assert done.stderr.count("HAS_FLASH of mine is bool, not str: it is not set to 'flase'") == 1
+    assert done.stderr.count("HAS_FLASH of mine is bool, not str: it is not set to 'perhaps'") == 1
 
 
 def test_a_users_flag_named_like_a_file_of_ours(installed, tmp_path):

@@ -17,10 +17,25 @@ from ...problem import AttentionProblem
 from ..tier import LARGE_LSE, LSE_GRADIENT, MASK_GRADIENT, Gradients
 from . import gpu, launch, variants
 from .backward_kernels import KEYS, KEYS_OF_EACH_HEAD, MASK, QUERIES, ROWS, ROWS_VARIANT, Variant, mask_variant
-from .kernel import SERVES
 
 # Keys in pages, in entries of a cache or behind padding are those of inference: the tier `torch` has their gradients.
-SERVES_BACKWARD = SERVES - {"paged", "kv_batch_idx", "leftpad_k"} | {"dropout", LSE_GRADIENT, MASK_GRADIENT}
+SERVES_BACKWARD = frozenset(
+    {
+        "causal",
+        "window",
+        "softcap",
+        "alibi",
+        "dropout",
+        "varlen",
+        "seqused",
+        "mask",
+        "sinks",
+        "scale_tensor",
+        "gradients",
+        LSE_GRADIENT,
+        MASK_GRADIENT,
+    }
+)
 
 _SIMDGROUPS_PER_CORE = 24  # that hide each other's loads
 

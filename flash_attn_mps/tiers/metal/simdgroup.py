@@ -51,7 +51,7 @@ def live_registers(variant: Variant, element_bytes: int, head_dim: int, head_dim
     rows, keys = variant.rows // 8, variant.keys // 8
     o, q = 2 * rows * -(-head_dim_v // 8), element_bytes // 2 * rows * -(-head_dim // 8)
     # Slabs of several widths (fragment.metal) take addresses of their own.
-    ragged = any(dim * element_bytes % 128 for dim in (head_dim, head_dim_v))
+    ragged = any(dim * element_bytes > 128 and dim * element_bytes % 128 for dim in (head_dim, head_dim_v))
     rest = 5 * rows * keys + 10 * keys + 18 * rows + 10 * rows * variant.shared_q
     return o + (0 if variant.shared_q else q) + rest // 4 + 8 * variant.staged + 7 * ragged + 40
 

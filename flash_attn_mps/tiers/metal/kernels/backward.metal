@@ -154,7 +154,7 @@ METAL_FUNC void attend(
       float change = prob * (dp - terms.z) * slope;
       if (edge || altered) {
         bool hidden = altered && s == -INFINITY;
-        if (edge) hidden = hidden || passes >= passing.count || !is_visible(scoring, row, key, HAS_DM ? held.count : OF_KEYS ? key + 1 : passing.count);
+        if (edge) hidden = hidden || passes >= passing.count || !is_visible(scoring, row, key, OF_KEYS ? held.count : passing.count);
         if (hidden) kept = change = 0.0f;
       }
 #if HAS_DM
@@ -234,7 +234,8 @@ METAL_FUNC void pass_all(
     flags.visible = flags.altered = 0;
     if (range.visible_end > 0) {
       if (beyond) range.full_end = range.full_begin;
-      flags = scan_mask<OF_KEYS != 0>(range, scoring, OF_KEYS ? run : held.first, OF_KEYS ? held.first : run, PASSING, seqlen_k, lane);
+      int first_row = OF_KEYS ? run : held.first, first_key = OF_KEYS ? held.first : run;
+      flags = scan_mask<OF_KEYS != 0>(range, scoring, first_row, first_key, PASSING, seqlen_k, lane);
     }
     uint visible = flags.visible;
 #if STAGED
