@@ -441,6 +441,15 @@ def test_a_graph_is_captured_without_a_trial_and_makes_it_when_it_runs(trials):
     assert not compiler.failures
 
 
+def test_where_no_thread_can_be_started_the_caller_s_makes_the_trial(trials, monkeypatch):
+    """At the end of the interpreter, say."""
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+    kernels, warnings_ = served(CAUSAL)
+    assert kernels[-1] == "attention_forward"
+    assert warnings_ == []
+    assert len(trials) == 1
+
+
 def test_threads_that_meet_at_a_first_use_all_get_the_kernel():
     calls = [draw(CAUSAL) for _ in range(4)]
     results = [None] * len(calls)
