@@ -1,4 +1,4 @@
-"""The default variants fit in the 128 registers of a lane of Apple's GPUs, as the runner counts: metal_host/apple.py."""
+"""The default variants fit in the 128 registers of a lane of Apple's GPUs, as the runner counts them."""
 
 import pytest
 import torch
