@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flash_attn_mps.describe import CallOptions, dense
-from flash_attn_mps.tiers.metal import backward, backward_kernels, compiler, gpu
+from flash_attn_mps.tiers.metal import backward, compiler
 from flash_attn_mps.tiers.metal.backward_kernels import KEYS, QUERIES
 from metal_host import compile_shader, nvidia
 
@@ -20,21 +20,17 @@ CASES = [
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_defaults_fit_in_the_registers(dim, monkeypatch):
-    check(torch.float16, dim, 1, monkeypatch)
+    check(torch.float16, dim, monkeypatch)
 
 
 @pytest.mark.metal_full
-@pytest.mark.parametrize("generation", [1, 4])
 @pytest.mark.parametrize(("dtype", "dim"), CASES, ids=str)
-def test_all_defaults_fit_in_the_registers(dtype, dim, generation, monkeypatch):
-    check(dtype, dim, generation, monkeypatch)
+def test_all_defaults_fit_in_the_registers(dtype, dim, monkeypatch):
+    check(dtype, dim, monkeypatch)
 
 
-def check(dtype, dim, generation, monkeypatch):
-    monkeypatch.setattr(gpu, "generation", lambda: generation)
-    backward_kernels._default.cache_clear()
+def check(dtype, dim, monkeypatch):
     variants = [kernel.default(dtype.itemsize, dim, dim) for kernel in (QUERIES, KEYS)]
-    backward_kernels._default.cache_clear()
     asked = []
     monkeypatch.setattr(
         compiler, "kernel", lambda specialization: asked.append(specialization) or (lambda *_, **__: None)
