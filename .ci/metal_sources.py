@@ -50,10 +50,10 @@ def specializations(chosen: Iterable[Case]) -> list[Specialization]:
 
 
 def with_cache(dtype: torch.dtype) -> None:
-    """One new token and a prompt, appended and rotated."""
-    caches = [torch.zeros(2, 96, 2, 64, dtype=dtype) for _ in range(2)]
-    tables = [torch.zeros(96, 32, dtype=dtype) for _ in range(2)]
-    lengths = torch.tensor([7, 30], dtype=torch.int32)
+    """One new token and a prompt, appended and rotated; the cache is long enough for its keys to be split."""
+    caches = [torch.zeros(2, 4096, 2, 64, dtype=dtype) for _ in range(2)]
+    tables = [torch.zeros(4096, 32, dtype=dtype) for _ in range(2)]
+    lengths = torch.tensor([7, 4000], dtype=torch.int32)
     for new in (1, 40):
         q, k, v = (torch.zeros(2, new, heads, 64, dtype=dtype) for heads in (4, 2, 2))
         fa2.flash_attn_with_kvcache(q, *caches, k, v, *tables, cache_seqlens=lengths, causal=True)

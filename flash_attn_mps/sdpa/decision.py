@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..tiers.metal.launch import MAX_HEAD_DIM
+from ..tiers.metal import decode, few, launch
 from . import settings, torch_paths
 from .call import Call
 from .hazards import hazards
@@ -53,7 +53,8 @@ def decide(call: Call, given: Settings) -> Decision:
             )
         )
     shortest, source = _shortest(call, given)
-    length = min(call.seqlen_q, call.seqlen_k)
+    # With few queries it is the number of keys that costs time.
+    length = call.seqlen_k if call.seqlen_q <= few.DEFAULT else min(call.seqlen_q, call.seqlen_k)
     if length >= shortest:
         found.append(Reason("speed", f"{length} tokens are not fewer than {shortest:g}: {source}"))
     if found:
@@ -66,8 +67,9 @@ def decide(call: Call, given: Settings) -> Decision:
 def _shortest(call: Call, given: Settings) -> tuple[float, str]:
     """From which length on ours is used for the sake of speed, and who says so."""
     way = torch_paths.route(call, given.torch)
-    if max(call.head_dim, call.head_dim_v) > MAX_HEAD_DIM:
-        return NEVER, f"no Metal kernel has a head_dim above {MAX_HEAD_DIM}"
+    widest = decode.MAX_HEAD_DIM if call.seqlen_q <= few.DEFAULT and not call.gradient else launch.MAX_HEAD_DIM
+    if max(call.head_dim, call.head_dim_v) > widest:
+        return NEVER, f"no Metal kernel has a head_dim above {widest}"
     chosen = {"general": given.min_seq, "math": None}.get(way, given.fast_min_seq)
     if chosen is not None:
         return chosen, f"{_VARIABLES[way]}, for torch's {way} path"

@@ -19,6 +19,7 @@ from flash_attn_mps.tools.bench.workloads import Workload
 from flash_attn_mps.tools.report import compare, hazards, page, probes, stages
 from flash_attn_mps.tools.selftest import cases
 from flash_attn_mps.tools.selftest.cases import Case
+from flash_attn_mps.tools.selftest.unproved import unproved
 from flash_attn_shim.commands import main
 from tests.replaced_tiers import replace_tier
 
@@ -199,13 +200,13 @@ def test_what_json_has_not_becomes_large():
 def test_the_selftest_leaves_kernels_that_prove_themselves(metal, monkeypatch):
     """It runs them as they are: a kernel that fails its proof would be replaced, and nobody would see how."""
     monkeypatch.setenv(proved.PROVE, "always")
-    with stages._unproved():
+    with unproved():
         assert proved.wanted() == "off"
         compiler.failures["kernel"] = "why"
     assert proved.wanted() == "always"
     assert not compiler.failures
     monkeypatch.delenv(proved.PROVE)
-    with stages._unproved():
+    with unproved():
         pass
     assert proved.PROVE not in os.environ
 

@@ -251,3 +251,24 @@ def test_a_tier_that_raises_or_refuses_what_it_should_serve_fails(tmp_path, monk
     assert report["failures"][0]["detail"] == "ZeroDivisionError: division by zero"
     outcome = run.run(Case("simdgroup", "float16", 300, 300, "full"), "cpu")
     assert (outcome.status, outcome.failed) == ("not served", True)
+
+
+def test_kernels_are_tested_as_they_are(tmp_path, metal, monkeypatch, capsys):
+    """A kernel that fails its proof is not replaced before the self-test can see it; one that does not compile, and
+    whose calls another serves, is counted."""
+    monkeypatch.setenv("MTLFLASHATTN_PROVE", "always")
+
+    usual = int(simdgroup.default(2, 8, 8).staged)
+
+    def wrong(source):
+        if f"#define STAGED {usual}\n" in source:
+            raise RuntimeError("XPC_ERROR_CONNECTION_INTERRUPTED")
+        return compile_shader(source.replace("HAS_WINDOW_RIGHT 1", "HAS_WINDOW_RIGHT 0"))
+
+    monkeypatch.setattr(compiler, "compile_shader", wrong)
+    names = [f"simdgroup:float16:8:8:{feature}" for feature in ("causal", "full")]
+    status, report = selftest(tmp_path, "--case", *names)
+    assert status == 1
+    assert [(f["case"], f["status"]) for f in report["failures"]] == [(names[0], "wrong")]
+    assert "2 kernels do not work here; where a call was right, another served it" in capsys.readouterr().out
+    assert len(report["compiler"]) == 2

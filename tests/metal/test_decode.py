@@ -12,7 +12,8 @@ import torch
 
 from flash_attn_mps import dispatch
 from flash_attn_mps.problem import AttentionProblem
-from flash_attn_mps.tiers.metal import compiler, decode, gpu
+from flash_attn_mps.tiers.metal import compiler, decode, gpu, launch, simdgroup
+from flash_attn_mps.tiers.metal import few as few_queries
 from flash_attn_mps.tiers.metal.decode import Variant
 from metal_host import observe
 from tests.attention.pairwise import case_id, pairwise
@@ -195,6 +196,18 @@ def test_keys_that_a_mask_hides_are_not_read():
     variant = next(decode.variants(call.problem))
     assert first.counters["matrix_products"] == products_needed(call.problem, variant, 100)
     assert first.counters["device_bytes_read"] < 4096 * 64 * 2 * 2 / 2
+
+
+def test_up_to_the_default_of_few_queries_no_more_is_multiplied_and_read_than_by_the_tiled_kernel():
+    """`few.DEFAULT`: with twice as many queries more is read."""
+    for queries, more in ((few_queries.DEFAULT, False), (2 * few_queries.DEFAULT, True)):
+        p = draw(Spec([(queries, 512)], (64, 64), torch.float16, heads=(4, 1))).problem
+        with observe() as launched:
+            decode.run(dataclasses.replace(p, num_splits=1), next(decode.variants(p)))
+            launch.run(p, simdgroup.FORWARD, simdgroup.default(2, 64, 64)._replace(staged=True))
+        mine, tiled = (launch.counters for launch in launched)
+        assert mine["matrix_products"] == tiled["matrix_products"]
+        assert (mine["device_bytes_read"] > tiled["device_bytes_read"]) == more
 
 
 def bits(x):

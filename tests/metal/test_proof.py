@@ -426,6 +426,30 @@ def test_modes_of_the_caller_do_not_reach_the_trial(trials):
     assert trials == [s]
 
 
+def test_a_graph_is_captured_without_a_trial_and_makes_it_when_it_runs(trials):
+    q, k, v = (torch.randn(1, 33, 2, 8) for _ in range(3))
+    seen = []
+
+    def noting(graph, inputs):
+        seen.append(len(trials))
+        return graph
+
+    out = torch.compile(lambda q, k, v: flash_attn_func(q, k, v, causal=True), backend=noting, fullgraph=True)(q, k, v)
+    assert seen == [0]
+    assert len(trials) == 1
+    torch.testing.assert_close(out, flash_attn_func(q, k, v, causal=True))
+    assert not compiler.failures
+
+
+def test_where_no_thread_can_be_started_the_caller_s_makes_the_trial(trials, monkeypatch):
+    """At the end of the interpreter, say."""
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+    kernels, warnings_ = served(CAUSAL)
+    assert kernels[-1] == "attention_forward"
+    assert warnings_ == []
+    assert len(trials) == 1
+
+
 def test_threads_that_meet_at_a_first_use_all_get_the_kernel():
     calls = [draw(CAUSAL) for _ in range(4)]
     results = [None] * len(calls)

@@ -171,6 +171,13 @@ SPEED = [
     (call(**SAFE), (2, 13), {"fast_min_seq": 700}, True),
     (call(**{**SAFE, "q": 1}), (2, 12), {"fast_min_seq": 1}, True),
     (call(**{**SAFE, "d": 320}), (2, 12), {"min_seq": 0}, False),  # no Metal kernel
+    # Of few queries the keys count alone, and another kernel has wider heads.
+    (call(**{**SAFE, "q": 20, "k": 1024}), (2, 12), {}, True),
+    (call(**{**SAFE, "q": 33, "k": 1024}), (2, 12), {}, False),
+    (call(**{**SAFE, "q": 20, "k": 1023}), (2, 12), {}, False),
+    (call(**{**SAFE, "q": 4, "d": 320, "k": 1024}), (2, 13), {}, True),
+    (call(**{**SAFE, "q": 4, "d": 520, "k": 1024}), (2, 13), {}, False),
+    (call(**{**SAFE, "q": 1, "k": 8192}), (2, 13), {}, False),  # torch's path is a fused one
     (call(**{**SAFE, "gradient": True}), (2, 12), {"min_seq": 0, "fast_min_seq": 0}, False),
     (call(**{**SAFE, "dropout": True}), (2, 12), {"min_seq": 0, "fast_min_seq": 0}, False),
     (call(**SAFE), (2, 13), measured(512.0), True),

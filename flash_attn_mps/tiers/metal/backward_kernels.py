@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ...problem import AttentionProblem
-from . import backward_trials, gpu, launch
+from . import backward_trials, launch
 from .kernel import OPTIONAL_BUFFERS, Buffer, Grid, Kernel, TunedKernel
 from .prove import Proof
 
@@ -94,39 +94,44 @@ def _fits(sums: int, variant: Variant, element_bytes: int, head_dim: int, head_d
     return registers <= 176
 
 
-class _Operands(NamedTuple):
-    """Where the default variants have their operands, so that 128 registers hold them: see docs/backward.md."""
-
-    head_dim: int  # up to this
-    held_in_registers: bool
-    reload: bool = False
-    split: bool = False
-
-
+# The defaults by bytes of an element, each up to a head dim: what does best in apple_model on M1 and on M3 among the
+# variants that 128 registers hold (docs/backward.md).
+_REGISTERS, _THREADGROUP, _RELOADED = (True, False), (False, False), (False, True)
 _OF_QUERIES = {
-    2: (_Operands(128, True), _Operands(192, False), _Operands(256, False, True)),
-    4: (_Operands(64, True), _Operands(256, False, True)),
+    2: {
+        64: Variant(16, 4, 8, False, *_THREADGROUP),
+        128: Variant(8, 4, 8, False, *_REGISTERS),
+        192: Variant(8, 2, 8, False, *_THREADGROUP),
+        256: Variant(8, 1, 8, False, *_RELOADED),
+    },
+    4: {
+        64: Variant(8, 4, 8, False, *_REGISTERS),
+        128: Variant(8, 2, 8, False, *_THREADGROUP),
+        256: Variant(8, 1, 8, False, *_RELOADED),
+    },
 }
 _OF_KEYS = {
-    2: (_Operands(64, True), _Operands(96, False), _Operands(128, False, True), _Operands(256, False, True, True)),
-    4: (_Operands(64, False), _Operands(128, False, True), _Operands(256, False, True, True)),
+    2: {
+        64: Variant(8, 4, 8, False, *_REGISTERS),
+        96: Variant(8, 4, 8, False, *_THREADGROUP),
+        128: Variant(8, 4, 8, False, *_RELOADED),
+        192: Variant(8, 2, 8, False, *_THREADGROUP, split=True),
+        256: Variant(8, 1, 8, False, *_RELOADED, split=True),
+    },
+    4: {
+        64: Variant(8, 2, 8, False, *_THREADGROUP),
+        128: Variant(8, 2, 8, False, *_RELOADED),
+        256: Variant(8, 1, 8, False, *_RELOADED, split=True),
+    },
 }
 
 
 @functools.lru_cache(maxsize=512)
 def _default(sums: int, element_bytes: int, head_dim: int, head_dim_v: int) -> Variant:
-    """What should do well: staged on M1 and M2, as the forward pass is, and wherever rows are loaded twice."""
-    wide = max(head_dim, head_dim_v)
+    """What should do well on any GPU where nothing was tuned."""
     table = (_OF_QUERIES if sums == 1 else _OF_KEYS)[element_bytes]
-    operands = next(operands for operands in table if wide <= operands.head_dim)
-    staged = gpu.generation() <= 2 or operands.reload
-    passing = (32 if wide <= 64 and element_bytes == 2 else 16) if staged else 8
-    candidates = [
-        Variant(8, simdgroups, rows, stages, *operands[1:])
-        for simdgroups, stages in ((4, staged), (2, staged), (2, False), (1, False))
-        for rows in (passing, 16, 8)
-    ]
-    return next(v for v in candidates if _fits(sums, v, element_bytes, head_dim, head_dim_v))
+    wide = max(head_dim, head_dim_v)
+    return next(variant for most, variant in table.items() if wide <= most)
 
 
 def _fallbacks(sums: int, variant: Variant, *shape: int) -> list[Variant]:

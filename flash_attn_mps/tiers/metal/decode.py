@@ -57,9 +57,10 @@ _MAX_REGISTERS = 112
 _COMFORTABLE_REGISTERS = {2: 72, 4: 60}
 _SIMDGROUPS = 8  # of a threadgroup
 _GROUPS_PER_CORE = 2  # threadgroups that a core works on at a time
-# Of a split at least, so that its keys and values are more than its queries and results: rounds of all units, and keys.
+# Of a split at least: rounds of all units; and keys for each row, so that writing the results of splits and reading
+# them again is less than a tenth of reading the keys and values.
 _ROUNDS = 2
-_KEYS_OF_A_ROW = 8
+_KEYS_OF_A_ROW = 24
 
 
 def registers(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> int:

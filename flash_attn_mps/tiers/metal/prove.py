@@ -98,6 +98,9 @@ def apart(function: Callable[[], Refusal | None]) -> Refusal | None:
     tensors, a dispatch mode that counts or records, a graph that is being captured)."""
     result: list[Refusal | None] = []
     thread = threading.Thread(target=lambda: result.append(function()), name="mtlflashattn proof", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads, or the interpreter is ending
+        return function()
     thread.join()
     return result[0]

@@ -9,15 +9,14 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ... import describe, sdpa, timing
-from ...tiers.metal import compiler, gpu, proved, simdgroup, tune
+from ...tiers.metal import compiler, gpu, simdgroup, tune
 from .. import machine
 from ..bench import contenders, measure, workloads
 from ..bench import report as bench_report
@@ -25,6 +24,7 @@ from ..progress import Progress
 from ..selftest import cases
 from ..selftest import report as selftest_report
 from ..selftest import run as selftest
+from ..selftest.unproved import unproved
 from . import hazards, probes
 
 FORMAT = 1
@@ -102,7 +102,7 @@ def _selftest(device: str, seconds: float) -> dict[str, Any]:
     random.Random(0).shuffle(chosen)
     chosen.sort(key=lambda case: case.dtype == "bfloat16")
     end, outcomes = time.monotonic() + seconds, []
-    with Progress(len(chosen), "selftest") as progress, _unproved(), warnings.catch_warnings():
+    with Progress(len(chosen), "selftest") as progress, unproved(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a kernel that does not compile is in the report
         for dtypes in (("float16", "float32"), ("bfloat16",)):
             some = [case for case in chosen if case.dtype in dtypes]
@@ -123,22 +123,6 @@ def _selftest(device: str, seconds: float) -> dict[str, Any]:
         "failures": [selftest_report.described(outcome) for outcome in failed],
         "refused": [{"specialization": str(s), "why": why} for s, why in failures.items()],
     }
-
-
-@contextmanager
-def _unproved() -> Iterator[None]:
-    """Kernels as they are, right or wrong: the self-test is to find out. Afterwards none of them is left."""
-    before = os.environ.get(proved.PROVE)
-    os.environ[proved.PROVE] = "off"
-    compiler.clear()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[proved.PROVE]
-        else:
-            os.environ[proved.PROVE] = before
-        compiler.clear()
 
 
 def _hazards(device: str, seconds: float) -> dict[str, Any]:

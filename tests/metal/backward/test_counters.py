@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flash_attn_mps.describe import CallOptions, dense
-from flash_attn_mps.tiers.metal import backward, launch, simdgroup
+from flash_attn_mps.tiers.metal import backward, backward_kernels, launch, simdgroup
 from flash_attn_mps.tiers.metal.backward_kernels import Variant
 from metal_host import observe
 from tests.metal.calls import Spec, draw
@@ -32,10 +32,11 @@ def total(launches, name):
 def test_products(dim, causal, length=128):
     forward, gradients = counted(length, dim, causal, instrumented=False)
     assert total(gradients, "matrix_products") <= 1.03 * 7 / 2 * forward["matrix_products"]
-    # A block of 8 by 8 that somebody sees: 3 products for dq and 4 for dk and dv, of dim / 8 fragments each.
-    blocks = length // 8
-    seen = blocks * (blocks + 1) // 2 if causal else blocks * blocks
-    assert total(gradients, "matrix_products") == 7 * seen * dim // 8
+    # Of held rows by eight passing ones, where somebody sees any: 3 products for dq and 4 for dk and dv.
+    window = (-1, 0) if causal else (-1, -1)
+    held = [kernel.default(2, dim, dim).held for kernel in (backward_kernels.QUERIES, backward_kernels.KEYS)]
+    queries, keys = blocks_seen(Spec([(length, length)], window=window, heads=(1, 1)), *held)
+    assert total(gradients, "matrix_products") == (3 * queries + 4 * keys) * dim // 8
 
 
 @pytest.mark.metal_full
