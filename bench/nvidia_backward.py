@@ -34,18 +34,20 @@ DIMS = (64, 128)
 MASKS = {"full": False, "causal": True}
 LENGTHS = (2048, 8192)
 REGISTERS, THREADGROUP, RELOAD = (True, False), (False, False), (False, True)
-# Beside the defaults of both generations of GPUs.
+# Beside the defaults.
 OF_QUERIES = {
-    64: [Variant(16, 4, 8, False, *THREADGROUP), Variant(16, 4, 32, True, *THREADGROUP)],
-    128: [Variant(8, 4, 8, False, *THREADGROUP), Variant(16, 4, 8, False, *RELOAD)],
+    64: [Variant(8, 4, 8, False, *REGISTERS), Variant(8, 4, 32, True, *REGISTERS)],
+    128: [Variant(8, 4, 8, False, *THREADGROUP), Variant(8, 4, 16, True, *REGISTERS)],
 }
 OF_KEYS = {
     64: [
+        Variant(8, 4, 32, True, *REGISTERS),
         Variant(16, 4, 8, False, *THREADGROUP),
         Variant(16, 4, 16, True, *THREADGROUP),
         Variant(16, 4, 8, False, *REGISTERS, True),
     ],
     128: [
+        Variant(8, 4, 16, True, *RELOAD),
         Variant(8, 4, 8, False, *REGISTERS),
         Variant(8, 4, 8, False, *REGISTERS, True),
         Variant(16, 4, 8, False, *THREADGROUP, True),
@@ -53,16 +55,10 @@ OF_KEYS = {
 }
 
 
-def defaults(kernel, head_dim: int) -> list[Variant]:
-    """Staged as for M1 and M2, and direct."""
-    staged = kernel.default(2, head_dim, head_dim)
-    return [staged, staged._replace(staged=False, passing=8)]
-
-
 def candidates(head_dim: int) -> tuple[list[Variant], list[Variant]]:
     """Of queries and keys, the defaults first."""
-    queries = [*defaults(QUERIES, head_dim), *OF_QUERIES[head_dim]]
-    keys = [*defaults(KEYS, head_dim), *OF_KEYS[head_dim]]
+    queries = [QUERIES.default(2, head_dim, head_dim), *OF_QUERIES[head_dim]]
+    keys = [KEYS.default(2, head_dim, head_dim), *OF_KEYS[head_dim]]
     return list(dict.fromkeys(queries)), list(dict.fromkeys(keys))
 
 
@@ -210,7 +206,7 @@ def measure(assembled: Assembled, head_dim: int, mask: str, length: int) -> None
         count = {"f": 2, "r": 0, "q": 3, "k": 5 if name.endswith("split") else 4}[name[0]]
         print(f"    {name:44} {ms:8.3f} ms {count * product / ms / 1e9:6.1f} TF/s  {occupied[name]}", flush=True)
     of_queries, of_keys = ([ms for name, ms in times.items() if name.startswith(kind)] for kind in ("queries", "keys"))
-    totals = {"staged defaults": (0, 0), "direct defaults": (1, 1)}
+    totals = {"defaults": (0, 0)}
     totals["fastest"] = (of_queries.index(min(of_queries)), of_keys.index(min(of_keys)))
     for title, (q, k) in totals.items():
         both = times["forward"] + times["rows"] + of_queries[q] + of_keys[k]
@@ -226,7 +222,7 @@ def memory() -> None:
         call = Call(head_dim, True, 16384, "cuda")
         call.forward(forward_variant(head_dim))
         queries, keys = candidates(head_dim)
-        grads = call.gradients("qkv", queries[1], keys[1])
+        grads = call.gradients("qkv", queries[0], keys[0])
         torch.cuda.synchronize()
         tensors = [call.p.q, call.p.k, call.p.v, call.out, call.dout, *(t for t in grads if t is not None)]
         needed = sum(t.numel() * t.itemsize for t in tensors)
