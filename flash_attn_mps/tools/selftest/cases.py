@@ -78,7 +78,10 @@ FEATURES = {
     ),
     "few queries, bool mask": Feature(((3, 500), (3, 500)), (4, 2), mask="bool"),
     "few queries, float mask": Feature(((5, 300),), (6, 2), mask="float", sinks=True),
-    **{f"{q} queries, {k} keys": Feature(((q, k),), causal=True) for q, k in ((1, 257), (7, 31), (32, 32), (257, 64))},
+    **{
+        f"{q} queries, {k} keys": Feature(((q, k),), causal=True)
+        for q, k in ((1, 257), (1, 1100), (7, 31), (32, 32), (257, 64))
+    },
     "dropout": Feature(dropout=0.3, causal=True, heads=(4, 2)),
     "packed, dropout": Feature(_RAGGED, layout="packed", dropout=0.3),
 }
