@@ -9,7 +9,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 _PAIRS = 8  # of a batch
 _LEARNING_RATE = 5e-5
@@ -17,7 +19,7 @@ _LIMIT = 1e-3
 _ATTENTION = ("flash_attention_2", "eager")
 
 
-def train(load, sentences: list[str], steps: int) -> int:
+def train(load: Callable[[str], Any], sentences: list[str], steps: int) -> int:
     """Train `load(attention)` for so many steps, with and without dropout; print both losses.
 
     Returns 0 if the losses without dropout are the same.

@@ -15,7 +15,7 @@ def test_hazards_of_this_torch_and_the_switch():
     assert any("pytorch#179352" in line for line in wrong)
     with sdpa.installed():
         assert examine._sdpa()["scaled_dot_product_attention"] == "served on MPS"
-        assert "PyTorch's own attention" in doctor.render(examine.everything())
+        assert "PyTorch's own attention" in doctor.render(examine.everything([]))
 
 
 def test_run_serves_a_program_that_never_heard_of_this_package(tmp_path):

@@ -13,7 +13,7 @@ TIERS = {
     "auto": (None, None),
     "torch": ("torch", None),
     "simdgroup direct": ("simdgroup", "8x2x16-direct"),
-    "simdgroup staged": ("simdgroup", "16x2x16-staged"),
+    "simdgroup staged": ("simdgroup", "8x2x16-staged"),
     "scalar": ("scalar", None),
     "decode": ("decode", None),
 }
