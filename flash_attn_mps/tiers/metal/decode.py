@@ -48,8 +48,8 @@ class Variant(NamedTuple):
 MAX_HEAD_DIM = 512
 MIN_KEYS = 65  # with fewer keys there is nothing to divide
 MAX_SPLITS = 128
-ROWS = (8, 16, 32)  # that a tile may have
-_MAX_ROWS = ROWS[-1]
+_MAX_ROWS = few.ROWS_OF_A_TILE
+ROWS = (8, 16, _MAX_ROWS)  # that a tile may have
 _THREADGROUP_BYTES = 20 << 10  # more only where nothing else fits: an Apple core has some 60 KB, for three threadgroups
 _MAX_REGISTERS = 112
 # By the bytes of an element: with up to so many `registers` a lane has at most some 100 live ones (docs/decode.md), and
@@ -172,8 +172,6 @@ def _combine_grid(p: AttentionProblem, variant: Variant) -> Grid:
 
 _PARTIAL = {"partial_o": "float", "partial_m_l": "float2"}
 _PARAMETERS = ("splits", "partial_rows")
-
-
 _LENGTHS = {"short": 2048, "medium": 16384, "long": 65536}  # of keys: classes of calls
 
 
@@ -219,15 +217,7 @@ def _decode(rows: int) -> TunedKernel:
         entry="attention_decode",
         headers=("metal_stdlib", "metal_simdgroup_matrix"),
         sources=(
-            "codes",
-            "fragment",
-            "scoring",
-            "philox",
-            "dropout",
-            "range",
-            "masking",
-            "kept",
-            "keys",
+            *launch.FORWARD_SOURCES,
             "splits",
             "hidden",
             "slices",

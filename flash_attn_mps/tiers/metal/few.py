@@ -20,7 +20,7 @@ from ...problem import AttentionProblem
 from . import gpu, store
 
 DEFAULT = 32
-_ROWS_OF_A_TILE = 32
+ROWS_OF_A_TILE = 32  # of the decode kernel, at most: queries times heads that share their keys
 _GROUPS_PER_CORE = 2  # threadgroups of the tiled kernel that keep a core busy
 QUERIES = (8, 16, 32, 64, 128)  # that are timed
 _SECTION = "few"
@@ -57,7 +57,7 @@ def default(p: AttentionProblem) -> int:
     # With one split it may not depend on the other sequences of the batch.
     if p.num_splits == 1 or p.batch * p.heads < gpu.cores() * _GROUPS_PER_CORE:
         return DEFAULT
-    return 16 if 16 * (p.heads // p.heads_k) <= _ROWS_OF_A_TILE else 8
+    return 16 if 16 * (p.heads // p.heads_k) <= ROWS_OF_A_TILE else 8
 
 
 def forget() -> None:

@@ -122,9 +122,8 @@ class Kernel(Program):
     buffers: Mapping[str, Buffer]  # in the order of the arguments
     optional: tuple[str, ...]  # which of OPTIONAL_BUFFERS it reads
     parameters: tuple[str, ...] = ()  # names of those that it has besides `Parameters` and strides
-    defines: Mapping[str, int | str] = field(
-        default_factory=dict
-    )  # what its sources, shared with others, are told of it
+    # What its sources, shared with others, are told of it.
+    defines: Mapping[str, int | str] = field(default_factory=dict)
     grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
 
 
