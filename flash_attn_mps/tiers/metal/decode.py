@@ -217,6 +217,8 @@ def _decode(rows: int) -> TunedKernel:
         entry="attention_decode",
         headers=("metal_stdlib", "metal_simdgroup_matrix"),
         sources=(
+            *launch.LANE_SOURCES,
+            "fragment",
             *launch.FORWARD_SOURCES,
             "splits",
             "hidden",
