@@ -18,23 +18,33 @@ from . import gpu
 NAME = "tensorops"
 MACOS = (26, 2)  # cooperative tensors as operands, which a kernel fills itself
 TORCH = (2, 11)  # asks for Metal 4, without which the headers are empty (pytorch#172230)
-METAL_VERSION = "PYTORCH_MPS_METAL_VERSION"  # torch's own, from 2.15 on: an older Metal may be asked for
-_METAL = (4, 0)
 # Matrix units stand beside the ALUs from the GPUs of the family Apple10 on: M5, and A19.
 _GENERATION, _PHONE_GENERATION = 5, 19
 
 
-def unmet() -> list[str]:
-    """Which macOS, torch and Metal it needs and does not have here, in words; empty if it has them."""
-    return list(_unmet(torch.__version__, os.environ.get(METAL_VERSION, "")))
+@functools.cache
+def unmet() -> tuple[str, ...]:
+    """Which macOS and torch it needs and does not have here, in words; empty if it has them."""
+    reasons, macos = [], gpu.macos()
+    if _numbers(macos) < MACOS:
+        here = f"macOS {macos}" if macos else platform.system()
+        reasons.append(f"needs macOS {_text(MACOS)} or later, and this is {here}")
+    if _numbers(torch.__version__) < TORCH:
+        reasons.append(f"needs torch {_text(TORCH)} or later, which compiles Metal 4, and this is {torch.__version__}")
+    return tuple(reasons)
 
 
-def unsuited() -> list[str]:
+@functools.cache
+def unsuited() -> tuple[str, ...]:
     """Why the tier is not worth it on this GPU, in words; empty if it is, as on M5 and later.
 
-    On other GPUs its kernels run, on the ALUs: forced, or where `mtlflashattn tune` found them faster.
+    On other GPUs its kernels run on the ALUs: where they are asked for, or `mtlflashattn tune` found them faster.
     """
-    return list(_unsuited())
+    if gpu.is_virtual():
+        return ("the GPU is that of a virtual machine",)
+    if gpu.generation() >= _GENERATION or gpu.phone_generation() >= _PHONE_GENERATION:
+        return ()
+    return (f"the GPU ({gpu.name() or 'unknown'}) has no matrix units beside its ALUs, as M5 and later have",)
 
 
 def is_forced() -> bool:
@@ -44,34 +54,8 @@ def is_forced() -> bool:
 
 def forget() -> None:
     """Look at the machine anew."""
-    _unmet.cache_clear()
-    _unsuited.cache_clear()
-
-
-@functools.cache
-def _unmet(torch_version: str, asked: str) -> tuple[str, ...]:
-    reasons = []
-    macos = gpu.macos()
-    if _numbers(macos) < MACOS:
-        here = f"macOS {macos}" if macos else platform.system()
-        reasons.append(f"needs macOS {_text(MACOS)} or later, and this is {here}")
-    if _numbers(torch_version) < TORCH:
-        reasons.append(f"needs torch {_text(TORCH)} or later, which asks for Metal 4; this is {torch_version}")
-    if asked and _numbers(asked) < _METAL:
-        reasons.append(f"needs Metal 4, and {METAL_VERSION} asks for {asked}")
-    return tuple(reasons)
-
-
-@functools.cache
-def _unsuited() -> tuple[str, ...]:
-    if gpu.is_virtual():
-        return ("the GPU is that of a virtual machine",)
-    if gpu.generation() >= _GENERATION or gpu.phone_generation() >= _PHONE_GENERATION:
-        return ()
-    return (
-        f"the GPU ({gpu.name() or 'unknown'}) has no matrix units beside its ALUs, as M{_GENERATION} and later have; "
-        f"{FORCE}={NAME} runs it all the same",
-    )
+    unmet.cache_clear()
+    unsuited.cache_clear()
 
 
 def _numbers(version: str) -> tuple[int, int]:
