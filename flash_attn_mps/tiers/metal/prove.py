@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from . import compiler, launch, refusals
 from .refusals import Refusal
 from .specialization import Specialization
 from .trial import Expected, Trial
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,10 @@ def _worst(got: torch.Tensor, expected: Expected) -> tuple[float, float]:
     return error.flatten()[at].item(), allowed.reshape(-1)[at].item()
 
 
-def apart(function: Callable[[], Refusal | None]) -> Refusal | None:
+def apart(function: Callable[[], Found]) -> Found:
     """In a thread of its own: there is no mode of the caller's there (autocast, a default device, inference, fake
     tensors, a dispatch mode that counts or records, a graph that is being captured)."""
-    result: list[Refusal | None] = []
+    result: list[Found] = []
     thread = threading.Thread(target=lambda: result.append(function()), name="mtlflashattn proof", daemon=True)
     try:
         thread.start()
