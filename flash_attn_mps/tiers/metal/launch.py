@@ -44,8 +44,8 @@ def limits(p: AttentionProblem, widest: int = MAX_HEAD_DIM) -> list[str]:
     return reasons
 
 
-# What the kernels of the forward pass on matrix units begin with: who has which elements of a tile, and how they are loaded;
-# behind their own fragments, scores, what is visible, and keys.
+# What kernels on matrix units begin with: who has which elements of a tile, and how they are loaded. Behind their own
+# fragments those of the forward pass have scores, what is visible, and keys.
 LANE_SOURCES = ("codes", "lanes", "elements")
 FORWARD_SOURCES = ("scoring", "philox", "dropout", "range", "masking", "kept", "keys")
 FORWARD_BUFFERS = {
