@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_attn_mps.tiers.metal import compiler, gpu, prove, proved, store, tensorops_gate, tensorops_probe
 from tests.mac import mac
@@ -280,7 +281,19 @@ def test_where_nothing_can_be_written_each_process_asks(monkeypatch, tmp_path):
     assert device.compiled == 2
 
 
-def test_after_the_first_time_an_answer_costs_a_look_up(monkeypatch):
+def test_modes_of_the_caller_do_not_reach_the_probe():
+    tensorops_probe._tiles.cache_clear()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.device("meta"), FakeTensorMode():
+            assert asked(Device(known("apple10"))) == ("apple10", [], [])
+    finally:
+        torch.set_default_dtype(default)
+        tensorops_probe._tiles.cache_clear()
+
+
+def test_after_the_first_time_an_answer_costs_a_look_up():
     with mac() as patch:
         patch.setattr(compiler, "compile_shader", Device(known("apple10")))
         assert tensorops_probe.why_closed() == []

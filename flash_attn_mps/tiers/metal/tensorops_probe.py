@@ -33,6 +33,7 @@ CASES = tuple(
 _SLOTS = 32  # elements of a lane that are reported; both known layouts have 16 at most
 _M, _N, _K, _LANES = 16, 32, 16, 32
 _OPERANDS = ("left", "right", "destination")
+_PRODUCTS = 3
 _UNTOUCHED = -3  # where nothing is reported
 
 
@@ -88,7 +89,7 @@ class _Probe:
 
     def source(self) -> str:
         cases = " ".join(f"CASE({n}, {a}, {b}, {str(t).lower()})" for n, (a, b, t) in enumerate(CASES))
-        defines = {"CASES": cases, "SLOTS": _SLOTS, "PRODUCTS": len(_tiles()[0])}
+        defines = {"CASES": cases, "SLOTS": _SLOTS, "PRODUCTS": _PRODUCTS}
         return specialization.source_of(self.kernel, defines, ())
 
     def _asdict(self) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def _tiles() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     count_right = k[:, None] * _N + n - 256  # from -256 to 255
     left = torch.stack([torch.eye(_M, _K, device="cpu"), count_left, (3 * m[:, None] + 5 * k) % 11 - 5])
     right = torch.stack([count_right, k[:, None] == n % _K, (7 * k[:, None] + 2 * n) % 13 - 6])
-    destination = (512 * (m[:, None] * _N + n)).expand(len(left), _M, _N)
+    destination = (512 * (m[:, None] * _N + n)).expand(_PRODUCTS, _M, _N)
     return left.float(), right.float(), destination.float().contiguous()
 
 
