@@ -1,5 +1,7 @@
 """Who may use tensor operations: the gates in their order, and the probe, on a device that is imitated in Python."""
 
+import platform
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -7,7 +9,19 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flash_attn_mps.tiers.metal import compiler, gpu, prove, proved, store, tensorops_gate, tensorops_probe
+from flash_attn_mps.tiers.metal import (
+    compiler,
+    gpu,
+    prove,
+    proved,
+    refusals,
+    store,
+    tensorops_gate,
+    tensorops_probe,
+)
+from flash_attn_mps.tools import machine
+from flash_attn_mps.tools.report import stages
+from flash_attn_shim.commands import examine
 from tests.mac import mac
 
 SIZES = {"left": (16, 16), "right": (16, 32), "destination": (16, 32)}
@@ -224,9 +238,9 @@ def test_without_macos_and_torch_nobody_asks_the_device(how, reasons, forced, mo
 @pytest.mark.parametrize(
     ("chip", "reason"),
     [
-        ("Apple M4 Max", "the GPU (Apple M4 Max) has no matrix units beside its ALUs, as M5 and later have"),
-        ("Apple A18 Pro", "the GPU (Apple A18 Pro) has no matrix units beside its ALUs, as M5 and later have"),
-        ("Apple chip", "the GPU (Apple chip) has no matrix units beside its ALUs, as M5 and later have"),
+        ("Apple M4 Max", "the GPU (Apple M4 Max) has no matrix units beside its ALUs, as M5 and later do"),
+        ("Apple A18 Pro", "the GPU (Apple A18 Pro) has no matrix units beside its ALUs, as M5 and later do"),
+        ("Apple chip", "the GPU (Apple chip) has no matrix units beside its ALUs, as M5 and later do"),
         ("Apple M5 (Virtual)", "the GPU is that of a virtual machine"),
     ],
 )
@@ -302,3 +316,28 @@ def test_after_the_first_time_an_answer_costs_a_look_up():
         patch.setattr(tensorops_gate.os, "environ", None)
         assert tensorops_probe.why_closed() == []
         assert tensorops_probe.layout() == "apple10"
+
+
+def test_doctor_and_report_have_the_words_of_the_gates():
+    device = Device(known("legacy"))
+    for how, words in [
+        ({}, "used, legacy layout of cooperative tensors"),
+        ({"macos": "15.6"}, "not used: needs macOS 26.2 or later, and this is macOS 15.6"),
+        (
+            {"chip": "Apple M1"},
+            "not used: the GPU (Apple M1) has no matrix units beside its ALUs, as M5 and later do",
+        ),
+    ]:
+        with mac(**how) as patch:
+            patch.setattr(compiler, "compile_shader", device)
+            assert examine._attention()["tensor operations"] == words
+            assert stages.facts("cpu")["tensor operations"] == words
+
+
+def test_macos_is_asked_from_sysctl():
+    """Not `platform`, which says 16 on macOS 26 where Python was built before it (python/cpython#135675)."""
+    with mac(macos="26.4", build="25E10") as patch:
+        patch.setattr(platform, "mac_ver", lambda: ("16.4", ("", "", ""), "arm64"))
+        patch.setattr(sys, "platform", "darwin")
+        assert "macOS 26.4 (25E10)" in refusals.machine()
+        assert machine.facts("cpu")["system"].startswith("macOS 26.4 ")

@@ -62,6 +62,12 @@ def why_closed() -> list[str]:
     return list(reasons or _asked().reasons)
 
 
+def described() -> str:
+    """For commands: is the tier used on this machine, and how or why not?"""
+    reasons = why_closed()
+    return f"not used: {'; '.join(reasons)}" if reasons else f"used, {layout()} layout of cooperative tensors"
+
+
 def forget() -> None:
     """Ask anew."""
     global _answer

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import describe, sdpa, timing
-from ...tiers.metal import compiler, gpu, simdgroup, tune
+from ...tiers.metal import compiler, gpu, simdgroup, tensorops_probe, tune
 from .. import machine
 from ..bench import contenders, measure, workloads
 from ..bench import report as bench_report
@@ -50,6 +50,8 @@ def facts(device: str) -> dict[str, str]:
         found["virtual"] = "yes: the GPU is that of a virtual machine, whose failures are not this project's"
     if reason := compiler.unavailable(device):
         found["Metal"] = f"not tested: {reason}"
+    else:
+        found["tensor operations"] = tensorops_probe.described()
     return found
 
 
