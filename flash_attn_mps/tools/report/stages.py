@@ -28,7 +28,7 @@ from ..selftest.unproved import unproved
 from . import hazards, probes
 
 FORMAT = 1
-_INFINITE = 1e300
+INFINITE = 1e300  # as JSON takes it
 _CPU_SCALE = 1 / 256  # of the probes' sizes there
 
 
@@ -78,7 +78,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return _INFINITE
+        return INFINITE
     if isinstance(value, str):
         return _without_folders(value)
     return value
