@@ -1,5 +1,6 @@
 """Who may use tensor operations: the gates in their order, and the probe, on a device that is imitated in Python."""
 
+import functools
 import platform
 import sys
 import warnings
@@ -22,6 +23,7 @@ from flash_attn_mps.tiers.metal import (
 from flash_attn_mps.tools import machine
 from flash_attn_mps.tools.report import stages
 from flash_attn_shim.commands import examine
+from metal_host import compile_shader, observe
 from tests.mac import mac
 
 SIZES = {"left": (16, 16), "right": (16, 32), "destination": (16, 32)}
@@ -341,3 +343,64 @@ def test_macos_is_asked_from_sysctl():
         patch.setattr(sys, "platform", "darwin")
         assert "macOS 26.4 (25E10)" in refusals.machine()
         assert machine.facts("cpu")["system"].startswith("macOS 26.4 ")
+
+
+METAL4 = functools.partial(compile_shader, version="4.0")
+
+
+def asked_of_the_runner(layout, compile_=METAL4):
+    with mac() as patch, observe(layout=layout) as launches, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(compiler, "compile_shader", compile_)
+        patch.setattr(prove, "apart", lambda function: function())  # another thread is not observed
+        found = tensorops_probe.layout(), tensorops_probe.why_closed()
+    return *found, [str(one.message) for one in caught], launches
+
+
+@pytest.mark.parametrize("layout", ["apple10", "legacy", *range(20)])
+def test_the_kernel_of_the_probe_under_every_layout(layout):
+    """Instrumented: what it reads somebody has written, and it writes nothing twice."""
+    expected = layout if layout in ("apple10", "legacy") else "generic"
+    *found, launches = asked_of_the_runner(layout)
+    assert found == [expected, [], []]
+    assert [one.kernel for one in launches] == ["tensorops_probe"]
+
+
+PLANTED = {
+    "rows and columns of the right operand are swapped": (
+        "B::template load<TRANSPOSED, Right>",
+        "B::template load<!TRANSPOSED, Right>",
+    ),
+    "a product is made twice": ("operation.run(a, b, c);", "operation.run(a, b, c); operation.run(a, b, c);"),
+    "no product is made": ("operation.run(a, b, c);", ""),
+    "what is added to is forgotten": ("::mode::multiply_accumulate", "::mode::multiply"),
+    "two lanes have each other's elements": (
+        "C::store(c, products + n * 512);",
+        "for (ushort i = 0; i < c.get_capacity(); ++i) c[i] = simd_shuffle_xor(c[i], 1); "
+        "C::store(c, products + n * 512);",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", ["apple10", 3])
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_fault_of_the_runner_closes_the_tier(name, layout):
+    def compile_(source):
+        old, new = PLANTED[name]
+        assert old in source
+        return METAL4(source.replace(old, new))
+
+    found, (reason,), (warning,), _ = asked_of_the_runner(layout, compile_)
+    assert found is None
+    assert "its probe gave a wrong result for a test problem: a product of half and transposed half tiles" in reason
+    assert "Please report" in warning
+
+
+def test_below_metal_4_the_tier_is_closed_with_words():
+    older = functools.partial(compile_shader, version="3.2")
+    found, (reason,), (warning,), launches = asked_of_the_runner("apple10", older)
+    assert found is None
+    assert "its probe did not compile: " in reason
+    assert "Metal 4 is needed, and an older version is asked for" in reason
+    assert "Unset PYTORCH_MPS_METAL_VERSION, or update torch." in warning
+    assert not launches
