@@ -61,14 +61,17 @@ class Device:
                 capacity = told[name].shape[1]
                 places[n, operand, :, 0] = capacity
                 places[n, operand, :, 1 : 1 + capacity] = told[name][:, :32]
-            operands = (moved(x, case[2], name, told[name], held[name]) for x, name in zip(tiles, SIZES, strict=True))
-            to = self.product(*operands)
+            operands = (
+                moved(x, case.transposed, name, told[name], held[name]) for x, name in zip(tiles, SIZES, strict=True)
+            )
+            left, right, to = operands
+            to = self.product(left, right, torch.zeros_like(to) if case.mode == "multiply" else to)
             products[n] = moved(to, False, "destination", held["destination"], told["destination"])
 
 
 def flat(places, case, name):
     """The places of the elements of each lane, counted in rows; -1 for padding."""
-    columns = 16 if name == "left" or (name == "right" and case[2]) else 32
+    columns = 16 if name == "left" or (name == "right" and case.transposed) else 32
     found = [[-1 if at is None else at[0] * columns + at[1] for at in places(case, lane, name)] for lane in range(32)]
     return torch.tensor(found, dtype=torch.int32)
 
@@ -84,7 +87,7 @@ def moved(x, transposed, name, read, written):
 
 def known(name):
     of = tensorops_probe._KNOWN[name]
-    return lambda case, lane, operand: of(lane, case[2], operand)
+    return lambda case, lane, operand: of(lane, case.transposed, operand)
 
 
 def drawn(seed, padding=0):
@@ -96,7 +99,7 @@ def drawn(seed, padding=0):
             order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))
             elements = [divmod(int(n), shape[1]) for n in order] + [None] * (32 * padding)
             dealt[operand, transposed] = [elements[lane::32] for lane in range(32)]
-    return lambda case, lane, operand: dealt[operand, case[2]][lane]
+    return lambda case, lane, operand: dealt[operand, case.transposed][lane]
 
 
 def swapped(places, operand, of_cases=tensorops_probe.CASES):
@@ -172,8 +175,8 @@ FAULTS = {
 def test_a_wrong_product_closes_the_tier_with_one_warning(name):
     layout, (reason,), (warning,) = asked(FAULTS[name])
     assert layout is None
-    assert "its probe gave a wrong result for a test problem: a product of" in reason
-    assert "tiles is off by" in reason
+    assert "its probe gave a wrong result for a test problem: multiply" in reason
+    assert " is off by " in reason
     assert "the Metal kernel tensorops_probe gave a wrong result for a test problem on this machine" in warning
     assert "Apple M5 Max, macOS 26.2 (25C56), torch 2.14.1" in warning
     assert "Please report" in warning
@@ -368,12 +371,12 @@ def test_the_kernel_of_the_probe_under_every_layout(layout):
 
 PLANTED = {
     "rows and columns of the right operand are swapped": (
-        "B::template load<TRANSPOSED, Right>",
-        "B::template load<!TRANSPOSED, Right>",
+        "B::template load<TRANSPOSED, T>",
+        "B::template load<!TRANSPOSED, T>",
     ),
     "a product is made twice": ("operation.run(a, b, c);", "operation.run(a, b, c); operation.run(a, b, c);"),
     "no product is made": ("operation.run(a, b, c);", ""),
-    "what is added to is forgotten": ("::mode::multiply_accumulate", "::mode::multiply"),
+    "what is added to is forgotten": ("mode::MODE>", "mode::multiply>"),
     "two lanes have each other's elements": (
         "C::store(c, products + n * 512);",
         "for (ushort i = 0; i < c.get_capacity(); ++i) c[i] = simd_shuffle_xor(c[i], 1); "
@@ -392,7 +395,7 @@ def test_a_fault_of_the_runner_closes_the_tier(name, layout):
 
     found, (reason,), (warning,), _ = asked_of_the_runner(layout, compile_)
     assert found is None
-    assert "its probe gave a wrong result for a test problem: a product of half and transposed half tiles" in reason
+    assert "its probe gave a wrong result for a test problem: multiply" in reason
     assert "Please report" in warning
 
 

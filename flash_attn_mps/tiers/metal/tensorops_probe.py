@@ -24,11 +24,19 @@ from .refusals import Refusal
 APPLE10, LEGACY, GENERIC = "apple10", "legacy", "generic"
 LAYOUTS = (APPLE10, LEGACY, GENERIC)
 
-# The products of the tier's kernel: types of the operands, and whether the right one is transposed.
+
+class Case(NamedTuple):
+    """A product that `kernels/cooperative.metal` makes."""
+
+    dtype: str  # Metal's name of both operands' type
+    transposed: bool  # is the right operand?
+    mode: str  # Metal's name: is the product added, or does it replace the destination?
+
+
 CASES = tuple(
-    (left, right, transposed)
-    for right in ("half", "bfloat")
-    for left, transposed in ((right, True), (right, False), ("float", False))
+    Case(dtype, *how)
+    for dtype in ("half", "bfloat")
+    for how in ((True, "multiply_accumulate"), (False, "multiply_accumulate"), (False, "multiply"))
 )
 _SLOTS = 32  # elements of a lane that are reported; both known layouts have 16 at most
 _M, _N, _K, _LANES = 16, 32, 16, 32
@@ -94,7 +102,10 @@ class _Probe:
     )
 
     def source(self) -> str:
-        cases = " ".join(f"CASE({n}, {a}, {b}, {str(t).lower()})" for n, (a, b, t) in enumerate(CASES))
+        cases = " ".join(
+            f"CASE({n}, {dtype}, {str(transposed).lower()}, {mode})"
+            for n, (dtype, transposed, mode) in enumerate(CASES)
+        )
         defines = {"CASES": cases, "SLOTS": _SLOTS, "PRODUCTS": _PRODUCTS}
         return specialization.source_of(self.kernel, defines, ())
 
@@ -161,17 +172,14 @@ def _tiles() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _wrong_product(products: torch.Tensor) -> Refusal | None:
     left, right, destination = _tiles()
-    exact = destination.double() + left.double() @ right.double()
+    product = left.double() @ right.double()
     for case, found in zip(CASES, products, strict=True):
+        exact = product if case.mode == "multiply" else destination.double() + product
         error = (found.double() - exact).abs().nan_to_num(nan=torch.inf).max().item()
         if error:
-            return refusals.wrong(f"a product of {_described(case)} tiles", error, 0.0)
+            what = f"{case.mode} of {case.dtype} and {'transposed ' * case.transposed}{case.dtype}"
+            return refusals.wrong(what, error, 0.0)
     return None
-
-
-def _described(case: tuple[str, str, bool]) -> str:
-    left, right, transposed = case
-    return f"{left} and {'transposed ' * transposed}{right}"
 
 
 def _named(places: torch.Tensor) -> str:
@@ -192,7 +200,7 @@ def _expected(known: _Places) -> torch.Tensor:
         return [len(flat), *flat, *[_UNTOUCHED] * (_SLOTS - len(flat))]
 
     of = {t: [[reported(t, name, lane) for lane in range(_LANES)] for name in _OPERANDS] for t in (False, True)}
-    return torch.tensor([of[transposed] for _, _, transposed in CASES], dtype=torch.int32, device="cpu")
+    return torch.tensor([of[case.transposed] for case in CASES], dtype=torch.int32, device="cpu")
 
 
 def _apple10(lane: int, transposed: bool, operand: str) -> list[tuple[int, int]]:
