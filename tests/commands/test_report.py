@@ -314,6 +314,19 @@ def test_a_report_of_another_shape_is_compared_as_far_as_it_goes(before):
             Checker(page.render(other, []))
 
 
+def test_a_stage_that_went_wrong_stands_out(before):
+    assert '<tr class="wrong">' not in page.render(before, None).partition("What this machine could do")[0]
+    wrong = copy.deepcopy(before)
+    wrong["selftest"]["failed"] = 1
+    wrong["hazards"]["rows"][0]["torch"] = stages.INFINITE
+    html = page.render(wrong, None)
+    assert '<tr class="wrong"><td class="word">selftest</td>' in html
+    assert "1e+300" not in html
+    assert ">infinite<" in html
+    assert not page.is_right(wrong)
+    assert page.is_right(before)
+
+
 def test_virtual_machines_are_told_apart(monkeypatch):
     monkeypatch.setattr(gpu, "is_virtual", lambda: True)
     assert "not this project's" in stages.facts("cpu")["virtual"]

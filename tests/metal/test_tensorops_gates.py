@@ -1,12 +1,29 @@
 """Who may use tensor operations: the gates in their order, and the probe, on a device that is imitated in Python."""
 
+import functools
+import platform
+import sys
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flash_attn_mps.tiers.metal import compiler, gpu, prove, proved, store, tensorops_gate, tensorops_probe
+from flash_attn_mps.tiers.metal import (
+    compiler,
+    gpu,
+    prove,
+    proved,
+    refusals,
+    store,
+    tensorops_gate,
+    tensorops_probe,
+)
+from flash_attn_mps.tools import machine
+from flash_attn_mps.tools.report import stages
+from flash_attn_shim.commands import examine
+from metal_host import compile_shader, observe
 from tests.mac import mac
 
 SIZES = {"left": (16, 16), "right": (16, 32), "destination": (16, 32)}
@@ -44,14 +61,17 @@ class Device:
                 capacity = told[name].shape[1]
                 places[n, operand, :, 0] = capacity
                 places[n, operand, :, 1 : 1 + capacity] = told[name][:, :32]
-            operands = (moved(x, case[2], name, told[name], held[name]) for x, name in zip(tiles, SIZES, strict=True))
-            to = self.product(*operands)
+            operands = (
+                moved(x, case.transposed, name, told[name], held[name]) for x, name in zip(tiles, SIZES, strict=True)
+            )
+            left, right, to = operands
+            to = self.product(left, right, torch.zeros_like(to) if case.mode == "multiply" else to)
             products[n] = moved(to, False, "destination", held["destination"], told["destination"])
 
 
 def flat(places, case, name):
     """The places of the elements of each lane, counted in rows; -1 for padding."""
-    columns = 16 if name == "left" or (name == "right" and case[2]) else 32
+    columns = 16 if name == "left" or (name == "right" and case.transposed) else 32
     found = [[-1 if at is None else at[0] * columns + at[1] for at in places(case, lane, name)] for lane in range(32)]
     return torch.tensor(found, dtype=torch.int32)
 
@@ -67,7 +87,7 @@ def moved(x, transposed, name, read, written):
 
 def known(name):
     of = tensorops_probe._KNOWN[name]
-    return lambda case, lane, operand: of(lane, case[2], operand)
+    return lambda case, lane, operand: of(lane, case.transposed, operand)
 
 
 def drawn(seed, padding=0):
@@ -79,7 +99,7 @@ def drawn(seed, padding=0):
             order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))
             elements = [divmod(int(n), shape[1]) for n in order] + [None] * (32 * padding)
             dealt[operand, transposed] = [elements[lane::32] for lane in range(32)]
-    return lambda case, lane, operand: dealt[operand, case[2]][lane]
+    return lambda case, lane, operand: dealt[operand, case.transposed][lane]
 
 
 def swapped(places, operand, of_cases=tensorops_probe.CASES):
@@ -155,8 +175,8 @@ FAULTS = {
 def test_a_wrong_product_closes_the_tier_with_one_warning(name):
     layout, (reason,), (warning,) = asked(FAULTS[name])
     assert layout is None
-    assert "its probe gave a wrong result for a test problem: a product of" in reason
-    assert "tiles is off by" in reason
+    assert "its probe gave a wrong result for a test problem: multiply" in reason
+    assert " is off by " in reason
     assert "the Metal kernel tensorops_probe gave a wrong result for a test problem on this machine" in warning
     assert "Apple M5 Max, macOS 26.2 (25C56), torch 2.14.1" in warning
     assert "Please report" in warning
@@ -223,9 +243,9 @@ def test_without_macos_and_torch_nobody_asks_the_device(how, reasons, forced, mo
 @pytest.mark.parametrize(
     ("chip", "reason"),
     [
-        ("Apple M4 Max", "the GPU (Apple M4 Max) has no matrix units beside its ALUs, as M5 and later have"),
-        ("Apple A18 Pro", "the GPU (Apple A18 Pro) has no matrix units beside its ALUs, as M5 and later have"),
-        ("Apple chip", "the GPU (Apple chip) has no matrix units beside its ALUs, as M5 and later have"),
+        ("Apple M4 Max", "the GPU (Apple M4 Max) has no matrix units beside its ALUs, as M5 and later do"),
+        ("Apple A18 Pro", "the GPU (Apple A18 Pro) has no matrix units beside its ALUs, as M5 and later do"),
+        ("Apple chip", "the GPU (Apple chip) has no matrix units beside its ALUs, as M5 and later do"),
         ("Apple M5 (Virtual)", "the GPU is that of a virtual machine"),
     ],
 )
@@ -280,7 +300,19 @@ def test_where_nothing_can_be_written_each_process_asks(monkeypatch, tmp_path):
     assert device.compiled == 2
 
 
-def test_after_the_first_time_an_answer_costs_a_look_up(monkeypatch):
+def test_modes_of_the_caller_do_not_reach_the_probe():
+    tensorops_probe._tiles.cache_clear()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.device("meta"), FakeTensorMode():
+            assert asked(Device(known("apple10"))) == ("apple10", [], [])
+    finally:
+        torch.set_default_dtype(default)
+        tensorops_probe._tiles.cache_clear()
+
+
+def test_after_the_first_time_an_answer_costs_a_look_up():
     with mac() as patch:
         patch.setattr(compiler, "compile_shader", Device(known("apple10")))
         assert tensorops_probe.why_closed() == []
@@ -289,3 +321,89 @@ def test_after_the_first_time_an_answer_costs_a_look_up(monkeypatch):
         patch.setattr(tensorops_gate.os, "environ", None)
         assert tensorops_probe.why_closed() == []
         assert tensorops_probe.layout() == "apple10"
+
+
+def test_doctor_and_report_have_the_words_of_the_gates():
+    device = Device(known("legacy"))
+    for how, words in [
+        ({}, "used, legacy layout of cooperative tensors"),
+        ({"macos": "15.6"}, "not used: needs macOS 26.2 or later, and this is macOS 15.6"),
+        (
+            {"chip": "Apple M1"},
+            "not used: the GPU (Apple M1) has no matrix units beside its ALUs, as M5 and later do",
+        ),
+    ]:
+        with mac(**how) as patch:
+            patch.setattr(compiler, "compile_shader", device)
+            assert examine._attention()["tensor operations"] == words
+            assert stages.facts("cpu")["tensor operations"] == words
+
+
+def test_macos_is_asked_from_sysctl():
+    """Not `platform`, which says 16 on macOS 26 where Python was built before it (python/cpython#135675)."""
+    with mac(macos="26.4", build="25E10") as patch:
+        patch.setattr(platform, "mac_ver", lambda: ("16.4", ("", "", ""), "arm64"))
+        patch.setattr(sys, "platform", "darwin")
+        assert "macOS 26.4 (25E10)" in refusals.machine()
+        assert machine.facts("cpu")["system"].startswith("macOS 26.4 ")
+
+
+METAL4 = functools.partial(compile_shader, version="4.0")
+
+
+def asked_of_the_runner(layout, compile_=METAL4):
+    with mac() as patch, observe(layout=layout) as launches, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(compiler, "compile_shader", compile_)
+        patch.setattr(prove, "apart", lambda function: function())  # another thread is not observed
+        found = tensorops_probe.layout(), tensorops_probe.why_closed()
+    return *found, [str(one.message) for one in caught], launches
+
+
+@pytest.mark.parametrize("layout", ["apple10", "legacy", *range(20)])
+def test_the_kernel_of_the_probe_under_every_layout(layout):
+    """Instrumented: what it reads somebody has written, and it writes nothing twice."""
+    expected = layout if layout in ("apple10", "legacy") else "generic"
+    *found, launches = asked_of_the_runner(layout)
+    assert found == [expected, [], []]
+    assert [one.kernel for one in launches] == ["tensorops_probe"]
+
+
+PLANTED = {
+    "rows and columns of the right operand are swapped": (
+        "B::template load<TRANSPOSED, T>",
+        "B::template load<!TRANSPOSED, T>",
+    ),
+    "a product is made twice": ("operation.run(a, b, c);", "operation.run(a, b, c); operation.run(a, b, c);"),
+    "no product is made": ("operation.run(a, b, c);", ""),
+    "what is added to is forgotten": ("mode::MODE>", "mode::multiply>"),
+    "two lanes have each other's elements": (
+        "C::store(c, products + n * 512);",
+        "for (ushort i = 0; i < c.get_capacity(); ++i) c[i] = simd_shuffle_xor(c[i], 1); "
+        "C::store(c, products + n * 512);",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", ["apple10", 3])
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_fault_of_the_runner_closes_the_tier(name, layout):
+    def compile_(source):
+        old, new = PLANTED[name]
+        assert old in source
+        return METAL4(source.replace(old, new))
+
+    found, (reason,), (warning,), _ = asked_of_the_runner(layout, compile_)
+    assert found is None
+    assert "its probe gave a wrong result for a test problem: multiply" in reason
+    assert "Please report" in warning
+
+
+def test_below_metal_4_the_tier_is_closed_with_words():
+    older = functools.partial(compile_shader, version="3.2")
+    found, (reason,), (warning,), launches = asked_of_the_runner("apple10", older)
+    assert found is None
+    assert "its probe did not compile: " in reason
+    assert "Metal 4 is needed, and an older version is asked for" in reason
+    assert "Unset PYTORCH_MPS_METAL_VERSION, or update torch." in warning
+    assert not launches

@@ -44,7 +44,7 @@ def unsuited() -> tuple[str, ...]:
         return ("the GPU is that of a virtual machine",)
     if gpu.generation() >= _GENERATION or gpu.phone_generation() >= _PHONE_GENERATION:
         return ()
-    return (f"the GPU ({gpu.name() or 'unknown'}) has no matrix units beside its ALUs, as M5 and later have",)
+    return (f"the GPU ({gpu.name() or 'unknown'}) has no matrix units beside its ALUs, as M5 and later do",)
 
 
 def is_forced() -> bool:

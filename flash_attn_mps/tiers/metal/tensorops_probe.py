@@ -24,15 +24,24 @@ from .refusals import Refusal
 APPLE10, LEGACY, GENERIC = "apple10", "legacy", "generic"
 LAYOUTS = (APPLE10, LEGACY, GENERIC)
 
-# The products of the tier's kernel: types of the operands, and whether the right one is transposed.
+
+class Case(NamedTuple):
+    """A product that `kernels/cooperative.metal` makes."""
+
+    dtype: str  # Metal's name of both operands' type
+    transposed: bool  # is the right operand?
+    mode: str  # Metal's name: is the product added, or does it replace the destination?
+
+
 CASES = tuple(
-    (left, right, transposed)
-    for right in ("half", "bfloat")
-    for left, transposed in ((right, True), (right, False), ("float", False))
+    Case(dtype, *how)
+    for dtype in ("half", "bfloat")
+    for how in ((True, "multiply_accumulate"), (False, "multiply_accumulate"), (False, "multiply"))
 )
 _SLOTS = 32  # elements of a lane that are reported; both known layouts have 16 at most
 _M, _N, _K, _LANES = 16, 32, 16, 32
 _OPERANDS = ("left", "right", "destination")
+_PRODUCTS = 3
 _UNTOUCHED = -3  # where nothing is reported
 
 
@@ -61,6 +70,12 @@ def why_closed() -> list[str]:
     return list(reasons or _asked().reasons)
 
 
+def described() -> str:
+    """For commands: is the tier used on this machine, and how or why not?"""
+    reasons = why_closed()
+    return f"not used: {'; '.join(reasons)}" if reasons else f"used, {layout()} layout of cooperative tensors"
+
+
 def forget() -> None:
     """Ask anew."""
     global _answer
@@ -87,8 +102,11 @@ class _Probe:
     )
 
     def source(self) -> str:
-        cases = " ".join(f"CASE({n}, {a}, {b}, {str(t).lower()})" for n, (a, b, t) in enumerate(CASES))
-        defines = {"CASES": cases, "SLOTS": _SLOTS, "PRODUCTS": len(_tiles()[0])}
+        cases = " ".join(
+            f"CASE({n}, {dtype}, {str(transposed).lower()}, {mode})"
+            for n, (dtype, transposed, mode) in enumerate(CASES)
+        )
+        defines = {"CASES": cases, "SLOTS": _SLOTS, "PRODUCTS": _PRODUCTS}
         return specialization.source_of(self.kernel, defines, ())
 
     def _asdict(self) -> dict[str, Any]:
@@ -148,23 +166,20 @@ def _tiles() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     count_right = k[:, None] * _N + n - 256  # from -256 to 255
     left = torch.stack([torch.eye(_M, _K, device="cpu"), count_left, (3 * m[:, None] + 5 * k) % 11 - 5])
     right = torch.stack([count_right, k[:, None] == n % _K, (7 * k[:, None] + 2 * n) % 13 - 6])
-    destination = (512 * (m[:, None] * _N + n)).expand(len(left), _M, _N)
+    destination = (512 * (m[:, None] * _N + n)).expand(_PRODUCTS, _M, _N)
     return left.float(), right.float(), destination.float().contiguous()
 
 
 def _wrong_product(products: torch.Tensor) -> Refusal | None:
     left, right, destination = _tiles()
-    exact = destination.double() + left.double() @ right.double()
+    product = left.double() @ right.double()
     for case, found in zip(CASES, products, strict=True):
+        exact = product if case.mode == "multiply" else destination.double() + product
         error = (found.double() - exact).abs().nan_to_num(nan=torch.inf).max().item()
         if error:
-            return refusals.wrong(f"a product of {_described(case)} tiles", error, 0.0)
+            what = f"{case.mode} of {case.dtype} and {'transposed ' * case.transposed}{case.dtype}"
+            return refusals.wrong(what, error, 0.0)
     return None
-
-
-def _described(case: tuple[str, str, bool]) -> str:
-    left, right, transposed = case
-    return f"{left} and {'transposed ' * transposed}{right}"
 
 
 def _named(places: torch.Tensor) -> str:
@@ -185,7 +200,7 @@ def _expected(known: _Places) -> torch.Tensor:
         return [len(flat), *flat, *[_UNTOUCHED] * (_SLOTS - len(flat))]
 
     of = {t: [[reported(t, name, lane) for lane in range(_LANES)] for name in _OPERANDS] for t in (False, True)}
-    return torch.tensor([of[transposed] for _, _, transposed in CASES], dtype=torch.int32, device="cpu")
+    return torch.tensor([of[case.transposed] for case in CASES], dtype=torch.int32, device="cpu")
 
 
 def _apple10(lane: int, transposed: bool, operand: str) -> list[tuple[int, int]]:

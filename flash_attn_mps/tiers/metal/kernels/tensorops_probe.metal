@@ -45,18 +45,15 @@ struct Extents {
   }
 };
 
-// One kind of product, destination += left right, as tensorops.metal makes them: 16x16 by 16x32. The right operand lies
-// as 32x16 if TRANSPOSED.
-template <typename Left, typename Right, bool TRANSPOSED>
+// One kind of product that cooperative.metal makes: 16x16 by 16x32, which lies as 32x16 if TRANSPOSED.
+template <typename T, bool TRANSPOSED, matmul2d_descriptor::mode MODE>
 void probe(device int* layouts, device float* products, device const float* left, device const float* right,
            device const float* destination, ushort lane) {
-  constexpr auto descriptor =
-      matmul2d_descriptor(16, 32, 16, false, TRANSPOSED, true, matmul2d_descriptor::mode::multiply_accumulate);
+  constexpr auto descriptor = matmul2d_descriptor(16, 32, 16, false, TRANSPOSED, false, MODE);
   matmul2d<descriptor, execution_simdgroup> operation;
-  auto a = operation.template get_left_input_cooperative_tensor<Left, Right, float>();
-  auto b = operation.template get_right_input_cooperative_tensor<Left, Right, float>();
-  auto c = operation.template get_destination_cooperative_tensor<remove_addrspace_t<decltype(a)>,
-                                                                 remove_addrspace_t<decltype(b)>, float>();
+  auto a = operation.template get_left_input_cooperative_tensor<T, T, float>();
+  auto b = operation.template get_right_input_cooperative_tensor<T, T, float>();
+  auto c = operation.template get_destination_cooperative_tensor<decltype(a), decltype(b), float>();
   using A = Extents<16, 16>;
   using B = Extents<TRANSPOSED ? 32 : 16, TRANSPOSED ? 16 : 32>;
   using C = Extents<16, 32>;
@@ -64,8 +61,8 @@ void probe(device int* layouts, device float* products, device const float* left
   B::report(b, layouts + (32 + lane) * (1 + SLOTS));
   C::report(c, layouts + (64 + lane) * (1 + SLOTS));
   for (int n = 0; n < PRODUCTS; ++n) {
-    A::template load<false, Left>(a, left + n * 256);
-    B::template load<TRANSPOSED, Right>(b, right + n * 512);
+    A::template load<false, T>(a, left + n * 256);
+    B::template load<TRANSPOSED, T>(b, right + n * 512);
     C::template load<false, float>(c, destination + n * 512);
     operation.run(a, b, c);
     C::store(c, products + n * 512);
@@ -80,7 +77,8 @@ kernel void tensorops_probe(device int* layouts [[buffer(0)]], device float* pro
                             uint group [[threadgroup_position_in_grid]]) {
   layouts += group * (96 * (1 + SLOTS));
   products += group * (512 * PRODUCTS);
-#define CASE(n, LEFT, RIGHT, TRANSPOSED) \
-  if (group == n) probe<LEFT, RIGHT, TRANSPOSED>(layouts, products, left, right, destination, lane);
+#define CASE(n, T, TRANSPOSED, MODE) \
+  if (group == n)                   \
+    probe<T, TRANSPOSED, matmul2d_descriptor::mode::MODE>(layouts, products, left, right, destination, lane);
   CASES
 }
