@@ -17,7 +17,7 @@ import torch
 
 from flash_attn_mps.frontends import fa2
 from flash_attn_mps.tiers import BY_NAME
-from flash_attn_mps.tiers.metal import compiler
+from flash_attn_mps.tiers.metal import compiler, simdgroup, tensorops, tensorops_gate, tensorops_probe
 from flash_attn_mps.tiers.metal.specialization import Specialization
 from flash_attn_mps.tools.selftest import run
 from flash_attn_mps.tools.selftest.cases import DTYPES, Case, cases
@@ -28,7 +28,11 @@ FEATURES = ("full", "packed, everything", "bool mask", "gradients, causal")  # f
 def listed() -> Iterator[Case]:
     """The cases of the self-test that the list consists of."""
     yield from cases("quick", True)
-    yield from (case for case in cases("usual", True) if case.feature in FEATURES)
+    usual = [case for case in cases("usual", True) if case.feature in FEATURES]
+    yield from usual
+    for case in usual:  # this machine has no tensor operations, so the self-test has no cases of them here
+        if case.tier == simdgroup.TIER.name and case.dtype != "float32" and not case.variant:
+            yield case._replace(tier=tensorops.TIER.name)
 
 
 def specializations(chosen: Iterable[Case]) -> list[Specialization]:
@@ -39,11 +43,21 @@ def specializations(chosen: Iterable[Case]) -> list[Specialization]:
         asked[specialization] = None
         return lambda *_, **__: None
 
-    with mock.patch.multiple(compiler, kernel=kernel, device_types=frozenset({"cpu"})):
+    def reach(case: Case) -> None:
+        outcome = run.run(case, "cpu")  # of memory that nobody wrote: wrong
+        assert outcome.status in (run.RIGHT, run.WRONG, run.NOT_SERVED), outcome
+
+    with (
+        mock.patch.multiple(compiler, kernel=kernel, device_types=frozenset({"cpu"})),
+        mock.patch.multiple(tensorops_gate, unmet=list, unsuited=list),
+    ):
         for case in chosen:
-            if BY_NAME[case.tier].metal:
-                outcome = run.run(case, "cpu")  # of memory that nobody wrote: wrong
-                assert outcome.status in (run.RIGHT, run.WRONG, run.NOT_SERVED), outcome
+            if case.tier == tensorops.TIER.name:
+                for layout in tensorops_probe.LAYOUTS:
+                    with mock.patch.object(tensorops_probe, "layout", lambda layout=layout: layout):
+                        reach(case)
+            elif BY_NAME[case.tier].metal:
+                reach(case)
         for dtype in DTYPES:
             with_cache(getattr(torch, dtype))
     return list(asked)
@@ -60,10 +74,11 @@ def with_cache(dtype: torch.dtype) -> None:
 
 
 def name_of(specialization: Specialization) -> str:
-    """Of its file: what a reader looks for, and a digest of the rest."""
+    """Of its file: what a reader looks for, a digest of the rest, and whether it is written in Metal 4."""
     s = specialization
     digest = hashlib.sha256(s.source().encode()).hexdigest()[:10]
-    return f"{s.kernel.entry}-{s.dtype}-{s.head_dim}x{s.head_dim_v}-{digest}.metal"
+    kind = ".metal4" if "metal_tensor" in s.kernel.headers else ""
+    return f"{s.kernel.entry}-{s.dtype}-{s.head_dim}x{s.head_dim_v}-{digest}{kind}.metal"
 
 
 def main(folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from .. import trace
 from ..problem import AttentionProblem, Result
 from . import cpu, reference
-from .metal import composed, decode, scalar, simdgroup
+from .metal import composed, decode, scalar, simdgroup, tensorops
 from .tier import FORCE, Gradients, Tier
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "run",
 ]
 
-ORDER: tuple[Tier, ...] = (decode.TIER, simdgroup.TIER, cpu.TIER, reference.TIER)
+ORDER: tuple[Tier, ...] = (decode.TIER, tensorops.TIER, simdgroup.TIER, cpu.TIER, reference.TIER)
 BY_NAME = {tier.name: tier for tier in (*ORDER, scalar.TIER)}  # scalar computes only where it is asked for by name
 METAL = frozenset(tier.name for tier in BY_NAME.values() if tier.metal)
 

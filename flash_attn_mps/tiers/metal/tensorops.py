@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ...problem import AttentionProblem
-from . import launch, trial
-from .kernel import OPTIONAL_BUFFERS, Grid, TunedKernel
+from ...problem import AttentionProblem, Result
+from ..tier import Tier
+from . import launch, simdgroup, trial, tune, variants
+from . import tensorops_gate as gate
+from . import tensorops_probe as probe
+from .kernel import OPTIONAL_BUFFERS, SERVES, Choice, Grid, TunedKernel
 from .prove import Proof
 from .specialization import Specialization
 
-LAYOUTS = {"generic": 0, "apple10": 1, "legacy": 2}  # as cooperative.metal has them
+LAYOUTS = {probe.GENERIC: 0, probe.APPLE10: 1, probe.LEGACY: 2}  # as cooperative.metal has them
 
 
 class Variant(NamedTuple):
@@ -24,7 +27,7 @@ class Variant(NamedTuple):
     simdgroups: int  # simdgroups of a threadgroup
     keys: int  # keys of a block: a multiple of 32
     resident_q: bool  # do queries stay in registers? Else they are read again for each block.
-    layout: int = LAYOUTS["generic"]  # of cooperative tensors on this machine: nobody's choice
+    layout: int = LAYOUTS[probe.GENERIC]  # of cooperative tensors on this machine: nobody's choice
 
     def __str__(self) -> str:
         """Like "16x4x32" or "32x4x32-reread", as `MTLFLASHATTN_TENSOROPS_VARIANT` takes it."""
@@ -37,6 +40,12 @@ def fits(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -
 
 def default(element_bytes: int, head_dim: int, head_dim_v: int) -> Variant:
     return Variant(16, 4, 32, True)
+
+
+def fallbacks(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Variant]:
+    """Less in registers, then smaller groups."""
+    usual = default(element_bytes, head_dim, head_dim_v)
+    return [usual, usual._replace(resident_q=False), Variant(16, 2, 32, False), Variant(16, 1, 32, False)]
 
 
 def _trial(s: Specialization) -> trial.Trial:
@@ -75,5 +84,54 @@ FORWARD = TunedKernel(
     fits=fits,
     default=default,
     variable="MTLFLASHATTN_TENSOROPS_VARIANT",
+    fallbacks=fallbacks,
+    run=lambda p, variant: run(p, variant),
     proof=Proof(_trial),
 )
+
+WAYS = Choice(
+    entry="attention_way",
+    variants=(gate.NAME, simdgroup.TIER.name),
+    fits=lambda way, element_bytes, *_: way != gate.NAME or element_bytes == 2,
+    default=lambda *_: simdgroup.TIER.name if gate.unsuited() else gate.NAME,
+    variable="MTLFLASHATTN_FORWARD",
+    run=lambda p, way: (serve if way == gate.NAME else simdgroup.serve)(p),
+)
+_NOT_FASTEST = f"{simdgroup.TIER.name} is faster for such calls, as tuned or as {WAYS.variable} asks for"
+
+
+def run(p: AttentionProblem, variant: Variant) -> Result | None:
+    """The forward pass. None where the kernel is not to be used on this machine."""
+    layout = probe.layout()
+    return None if layout is None else launch.run(p, FORWARD, variant._replace(layout=LAYOUTS[layout]))
+
+
+def limits(p: AttentionProblem) -> list[str]:
+    """Why another kernel is to compute `p`, or why no kernel can."""
+    reasons = launch.limits(p)
+    if p.q.itemsize != 2:
+        reasons.append(f"matrix units multiply 16 bits, and q is {str(p.q.dtype).removeprefix('torch.')}")
+    return reasons or _closed(p)
+
+
+def _closed(p: AttentionProblem) -> list[str]:
+    """Why the tier does not compute calls like `p` on this machine."""
+    if not gate.is_forced():
+        if reasons := gate.unmet():
+            return reasons
+        if variants.chosen(p, WAYS) != gate.NAME:
+            return gate.unsuited() or [_NOT_FASTEST]
+    return probe.why_closed() if probe.layout() is None else []
+
+
+def serve(p: AttentionProblem) -> Result | None:
+    """The forward pass, by the variant that is chosen or one in its place. None where none is to be used."""
+    variant = variants.chosen(p, FORWARD, tune.briefly)
+    result = run(p, variant)
+    if result is None:
+        others = (run(p, other) for other in variants.instead(p, FORWARD, variant))
+        result = next((found for found in others if found is not None), None)
+    return result
+
+
+TIER = Tier(gate.NAME, SERVES | {"dropout", "quantised"}, limits, serve, metal=True)
