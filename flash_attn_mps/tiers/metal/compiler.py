@@ -51,7 +51,7 @@ def kernel(specialization: Compilable) -> Any | None:
         failures[specialization] = str(error).strip()
         _warn_once(specialization, refusals.not_compiled(error))
         return None
-    if refusal := _prove(specialization, compiled, source):
+    if refusal := _too_many_threads(specialization, compiled) or _prove(specialization, compiled, source):
         refuse(specialization, refusal)
         return None
     return compiled
@@ -72,6 +72,13 @@ def proofs_wanted(elsewhere: str = "off") -> str:
 def who() -> str:
     """Who compiles, for the digest of a kernel."""
     return "torch" if compile_shader is _from_torch else repr(compile_shader)
+
+
+def _too_many_threads(specialization: Compilable, compiled: Any) -> Refusal | None:
+    """Why it cannot be launched, where this GPU gives its pipeline fewer threads than a group has."""
+    most = getattr(compiled, "max_threads_per_threadgroup", None)
+    needed = specialization.threads
+    return None if most is None or most >= needed else refusals.too_many_threads(needed, most)
 
 
 def _prove(specialization: Compilable, compiled: Any, source: str) -> Refusal | None:

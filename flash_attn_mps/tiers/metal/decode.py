@@ -164,10 +164,13 @@ def _grid(p: AttentionProblem, variant: Variant) -> Grid:
     return (tiles * splits_of(p, variant) * threads, p.heads_k, batch), (threads, 1, 1)
 
 
+_COMBINE_THREADS = 128
+
+
 def _combine_grid(p: AttentionProblem, variant: Variant) -> Grid:
     tiles, batch = _tiles(p, variant.rows)
     rows = tiles * variant.rows if p.cu_seqlens_q is not None else p.max_seqlen_q * variant.heads_in_tile
-    return (rows * 128, p.heads_k, batch), (128, 1, 1)
+    return (rows * _COMBINE_THREADS, p.heads_k, batch), (_COMBINE_THREADS, 1, 1)
 
 
 _PARTIAL = {"partial_o": "float", "partial_m_l": "float2"}
@@ -251,6 +254,7 @@ COMBINE = Kernel(
     optional=tuple(OPTIONAL_BUFFERS),
     parameters=_PARAMETERS,
     grid=_combine_grid,
+    threads=lambda _: _COMBINE_THREADS,
     proof=Proof(decode_trials.combine),
 )
 

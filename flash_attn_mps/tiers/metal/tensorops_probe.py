@@ -101,6 +101,8 @@ class _Probe:
         sources=("tensorops_probe",),
     )
 
+    threads = _LANES
+
     def source(self) -> str:
         cases = " ".join(
             f"CASE({n}, {dtype}, {str(transposed).lower()}, {mode})"
