@@ -105,7 +105,7 @@ def test_forced_it_runs_on_older_gpus_and_says_why_it_cannot(monkeypatch):
         assert served() == OURS
         with pytest.raises(NotImplementedError, match="matrix units multiply 16 bits, and q is float32"):
             served(torch.float32)
-    with machine(macos="15.5"), pytest.raises(NotImplementedError, match="needs macOS 26.2 or later"):
+    with machine(macos="15.5"), pytest.raises(NotImplementedError, match=r"needs macOS 26\.2 or later"):
         served()
 
 

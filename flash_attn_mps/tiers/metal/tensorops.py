@@ -48,6 +48,12 @@ def fallbacks(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: i
     return [usual, usual._replace(resident_q=False), Variant(16, 2, 32, False), Variant(16, 1, 32, False)]
 
 
+def run(p: AttentionProblem, variant: Variant) -> Result | None:
+    """The forward pass. None where the kernel is not to be used on this machine."""
+    layout = probe.layout()
+    return None if layout is None else launch.run(p, FORWARD, variant._replace(layout=LAYOUTS[layout]))
+
+
 def _trial(s: Specialization) -> trial.Trial:
     """Work for all simdgroups of a group, and a tail. There are more queries than keys: the first may see none."""
     queries, keys = s.variant.rows * s.variant.simdgroups, s.variant.keys
@@ -85,7 +91,7 @@ FORWARD = TunedKernel(
     default=default,
     variable="MTLFLASHATTN_TENSOROPS_VARIANT",
     fallbacks=fallbacks,
-    run=lambda p, variant: run(p, variant),
+    run=run,
     proof=Proof(_trial),
 )
 
@@ -100,12 +106,6 @@ WAYS = Choice(
 _NOT_FASTEST = f"{simdgroup.TIER.name} is faster for such calls, as tuned or as {WAYS.variable} asks for"
 
 
-def run(p: AttentionProblem, variant: Variant) -> Result | None:
-    """The forward pass. None where the kernel is not to be used on this machine."""
-    layout = probe.layout()
-    return None if layout is None else launch.run(p, FORWARD, variant._replace(layout=LAYOUTS[layout]))
-
-
 def limits(p: AttentionProblem) -> list[str]:
     """Why another kernel is to compute `p`, or why no kernel can."""
     reasons = launch.limits(p)
@@ -118,9 +118,9 @@ def _closed(p: AttentionProblem) -> list[str]:
     """Why the tier does not compute calls like `p` on this machine."""
     if not gate.is_forced():
         if reasons := gate.unmet():
-            return reasons
+            return list(reasons)
         if variants.chosen(p, WAYS) != gate.NAME:
-            return gate.unsuited() or [_NOT_FASTEST]
+            return list(gate.unsuited()) or [_NOT_FASTEST]
     return probe.why_closed() if probe.layout() is None else []
 
 
