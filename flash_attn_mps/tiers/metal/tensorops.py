@@ -96,9 +96,9 @@ FORWARD = TunedKernel(
 )
 
 WAYS = Choice(
-    entry="attention_way",
+    entry="attention_tiled",
     variants=(gate.NAME, simdgroup.TIER.name),
-    fits=lambda way, element_bytes, *_: way != gate.NAME or element_bytes == 2,
+    fits=lambda _, element_bytes, *__: element_bytes == 2,
     default=lambda *_: simdgroup.TIER.name if gate.unsuited() else gate.NAME,
     variable="MTLFLASHATTN_FORWARD",
     run=lambda p, way: (serve if way == gate.NAME else simdgroup.serve)(p),
