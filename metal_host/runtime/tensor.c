@@ -198,6 +198,27 @@ uint32_t __mh_tensor_capacity(const struct mh_layout* layout) { return layout->c
 uint32_t __mh_tensor_element(const struct mh_layout* layout, uint32_t slot) {
   return element_of(layout, index_in_scope(layout->shape.threads), slot);
 }
+uint32_t __mh_tensor_memory_accumulates(void) { return drawn() % 4 < 2; }
+static uint32_t find(const struct mh_layout* layout, uint32_t thread, uint32_t element) {
+  for (uint32_t i = 0; i < layout->capacity; ++i)
+    if (element_of(layout, thread, i) == element) return i;
+  return INVALID;
+}
+uint32_t __mh_tensor_find(const struct mh_layout* layout, uint32_t element) {
+  return find(layout, index_in_scope(layout->shape.threads), element);
+}
+uint32_t __mh_tensor_maps(const struct mh_layout* from, const struct mh_layout* to) {
+  if (from->shape.rows != to->shape.rows || from->shape.columns != to->shape.columns) return false;
+  for (uint32_t t = 0; t < from->shape.threads; ++t)
+    for (uint32_t i = 0; i < from->capacity; ++i) {
+      uint32_t element = element_of(from, t, i), columns = from->shape.columns;
+      if (element == INVALID) continue;
+      if (to->shape.role == ROWS) element /= columns;
+      if (to->shape.role == COLUMNS) element %= columns;
+      if (find(to, t, element) == INVALID) return false;
+    }
+  return true;
+}
 uint32_t __mh_tensor_same(const struct mh_layout* a, const struct mh_layout* b) {
   const struct shape *s = &a->shape, *t = &b->shape;
   return s->rows == t->rows && s->columns == t->columns && s->threads == t->threads && a->capacity == b->capacity &&

@@ -298,15 +298,16 @@ struct array {
   static constexpr size_t size() { return N; }
   static constexpr bool empty() { return N == 0; }
 #define __MH_ARRAY(space)                                                            \
-  constexpr space T& operator[](size_t i) space { return __element[i]; }             \
-  constexpr const space T& operator[](size_t i) const space { return __element[i]; } \
+  constexpr space T& operator[](size_t i) space& { return __element[i]; }             \
+  constexpr const space T& operator[](size_t i) const space& { return __element[i]; } \
   constexpr space T* data() space { return __element; }                              \
   constexpr const space T* data() const space { return __element; }
   __MH_ARRAY(thread)
   __MH_ARRAY(device)
   __MH_ARRAY(threadgroup)
 #undef __MH_ARRAY
-  constexpr const constant T& operator[](size_t i) const constant { return __element[i]; }
+  constexpr const constant T& operator[](size_t i) const constant& { return __element[i]; }
+  constexpr T operator[](size_t i) const&& { return __element[i]; }  // of a temporary
 
   array() = default;
   array(const array&) = default;
