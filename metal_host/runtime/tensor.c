@@ -1,9 +1,9 @@
 // Cooperative tensors: where each thread's elements are, and what the threads of a scope compute together.
 //
-// Metal leaves the placement to the implementation: it is a parameter of the launch. "apple10" and "legacy" are those of
-// Apple's GPUs, where they are known: 16x32x16 and 32x32x32 of one simdgroup; other sizes go on in the same way. Every
-// other number draws a placement that the interface allows: elements in any order over threads and slots, more slots than
-// elements, other layouts for other operands and types.
+// Metal leaves the placement to the implementation: it is a parameter of the launch. "apple10" and "legacy" are those
+// of Apple's GPUs, where they are known: 16x32x16 and 32x32x32 of one simdgroup; other sizes go on in the same way.
+// Every other number draws a placement that the interface allows: elements in any order over threads and slots, more
+// slots than elements, other layouts for other operands and types.
 #include "runtime.h"
 
 enum { LAYOUTS = 256, POOL = 1 << 20, DENSE = 1 << 16 };
@@ -39,10 +39,12 @@ static void seed(uint64_t a, uint64_t b) {
   random_state |= !random_state;
   for (int i = 0; i < 8; ++i) draw(2);
 }
-static uint32_t drawn(void) { return mh.launch->layout < MH_LAYOUT_SEEDS ? 0 : mh.launch->layout - MH_LAYOUT_SEEDS + 1; }
+static uint32_t drawn(void) {  // 0: a layout of Apple's
+  return mh.launch->layout < MH_LAYOUT_SEEDS ? 0 : mh.launch->layout - MH_LAYOUT_SEEDS + 1;
+}
 
-// Half of the drawn layouts place destinations, left and right operands of one shape alike, so that a destination can be
-// the next product's operand; and give each thread the reductions of the rows and columns that it holds.
+// Half of the drawn layouts place destinations, left and right operands of one shape alike, so that a destination can
+// be the next product's operand; and give each thread the reductions of the rows and columns that it holds.
 static bool alike(void) { return drawn() % 2 == 0; }
 
 static uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }

@@ -11,8 +11,8 @@ namespace __mh {
 
 enum role { LEFT, RIGHT, DESTINATION, ROWS, COLUMNS, LINEAR };  // runtime/tensor.c
 
-// columns x rows elements, as they are stored: the first index of an element is its column. Of a reduction's result the
-// columns and rows are those of the tensor that is reduced. `salt`: what else a layout may depend on.
+// columns x rows elements, as they are stored: the first index of an element is its column. Of a reduction's result
+// the columns and rows are those of the tensor that is reduced. `salt`: what else a layout may depend on.
 template <int role_, int columns_, int rows_, bool transposed_, int threads_, ulong salt_>
 struct tensor_layout {
   static constexpr int role = role_, columns = columns_, rows = rows_, threads = threads_;
@@ -28,7 +28,8 @@ struct tensor_layout {
   static_assert(threads > 1 || slots <= 12288, "the tensor is too large for one thread");
   static_assert(columns < 1 << 14 && rows < 1 << 14 && columns * rows <= 1 << 16, "the tensor is too large");
   static constexpr ulong key =
-      ulong(role) | ulong(transposed) << 3 | ulong(columns) << 4 | ulong(rows) << 18 | ulong(threads) << 32 | salt_ << 43;
+      ulong(role) | ulong(transposed) << 3 | ulong(columns) << 4 | ulong(rows) << 18 | ulong(threads) << 32 |
+      salt_ << 43;
 };
 
 // What no thread has written.
@@ -148,7 +149,9 @@ struct cooperative_tensor {
   __MH_INLINE iterator end() thread { return {this, int(get_capacity())}; }
   __MH_INLINE const_iterator begin() const thread { return {this, 0}; }
   __MH_INLINE const_iterator end() const thread { return {this, int(get_capacity())}; }
-  __MH_INLINE auto get_multidimensional_index(iterator at) const thread { return get_multidimensional_index(at.__slot); }
+  __MH_INLINE auto get_multidimensional_index(iterator at) const thread {
+    return get_multidimensional_index(at.__slot);
+  }
   // Of a tensor's element, the one here that goes with it: of its row in a reduction of rows, of its column in one of
   // columns, at its own place otherwise. This thread must have it: is_iterator_compatible.
   template <typename Other>
@@ -214,7 +217,8 @@ struct cooperative_tensor {
   }
   template <typename Tensor, bool broadcast>
   static constexpr bool __covers(uint r) {
-    return Tensor::get_static_extent(r) >= Extents::static_extent(r) || (broadcast && Tensor::get_static_extent(r) == 1);
+    return Tensor::get_static_extent(r) >= Extents::static_extent(r) ||
+           (broadcast && Tensor::get_static_extent(r) == 1);
   }
 
   template <typename Other, typename OtherLayout>

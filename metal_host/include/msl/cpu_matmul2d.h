@@ -1,5 +1,5 @@
-// Operations on cooperative tensors, on the CPU: every thread of the scope brings its elements as words, and the last one
-// makes runtime/tensor.c compute for all.
+// Operations on cooperative tensors, on the CPU: every thread of the scope brings its elements as words, and the last
+// one makes runtime/tensor.c compute for all.
 #pragma once
 
 extern "C" {
@@ -38,14 +38,15 @@ template <typename T, typename Extents, typename Layout, typename Shape, int rol
 struct operand_words<metal::cooperative_tensor<T, Extents, Layout>, Shape, role, k, integer> {
   uint words[Layout::slots];
   ulong layout;
-  __MH_INLINE void load(const thread metal::cooperative_tensor<T, Extents, Layout>& from, bool relaxed, long, long) thread {
+  typedef metal::cooperative_tensor<T, Extents, Layout> Tensor;
+  __MH_INLINE void load(const thread Tensor& from, bool relaxed, long, long) thread {
     layout = from.__placement.layout;
     for (int i = 0; i < Layout::slots; ++i) {
       words[i] = word_of<integer>(from.__elements[i]);
       if (relaxed && metal::is_same_v<T, float>) words[i] &= 0xffffe000u;
     }
   }
-  __MH_INLINE void store(thread metal::cooperative_tensor<T, Extents, Layout>& to) const thread {
+  __MH_INLINE void store(thread Tensor& to) const thread {
     int capacity = to.__placement.capacity();
     for (int i = 0; i < capacity; ++i) to.__elements[i] = of_word<T, integer>(words[i]);
   }
@@ -54,7 +55,8 @@ template <typename Element, typename Extents, typename... Tags, typename Shape, 
 struct operand_words<metal::tensor<Element, Extents, metal::tensor_inline, Tags...>, Shape, role, k, integer> {
   typedef metal::tensor<Element, Extents, metal::tensor_inline, Tags...> Tensor;
   typedef typename Tensor::value_type T;
-  typedef tensor_layout<LINEAR, Shape::columns(role, k), Shape::rows(role, k), Shape::transposed(role), Shape::threads, 0>
+  typedef tensor_layout<LINEAR, Shape::columns(role, k), Shape::rows(role, k), Shape::transposed(role),
+                        Shape::threads, 0>
       Layout;
   uint words[Layout::slots];
   ulong layout;

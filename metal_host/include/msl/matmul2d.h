@@ -92,8 +92,8 @@ __MH_TYPE_NUMBER(uchar, 5)
 __MH_TYPE_NUMBER(int, 6)
 #undef __MH_TYPE_NUMBER
 
-// The documented combinations of element types (Metal Shading Language 4.0, tables 7.3 and 7.4; uchar as char): bytes give
-// int32; float takes every pair with a floating-point type; half and bfloat take no float, and one of themselves.
+// The documented combinations of element types (Metal Shading Language 4.0, tables 7.3 and 7.4; uchar as char): bytes
+// give int32; float takes every pair with a floating-point type; half and bfloat take no float, and one of themselves.
 template <typename L, typename R, typename T>
 struct combination {
   template <typename A>
@@ -203,7 +203,8 @@ template <typename Shape, typename Left, typename Right, typename T>
 struct checked_inputs {
   static constexpr bool left = operand_traits<Left>::cooperative, right = operand_traits<Right>::cooperative;
   static constexpr int m = Shape::m, n = Shape::n, k = Shape::k;
-  static_assert(multiplies<operand_element<Left>, operand_element<Right>, T>, "matmul2d: no such combination of element types");
+  static_assert(multiplies<operand_element<Left>, operand_element<Right>, T>,
+                "matmul2d: no such combination of element types");
   static_assert(!(left || right) || Shape::threads == 32, "Input cooperative tensors require a single SIMD group");
   static_assert(!(left || right) || !Shape::dynamic,
                 "Inner dimension cannot be dynamic with input cooperative tensors");
@@ -234,7 +235,7 @@ struct checked_tensor {
 template <typename T, typename Extents, typename Layout, typename Expected>
 struct checked_tensor<metal::cooperative_tensor<T, Extents, Layout>, Expected> {
   static_assert(metal::is_same_v<Layout, typename Expected::layout>,
-                "matmul2d: the cooperative tensor is of another operation, of another operand or for other element types");
+                "matmul2d: the cooperative tensor is of another operation or operand, or for other element types");
   static constexpr bool value = true;
 };
 
@@ -250,6 +251,9 @@ class matmul2d {
   typedef __mh::product_shape<Descriptor, __threads> __shape;
   template <typename L, typename R, typename T, int role>
   using __layout = typename __shape::template layout<role, L, R, T>;
+  template <typename Left, typename Right, typename T, typename Coord, int role>
+  using __result = __mh::tensor_with<
+      T, Coord, __layout<__mh::operand_element<Left>, __mh::operand_element<Right>, T, role>>;
 
  public:
   using scope = Scope;
@@ -265,14 +269,11 @@ class matmul2d {
   using cooperative_tensor_right_input_t = __mh::tensor_with<R, Coord, __layout<L, R, T, __mh::RIGHT>>;
   // Left, Right: types of the operands, in memory or cooperative.
   template <typename Left, typename Right, typename T, typename Coord = int>
-  using cooperative_tensor_destination_t =
-      __mh::tensor_with<T, Coord, __layout<__mh::operand_element<Left>, __mh::operand_element<Right>, T, __mh::DESTINATION>>;
+  using cooperative_tensor_destination_t = __result<Left, Right, T, Coord, __mh::DESTINATION>;
   template <typename Left, typename Right, typename T, typename Coord = int>
-  using cooperative_tensor_row_reduction_destination_t =
-      __mh::tensor_with<T, Coord, __layout<__mh::operand_element<Left>, __mh::operand_element<Right>, T, __mh::ROWS>>;
+  using cooperative_tensor_row_reduction_destination_t = __result<Left, Right, T, Coord, __mh::ROWS>;
   template <typename Left, typename Right, typename T, typename Coord = int>
-  using cooperative_tensor_column_reduction_destination_t =
-      __mh::tensor_with<T, Coord, __layout<__mh::operand_element<Left>, __mh::operand_element<Right>, T, __mh::COLUMNS>>;
+  using cooperative_tensor_column_reduction_destination_t = __result<Left, Right, T, Coord, __mh::COLUMNS>;
 
 #define __MH_INPUT(side, Element)                                                                                      \
   template <typename L, typename R, typename T, typename Coord = int>                                                  \

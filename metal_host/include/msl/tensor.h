@@ -1,5 +1,5 @@
-// <metal_tensor>: extents, and tensors that a kernel makes itself over memory (tensor_inline). Tensors that the host binds
-// do not exist: torch cannot bind one.
+// <metal_tensor>: extents, and tensors that a kernel makes itself over memory (tensor_inline). Tensors that the host
+// binds do not exist: torch cannot bind one.
 #pragma once
 
 #define __MH_INLINE inline __attribute__((always_inline, convergent))
@@ -74,7 +74,8 @@ __MH_TENSOR_VALUES(long)
 
 template <typename Element, typename Extents, typename Descriptor = tensor_handle, typename... Tags>
 struct tensor {
-  static_assert(!is_same_v<Descriptor, Descriptor>, "only tensors with tensor_inline exist: no host binds a tensor_handle");
+  static_assert(!is_same_v<Descriptor, Descriptor>,
+                "only tensors with tensor_inline exist: no host binds a tensor_handle");
 };
 
 template <typename Element, typename Extents, typename... Tags>
@@ -137,7 +138,9 @@ struct tensor<Element, Extents, tensor_inline, Tags...> {
     for (uint r = 0; r < Extents::rank(); ++r) at[r] = long(indices[r]);
     return __inside(at) ? value_type(__at(at)) : value_type(0);
   }
-  template <typename... I, typename = enable_if_t<sizeof...(I) == Extents::rank() && conjunction<is_integral<I>...>::value>>
+  template <typename... I>
+  using __indices = enable_if_t<sizeof...(I) == Extents::rank() && conjunction<is_integral<I>...>::value>;
+  template <typename... I, typename = __indices<I...>>
   __MH_INLINE value_type load(I... indices) const {
     long at[] = {long(indices)...};
     return __inside(at) ? value_type(__at(at)) : value_type(0);
@@ -148,7 +151,7 @@ struct tensor<Element, Extents, tensor_inline, Tags...> {
     for (uint r = 0; r < Extents::rank(); ++r) at[r] = long(indices[r]);
     if (__inside(at)) __at(at) = value;
   }
-  template <typename... I, typename = enable_if_t<sizeof...(I) == Extents::rank() && conjunction<is_integral<I>...>::value>>
+  template <typename... I, typename = __indices<I...>>
   __MH_INLINE void store(value_type value, I... indices) const {
     long at[] = {long(indices)...};
     if (__inside(at)) __at(at) = value;

@@ -214,6 +214,10 @@ __MH_ADDRESS_SPACE(constant)
 __MH_ADDRESS_SPACE(threadgroup)
 #undef __MH_ADDRESS_SPACE
 template <typename T>
+struct remove_addrspace<const thread T> {  // decltype of a constant's name
+  typedef T type;
+};
+template <typename T>
 using remove_addrspace_t = typename remove_addrspace<T>::type;
 
 template <typename... T>
