@@ -129,9 +129,10 @@ struct product_shape {
   static constexpr bool transposed(int role) {
     return role == LEFT ? transpose_left : role == RIGHT ? transpose_right : false;
   }
+  // The layout may depend on all of the descriptor and on the types.
   template <typename L, typename R, typename T>
-  static constexpr ulong salt =
-      ((bits ^ bits >> 13 ^ bits >> 31) * 512 + type_number<L> * 64 + type_number<R> * 8 + type_number<T>)&0x1fffff;
+  static constexpr ulong salt = (bits * 0x9E3779B97F4A7C15ul >> 52) << 9 | type_number<L> << 6 | type_number<R> << 3 |
+                                type_number<T>;
   template <int role, typename L, typename R, typename T>
   using layout = tensor_layout<role, columns(role, k), rows(role, k), transposed(role), threads, salt<L, R, T>>;
 };
