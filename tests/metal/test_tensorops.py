@@ -7,12 +7,14 @@ the interface allows, drawn from a seed. Code that assumes a layout which it doe
 import pytest
 import torch
 
+from flash_attn_mps.describe import CallOptions, dense
 from flash_attn_mps.tiers.metal import launch, tensorops
 from metal_host import observe
 from tests.attention.pairwise import case_id
 from tests.metal_tiers import metal_on
+from tests.test_metal_host.public_sources import SOURCES
 
-from . import grid
+from . import grid, tensorops_counters
 from .calls import draw
 
 KNOWN = ("apple10", "legacy")
@@ -22,13 +24,16 @@ FACTORS = {
     "rows": (16, 32),
     "simdgroups": (1, 2, 4),
     "keys": (32, 64),
-    "resident_q": (True, False),
+    "shared_q": (False, True),
+    "slices": (1, 2),
     "layout": ("apple10", "legacy", "generic"),
 }
 SHAPES = 2  # for each case
 DEFAULT = list(enumerate(grid.cases(**FACTORS)))
 FULL = list(enumerate(grid.cases(dims=grid.DIMS + grid.MORE_DIMS, **FACTORS)))
-SAMPLED = DEFAULT[:6]
+SAMPLED = [
+    DEFAULT[n] for n in (2, 12, 14, 17, 18, 21, 33, 44, 57, 69)
+]  # each layout, dtype, storage and kind of variant
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,14 +43,20 @@ def _metal_4():
 
 
 def variant_of(case):
-    return tensorops.Variant(
-        case["rows"], case["simdgroups"], case["keys"], case["resident_q"], tensorops.LAYOUTS[case["layout"]]
+    """The variant that a case asks for, made smaller until there is room for it. None where there is none at all."""
+    layout = tensorops.LAYOUTS[case["layout"]]
+    wanted = tensorops.Variant(*(case[field] for field in ("rows", "simdgroups", "keys", "shared_q", "slices")))
+    nearest = sorted(
+        tensorops.FORWARD.fitting(2, *case["dims"]),
+        key=lambda v: [abs(a - b) for a, b in zip(v, wanted, strict=True)],
     )
+    return nearest[0]._replace(layout=layout) if nearest else None
 
 
 def launches(number, case):
-    for spec in grid.specs(case, number, SHAPES):
-        yield spec, tensorops.FORWARD, variant_of(case)
+    variant = variant_of(case)
+    for spec in grid.specs(case, number, SHAPES) if variant else ():
+        yield spec, tensorops.FORWARD, variant
 
 
 def run(number, case, seeds):
@@ -60,6 +71,67 @@ def run(number, case, seeds):
             call.check(result)
 
 
-@pytest.mark.parametrize(("number", "case"), SAMPLED, ids=lambda x: x if isinstance(x, int) else case_id(x))
+def numbered(cases):
+    return [pytest.param(n, case, id=f"{n}-{case_id(case)}") for n, case in cases]
+
+
+@pytest.mark.parametrize(("number", "case"), numbered(SAMPLED))
 def test_grid(number, case):
     run(number, case, SEEDS[:2])
+
+
+@pytest.mark.metal_full
+@pytest.mark.parametrize(("number", "case"), numbered([*DEFAULT, *FULL]))
+def test_whole_grid(number, case):
+    if variant_of(case) is None:
+        pytest.skip("no variant has room for these head dims")
+    run(number, case, SEEDS)
+
+
+def counted(seqlen_q, seqlen_k, dim, **how):
+    q, k, v = (torch.randn(1, n, 1, dim).half() for n in (seqlen_q, seqlen_k, seqlen_k))
+    p = dense(q, k, v, CallOptions(**how))
+    variant = tensorops.default(2, dim, dim)._replace(layout=tensorops.LAYOUTS["apple10"])
+    with observe(layout="apple10") as launches:
+        launch.run(p, tensorops.FORWARD, variant)
+    return launches[0].counters, variant
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_what_it_does_is_what_has_to_be_done(dim):
+    """Of every tile of 16 queries and 32 keys: k and v once, a product of each 16 columns and 16 x 32 scores.
+
+    Queries are read once. Each lane has two rows whose sum may be rescaled.
+    """
+    tiles, key_tiles = 8, 6
+    counters, variant = counted(16 * tiles, 32 * key_tiles, dim)
+    assert counters["device_bytes_read"] == 2 * dim * 16 * tiles + tiles * key_tiles * 2 * 2 * 32 * dim
+    assert counters["matrix_products"] == tiles * key_tiles * 2 * dim // 16 * 16  # of 8x8x8
+    exponentials = tiles * key_tiles * 16 * 32
+    assert exponentials <= counters["transcendentals"] <= exponentials * 9 / 8
+    assert counters["simdgroup_barriers"] <= tiles * key_tiles
+    assert counters["threadgroup_barriers"] == 0
+    q_again = tiles * key_tiles * 2 * 16 * dim if variant.shared_q else 0
+    assert counters["threadgroup_bytes_read"] == q_again
+
+
+def test_tiles_that_nobody_sees_are_skipped():
+    """Causal: a tile of 16 queries goes to its last key, in steps of 32."""
+    counters, _ = counted(128, 128, 64, causal=True)
+    tiles = sum(-(-(16 * n) // 32) for n in range(1, 9))
+    assert counters["matrix_products"] == tiles * 2 * 64 // 16 * 16
+
+
+@pytest.mark.metal_full
+@pytest.mark.skipif(not SOURCES.is_dir(), reason="METAL_HOST_SOURCES is not a folder")
+@pytest.mark.parametrize("mask", tensorops_counters.MASKS)
+@pytest.mark.parametrize("length", [2048, 8192])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_no_more_than_mlxs_kernel(dim, length, mask):
+    shares = {name: (mine, theirs) for name, (mine, theirs) in tensorops_counters.compared(length, dim, mask).items()}
+    for name in ("matrix_products", "transcendentals", "simdgroup_barriers", "threadgroup_barriers", "shuffles"):
+        mine, theirs = shares[name]
+        assert mine <= theirs, name
+    mine, theirs = shares["device_bytes_read"]
+    q_once = length * dim * 2
+    assert mine - q_once <= 0.8 * theirs

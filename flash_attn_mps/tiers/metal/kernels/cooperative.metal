@@ -44,10 +44,13 @@ inline constexpr int k_slot(int i, int j) { return 8 * j + i; }
 // Which of a lane's neighbours in a row of q is element j of fragment f of so many.
 inline constexpr int q_element(int fragments, int f, int j) { return 2 * fragments * (j % 2) + 2 * f + j / 2; }
 inline constexpr int k_key(int i) { return i; }
-inline constexpr int v_key(int half_tile, int r) { return 4 * half_tile + 2 * r; }
+inline constexpr int v_key(int r) { return 2 * r; }
 METAL_FUNC int first_k_key(Lane lane) { return KEYS / 4 * (lane.column / 2); }
 METAL_FUNC int first_v_key(Lane lane) { return KEYS / 4 * (lane.row / 2) + lane.row % 2; }
 METAL_FUNC int k_part(Lane lane) { return lane.row; }  // which neighbours of a row of k the lane has
+// Column k of p as a left operand is element j of which quarter?
+inline constexpr int p_quarter(int k) { return k % 8 / 2; }
+inline constexpr int p_element(int k) { return k % 2 + k / 8 * 2; }
 #else
 // Apple10: quarter n has columns 4 n to 4 n + 3 of each 16. The generic code hands elements out likewise, and collects them.
 constant constexpr int K_KEYS = 4, K_ELEMENTS = 4;
@@ -55,10 +58,12 @@ inline constexpr int slot_of(int r, int t) { return 8 * (t / 4) + 4 * r + t % 4;
 inline constexpr int k_slot(int i, int j) { return 4 * i + j; }
 inline constexpr int q_element(int, int f, int j) { return 4 * f + j; }
 inline constexpr int k_key(int i) { return KEYS / 2 * (i % 2) + 4 * (i / 2); }
-inline constexpr int v_key(int half_tile, int r) { return KEYS / 2 * r + 4 * half_tile; }
+inline constexpr int v_key(int r) { return KEYS / 2 * r; }
 METAL_FUNC int first_k_key(Lane lane) { return KEYS / 4 * (lane.row / 4) + lane.row % 4; }
 METAL_FUNC int first_v_key(Lane lane) { return first_k_key(lane); }
 METAL_FUNC int k_part(Lane lane) { return lane.column / 2; }
+inline constexpr int p_quarter(int k) { return k / 4; }
+inline constexpr int p_element(int k) { return k % 4; }
 #endif
 
 #if EXCHANGES
@@ -131,14 +136,14 @@ struct Products {
 #endif
 };
 
-// Columns FIRST and up of rows of DIM elements, those of FRAGMENTS fragments of 16: two, or what is left, LEAST at least; none at
-// the end. Rows are aligned to ALIGNED elements. What lies beyond the row is zero.
-inline constexpr int slab_fragments(int left, int least) { return left <= 0 ? 0 : left > 16 ? 2 : least; }
+// Columns FIRST and up of rows of DIM elements, those of FRAGMENTS fragments of 16: LEAST to MOST. None: the end. Rows are aligned to
+// ALIGNED elements. What lies beyond the row is zero.
+inline constexpr int slab_fragments(int left, int least, int most) { return left <= 0 ? 0 : left > 16 ? most : least; }
 
-template <int DIM, int ALIGNED, int LEAST, int FIRST = 0, int FRAGMENTS = slab_fragments(DIM - FIRST, LEAST)>
+template <int DIM, int ALIGNED, int LEAST, int MOST, int FIRST = 0, int FRAGMENTS = slab_fragments(DIM - FIRST, LEAST, MOST)>
 struct Slab {
   enum { COUNT = FRAGMENTS, BEGIN = FIRST, WIDTH = 16 * FRAGMENTS, ELEMENTS = 4 * FRAGMENTS, K_WIDTH = K_ELEMENTS * FRAGMENTS };
-  typedef Slab<DIM, ALIGNED, LEAST, FIRST + WIDTH> Rest;
+  typedef Slab<DIM, ALIGNED, LEAST, MOST, FIRST + WIDTH> Rest;
 
   // Does a row have all neighbours `first` to `first + N - 1`, or none of them?
   template <int N>
@@ -178,15 +183,13 @@ struct Slab {
     }
   }
 
-  // Likewise of v: of each half of the keys.
+  // Likewise of v, of half a tile.
   template <typename AnyLaneRows>
-  METAL_FUNC static void load_v(thread T (&to)[2][16], AnyLaneRows rows, int tile, Lane lane) {
-    UNROLL for (int half_tile = 0; half_tile < 2; ++half_tile) {
-      UNROLL for (int r = 0; r < 2; ++r) {
-        T x[ELEMENTS];
-        load<ELEMENTS>(x, rows.at(tile + v_key(half_tile, r)), lane.column / 2);
-        UNROLL for (int t = 0; t < ELEMENTS; ++t) to[half_tile][slot_of(r, t)] = x[t];
-      }
+  METAL_FUNC static void load_v(thread T (&to)[16], AnyLaneRows rows, int half_tile, Lane lane) {
+    UNROLL for (int r = 0; r < 2; ++r) {
+      T x[ELEMENTS];
+      load<ELEMENTS>(x, rows.at(4 * half_tile + v_key(r)), lane.column / 2);
+      UNROLL for (int t = 0; t < ELEMENTS; ++t) to[slot_of(r, t)] = x[t];
     }
   }
 
@@ -205,7 +208,7 @@ struct Slab {
   }
 };
 
-template <int DIM, int ALIGNED, int LEAST, int FIRST>
-struct Slab<DIM, ALIGNED, LEAST, FIRST, 0> {
+template <int DIM, int ALIGNED, int LEAST, int MOST, int FIRST>
+struct Slab<DIM, ALIGNED, LEAST, MOST, FIRST, 0> {
   METAL_FUNC static void store(device T*, thread Accumulator*, float, Lane) {}
 };

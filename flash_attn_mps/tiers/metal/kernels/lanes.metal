@@ -20,6 +20,11 @@ METAL_FUNC Lane lane_of(ushort index) {
   return lane;
 }
 
+// Which lane has quarter `quarter` of row `row`.
+METAL_FUNC ushort index_of(int row, int quarter) {
+  return ushort((row & 4) << 2 | (row & 3) << 1 | (quarter & 2) << 2 | (quarter & 1));
+}
+
 // The four lanes that share a row.
 METAL_FUNC float row_max(float x) {
   x = max(x, simd_shuffle_xor(x, ushort(1)));
