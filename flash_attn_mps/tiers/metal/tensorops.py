@@ -67,7 +67,7 @@ def live_registers(variant: Variant, head_dim: int, head_dim_v: int) -> int:
 
 
 def threadgroup_bytes(variant: Variant, head_dim: int, head_dim_v: int) -> int:
-    """As forward.metal declares them under an unknown layout, whose operands need `Exchange`: there is room in any case."""
+    """As forward.metal declares them under an unknown layout, which needs the most: `Exchange` in cooperative.metal."""
     total = variant.simdgroups * (16 * 16 * 2 + 16 * 32 * (2 + 4))
     if variant.shared_q:
         total += variant.simdgroups * variant.rows * -(-(head_dim // variant.slices) // 16) * 16 * 2
