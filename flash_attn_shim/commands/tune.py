@@ -60,9 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _forward(arguments, watch):
-    from flash_attn_mps.tiers.metal import simdgroup
+    """Where tensor operations can be used: who of the two is faster comes last, with the fastest variants of both."""
+    from flash_attn_mps.tiers.metal import simdgroup, tensorops, tensorops_probe
+    from flash_attn_mps.tiers.metal.kernel import Choice
 
-    return _variants([simdgroup.FORWARD], arguments, watch, arguments.mask)
+    choices: list[Choice] = [simdgroup.FORWARD]
+    if tensorops_probe.layout() is not None:
+        choices += [tensorops.FORWARD, tensorops.WAYS]
+    return _variants(choices, arguments, watch, arguments.mask)
 
 
 def _backward(arguments, watch):
@@ -121,7 +126,7 @@ def _variants(kernels, arguments, watch, masks):
     from flash_attn_mps.tools.progress import Progress
 
     classes = (arguments.dtype, arguments.head_dim, arguments.length, masks)
-    keys = {key: kernel for kernel in kernels for key in tune.keys(kernel, *classes)}
+    keys = {key: kernel for kernel in kernels for key in tune.keys(kernel, *classes) if tune.has_choice(key, kernel)}
     candidates = {key: tune.candidates(key, kernel) for key, kernel in keys.items()}
     outcomes, unkept = [], None
     with Progress(sum(map(len, candidates.values())), "tune") as progress:

@@ -61,6 +61,13 @@ def keys(
     return [Key(name, t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths]
 
 
+def has_choice(key: Key, kernel: Choice) -> bool:
+    """Is there more than one way to compute calls of that class? Not of every dtype, for one."""
+    shape = _shape(key)
+    fitting = kernel.fitting(*shape)
+    return len(fitting) > 1 and kernel.default(*shape) in fitting
+
+
 def candidates(key: Key, kernel: Choice) -> list[Any]:
     """The default, and of those that fit all that may be faster."""
     shape = _shape(key)
