@@ -7,6 +7,7 @@ calls that append to a cache. Tensors are on the CPU and nothing is compiled or 
 `.ci/compile_metal FOLDER` hands the files to `xcrun metal`.
 """
 
+import contextlib
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -47,20 +48,27 @@ def specializations(chosen: Iterable[Case]) -> list[Specialization]:
         outcome = run.run(case, "cpu")  # of memory that nobody wrote: wrong
         assert outcome.status in (run.RIGHT, run.WRONG, run.NOT_SERVED), outcome
 
-    with (
-        mock.patch.multiple(compiler, kernel=kernel, device_types=frozenset({"cpu"})),
-        mock.patch.multiple(tensorops_gate, unmet=list, unsuited=list),
-    ):
+    with mock.patch.multiple(compiler, kernel=kernel, device_types=frozenset({"cpu"})):
         for case in chosen:
             if case.tier == tensorops.TIER.name:
                 for layout in tensorops_probe.LAYOUTS:
-                    with mock.patch.object(tensorops_probe, "layout", lambda layout=layout: layout):
+                    with has_tensor_operations(layout):
                         reach(case)
             elif BY_NAME[case.tier].metal:
                 reach(case)
         for dtype in DTYPES:
             with_cache(getattr(torch, dtype))
     return list(asked)
+
+
+@contextlib.contextmanager
+def has_tensor_operations(layout: str) -> Iterator[None]:
+    """A machine on which a probe found that layout."""
+    with (
+        mock.patch.multiple(tensorops_gate, unmet=tuple, unsuited=tuple),
+        mock.patch.object(tensorops_probe, "layout", lambda: layout),
+    ):
+        yield
 
 
 def with_cache(dtype: torch.dtype) -> None:
@@ -86,6 +94,8 @@ def main(folder: Path) -> None:
     found = {name_of(s): s for s in specializations(listed())}
     for name, specialization in found.items():
         (folder / name).write_text(specialization.source(), encoding="ascii")
+    probe = tensorops_probe.PROBE
+    (folder / f"{probe.kernel.entry}-.metal4.metal").write_text(probe.source(), encoding="ascii")
     print(f"{len(found)} sources in {folder}, of {', '.join(sorted({s.kernel.entry for s in found.values()}))}")
 
 

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["variants", "decode", "gradients", "sdpa"],
         choices=("variants", "decode", "gradients", "sdpa"),
-        help="the variants of the forward kernel; those of the decode kernel, and up to how many queries it is used; "
+        help="the variants of the forward kernels, and which of these to use; those of the decode kernel, and up to "
+        "how many queries it is used; "
         "those of the backward kernels, and whether to use these; the length from which to replace torch's attention "
         "(default: all)",
     )
@@ -60,14 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _forward(arguments, watch):
-    """Where tensor operations can be used: who of the two is faster comes last, with the fastest variants of both."""
+    """Which of the two kernels to use comes last, with their fastest variants."""
     from flash_attn_mps.tiers.metal import simdgroup, tensorops, tensorops_probe
-    from flash_attn_mps.tiers.metal.kernel import Choice
 
-    choices: list[Choice] = [simdgroup.FORWARD]
+    kernels = [simdgroup.FORWARD]
     if tensorops_probe.layout() is not None:
-        choices += [tensorops.FORWARD, tensorops.WAYS]
-    return _variants(choices, arguments, watch, arguments.mask)
+        kernels += [tensorops.FORWARD, tensorops.WAYS]
+    return _variants(kernels, arguments, watch, arguments.mask)
 
 
 def _backward(arguments, watch):
@@ -126,7 +126,7 @@ def _variants(kernels, arguments, watch, masks):
     from flash_attn_mps.tools.progress import Progress
 
     classes = (arguments.dtype, arguments.head_dim, arguments.length, masks)
-    keys = {key: kernel for kernel in kernels for key in tune.keys(kernel, *classes) if tune.has_choice(key, kernel)}
+    keys = {key: kernel for kernel in kernels for key in tune.keys(kernel, *classes)}
     candidates = {key: tune.candidates(key, kernel) for key, kernel in keys.items()}
     outcomes, unkept = [], None
     with Progress(sum(map(len, candidates.values())), "tune") as progress:

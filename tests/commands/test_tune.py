@@ -1,6 +1,5 @@
 """`mtlflashattn tune`: real kernels on the runner, with a clock of the test's own."""
 
-import functools
 import re
 from dataclasses import replace
 
@@ -18,14 +17,11 @@ from flash_attn_mps.tiers.metal import (
     gpu,
     simdgroup,
     store,
-    tensorops,
     tune,
     variants,
 )
 from flash_attn_mps.tiers.metal.simdgroup import FORWARD, Variant
 from flash_attn_shim.commands import main
-from metal_host import compile_shader
-from tests.mac import mac
 
 KEY = store.Key("attention_forward", "float16", 64, 64, "short", "causal")
 DEFAULT = simdgroup.default(2, 64, 64)
@@ -248,28 +244,6 @@ def test_the_command_tunes_kernels_of_gradients(metal, cache, monkeypatch, capsy
         assert re.search(rf"^{kernel.entry.removeprefix('attention_')} +float16 ", printed, re.MULTILINE)
         assert variants.chosen(p, kernel) == fast
     assert variants.chosen(p, FORWARD, tune.briefly) == DEFAULT
-
-
-@pytest.mark.parametrize(("chip", "ours"), [("Apple M3 Max", 1e-3), ("Apple M5", 9e-3)])
-def test_the_command_finds_out_whether_tensor_operations_are_faster(chip, ours, metal, cache, monkeypatch, capsys):
-    """On a GPU that has no units for them, and where it has."""
-    variant = tensorops.FORWARD.default(2, 64, 64)
-    in_fp32 = simdgroup.default(4, 64, 64)
-    seconds = {DEFAULT: 5e-3, in_fp32: 5e-3, variant: 6e-3, "simdgroup": 5e-3, "tensorops": ours}
-    monkeypatch.setattr(timing, "stopwatch", lambda device: Clock(seconds))
-    monkeypatch.setattr(tune, "candidates", lambda _, k: k.variants if k is tensorops.WAYS else [k.default(2, 64, 64)])
-    q = torch.randn(1, 100, 2, 64).half()
-    p = describe.dense(q, q, q, describe.CallOptions())
-    with mac(chip=chip) as patch:
-        patch.setattr(compiler, "compile_shader", functools.partial(compile_shader, version="4.0"))
-        variants.forget()
-        assert (tensorops.TIER.limits(p) == []) == (chip == "Apple M5")
-        assert main([*COMMAND, "--dtype", "float16", "float32"]) == 0
-        printed = capsys.readouterr().out
-        assert re.search(r"^way +float16 ", printed, re.MULTILINE)
-        assert not re.search(r"^(way|tensorops) +float32 ", printed, re.MULTILINE), "which it does not serve"
-        assert (tensorops.TIER.limits(p) == []) == (ours < 5e-3)
-        variants.forget()
 
 
 def test_the_command_tunes_the_decode_kernel(metal, cache, monkeypatch, capsys):

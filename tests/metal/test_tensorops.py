@@ -7,14 +7,13 @@ the interface allows, drawn from a seed. Code that assumes a layout which it doe
 import pytest
 import torch
 
-from flash_attn_mps.tiers.metal import compiler, launch, tensorops
+from flash_attn_mps.tiers.metal import launch, tensorops
 from metal_host import observe
 from tests.attention.pairwise import case_id
 from tests.metal_tiers import metal_on
 
 from . import grid
-from .calls import Spec, draw
-from .precompile import precompile
+from .calls import draw
 
 KNOWN = ("apple10", "legacy")
 SEEDS = tuple(range(1, 21))

@@ -2,17 +2,20 @@
 
 import contextlib
 import functools
+import re
 import warnings
 
 import pytest
 import torch
 
-from flash_attn_mps import describe, tiers, trace
+from flash_attn_mps import describe, tiers, timing, trace
 from flash_attn_mps.frontends.fa2 import flash_attn_func
-from flash_attn_mps.tiers.metal import compiler, proved, store, tensorops, tensorops_gate, variants
+from flash_attn_mps.tiers.metal import compiler, proved, simdgroup, store, tensorops, tensorops_gate, tune, variants
+from flash_attn_shim.commands import main
 from metal_host import compile_shader, observe
 from tests.attention import oracle
 from tests.attention.rule import assert_within_rule
+from tests.commands.test_tune import Clock
 from tests.mac import mac
 
 METAL_4 = functools.partial(compile_shader, version="4.0")
@@ -105,7 +108,7 @@ def test_forced_it_runs_on_older_gpus_and_says_why_it_cannot(monkeypatch):
         assert served() == OURS
         with pytest.raises(NotImplementedError, match="matrix units multiply 16 bits, and q is float32"):
             served(torch.float32)
-    with machine(macos="15.5"), pytest.raises(NotImplementedError, match="needs macOS 26.2 or later"):
+    with machine(macos="15.5"), pytest.raises(NotImplementedError, match=r"needs macOS 26\.2 or later"):
         served()
 
 
@@ -140,3 +143,31 @@ def test_a_kernel_that_assumes_another_layout_is_refused_by_its_proof(monkeypatc
 def test_it_is_asked_behind_decode_and_before_simdgroup():
     names = [tier.name for tier in tiers.ORDER]
     assert names.index("decode") < names.index(tensorops_gate.NAME) < names.index("simdgroup")
+
+
+def test_the_command_tunes_it_and_then_which_kernel_to_use(monkeypatch, capsys):
+    default, fast = tensorops.FORWARD.default(2, 64, 64), tensorops.Variant(16, 2, 32, True)
+    usual = simdgroup.FORWARD.default(2, 64, 64)
+    chosen = {
+        simdgroup.FORWARD: [usual],
+        tensorops.FORWARD: [default, fast],
+        tensorops.WAYS: ["tensorops", "simdgroup"],
+    }
+    seconds = {usual: 1e-3, default: 3e-3, fast: 2e-3, "tensorops": 2e-3, "simdgroup": 1e-3}
+    monkeypatch.setattr(timing, "stopwatch", lambda _device: Clock(seconds))
+    monkeypatch.setattr(tune, "candidates", lambda _key, kernel: chosen[kernel])
+    command = "tune --device cpu --dtype float16 float32 --head-dim 64 --length short --mask full --what variants"
+    with machine():
+        monkeypatch.setitem(seconds, simdgroup.FORWARD.default(4, 64, 64), 1e-3)
+        assert main(command.split()) == 0
+        printed = capsys.readouterr().out
+        assert re.search(rf"^tensorops +float16 +64 +short +full +{fast} ", printed, re.MULTILINE)
+        assert re.search(r"^tiled +float16 +64 +short +full +simdgroup ", printed, re.MULTILINE)
+        assert not re.search("^(tensorops|tiled) +float32 ", printed, re.MULTILINE)
+        q = torch.empty(1, 70, 2, 64).half()
+        p = describe.dense(q, q, q, describe.CallOptions())
+        assert variants.chosen(p, tensorops.FORWARD) == fast
+        assert variants.chosen(p, tensorops.WAYS) == "simdgroup"
+    with machine(macos="15.5"):
+        assert main(command.split()) == 0
+        assert not re.search("^(tensorops|tiled) ", capsys.readouterr().out, re.MULTILINE)

@@ -48,6 +48,18 @@ def fallbacks(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: i
     return [usual, usual._replace(resident_q=False), Variant(16, 2, 32, False), Variant(16, 1, 32, False)]
 
 
+def run(p: AttentionProblem, variant: Variant) -> Result | None:
+    """The forward pass. None where the kernel is not to be used on this machine."""
+    return None if probe.layout() is None else launch.run(p, FORWARD, on_this_machine(variant))
+
+
+def on_this_machine(variant: Variant) -> Variant:
+    """With the layout that the probe found."""
+    layout = probe.layout()
+    assert layout is not None
+    return variant._replace(layout=LAYOUTS[layout])
+
+
 def _trial(s: Specialization) -> trial.Trial:
     """Work for all simdgroups of a group, and a tail. There are more queries than keys: the first may see none."""
     queries, keys = s.variant.rows * s.variant.simdgroups, s.variant.keys
@@ -85,31 +97,19 @@ FORWARD = TunedKernel(
     default=default,
     variable="MTLFLASHATTN_TENSOROPS_VARIANT",
     fallbacks=fallbacks,
-    run=lambda p, variant: run(p, variant),
+    run=run,
     proof=Proof(_trial),
 )
 
 WAYS = Choice(
-    entry="attention_way",
+    entry="attention_tiled",
     variants=(gate.NAME, simdgroup.TIER.name),
-    fits=lambda way, element_bytes, *_: way != gate.NAME or element_bytes == 2,
+    fits=lambda _, element_bytes, *__: element_bytes == 2,
     default=lambda *_: simdgroup.TIER.name if gate.unsuited() else gate.NAME,
     variable="MTLFLASHATTN_FORWARD",
     run=lambda p, way: (serve if way == gate.NAME else simdgroup.serve)(p),
 )
 _NOT_FASTEST = f"{simdgroup.TIER.name} is faster for such calls, as tuned or as {WAYS.variable} asks for"
-
-
-def run(p: AttentionProblem, variant: Variant) -> Result | None:
-    """The forward pass. None where the kernel is not to be used on this machine."""
-    return None if probe.layout() is None else launch.run(p, FORWARD, on_this_machine(variant))
-
-
-def on_this_machine(variant: Variant) -> Variant:
-    """With the layout that the probe found."""
-    layout = probe.layout()
-    assert layout is not None
-    return variant._replace(layout=LAYOUTS[layout])
 
 
 def limits(p: AttentionProblem) -> list[str]:

@@ -56,16 +56,12 @@ class Outcome(NamedTuple):
 def keys(
     kernel: Choice, dtypes: Sequence[str], head_dims: Sequence[int], lengths: Sequence[str], masks: Sequence[str]
 ) -> list[Key]:
-    """All combinations; those that share their compiled kernels follow each other."""
+    """All combinations that have a variant; those that share their compiled kernels follow each other."""
     name = kernel.name
-    return [Key(name, t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths]
-
-
-def has_choice(key: Key, kernel: Choice) -> bool:
-    """Is there more than one way to compute calls of that class? Not of every dtype, for one."""
-    shape = _shape(key)
-    fitting = kernel.fitting(*shape)
-    return len(fitting) > 1 and kernel.default(*shape) in fitting
+    every = [
+        Key(name, t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths
+    ]
+    return [key for key in every if kernel.fitting(*_shape(key))]
 
 
 def candidates(key: Key, kernel: Choice) -> list[Any]:
