@@ -63,8 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _forward(arguments, watch):
     """Which of the two kernels to use comes last, with their fastest variants."""
     from flash_attn_mps.tiers.metal import simdgroup, tensorops, tensorops_probe
+    from flash_attn_mps.tiers.metal.kernel import Choice
 
-    kernels = [simdgroup.FORWARD]
+    kernels: list[Choice] = [simdgroup.FORWARD]
     if tensorops_probe.layout() is not None:
         kernels += [tensorops.FORWARD, tensorops.WAYS]
     return _variants(kernels, arguments, watch, arguments.mask)

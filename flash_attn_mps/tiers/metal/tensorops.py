@@ -105,8 +105,14 @@ def _has_room(head_dim: int, head_dim_v: int) -> bool:
 
 def run(p: AttentionProblem, variant: Variant) -> Result | None:
     """The forward pass. None where the kernel is not to be used on this machine."""
+    return None if probe.layout() is None else launch.run(p, FORWARD, on_this_machine(variant))
+
+
+def on_this_machine(variant: Variant) -> Variant:
+    """With the layout that the probe found."""
     layout = probe.layout()
-    return None if layout is None else launch.run(p, FORWARD, variant._replace(layout=LAYOUTS[layout]))
+    assert layout is not None
+    return variant._replace(layout=LAYOUTS[layout])
 
 
 def _trial(s: Specialization) -> trial.Trial:
@@ -173,12 +179,10 @@ def limits(p: AttentionProblem) -> list[str]:
 
 def _closed(p: AttentionProblem) -> list[str]:
     """Why the tier does not compute calls like `p` on this machine."""
-    if not gate.is_forced():
-        if reasons := gate.unmet():
-            return list(reasons)
-        if variants.chosen(p, WAYS) != gate.NAME:
-            return list(gate.unsuited()) or [_NOT_FASTEST]
-    return probe.why_closed() if probe.layout() is None else []
+    reasons = gate.unmet()
+    if not reasons and variants.chosen(p, WAYS) != gate.NAME and not gate.is_forced():
+        reasons = gate.unsuited() or (_NOT_FASTEST,)
+    return list(reasons) or (probe.why_closed() if probe.layout() is None else [])
 
 
 def serve(p: AttentionProblem) -> Result | None:

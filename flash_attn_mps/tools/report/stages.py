@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import describe, sdpa, timing
-from ...tiers.metal import compiler, gpu, simdgroup, tensorops_probe, tune
+from ...tiers.metal import compiler, gpu, simdgroup, tensorops, tensorops_probe, tune
 from .. import machine
 from ..bench import contenders, measure, workloads
 from ..bench import report as bench_report
@@ -162,7 +162,7 @@ def _tune(device: str, seconds: float) -> dict[str, Any]:
             if time.monotonic() < end:
                 q = torch.empty(1, _LONG, 1, head_dim, dtype=getattr(torch, dtype), device=device)
                 p = describe.dense(q, q, q, describe.CallOptions(causal=True))
-                winner = tune.briefly(p, simdgroup.FORWARD)
+                winner = tune.briefly(p, simdgroup.FORWARD if tensorops.TIER.limits(p) else tensorops.FORWARD)
                 rows.append({"call": f"{dtype}, head dim {head_dim}, causal, long", **winner._asdict()})
             progress.step()
     return {"winners": rows}
