@@ -19,12 +19,20 @@ struct tensor_layout {
   static constexpr bool transposed = transposed_;
   static constexpr bool reduction = role == ROWS || role == COLUMNS;
   static constexpr int across = (columns + 15) / 16, down = (rows + 15) / 16;
-  // The most slots that a thread may have under any layout.
+  static constexpr int per_simdgroup = threads == 1 ? 0 : (across * down + (threads + 31) / 32 - 1) / ((threads + 31) / 32);
+  // The most slots that a thread may have under any layout; on NVIDIA GPUs there is one.
+#ifdef __NVPTX__
+  static constexpr int slots = role == ROWS      ? down * 2
+                               : role == COLUMNS ? across * 4
+                               : threads == 1    ? columns * rows
+                                                 : 8 * per_simdgroup;
+#else
   static constexpr int slots = role == LINEAR    ? (columns * rows + threads - 1) / threads
                                : role == ROWS    ? down * 16
                                : role == COLUMNS ? across * 16
                                : threads == 1    ? columns * rows
-                                                 : 16 * ((across * down + threads / 32 - 1) / (threads / 32));
+                                                 : 16 * per_simdgroup;
+#endif
   static_assert(threads > 1 || slots <= 12288, "the tensor is too large for one thread");
   static_assert(columns < 1 << 14 && rows < 1 << 14 && columns * rows <= 1 << 16, "the tensor is too large");
   static constexpr ulong key =
