@@ -178,7 +178,7 @@ __MH_DEVICE void multiply(thread Left& left, thread Right& right, thread Destina
   typedef operand_registers<typename parts::type, R, parts::template count<R>> RightRegisters;
   typedef placement<tensor_layout<DESTINATION, Shape::n, Shape::m, false, Shape::threads, 0>> place;
   constexpr int rows = (Shape::m + 15) / 16, columns = (Shape::n + 15) / 16;
-  constexpr bool in_memory = operand_traits<Destination>::memory, add = Shape::accumulate || in_memory;
+  constexpr bool in_memory = operand_traits<Destination>::memory, add = Shape::accumulate;
   const int start = place::first_fragment();
   const long inner = inner_size<Shape>(left, right);
   float d[place::per_simdgroup][8];
