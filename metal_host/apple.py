@@ -81,8 +81,8 @@ def _blocks(ptx: str) -> list[_Block]:
         elif text and text[0] not in ".{}":
             if "matrix product" in line:
                 registers = tuple(dict.fromkeys(_REGISTER.findall(text)))
-                first, second = re.findall(r"fma\.rn\.f32 (%\w+),", text)
-                blocks[-1].instructions.append(_Instruction("product", (first, second), registers))
+                written = tuple(re.findall(r"fma\.rn\.f32 (%\w+),", text))
+                blocks[-1].instructions.append(_Instruction("product", written, registers))
                 continue
             for statement in filter(None, (part.strip() for part in text.split(";"))):
                 _add(blocks, statement)

@@ -18,13 +18,22 @@ struct tensor_layout {
   static constexpr int role = role_, columns = columns_, rows = rows_, threads = threads_;
   static constexpr bool transposed = transposed_;
   static constexpr bool reduction = role == ROWS || role == COLUMNS;
+  static constexpr int size(uint r) { return r || role == ROWS ? rows : columns; }
   static constexpr int across = (columns + 15) / 16, down = (rows + 15) / 16;
-  // The most slots that a thread may have under any layout.
+  static constexpr int per_simdgroup = threads == 1 ? 0 : (across * down + (threads + 31) / 32 - 1) / ((threads + 31) / 32);
+  // The most slots that a thread may have under any layout; on NVIDIA GPUs there is one.
+#ifdef __NVPTX__
+  static constexpr int slots = role == ROWS      ? down * 2
+                               : role == COLUMNS ? across * 4
+                               : threads == 1    ? columns * rows
+                                                 : 8 * per_simdgroup;
+#else
   static constexpr int slots = role == LINEAR    ? (columns * rows + threads - 1) / threads
                                : role == ROWS    ? down * 16
                                : role == COLUMNS ? across * 16
                                : threads == 1    ? columns * rows
-                                                 : 16 * ((across * down + threads / 32 - 1) / (threads / 32));
+                                                 : 16 * per_simdgroup;
+#endif
   static_assert(threads > 1 || slots <= 12288, "the tensor is too large for one thread");
   static_assert(columns < 1 << 14 && rows < 1 << 14 && columns * rows <= 1 << 16, "the tensor is too large");
   static constexpr ulong key =
@@ -117,7 +126,7 @@ struct cooperative_tensor {
 
   static constexpr rank_type get_rank() { return Extents::rank(); }
   static constexpr size_t get_static_extent(rank_type r) { return Extents::static_extent(r); }
-  index_type get_extent(rank_type r) const thread { return index_type(Extents::static_extent(r)); }
+  index_type get_extent(rank_type r) const thread { return index_type(Layout::size(r)); }
 
   __MH_INLINE thread_size_type get_capacity() const thread { return thread_size_type(__placement.capacity()); }
   __MH_INLINE thread ElementType& operator[](int slot) thread {
@@ -135,7 +144,7 @@ struct cooperative_tensor {
   __MH_INLINE array<index_type, Extents::rank()> get_multidimensional_index(int slot) const thread {
     int element = __placement.element(slot);
     array<index_type, Extents::rank()> index;
-    for (uint r = 0; r < Extents::rank(); ++r) index[r] = index_type(Extents::static_extent(r));
+    for (uint r = 0; r < Extents::rank(); ++r) index[r] = index_type(Layout::size(r));
     if (element < 0) return index;
     index[0] = index_type(Layout::reduction ? element : element % Layout::columns);
     if constexpr (Extents::rank() == 2) index[1] = index_type(element / Layout::columns);
@@ -217,7 +226,7 @@ struct cooperative_tensor {
   }
   template <typename Tensor, bool broadcast>
   static constexpr bool __covers(uint r) {
-    return Tensor::get_static_extent(r) >= Extents::static_extent(r) ||
+    return Tensor::get_static_extent(r) >= size_t(Layout::size(r)) ||
            (broadcast && Tensor::get_static_extent(r) == 1);
   }
 

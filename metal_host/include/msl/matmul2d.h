@@ -174,20 +174,9 @@ __MH_INLINE long inner_size(const thread Left& left, const thread Right& right) 
   }
 }
 
-template <typename Coord, typename Layout>
-struct extents_of {
-  typedef metal::extents<Coord, Layout::columns, Layout::rows> type;
-};
-template <typename Coord, int columns, int rows, bool transposed, int threads, ulong salt>
-struct extents_of<Coord, tensor_layout<ROWS, columns, rows, transposed, threads, salt>> {
-  typedef metal::extents<Coord, rows> type;
-};
-template <typename Coord, int columns, int rows, bool transposed, int threads, ulong salt>
-struct extents_of<Coord, tensor_layout<COLUMNS, columns, rows, transposed, threads, salt>> {
-  typedef metal::extents<Coord, columns> type;
-};
+// Its sizes are the layout's; the type does not tell them, as on a Mac.
 template <typename T, typename Coord, typename Layout>
-using tensor_with = metal::cooperative_tensor<T, typename extents_of<Coord, Layout>::type, Layout>;
+using tensor_with = metal::cooperative_tensor<T, metal::dextents<Coord, Layout::reduction ? 1 : 2>, Layout>;
 
 }  // namespace __mh
 
@@ -206,6 +195,8 @@ struct checked_inputs {
   static constexpr int m = Shape::m, n = Shape::n, k = Shape::k;
   static_assert(multiplies<operand_element<Left>, operand_element<Right>, T>,
                 "matmul2d: no such combination of element types");
+  static_assert(Shape::threads == 1 || m % 16 == 0 || n % 16 == 0, "At least one of M or N must be a multiple of 16");
+  static_assert(Shape::threads == 1 || k % 16 == 0, "K must be dynamic or a multiple of 16");
   static_assert(!(left || right) || Shape::threads == 32, "Input cooperative tensors require a single SIMD group");
   static_assert(!(left || right) || !Shape::dynamic,
                 "Inner dimension cannot be dynamic with input cooperative tensors");
