@@ -1,5 +1,6 @@
 """A kernel proves itself before it is believed: no fault that is planted in one reaches a caller's result."""
 
+import math
 import pkgutil
 import re
 import threading
@@ -551,7 +552,7 @@ def test_every_specialization_has_a_trial_that_is_its_own(grid):
             assert grid != "backward" or not expected.value.isnan().any()
         threads, group = s.kernel.grid(made.problem, s.variant)
         assert group == (s.threads, 1, 1), "what a pipeline is asked for is not what is launched"
-        assert threads[0] // group[0] >= 2, "one tile has no neighbour"
+        assert math.prod(threads) // math.prod(group) >= 2, "one tile has no neighbour"
         for x in (made.problem.k, made.problem.v):
             memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
             assert s.kv_format or memory.isnan().any(), "nothing that must not be read"
@@ -574,6 +575,7 @@ def test_the_richest_specializations_of_each_kernel_pass(grid, monkeypatch):
 @pytest.mark.metal_full
 @pytest.mark.parametrize("grid", CALLS)
 def test_every_kernel_of_the_grids_passes(grid, monkeypatch):
+    monkeypatch.setattr(checks, "readable", lambda _tensor: False)
     monkeypatch.setenv(proved.PROVE, "always")
     for s in recorded(CALLS[grid]()):
         assert compiler.kernel(s) is not None, compiler.failures
