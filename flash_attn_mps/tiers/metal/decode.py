@@ -58,8 +58,8 @@ _COMFORTABLE_REGISTERS = {2: 72, 4: 60}
 _SIMDGROUPS = 4  # of a threadgroup
 _SIMDGROUPS_PER_CORE = 16  # that a core works on at a time
 # What a threadgroup does beside its rounds, and a second launch, in products of fragments that a simdgroup makes in that
-# time where the GPU is full; and elements of results that are written and read again in the time of one. By the cost model
-# of an M1 (docs/apple-model.md) and the latencies of its memory; an H200 agrees (bench/nvidia_decode.py).
+# time where the GPU is full; and elements of results that are written and read again in the time of a product. By the
+# cost model of an M1 (docs/apple-model.md) and the latencies of memory; an H200 agrees (bench/nvidia_decode.py).
 _OUTSIDE, _SECOND_LAUNCH, _ELEMENTS = 64, 64, 115
 _COMBINE_THREADS = 256
 
@@ -159,7 +159,7 @@ def cheapest(groups: int, rounds: int, places: int, products: int, beside: int) 
 
     The least number that takes at most 3 % longer than the best; one where the groups alone fill the GPU. A part takes
     `products` for each of its rounds and `beside` for the rest; the second launch takes one for each part. After
-    FlashAttention-2's num_splits_heuristic (https://github.com/Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp).
+    FlashAttention-2's num_splits_heuristic: https://github.com/Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp
     """
     if groups >= 2 * places or groups / places / math.ceil(groups / places) >= 0.8:
         return 1
