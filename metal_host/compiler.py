@@ -42,6 +42,7 @@ _TO_BFLOAT = re.compile(
 # Parts of the library that few sources use (include/msl/prelude.h), and the words by which one does.
 _PARTS = {
     "MATRICES": re.compile(r"\b(?:half|float)[234]x[234]\b|\bpacked_|\bmatrix<"),
+    "TENSORS": re.compile(r"^#pragma metal_host tensors", re.MULTILINE),
     "LOGGING": re.compile(r"\bos_log"),
     "INTERNALS": re.compile(r"__metal_|__METAL_\w+_MATH__"),
 }

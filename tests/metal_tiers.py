@@ -1,6 +1,7 @@
 """The Metal tiers where there is no Metal."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -11,10 +12,14 @@ from tests.replaced_tiers import replace_tier
 
 
 @contextlib.contextmanager
-def metal_on(device: str = "cpu") -> Iterator[None]:
-    """The Metal tiers serve tensors on `device`, on the runner; kernels and failures are forgotten before and after."""
+def metal_on(device: str = "cpu", version: str | None = None) -> Iterator[None]:
+    """The Metal tiers serve tensors on `device`, on the runner; kernels and failures are forgotten before and after.
+
+    `version`: of Metal, if not the runner's default.
+    """
+    compile_ = compile_shader if version is None else functools.partial(compile_shader, version=version)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "compile_shader", compile_shader)
+        patch.setattr(compiler, "compile_shader", compile_)
         patch.setattr(compiler, "device_types", frozenset({device}))
         compiler.clear()
         try:

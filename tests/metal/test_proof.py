@@ -238,11 +238,13 @@ class Limited:
         return call
 
 
+@pytest.mark.parametrize("prove", ["once", "off"])
 @pytest.mark.parametrize(
     ("most", "variant", "warned"),
     [(832, "8x8x16-direct", False), (512, "", False), (128, "8x8x16-direct", True), (64, "", True), (32, "", True)],
 )
-def test_pipelines_of_fewer_threads_get_smaller_groups(most, variant, warned, monkeypatch):
+def test_pipelines_of_fewer_threads_get_smaller_groups(most, variant, warned, prove, monkeypatch):
+    monkeypatch.setenv(proved.PROVE, prove)
     if variant:
         monkeypatch.setenv("MTLFLASHATTN_VARIANT", variant)
     limited = Limited(most)
@@ -548,6 +550,7 @@ def test_every_specialization_has_a_trial_that_is_its_own(grid):
             assert expected.value.isfinite().any()
             assert grid != "backward" or not expected.value.isnan().any()
         threads, group = s.kernel.grid(made.problem, s.variant)
+        assert group == (s.threads, 1, 1), "what a pipeline is asked for is not what is launched"
         assert threads[0] // group[0] >= 2, "one tile has no neighbour"
         for x in (made.problem.k, made.problem.v):
             memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())

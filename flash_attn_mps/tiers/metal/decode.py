@@ -180,6 +180,9 @@ def _grid(p: AttentionProblem, variant: Variant) -> Grid:
     return (tiles * splits_of(p, variant) * threads, p.heads_k, batch), (threads, 1, 1)
 
 
+_COMBINE_THREADS = 128
+
+
 def _combine_grid(p: AttentionProblem, variant: Variant) -> Grid:
     tiles, batch = _tiles(p, variant.rows)
     rows = tiles * variant.rows if p.cu_seqlens_q is not None else p.max_seqlen_q * variant.heads_in_tile
@@ -233,6 +236,8 @@ def _decode(rows: int) -> TunedKernel:
         entry="attention_decode",
         headers=("metal_stdlib", "metal_simdgroup_matrix"),
         sources=(
+            *launch.LANE_SOURCES,
+            "fragment",
             *launch.FORWARD_SOURCES,
             "splits",
             "hidden",
@@ -265,6 +270,7 @@ COMBINE = Kernel(
     optional=tuple(OPTIONAL_BUFFERS),
     parameters=_PARAMETERS,
     grid=_combine_grid,
+    threads=lambda _: _COMBINE_THREADS,
     proof=Proof(decode_trials.combine),
 )
 

@@ -34,6 +34,7 @@ FORWARD = Kernel(
     buffers=launch.FORWARD_BUFFERS,
     optional=tuple(OPTIONAL_BUFFERS),
     grid=_grid,
+    threads=lambda variant: variant.threads,
     proof=Proof(_trial),
 )
 
