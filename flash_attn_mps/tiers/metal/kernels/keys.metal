@@ -88,4 +88,11 @@ struct LaneRows {
     last = seqlen - 1;
   }
   METAL_FUNC auto at(int apart) const thread { return rows.at(EDGE ? min(first + apart, last) : apart); }
+
+  // So many elements behind in each row.
+  METAL_FUNC LaneRows beside(int elements) const thread {
+    LaneRows moved = *this;
+    moved.rows.base += elements;
+    return moved;
+  }
 };
