@@ -3,7 +3,9 @@
     python bench/nvidia_decode.py prepare DIRECTORY [--mlx CHECKOUT]
         anywhere, with the test extra and a torch that has DecodeAttention.h: compiles to PTX
     python bench/nvidia_decode.py run DIRECTORY [--quick | --quantised]
-        on a machine with a GPU, torch and ptxas; needs no compiler; some five minutes
+        on a machine with a GPU, torch and ptxas; needs no compiler; two to five minutes
+    python bench/nvidia_decode.py check DIRECTORY
+        there: small problems against float64, for compute-sanitizer
 
 Full attention, fp16, 32 query heads. For each problem `run` prints median times in microseconds: of PyTorch's kernels
 (`ATen/native/mps/kernels/DecodeAttention.h`, in one and two passes; they stop at 8 queries), of MLX's, of the tiled
@@ -493,9 +495,32 @@ def run(directory: Path, quick: bool, quantised_only: bool) -> None:
         print(f"{name}: x{mean:.2f}, {min(values):.2f} to {max(values):.2f} ({len(values)} problems)")
 
 
+def inspect(directory: Path) -> None:
+    """Lengths that fill no block, in splits and whole; arithmetic of the reference on the CPU."""
+    bench, worst = Bench(directory), 0.0
+    for dim, group, queries in itertools.product(DIMS, GROUPS, QUERIES):
+        shape = Shape(dim, group, 2, queries, 1003)
+        for dtype, splits in itertools.product((DTYPE, *(CACHES if queries in CACHE_QUERIES else ())), (1, 5)):
+            q, *kv = tensors(shape, "cpu")
+            cache = [(t / DESCALE).to(dtype) for t in kv] if dtype in CACHES else kv
+            values = [quantised.decoded(t) * DESCALE if dtype in CACHES else t for t in cache]
+            exact = torch.nn.functional.scaled_dot_product_attention(
+                *(t.double().transpose(1, 2) for t in (q, *values)), enable_gqa=True
+            ).transpose(1, 2)
+            p = problem(shape, *(t.cuda() for t in (q, *cache)), splits)
+            out = torch.full(q.shape, math.nan, dtype=DTYPE).cuda()
+            variant, *_ = decode.variants(p)
+            for limit in limits(32 * variant.simdgroups):
+                bench.launched(launches_of(p, variant, out), limit)()
+                error = (out.double().cpu() - exact).abs().max().item()
+                worst = max(worst, error)
+                assert error < 2e-3, (shape, dtype, splits, limit, error)
+    print(f"largest error {worst:.1e}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "run"))
+    parser.add_argument("what", choices=("prepare", "run", "check"))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--mlx", type=Path)
     parser.add_argument("--quick", action="store_true")
@@ -504,5 +529,7 @@ if __name__ == "__main__":
     if chosen.what == "prepare":
         os.environ["METAL_HOST_FAST_MATRICES"] = "1"
         prepare(chosen.directory, chosen.mlx)
+    elif chosen.what == "check":
+        inspect(chosen.directory)
     else:
         run(chosen.directory, chosen.quick, chosen.quantised)

@@ -57,9 +57,9 @@ _MAX_REGISTERS = 112
 _COMFORTABLE_REGISTERS = {2: 72, 4: 60}
 _SIMDGROUPS = 4  # of a threadgroup
 _SIMDGROUPS_PER_CORE = 16  # that a core works on at a time
-# In products of fragments, as a simdgroup makes them where the GPU is full: the time of what a threadgroup does beside its
-# rounds, and of a second launch; and how many elements of results are written and read again in the time of one. By the
-# cost model of an M1 (docs/apple-model.md) and the latencies of memory; an H200 agrees (bench/nvidia_decode.py).
+# In products of fragments, as a simdgroup makes them where the GPU is full: the time of what a threadgroup does beside
+# its rounds, and of a second launch; and how many elements of results are written and read again in the time of one. By
+# the cost model of an M1 (docs/apple-model.md) and the latencies of memory; an H200 agrees (bench/nvidia_decode.py).
 _OUTSIDE, _SECOND_LAUNCH, _ELEMENTS = 64, 64, 115
 _COMBINE_THREADS = 256
 
