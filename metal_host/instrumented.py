@@ -41,6 +41,7 @@ _OPERATIONS = {
     6: "threadgroup_barrier",
     7: "tensor operation",
 }
+_ACCESSES = ("simdgroup_load", "simdgroup_store", "load of a tensor", "store of a tensor")
 _TENSOR_MESSAGES = {
     "scope": "tensor operation of {index} threads, where there are {size}",
     "extents": "what lies outside a tensor's extents is taken",
@@ -219,7 +220,7 @@ class Teller:
     def _thread(thread: int) -> str:
         if thread < abi.MAX_THREADS:
             return f"thread {thread}"
-        return f"simdgroup {thread % 32} ({'simdgroup_store' if thread >= abi.MAX_THREADS + 32 else 'simdgroup_load'})"
+        return f"simdgroup {thread % 32} ({_ACCESSES[(thread - abi.MAX_THREADS) // 32]})"
 
     def _at(self, r: abi.Report, thread: bool = True) -> str:
         group = ", ".join(map(str, r.group))

@@ -81,7 +81,7 @@ enum mh_fault {
 struct mh_report {
   uint32_t fault, kind;           // enum mh_fault; enum mh_kind where a collective is at fault
   uint32_t size, write;           // of the access; write of a barrier: with other flags
-  uint32_t thread, other_thread;  // index in threadgroup; MH_MAX_THREADS and above: a simdgroup's matrix load or store
+  uint32_t thread, other_thread;  // index in threadgroup; MH_MAX_THREADS and above: a simdgroup's matrix or tensor
   uint32_t group[3], other_write;
   uint64_t site, other_site;  // return addresses inside the kernel's image
   uint64_t address, mask;
@@ -142,7 +142,7 @@ struct mh_state {
   uint64_t random;
   void* scheduler;  // stack pointer of the launching context
   bool abandoned;
-  uint32_t atomic, matrix;  // the current access is an atomic's, or a simdgroup matrix's (1 load, 2 store)
+  uint32_t atomic, matrix;  // the current access is an atomic's, or a simdgroup matrix's (1 load, 2 store) or a tensor's (3, 4)
   struct mh_fiber fibers[MH_MAX_THREADS];
   struct mh_simdgroup simdgroup[MH_MAX_SIMDGROUPS];
 };

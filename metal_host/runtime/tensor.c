@@ -1,9 +1,9 @@
 // Cooperative tensors: where each thread's elements are, and what the threads of a scope compute together.
 //
-// Metal leaves the placement to the implementation: it is a parameter of the launch. "apple10" and "legacy" are those of
-// Apple's GPUs, where they are known: 16x32x16 and 32x32x32 of one simdgroup; other sizes go on in the same way. Every
-// other number draws a placement that the interface allows: elements in any order over threads and slots, more slots than
-// elements, other layouts for other operands and types.
+// Metal leaves the placement to the implementation: it is a parameter of the launch. "apple10" and "legacy" are those
+// of Apple's GPUs, where they are known: 16x32x16 and 32x32x32 of one simdgroup; other sizes go on in the same way.
+// Every other number draws a placement that the interface allows: elements in any order over threads and slots, more
+// slots than elements, other layouts for other operands and types.
 #include "runtime.h"
 
 enum { LAYOUTS = 256, POOL = 1 << 20, DENSE = 1 << 16 };
@@ -39,10 +39,12 @@ static void seed(uint64_t a, uint64_t b) {
   random_state |= !random_state;
   for (int i = 0; i < 8; ++i) draw(2);
 }
-static uint32_t drawn(void) { return mh.launch->layout < MH_LAYOUT_SEEDS ? 0 : mh.launch->layout - MH_LAYOUT_SEEDS + 1; }
+static uint32_t drawn(void) {  // 0: a layout of Apple's
+  return mh.launch->layout < MH_LAYOUT_SEEDS ? 0 : mh.launch->layout - MH_LAYOUT_SEEDS + 1;
+}
 
-// Half of the drawn layouts place destinations, left and right operands of one shape alike, so that a destination can be
-// the next product's operand; and give each thread the reductions of the rows and columns that it holds.
+// Half of the drawn layouts place destinations, left and right operands of one shape alike, so that a destination can
+// be the next product's operand; and give each thread the reductions of the rows and columns that it holds.
 static bool alike(void) { return drawn() % 2 == 0; }
 
 static uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
@@ -197,6 +199,27 @@ const struct mh_layout* __mh_tensor_layout(uint64_t key) { return layout_of(key)
 uint32_t __mh_tensor_capacity(const struct mh_layout* layout) { return layout->capacity; }
 uint32_t __mh_tensor_element(const struct mh_layout* layout, uint32_t slot) {
   return element_of(layout, index_in_scope(layout->shape.threads), slot);
+}
+uint32_t __mh_tensor_memory_accumulates(void) { return drawn() % 4 < 2; }
+static uint32_t find(const struct mh_layout* layout, uint32_t thread, uint32_t element) {
+  for (uint32_t i = 0; i < layout->capacity; ++i)
+    if (element_of(layout, thread, i) == element) return i;
+  return INVALID;
+}
+uint32_t __mh_tensor_find(const struct mh_layout* layout, uint32_t element) {
+  return find(layout, index_in_scope(layout->shape.threads), element);
+}
+uint32_t __mh_tensor_maps(const struct mh_layout* from, const struct mh_layout* to) {
+  if (from->shape.rows != to->shape.rows || from->shape.columns != to->shape.columns) return false;
+  for (uint32_t t = 0; t < from->shape.threads; ++t)
+    for (uint32_t i = 0; i < from->capacity; ++i) {
+      uint32_t element = element_of(from, t, i), columns = from->shape.columns;
+      if (element == INVALID) continue;
+      if (to->shape.role == ROWS) element /= columns;
+      if (to->shape.role == COLUMNS) element %= columns;
+      if (find(to, t, element) == INVALID) return false;
+    }
+  return true;
 }
 uint32_t __mh_tensor_same(const struct mh_layout* a, const struct mh_layout* b) {
   const struct shape *s = &a->shape, *t = &b->shape;

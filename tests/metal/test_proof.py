@@ -600,6 +600,24 @@ def test_faults_of_the_kernels_around_attention_are_found(grid, entry, old, new,
         assert compiler.kernel(s) is None
 
 
+@pytest.mark.parametrize("kv_format", ["e4m3", "e5m2"])
+def test_subnormal_codes_that_a_gpu_takes_for_zero_are_found(kv_format, monkeypatch):
+    decoded = "to[0] = even.x, to[1] = odd.x, to[2] = even.y, to[3] = odd.y;"
+    flushed = f"{decoded} for (int i = 0; i < 4; ++i) to[i] = abs(to[i]) < 6.104e-5h ? 0.0h : to[i];"
+    calls = (
+        partial(launch.run, test_quantised.drawn(case).problem, *test_quantised.KERNELS[case["kernel"]])
+        for case in test_quantised.CASES
+    )
+    of_format = [
+        s for s in recorded(calls) if s.kv_format == kv_format and {"k_descale", "v_descale"} <= set(s.buffers)
+    ]
+    s = min(of_format, key=lambda s: s.head_dim + s.head_dim_v)
+    assert compiler.kernel(s) is not None, compiler.failures
+    compiled_by(monkeypatch, Fault(decoded, flushed))
+    with pytest.warns(RuntimeWarning, match="gave a wrong result"):
+        assert compiler.kernel(s) is None
+
+
 def is_reached(s):
     """Does it run the lines in which faults are planted? Small ones first."""
     return s.dtype == "half" and (s.kernel.entry != "rotate_and_append" or {"cosines", "block_table"} <= set(s.buffers))

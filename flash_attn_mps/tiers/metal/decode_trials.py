@@ -15,7 +15,7 @@ from .trial import Expected, Trial
 
 _SPLITS = 3
 _BEYOND_WINDOW = 20  # keys: of the others each unit has two blocks, so that the maximum of a row grows
-_SPLITS_TO_COMBINE = 6  # more than the simdgroups that take them in turn
+_SPLITS_TO_COMBINE = 10  # more than the simdgroups that take them in turn
 
 
 def decode(s: Specialization) -> Trial:

@@ -11,8 +11,8 @@ namespace __mh {
 
 enum role { LEFT, RIGHT, DESTINATION, ROWS, COLUMNS, LINEAR };  // runtime/tensor.c
 
-// columns x rows elements, as they are stored: the first index of an element is its column. Of a reduction's result the
-// columns and rows are those of the tensor that is reduced. `salt`: what else a layout may depend on.
+// columns x rows elements, as they are stored: the first index of an element is its column. Of a reduction's result
+// the columns and rows are those of the tensor that is reduced. `salt`: what else a layout may depend on.
 template <int role_, int columns_, int rows_, bool transposed_, int threads_, ulong salt_>
 struct tensor_layout {
   static constexpr int role = role_, columns = columns_, rows = rows_, threads = threads_;
@@ -25,9 +25,11 @@ struct tensor_layout {
                                : role == COLUMNS ? across * 16
                                : threads == 1    ? columns * rows
                                                  : 16 * ((across * down + threads / 32 - 1) / (threads / 32));
+  static_assert(threads > 1 || slots <= 12288, "the tensor is too large for one thread");
   static_assert(columns < 1 << 14 && rows < 1 << 14 && columns * rows <= 1 << 16, "the tensor is too large");
   static constexpr ulong key =
-      ulong(role) | ulong(transposed) << 3 | ulong(columns) << 4 | ulong(rows) << 18 | ulong(threads) << 32 | salt_ << 43;
+      ulong(role) | ulong(transposed) << 3 | ulong(columns) << 4 | ulong(rows) << 18 | ulong(threads) << 32 |
+      salt_ << 43;
 };
 
 // What no thread has written.
@@ -56,6 +58,15 @@ __MH_PLAIN(constant)
 template <typename T>
 using plain = typename plain_type<T>::type;
 
+// Does a tensor in memory have the element (column, row), as far as an operation checks? Static extents it believes.
+template <typename Tensor>
+__MH_INLINE bool has(const Tensor& tensor, const thread long* at) {
+  bool inside = true;
+  for (uint r = 0; r < Tensor::get_rank(); ++r)
+    inside &= Tensor::get_static_extent(r) != metal::dynamic_extent || at[r] < long(tensor.get_extent(r));
+  return inside;
+}
+
 }  // namespace __mh
 
 #ifdef __NVPTX__
@@ -65,6 +76,24 @@ using plain = typename plain_type<T>::type;
 #endif
 
 namespace metal {
+
+template <typename Tensor>
+struct __cooperative_iterator {
+  Tensor* __tensor;
+  int __slot;
+  __MH_INLINE auto& operator*() const { return (*__tensor)[__slot]; }
+  __MH_INLINE thread __cooperative_iterator& operator++() thread {
+    ++__slot;
+    return *this;
+  }
+  __MH_INLINE __cooperative_iterator operator++(int) thread {
+    __cooperative_iterator before = *this;
+    ++__slot;
+    return before;
+  }
+  friend bool operator==(__cooperative_iterator a, __cooperative_iterator b) { return a.__slot == b.__slot; }
+  friend bool operator!=(__cooperative_iterator a, __cooperative_iterator b) { return a.__slot != b.__slot; }
+};
 
 template <typename ElementType, typename Extents, typename Layout>
 struct cooperative_tensor {
@@ -111,6 +140,85 @@ struct cooperative_tensor {
     index[0] = index_type(Layout::reduction ? element : element % Layout::columns);
     if constexpr (Extents::rank() == 2) index[1] = index_type(element / Layout::columns);
     return index;
+  }
+
+  // Over all slots, those without an element too.
+  typedef __cooperative_iterator<thread cooperative_tensor> iterator;
+  typedef __cooperative_iterator<const thread cooperative_tensor> const_iterator;
+  __MH_INLINE iterator begin() thread { return {this, 0}; }
+  __MH_INLINE iterator end() thread { return {this, int(get_capacity())}; }
+  __MH_INLINE const_iterator begin() const thread { return {this, 0}; }
+  __MH_INLINE const_iterator end() const thread { return {this, int(get_capacity())}; }
+  __MH_INLINE auto get_multidimensional_index(iterator at) const thread {
+    return get_multidimensional_index(at.__slot);
+  }
+  // Of a tensor's element, the one here that goes with it: of its row in a reduction of rows, of its column in one of
+  // columns, at its own place otherwise. This thread must have it: is_iterator_compatible.
+  template <typename Other>
+  __MH_INLINE iterator map_iterator(__cooperative_iterator<Other> at) thread {
+    return {this, __map(at)};
+  }
+  template <typename Other>
+  __MH_INLINE const_iterator map_iterator(__cooperative_iterator<Other> at) const thread {
+    return {this, __map(at)};
+  }
+  template <typename Other>
+  __MH_INLINE int __map(__cooperative_iterator<Other> at) const thread {
+    typedef typename __mh::plain<Other>::layout From;
+    static_assert(From::columns == Layout::columns && From::rows == Layout::rows && !From::reduction,
+                  "map_iterator: the iterator's tensor has another shape");
+    int element = at.__tensor->__placement.element(at.__slot);
+    if (element < 0) return 0;
+    int slot = __placement.find(Layout::role == __mh::ROWS      ? element / Layout::columns
+                                : Layout::role == __mh::COLUMNS ? element % Layout::columns
+                                                                : element);
+    if (slot >= 0) return slot;
+    __mh_tensor_fault(__MH_FAULT_INCOMPATIBLE);
+    return 0;
+  }
+
+  // All elements from a tensor in memory, whose dimensions of size 1 serve for all; 0 beyond its dynamic extents.
+  template <typename Element, typename TensorExtents, typename... Tags>
+  __MH_INLINE void load(const tensor<Element, TensorExtents, tensor_inline, Tags...>& from) thread {
+    __check_memory<tensor<Element, TensorExtents, tensor_inline, Tags...>, true>();
+    for (int i = 0; i < Layout::slots; ++i) {
+      long at[2];
+      if (i >= __placement.capacity() || !__locate(i, at)) continue;
+      for (uint r = 0; r < get_rank(); ++r)
+        if (from.get_extent(r) == 1) at[r] = 0;
+      __elements[i] = ElementType(0);
+      if (!__mh::has(from, at)) continue;
+      __MH_TENSOR_LOAD(ElementType value = from.__at(at);)
+      __elements[i] = value;
+    }
+  }
+  // All elements to a tensor in memory; those beyond its dynamic extents are dropped.
+  template <typename Element, typename TensorExtents, typename... Tags>
+  __MH_INLINE void store(thread tensor<Element, TensorExtents, tensor_inline, Tags...>& to) const thread {
+    __check_memory<tensor<Element, TensorExtents, tensor_inline, Tags...>, false>();
+    for (int i = 0; i < Layout::slots; ++i) {
+      long at[2];
+      if (i >= __placement.capacity() || !__locate(i, at) || !__mh::has(to, at)) continue;
+      ElementType value = __elements[i];
+      __MH_TENSOR_STORE(to.__at(at) = value;)
+    }
+  }
+  __MH_INLINE bool __locate(int slot, thread long* at) const thread {
+    int element = __placement.element(slot);
+    at[0] = Layout::reduction ? element : element % Layout::columns, at[1] = element / Layout::columns;
+    return element >= 0;
+  }
+  template <typename Tensor, bool broadcast>
+  static constexpr void __check_memory() {
+    static_assert(Tensor::get_rank() == Extents::rank(), "the tensor has another number of dimensions");
+    static_assert(is_same_v<typename Tensor::value_type, ElementType>, "the tensor's elements have another type");
+    static_assert((__covers<Tensor, broadcast>(0) && __covers<Tensor, broadcast>(Extents::rank() - 1)),
+                  "the tensor's static extents are smaller than the cooperative tensor's");
+  }
+  template <typename Tensor, bool broadcast>
+  static constexpr bool __covers(uint r) {
+    return Tensor::get_static_extent(r) >= Extents::static_extent(r) ||
+           (broadcast && Tensor::get_static_extent(r) == 1);
   }
 
   template <typename Other, typename OtherLayout>

@@ -57,12 +57,20 @@ struct __mh_context_t {
 #define __MH_MATRIX_STORE(statement) \
   __mh_matrix_access(2);             \
   statement __mh_matrix_access(0);
+#define __MH_TENSOR_LOAD(statement) \
+  __mh_matrix_access(3);            \
+  statement __mh_matrix_access(0);
+#define __MH_TENSOR_STORE(statement) \
+  __mh_matrix_access(4);             \
+  statement __mh_matrix_access(0);
 #else
 #define __mh_tensor_fault(fault)
 #define __MH_TRANSCENDENTAL
 #define __MH_ATOMIC(statement) statement;
 #define __MH_MATRIX_LOAD(statement) statement
 #define __MH_MATRIX_STORE(statement) statement
+#define __MH_TENSOR_LOAD(statement) statement
+#define __MH_TENSOR_STORE(statement) statement
 #endif
 
 inline __attribute__((always_inline)) uint __mh_lane() {

@@ -92,8 +92,8 @@ __MH_TYPE_NUMBER(uchar, 5)
 __MH_TYPE_NUMBER(int, 6)
 #undef __MH_TYPE_NUMBER
 
-// The documented combinations of element types (Metal Shading Language 4.0, tables 7.3 and 7.4; uchar as char): bytes give
-// int32; float takes every pair with a floating-point type; half and bfloat take no float, and one of themselves.
+// The documented combinations of element types (Metal Shading Language 4.0, tables 7.3 and 7.4; uchar as char): bytes
+// give int32; float takes every pair with a floating-point type; half and bfloat take no float, and one of themselves.
 template <typename L, typename R, typename T>
 struct combination {
   template <typename A>
@@ -119,20 +119,22 @@ struct product_shape {
   static_assert(m != 0xffff && n != 0xffff && k != 0xffff,
                 "matmul2d_descriptor: m, n and k must be positive and below 65535; k may be dynamic");
   // An operand's size as it is stored; of a destination or of what it is reduced to: the destination's.
-  static constexpr int columns(int role) {
-    return role == LEFT ? (transpose_left ? m : k) : role == RIGHT && transpose_right ? k : n;
+  // `inner`: of a part of it along k.
+  static constexpr int columns(int role, int inner) {
+    return role == LEFT ? (transpose_left ? m : inner) : role == RIGHT && transpose_right ? inner : n;
   }
-  static constexpr int rows(int role) {
-    return role == RIGHT ? (transpose_right ? n : k) : role == LEFT && transpose_left ? k : m;
+  static constexpr int rows(int role, int inner) {
+    return role == RIGHT ? (transpose_right ? n : inner) : role == LEFT && transpose_left ? inner : m;
   }
   static constexpr bool transposed(int role) {
     return role == LEFT ? transpose_left : role == RIGHT ? transpose_right : false;
   }
+  // The layout may depend on all of the descriptor and on the types.
   template <typename L, typename R, typename T>
-  static constexpr ulong salt =
-      ((bits ^ bits >> 13 ^ bits >> 31) * 512 + type_number<L> * 64 + type_number<R> * 8 + type_number<T>)&0x1fffff;
+  static constexpr ulong salt = (bits * 0x9E3779B97F4A7C15ul >> 52) << 9 | type_number<L> << 6 | type_number<R> << 3 |
+                                type_number<T>;
   template <int role, typename L, typename R, typename T>
-  using layout = tensor_layout<role, columns(role), rows(role), transposed(role), threads, salt<L, R, T>>;
+  using layout = tensor_layout<role, columns(role, k), rows(role, k), transposed(role), threads, salt<L, R, T>>;
 };
 
 template <typename T>
@@ -158,6 +160,20 @@ using operand_element = typename operand_traits<plain<T>>::element;
 template <typename T>
 constexpr bool is_operand = operand_traits<plain<T>>::memory || operand_traits<plain<T>>::cooperative;
 
+// The inner dimension: the descriptor's, or if that is dynamic the left operand's.
+template <typename Shape, typename Left, typename Right>
+__MH_INLINE long inner_size(const thread Left& left, const thread Right& right) {
+  if constexpr (Shape::dynamic) {
+    constexpr uint right_axis = Shape::transpose_right ? 0 : 1;
+    long inner = long(left.get_extent(Shape::transpose_left ? 1 : 0));
+    bool believed = Right::get_static_extent(right_axis) != metal::dynamic_extent;
+    if (believed && long(right.get_extent(right_axis)) < inner) __mh_tensor_fault(__MH_FAULT_EXTENTS);
+    return inner;
+  } else {
+    return Shape::k;
+  }
+}
+
 template <typename Coord, typename Layout>
 struct extents_of {
   typedef metal::extents<Coord, Layout::columns, Layout::rows> type;
@@ -173,12 +189,23 @@ struct extents_of<Coord, tensor_layout<COLUMNS, columns, rows, transposed, threa
 template <typename T, typename Coord, typename Layout>
 using tensor_with = metal::cooperative_tensor<T, typename extents_of<Coord, Layout>::type, Layout>;
 
+}  // namespace __mh
+
+#ifdef __NVPTX__
+#include "nvptx_matmul2d.h"
+#else
+#include "cpu_matmul2d.h"
+#endif
+
+namespace __mh {
+
 // What a product's operands must be. A class, to be told with the place of the call.
 template <typename Shape, typename Left, typename Right, typename T>
 struct checked_inputs {
   static constexpr bool left = operand_traits<Left>::cooperative, right = operand_traits<Right>::cooperative;
   static constexpr int m = Shape::m, n = Shape::n, k = Shape::k;
-  static_assert(multiplies<operand_element<Left>, operand_element<Right>, T>, "matmul2d: no such combination of element types");
+  static_assert(multiplies<operand_element<Left>, operand_element<Right>, T>,
+                "matmul2d: no such combination of element types");
   static_assert(!(left || right) || Shape::threads == 32, "Input cooperative tensors require a single SIMD group");
   static_assert(!(left || right) || !Shape::dynamic,
                 "Inner dimension cannot be dynamic with input cooperative tensors");
@@ -188,11 +215,28 @@ struct checked_inputs {
                 "At least one of M, N, K must be 32 if both inputs are cooperative tensors");
   static constexpr bool value = true;
 };
+// Static extents are not checked against on a Mac: the operation reads and writes whole tiles.
+template <typename Shape, int role, typename Tensor>
+struct checked_extents {
+  static constexpr bool value = true;
+};
+template <typename Shape, int role, typename Element, typename Extents, typename... Tags>
+struct checked_extents<Shape, role, metal::tensor<Element, Extents, metal::tensor_inline, Tags...>> {
+  static constexpr bool covers(uint axis, int size) {
+    return Extents::static_extent(axis) == metal::dynamic_extent || Extents::static_extent(axis) >= size_t(size);
+  }
+  static_assert(covers(0, Shape::columns(role, Shape::k)) && covers(1, Shape::rows(role, Shape::k)),
+                "matmul2d: the operand's static extents are smaller than the descriptor's");
+  static constexpr bool value = true;
+};
 template <typename Tensor, typename Expected>
 struct checked_tensor {
-  static_assert(!operand_traits<Tensor>::cooperative ||
-                    metal::is_same_v<typename Tensor::layout, typename Expected::layout>,
-                "matmul2d: the cooperative tensor is of another operation, of another operand or for other element types");
+  static constexpr bool value = true;
+};
+template <typename T, typename Extents, typename Layout, typename Expected>
+struct checked_tensor<metal::cooperative_tensor<T, Extents, Layout>, Expected> {
+  static_assert(metal::is_same_v<Layout, typename Expected::layout>,
+                "matmul2d: the cooperative tensor is of another operation or operand, or for other element types");
   static constexpr bool value = true;
 };
 
@@ -208,6 +252,9 @@ class matmul2d {
   typedef __mh::product_shape<Descriptor, __threads> __shape;
   template <typename L, typename R, typename T, int role>
   using __layout = typename __shape::template layout<role, L, R, T>;
+  template <typename Left, typename Right, typename T, typename Coord, int role>
+  using __result = __mh::tensor_with<
+      T, Coord, __layout<__mh::operand_element<Left>, __mh::operand_element<Right>, T, role>>;
 
  public:
   using scope = Scope;
@@ -223,14 +270,11 @@ class matmul2d {
   using cooperative_tensor_right_input_t = __mh::tensor_with<R, Coord, __layout<L, R, T, __mh::RIGHT>>;
   // Left, Right: types of the operands, in memory or cooperative.
   template <typename Left, typename Right, typename T, typename Coord = int>
-  using cooperative_tensor_destination_t =
-      __mh::tensor_with<T, Coord, __layout<__mh::operand_element<Left>, __mh::operand_element<Right>, T, __mh::DESTINATION>>;
+  using cooperative_tensor_destination_t = __result<Left, Right, T, Coord, __mh::DESTINATION>;
   template <typename Left, typename Right, typename T, typename Coord = int>
-  using cooperative_tensor_row_reduction_destination_t =
-      __mh::tensor_with<T, Coord, __layout<__mh::operand_element<Left>, __mh::operand_element<Right>, T, __mh::ROWS>>;
+  using cooperative_tensor_row_reduction_destination_t = __result<Left, Right, T, Coord, __mh::ROWS>;
   template <typename Left, typename Right, typename T, typename Coord = int>
-  using cooperative_tensor_column_reduction_destination_t =
-      __mh::tensor_with<T, Coord, __layout<__mh::operand_element<Left>, __mh::operand_element<Right>, T, __mh::COLUMNS>>;
+  using cooperative_tensor_column_reduction_destination_t = __result<Left, Right, T, Coord, __mh::COLUMNS>;
 
 #define __MH_INPUT(side, Element)                                                                                      \
   template <typename L, typename R, typename T, typename Coord = int>                                                  \
@@ -286,9 +330,36 @@ class matmul2d {
     static_assert(__mh::checked_tensor<Left, cooperative_tensor_left_input_t<L, R, T>>::value, "");
     static_assert(__mh::checked_tensor<Right, cooperative_tensor_right_input_t<L, R, T>>::value, "");
     static_assert(__mh::checked_tensor<Destination, cooperative_tensor_destination_t<Left, Right, T>>::value, "");
+    static_assert(__mh::checked_extents<__shape, __mh::LEFT, Left>::value, "");
+    static_assert(__mh::checked_extents<__shape, __mh::RIGHT, Right>::value, "");
+    static_assert(__mh::checked_extents<__shape, __mh::DESTINATION, Destination>::value, "");
     __mh::multiply<__shape>(left, right, destination);
   }
 };
+
+#define __MH_REDUCE(name, kind, what)                                                                              \
+  /* One result for each; `identity` is where it starts, 0 if left out, whatever the operation. */                 \
+  template <typename T, typename SourceExtents, typename Extents, typename SourceLayout, typename Layout>          \
+  __MH_INLINE void name(thread metal::cooperative_tensor<T, SourceExtents, SourceLayout>& source,                  \
+                        thread metal::cooperative_tensor<T, Extents, Layout>& destination,                         \
+                        reduction_operation operation = reduction_operation::sum,                                  \
+                        T identity = reduction_operation_identity<T>::sum_identity) {                              \
+    static_assert(SourceLayout::role == __mh::DESTINATION && Layout::role == __mh::kind &&                         \
+                      SourceLayout::rows == Layout::rows && SourceLayout::columns == Layout::columns,              \
+                  #name ": the destination must be the operation's for the reduction of " what);                   \
+    static_assert(SourceLayout::threads == 32, #name ": the operation's scope must be execution_simdgroup");       \
+    __mh::reduce(source, destination, 1 + uint(operation), identity);                                              \
+  }
+__MH_REDUCE(reduce_rows, ROWS, "rows")
+__MH_REDUCE(reduce_columns, COLUMNS, "columns")
+#undef __MH_REDUCE
+
+// May destination.map_iterator(iterator of source) be called?
+template <typename S, typename T, typename SourceExtents, typename Extents, typename SourceLayout, typename Layout>
+__MH_INLINE bool is_iterator_compatible(const thread metal::cooperative_tensor<S, SourceExtents, SourceLayout>& source,
+                                        const thread metal::cooperative_tensor<T, Extents, Layout>& destination) {
+  return source.__placement.maps_to(destination.__placement);
+}
 
 }  // namespace tensor_ops
 }  // namespace mpp

@@ -1,5 +1,5 @@
-// <metal_tensor>: extents, and tensors that a kernel makes itself over memory (tensor_inline). Tensors that the host binds
-// do not exist: torch cannot bind one.
+// <metal_tensor>: extents, and tensors that a kernel makes itself over memory (tensor_inline). Tensors that the host
+// binds do not exist: torch cannot bind one.
 #pragma once
 
 #define __MH_INLINE inline __attribute__((always_inline, convergent))
@@ -37,7 +37,7 @@ struct extents {
       else
         __sizes[r] = Index(static_extent(r));
   }
-  constexpr index_type extent(rank_type r) const thread { return __sizes[r]; }
+  constexpr index_type extent(rank_type r) const { return __sizes[r]; }
 };
 
 template <typename Index, size_t Rank, size_t... Extents>
@@ -74,7 +74,8 @@ __MH_TENSOR_VALUES(long)
 
 template <typename Element, typename Extents, typename Descriptor = tensor_handle, typename... Tags>
 struct tensor {
-  static_assert(!is_same_v<Descriptor, Descriptor>, "only tensors with tensor_inline exist: no host binds a tensor_handle");
+  static_assert(!is_same_v<Descriptor, Descriptor>,
+                "only tensors with tensor_inline exist: no host binds a tensor_handle");
 };
 
 template <typename Element, typename Extents, typename... Tags>
@@ -95,8 +96,8 @@ struct tensor<Element, Extents, tensor_inline, Tags...> {
 
   static constexpr size_t get_rank() { return Extents::rank(); }
   static constexpr size_t get_static_extent(rank_type r) { return Extents::static_extent(r); }
-  index_type get_extent(rank_type r) const thread { return __extents.extent(r); }
-  index_type get_stride(rank_type r) const thread { return __strides[r]; }
+  index_type get_extent(rank_type r) const { return __extents.extent(r); }
+  index_type get_stride(rank_type r) const { return __strides[r]; }
 
   tensor(data_handle_type data, Extents sizes) : __data(data), __extents(sizes) {
     index_type stride = 1;
@@ -111,12 +112,12 @@ struct tensor<Element, Extents, tensor_inline, Tags...> {
     for (uint r = 0; r < Rank; ++r) __strides[r] = index_type(strides[r]);
   }
 
-  bool __inside(const thread long* at) const thread {
+  bool __inside(const thread long* at) const {
     bool inside = true;
     for (uint r = 0; r < Extents::rank(); ++r) inside &= at[r] >= 0 && at[r] < long(get_extent(r));
     return inside;
   }
-  reference __at(const thread long* at) const thread {
+  reference __at(const thread long* at) const {
     long offset = 0;
     for (uint r = 0; r < Extents::rank(); ++r) offset += at[r] * long(__strides[r]);
     return __data[offset];
@@ -124,7 +125,7 @@ struct tensor<Element, Extents, tensor_inline, Tags...> {
 
   // C++17 has no t[x, y].
   template <typename I>
-  __MH_INLINE reference operator[](array<I, Extents::rank()> indices) const thread {
+  __MH_INLINE reference operator[](array<I, Extents::rank()> indices) const {
     long at[Extents::rank()];
     for (uint r = 0; r < Extents::rank(); ++r) at[r] = long(indices[r]);
     if (!__inside(at)) __mh_tensor_fault(__MH_FAULT_EXTENTS);
@@ -132,24 +133,26 @@ struct tensor<Element, Extents, tensor_inline, Tags...> {
   }
   // 0 outside, where stores are dropped.
   template <typename I>
-  __MH_INLINE value_type load(array<I, Extents::rank()> indices) const thread {
+  __MH_INLINE value_type load(array<I, Extents::rank()> indices) const {
     long at[Extents::rank()];
     for (uint r = 0; r < Extents::rank(); ++r) at[r] = long(indices[r]);
     return __inside(at) ? value_type(__at(at)) : value_type(0);
   }
-  template <typename... I, typename = enable_if_t<sizeof...(I) == Extents::rank() && conjunction<is_integral<I>...>::value>>
-  __MH_INLINE value_type load(I... indices) const thread {
+  template <typename... I>
+  using __indices = enable_if_t<sizeof...(I) == Extents::rank() && conjunction<is_integral<I>...>::value>;
+  template <typename... I, typename = __indices<I...>>
+  __MH_INLINE value_type load(I... indices) const {
     long at[] = {long(indices)...};
     return __inside(at) ? value_type(__at(at)) : value_type(0);
   }
   template <typename I>
-  __MH_INLINE void store(value_type value, array<I, Extents::rank()> indices) const thread {
+  __MH_INLINE void store(value_type value, array<I, Extents::rank()> indices) const {
     long at[Extents::rank()];
     for (uint r = 0; r < Extents::rank(); ++r) at[r] = long(indices[r]);
     if (__inside(at)) __at(at) = value;
   }
-  template <typename... I, typename = enable_if_t<sizeof...(I) == Extents::rank() && conjunction<is_integral<I>...>::value>>
-  __MH_INLINE void store(value_type value, I... indices) const thread {
+  template <typename... I, typename = __indices<I...>>
+  __MH_INLINE void store(value_type value, I... indices) const {
     long at[] = {long(indices)...};
     if (__inside(at)) __at(at) = value;
   }
@@ -160,7 +163,7 @@ struct tensor<Element, Extents, tensor_inline, Tags...> {
   };
   // The part from `indices` on, of static sizes, or with dynamic_extent (or no sizes at all) as much as there is.
   template <size_t... Sizes, typename... I>
-  __MH_INLINE auto slice(I... indices) const thread {
+  __MH_INLINE auto slice(I... indices) const {
     static_assert(sizeof...(I) == Extents::rank(), "slice takes an index for each dimension");
     if constexpr (sizeof...(Sizes) == 0) {
       return __dynamic_slice<>(indices...);
@@ -170,14 +173,14 @@ struct tensor<Element, Extents, tensor_inline, Tags...> {
     }
   }
   template <size_t... Sizes, typename... I>
-  __MH_INLINE auto __dynamic_slice(I... indices) const thread {
+  __MH_INLINE auto __dynamic_slice(I... indices) const {
     if constexpr (sizeof...(Sizes) == Extents::rank())
       return __sliced<typename __slice<Sizes...>::type>(indices...);
     else
       return __dynamic_slice<Sizes..., dynamic_extent>(indices...);
   }
   template <typename Slice, typename... I>
-  __MH_INLINE Slice __sliced(I... indices) const thread {
+  __MH_INLINE Slice __sliced(I... indices) const {
     long at[] = {long(indices)...};
     array<index_type, Extents::rank()> strides;
     typename Slice::extents_type sizes;
