@@ -31,8 +31,7 @@ def metal_on(device: str = "cpu", version: str | None = None) -> Iterator[None]:
 def decode_serves_all(patch: pytest.MonkeyPatch) -> None:
     """The decode tier computes calls of any number of queries and keys, the keys of all but the shortest in splits."""
     replace_tier(patch, decode.TIER.name, limits=lambda p: launch.limits(p, decode.MAX_HEAD_DIM))
-    patch.setattr(decode, "_ROUNDS", 1)
-    patch.setattr(decode, "_KEYS_OF_A_ROW", 1)
+    patch.setattr(decode, "cheapest", lambda groups, rounds, *_: min(rounds, decode.MAX_SPLITS))
     shapes = decode.shapes
     small = {"units": 2, "keys": 8}
     patch.setattr(decode, "shapes", lambda *how: tuple(variant._replace(**small) for variant in shapes(*how)[:1]))

@@ -88,15 +88,21 @@ def keys(s: Specialization) -> Trial:
 
 
 def mask(s: Specialization) -> Trial:
-    """*Mask*: the gradient of the mask, in the mask's own shape."""
+    """*Mask*: the gradient of the mask, in the mask's own shape: one for all along the axes where it is broadcast."""
     exact = _exact(s, s.variant.passing, s.variant.held * s.variant.simdgroups)
     p = exact.p
     assert p.mask is not None
     wanted = frozenset({"mask"})
-    found = reference.backward(trial.in_fp32(p), exact.out.float(), exact.lse, exact.dout.float(), None, wanted).dmask
+    each = reference.backward(trial.in_fp32(p), exact.out.float(), exact.lse, exact.dout.float(), None, wanted).dmask
+    assert each is not None
+    axes = [axis for axis, stride in enumerate(p.mask.stride()) if stride == 0]
+    p = dataclasses.replace(p, mask=p.mask[tuple(slice(0, 1 if axis in axes else None) for axis in range(4))])
+    assert p.mask is not None
+    total, magnitude = (x.sum(axes, keepdim=True) if axes else x for x in (each, each.abs()))
     names = ("mask_batches", "mask_heads", "mask_rows", "mask_columns")
     tensors = {**_inputs(exact), "terms": _terms(exact), "dmask": trial.unwritten(tuple(p.mask.shape), p.mask.dtype)}
-    return Trial(p, tensors, {"dmask": _expected(s, found)}, dict(zip(names, p.mask.shape, strict=True)))
+    expected = Expected(total, _rounding(s, magnitude, total) + 1e-5)
+    return Trial(p, tensors, {"dmask": expected}, dict(zip(names, p.mask.shape, strict=True)))
 
 
 def _exact(s: Specialization, queries: int, keys: int) -> _Exact:
@@ -119,8 +125,9 @@ def _gradients(p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor, dout: 
 
 
 def _inputs(exact: _Exact) -> dict[str, torch.Tensor | None]:
-    p = exact.p
-    return {"q": p.q, "k": p.k, "v": p.v, "dout": exact.dout}
+    """A query that sees nothing gives nothing, whatever the gradient of its output is."""
+    p, nothing = exact.p, (exact.lse == -torch.inf).transpose(-1, -2)[..., None]
+    return {"q": p.q, "k": p.k, "v": p.v, "dout": exact.dout.masked_fill(nothing, torch.nan)}
 
 
 def _terms(exact: _Exact) -> torch.Tensor:

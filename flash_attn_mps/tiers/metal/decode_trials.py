@@ -14,18 +14,22 @@ from .specialization import Specialization
 from .trial import Expected, Trial
 
 _SPLITS = 3
-_SPLITS_TO_COMBINE = 6  # more than the simdgroups that take them in turn
+_BEYOND_WINDOW = 20  # keys: of the others each unit has two blocks, so that the maximum of a row grows
+_SPLITS_TO_COMBINE = 10  # more than the simdgroups that take them in turn
 
 
 def decode(s: Specialization) -> Trial:
     """Two tiles and more, and keys for every unit of a threadgroup twice; the results are whole, or in splits."""
     a_round, queries = s.variant.units * s.variant.keys, s.variant.rows // s.variant.heads_in_tile + 3
+    heads = s.variant.heads_in_tile
     if "partial_o" not in s.buffers:
-        made = trial.forward(s, queries, 2 * a_round + 13, heads=s.variant.heads_in_tile)
+        keys = 2 * a_round + 13
+        made = trial.forward(s, queries, keys, heads=heads, left=keys - _BEYOND_WINDOW)
         parameters = {"splits": 1, "partial_rows": _rows(made.problem)}
         problem = dataclasses.replace(made.problem, num_splits=1)
         return Trial(problem, {**made.tensors, "partial_o": None, "partial_m_l": None}, made.expected, parameters)
-    p = trial.problem(s, queries, 3 * a_round + 40, seen=False, heads=s.variant.heads_in_tile)
+    keys = 3 * a_round + 40
+    p = trial.problem(s, queries, keys, seen=False, heads=heads, left=keys - _BEYOND_WINDOW)
     p = dataclasses.replace(p, num_splits=_SPLITS)
     longest = p.max_seqlen_k if p.window_left < 0 else min(p.max_seqlen_k, p.window_left + p.max_seqlen_q)
     splits = min(_SPLITS, -(-longest // a_round))  # as `splits_of` has it
@@ -54,7 +58,7 @@ def decode(s: Specialization) -> Trial:
 
 
 def combine(s: Specialization) -> Trial:
-    """Of as many parts as a sequence has, others hold NaN. Every key is seen: parts follow from lengths."""
+    """Of as many parts as a sequence has, others hold NaN: parts follow from lengths. One row has seen no key."""
     a_round, queries = s.variant.units * s.variant.keys, s.variant.rows // s.variant.heads_in_tile + 3
     p = trial.problem(s, queries, _SPLITS_TO_COMBINE * a_round - 5, seen=False, heads=s.variant.heads_in_tile)
     p = dataclasses.replace(
@@ -66,12 +70,14 @@ def combine(s: Specialization) -> Trial:
     generator = torch.Generator("cpu").manual_seed(0)
     m_l = torch.rand((_SPLITS_TO_COMBINE, _rows(p), 2), generator=generator, dtype=torch.float32, device="cpu") + 0.5
     m_l[..., 0] = 8.0 * m_l[..., 0] / _unit(p)
+    m_l[:, 1], m_l[:, 1, 0] = 0.0, -torch.inf
     o = torch.randn(
         (_SPLITS_TO_COMBINE, _rows(p), -(-s.head_dim_v // 8) * 8),
         generator=generator,
         dtype=torch.float32,
         device="cpu",
     )
+    o[:, 1] = 0.0
     queries_of, parts = trial.lengths_of_rows(p)
     parts = torch.where(
         parts > 0, -(-parts // (-(-parts // (_SPLITS_TO_COMBINE * a_round)) * a_round).clamp(min=1)), parts
@@ -94,9 +100,17 @@ def _rows(p: AttentionProblem) -> int:
     return p.q.numel() // p.q.shape[-1]
 
 
-def _unit(p: AttentionProblem) -> float:
-    """What makes a difference of the scores that kernels keep one of base e: SCORES_ARE_SCALED in scoring.metal."""
-    return 1.0 if trial.scores_are_scaled(p) else float(p.softmax_scale)
+def _unit(p: AttentionProblem) -> torch.Tensor:
+    """What makes a difference of the scores that kernels keep one of base e: SCORES_ARE_SCALED in scoring.metal.
+
+    For each row of the partial results; the codes of a sequence's keys have a scale of their own.
+    """
+    unit = torch.ones(_rows(p) // p.heads, dtype=torch.float32, device="cpu")
+    if not trial.scores_are_scaled(p):
+        unit *= float(p.softmax_scale)
+        for b, rows in enumerate(trial.rows_of_sequences(p)):
+            unit[rows] *= 1.0 if p.k_descale is None else p.k_descale[b, 0]
+    return unit.repeat_interleave(p.heads)
 
 
 def _combined(

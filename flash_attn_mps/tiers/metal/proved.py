@@ -18,7 +18,7 @@ from . import gpu, refusals, store
 
 PROVE = "MTLFLASHATTN_PROVE"
 _CHOICES = ("off", "once", "always")
-_TRIALS = 1  # counts up when trials change: what passed the old ones proves itself again
+_TRIALS = 2  # counts up when trials change: what passed the old ones proves itself again
 _known: set[str] | None = None  # None: the file has not been read
 _unknown: set[str] = set()  # values of the variable that are no choice
 

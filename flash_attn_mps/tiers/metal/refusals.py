@@ -33,8 +33,8 @@ _KNOWN = (
 
 
 def not_compiled(error: Exception) -> Refusal:
-    """The compiler's refusal, or its crash."""
-    why = _first_line(error)
+    """The compiler's refusal, or its crash. A log may begin with warnings."""
+    why = next((line for line in str(error).splitlines() if ": error: " in line), _first_line(error))
     known = next((sentence for text, sentence in _KNOWN if text in str(error).lower()), "")
     return Refusal("did not compile", why, known)
 

@@ -36,12 +36,13 @@ def _refusal(m: Movement, compiled: Any) -> Refusal | None:
     try:
         device = torch.device(next(iter(compiler.device_types)))
         step = _Step(m)
+        expected = step.expected()  # before a device that shares the CPU's memory writes there
         tensors = {name: prove.moved(t, device) for name, t in step.tensors.items()}
         asked, values, threads, group_size = movement.arguments(m.kernel, *step.arguments(tensors))
         if asked != m:
             raise AssertionError(f"its trial is for {asked}")
         compiled(*values, threads=threads, group_size=group_size)
-        return prove.found_wrong(tensors, step.expected())
+        return prove.found_wrong(tensors, expected)
     except Exception as error:  # whatever happens here would happen in the caller's program
         return refusals.broke(error)
 
@@ -53,8 +54,9 @@ class _Step:
         self.m, self.generator = m, torch.Generator(_CPU).manual_seed(0)
         self.dtype, given = _DTYPES[m.dtype], frozenset(m.buffers)
         self.lengths_q = [3, 0, 2] if "cu_seqlens_q" in given else [2] * _BATCH
-        self.lengths_new = [2, 0, 3] if "cu_seqlens_k_new" in given else [2] * _BATCH
-        self.cached = [0, 3, _ROOM - 1] if "cached" in given else [_ROOM - 1] * _BATCH
+        self.lengths_new = [0, 2, 3] if "cu_seqlens_k_new" in given else [2] * _BATCH
+        # A row of the second sequence has no place; behind the last one there is that of a row which nobody writes.
+        self.cached = [0, _ROOM - 1, 3] if "cached" in given else [_ROOM - 1] * _BATCH
         self.starts = [1, _POSITIONS - 1, 4] if "start" in given else [_POSITIONS - 1] * _BATCH
         self.tensors: dict[str, torch.Tensor] = {}
         if "q" in given:

@@ -27,6 +27,8 @@ _DTYPES = {
     "uchar": torch.bool,
 }
 _CODES = {"e4m3": torch.uint8, "e5m2": torch.float8_e5m2, "int8": torch.int8}  # uint8: MPS has no float8_e4m3fn
+# Of sequences by turns: with the second the floats' codes are mostly subnormal numbers, which a GPU might take for 0.
+_DESCALES = {"e4m3": (0.5, 2.0**6), "e5m2": (0.5, 2.0**14), "int8": (2.0**-5, 2.0**-4)}
 
 _PAGE = 16
 _UNUSED, _BEHIND = 2, 3  # rows that seqused_q, seqused_k leave out of a packed sequence; rows behind the last sequence
@@ -64,9 +66,9 @@ class Trial(NamedTuple):
     parameters: Mapping[str, int] = MappingProxyType({})
 
 
-def forward(s: Specialization, seqlen_q: int, seqlen_k: int, *, heads: int = 2) -> Trial:
+def forward(s: Specialization, seqlen_q: int, seqlen_k: int, *, heads: int = 2, left: int | None = None) -> Trial:
     """A launch with `launch.FORWARD_BUFFERS`: see `problem`."""
-    p = problem(s, seqlen_q, seqlen_k, heads=heads)
+    p = problem(s, seqlen_q, seqlen_k, heads=heads, left=left)
     exact = reference.run(in_fp32(p))
     assert exact.lse is not None
     expected, to = {"out": Expected(exact.out, allowed(p))}, outputs(p)
@@ -113,24 +115,32 @@ def scores_are_scaled(p: AttentionProblem) -> bool:
     return p.softcap > 0 or p.alibi_slopes is not None or (p.mask is not None and p.mask.dtype != torch.bool)
 
 
+def rows_of_sequences(p: AttentionProblem) -> list[slice]:
+    """The rows of q that each sequence has, flat."""
+    starts = p.cu_seqlens_q.tolist() if p.cu_seqlens_q is not None else [p.max_seqlen_q * b for b in range(p.batch + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(starts)]
+
+
 def lengths_of_rows(p: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor]:
     """Of every row of q, flat: is it a query, and how many keys has its sequence?"""
-    starts = p.cu_seqlens_q.tolist() if p.cu_seqlens_q is not None else [p.max_seqlen_q * b for b in range(p.batch + 1)]
     exists = torch.zeros(p.q.shape[:-2].numel(), dtype=torch.bool, device=_CPU)
     keys = torch.zeros(exists.shape, dtype=torch.int64, device=_CPU)
     of_k = [p.max_seqlen_k] * p.batch if p.cu_seqlens_k is None else p.cu_seqlens_k.diff().tolist()
-    for b, (start, end) in enumerate(itertools.pairwise(starts)):
-        count = end - start if p.seqused_q is None else min(end - start, int(p.seqused_q[b]))
-        exists[start : start + count] = True
-        keys[start:end] = of_k[b] if p.seqused_k is None else min(of_k[b], int(p.seqused_k[b]))
+    for b, rows in enumerate(rows_of_sequences(p)):
+        count = rows.stop - rows.start if p.seqused_q is None else min(rows.stop - rows.start, int(p.seqused_q[b]))
+        exists[rows.start : rows.start + count] = True
+        keys[rows] = of_k[b] if p.seqused_k is None else min(of_k[b], int(p.seqused_k[b]))
     return exists, keys
 
 
-def problem(s: Specialization, seqlen_q: int, seqlen_k: int, *, seen: bool = True, heads: int = 2) -> AttentionProblem:
+def problem(
+    s: Specialization, seqlen_q: int, seqlen_k: int, *, seen: bool = True, heads: int = 2, left: int | None = None
+) -> AttentionProblem:
     """A problem whose kernel is specialised as `s`, if its other tensors of rows are contiguous or made by `rows`.
 
     seqlen_q, seqlen_k: of the longest sequence; the others have fewer where `s` knows of lengths. `seen`: does some
     query see values that are NaN or very large? A gradient would be nothing else then. `heads`: of one KV head.
+    `left`: how far the window reaches, if it ends there; a third of the keys by default.
     """
     generator = torch.Generator(_CPU).manual_seed(0)
     has = frozenset(s.buffers)
@@ -152,8 +162,7 @@ def problem(s: Specialization, seqlen_q: int, seqlen_k: int, *, seen: bool = Tru
     kv_dtype = _CODES[s.kv_format] if s.kv_format else dtype
     k = rows((*shape_k, 1, s.head_dim), s.vector, kv_dtype)
     v = rows((*shape_k, 1, s.head_dim_v), s.vector_v, kv_dtype)
-    unit = 1.0 if not s.kv_format else 2.0**-5 if s.kv_format == "int8" else 0.5
-    descales = unit * 2.0 ** torch.arange(batch, dtype=torch.float32, device=_CPU)[:, None].expand(batch, 1)
+    descales = torch.tensor(_DESCALES.get(s.kv_format, (1.0,)) * batch, device=_CPU)[:batch, None]
     tensors |= {name: descales for name in ("k_descale", "v_descale") if name in has}
     strange = [_strange_key(s, n, seen) for n in lengths_k]
     for b in range(batch):
@@ -192,7 +201,7 @@ def problem(s: Specialization, seqlen_q: int, seqlen_k: int, *, seen: bool = Tru
         batch=batch,
         max_seqlen_q=longest[0],
         max_seqlen_k=longest[1],
-        window_left=seqlen_k // 3 if s.left else -1,
+        window_left=(seqlen_k // 3 if left is None else left) if s.left else -1,
         window_right=_WINDOW_RIGHT if s.right else -1,
         softcap=_SOFTCAP if s.softcap else 0.0,
         dropout_p=_DROPOUT if s.dropout else 0.0,

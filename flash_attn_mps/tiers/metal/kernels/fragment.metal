@@ -49,15 +49,18 @@ struct Slab {
   // Right operand, transposed: the rows in memory are the columns of the fragment, and a lane has two of them.
   template <typename Row>
   METAL_FUNC static void load_right_transposed(thread Operand* to, Row row0, Row row1, Lane lane) {
-    load_right_transposed_slab(to + FIRST, row0, row1, lane);
+    int begin = right_transposed_begin(lane);
+    load_right_transposed_from<W, 0>(to + FIRST, row0 + begin, row1 + begin, lane);
     Rest::load_right_transposed(to, row0, row1, lane);
   }
-  template <typename Row>
-  METAL_FUNC static void load_right_transposed_slab(thread Operand* to, Row row0, Row row1, Lane lane) {
-    T x[W], y[W];
-    Elements<W>::load(x, row0 + BEGIN + W * lane.row);
-    Elements<W>::load(y, row1 + BEGIN + W * lane.row);
-    UNROLL for (int f = 0; f < W; ++f) {
+  // COUNT fragments of the slab, from PART on, of rows moved by `right_transposed_begin`, a distance that all rows share.
+  METAL_FUNC static int right_transposed_begin(Lane lane) { return W * lane.row; }
+  template <int COUNT, int PART, typename Row>
+  METAL_FUNC static void load_right_transposed_from(thread Operand* to, Row row0, Row row1, Lane) {
+    T x[COUNT], y[COUNT];
+    Elements<COUNT>::load(x, row0 + (BEGIN + PART));
+    Elements<COUNT>::load(y, row1 + (BEGIN + PART));
+    UNROLL for (int f = 0; f < COUNT; ++f) {
       to[f].thread_elements()[0] = x[f];
       to[f].thread_elements()[1] = y[f];
     }
@@ -71,9 +74,15 @@ struct Slab {
   }
   template <typename Row>
   METAL_FUNC static void load_right_slab(thread Operand* to, Row row, Lane lane) {
+    load_right_slab_from(to, row + right_begin(lane), lane);
+  }
+  // Of a row moved by `right_begin`.
+  METAL_FUNC static int right_begin(Lane lane) { return W * lane.column; }
+  template <typename Row>
+  METAL_FUNC static void load_right_slab_from(thread Operand* to, Row row, Lane) {
     T x[2 * W];
-    Elements<W>::load(x, row + BEGIN + W * lane.column);
-    Elements<W>::load(x + W, row + BEGIN + W * lane.column + W);
+    Elements<W>::load(x, row + BEGIN);
+    Elements<W>::load(x + W, row + (BEGIN + W));
     UNROLL for (int f = 0; f < W; ++f) {
       to[f].thread_elements()[0] = x[2 * f];
       to[f].thread_elements()[1] = x[2 * f + 1];
@@ -141,10 +150,11 @@ struct Slab<DIM, ALIGNED, FIRST, RAGGED> {
   }
   template <typename Row>
   METAL_FUNC static void load_right_transposed(thread Operand* to, Row row0, Row row1, Lane lane) {
-    load_right_transposed_slab(to + FIRST, row0, row1, lane);
+    load_right_transposed_from<1, 0>(to + FIRST, row0, row1, lane);
   }
-  template <typename Row>
-  METAL_FUNC static void load_right_transposed_slab(thread Operand* to, Row row0, Row row1, Lane lane) {
+  METAL_FUNC static int right_transposed_begin(Lane) { return 0; }
+  template <int COUNT, int PART, typename Row>
+  METAL_FUNC static void load_right_transposed_from(thread Operand* to, Row row0, Row row1, Lane lane) {
     to[0].thread_elements()[0] = at(row0, BEGIN + lane.row);
     to[0].thread_elements()[1] = at(row1, BEGIN + lane.row);
   }
@@ -154,6 +164,11 @@ struct Slab<DIM, ALIGNED, FIRST, RAGGED> {
   }
   template <typename Row>
   METAL_FUNC static void load_right_slab(thread Operand* to, Row row, Lane lane) {
+    load_right_slab_from(to, row, lane);
+  }
+  METAL_FUNC static int right_begin(Lane) { return 0; }
+  template <typename Row>
+  METAL_FUNC static void load_right_slab_from(thread Operand* to, Row row, Lane lane) {
     to[0].thread_elements()[0] = at(row, BEGIN + lane.column);
     to[0].thread_elements()[1] = at(row, BEGIN + lane.column + 1);
   }

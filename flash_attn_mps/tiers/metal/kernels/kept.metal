@@ -30,13 +30,16 @@ struct Kept {
     int begin = key - key % (8 * KEPT_EIGHTS);
     if (KEPT_EIGHTS == KEY_FRAGMENTS || begin != first_key) {
       first_key = begin;
-      block.make(dropout, first_row, first_key, lane);
+      Dropout of_head = dropout;
+      of_head.head = uint(anew(int(dropout.head)));
+      block.make(of_head, first_row, first_key, anew(lane));
     }
   }
 
   // Where KEYS_ARE_NEIGHBOURS a lane has 2 KEY_FRAGMENTS neighbouring keys, else two in each eight (masking.metal, key_of).
   METAL_FUNC KeptRow row(int r, int key, Lane lane) const thread {
     KeptRow kept;
+    lane = anew(lane);
     int first = key - first_key + (KEYS_ARE_NEIGHBOURS ? KEY_FRAGMENTS * lane.column : lane.column);
     UNROLL for (int i = 0; i < KEPT_ROW_BYTES; ++i)
       kept.bytes[i] = block.byte(8 * r + lane.row, first / 8 + i) >> (first % 8);

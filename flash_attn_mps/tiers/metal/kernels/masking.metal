@@ -140,7 +140,8 @@ struct BlockFlags {
   uint altered;  // the mask hides or changes some of its scores: it must be applied
 };
 constant constexpr int BLOCKS_PER_RUN = 32;   // as many as BlockFlags has bits
-constant constexpr int BLOCKS_IN_FLIGHT = 4;  // whose masks are loaded together
+constant constexpr int TILE_WORDS = ROW_FRAGMENTS * MASK_WORDS;
+constant constexpr int BLOCKS_IN_FLIGHT = TILE_WORDS <= 4 ? 4 : TILE_WORDS <= 8 ? 2 : 1;  // whose masks are loaded together
 
 // What the mask says of a run of blocks of ROWS queries and KEYS keys: of those of the queries from `first_row` on, whose keys
 // lie in `range`, each `step` keys after the one before, from `first_key` on; or, ALONG_QUERIES, with the sides exchanged. A block
