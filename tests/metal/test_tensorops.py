@@ -4,18 +4,22 @@ The runner lays cooperative tensors out as it is told: as the family Apple10 doe
 the interface allows, drawn from a seed. Code that assumes a layout which it does not have gives wrong numbers there.
 """
 
+import itertools
+import math
+
 import pytest
 import torch
 
 from flash_attn_mps.describe import CallOptions, dense
-from flash_attn_mps.tiers.metal import launch, tensorops
-from metal_host import observe
+from flash_attn_mps.tiers.metal import compiler, launch, proved, tensorops
+from metal_host import nvidia, observe
 from tests.attention.pairwise import case_id
 from tests.metal_tiers import metal_on
 from tests.test_metal_host.public_sources import SOURCES
 
-from . import grid, tensorops_counters
+from . import grid, tensorops_counters, test_proof, test_values
 from .calls import Spec, draw
+from .precompile import specializations
 
 KNOWN = ("apple10", "legacy")
 SEEDS = tuple(range(1, 21))
@@ -78,7 +82,7 @@ def test_grid(number, case):
     run(number, case, SEEDS[:2])
 
 
-@pytest.mark.parametrize(("dims", "layout"), [((80, 80), "legacy"), ((128, 96), "apple10"), ((256, 256), "apple10")])
+@pytest.mark.parametrize(("dims", "layout"), [((80, 96), "legacy"), ((256, 256), "apple10")])
 def test_the_default_for_wide_heads(dims, layout):
     """Queries in threadgroup memory, head dims halved, and a fragment that is not full."""
     call = draw(Spec([(33, 70), (20, 45)], dims, torch.float16, "packed-cache", heads=(2, 1), window=(-1, 0)))
@@ -96,6 +100,107 @@ def test_code_that_assumes_another_layout_gives_wrong_numbers():
             result = launch.run(call.problem, tensorops.FORWARD, variant)
         with pytest.raises(AssertionError):
             call.check(result)
+
+
+KERNEL = (tensorops.FORWARD, tensorops.Variant(16, 2, 32, layout=tensorops.LAYOUTS["apple10"]))
+HOWS = ({}, {"window": (-1, 0)}, {"window": (9, 4)}, {"mask": "bool"}, {"mask": "same", "window": (-1, 0)})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("operand", ["q", "k", "v"])
+@pytest.mark.parametrize("how", HOWS, ids=str)
+def test_what_a_query_sees_reaches_it_and_no_other(how, operand, value):
+    test_values.test_what_a_query_sees_reaches_it_and_no_other(KERNEL, how, operand, value)
+
+
+@pytest.mark.metal_full
+@pytest.mark.parametrize("layout", tensorops.LAYOUTS)
+@pytest.mark.parametrize(
+    "variant", [tensorops.Variant(16, 2, 64, True, 2), tensorops.Variant(32, 1, 32), tensorops.Variant(16, 4, 32, True)]
+)
+@pytest.mark.parametrize("how", HOWS, ids=str)
+def test_what_a_query_sees_reaches_it_under_every_layout(how, variant, layout, monkeypatch):
+    monkeypatch.setenv("METAL_HOST_LAYOUT", "3" if layout == "generic" else layout)
+    kernel = tensorops.FORWARD, variant._replace(layout=tensorops.LAYOUTS[layout])
+    for operand, value in itertools.product("qkv", (math.nan, math.inf, -math.inf)):
+        test_values.test_what_a_query_sees_reaches_it_and_no_other(kernel, how, operand, value)
+
+
+@pytest.mark.parametrize("mask", ["bool", "same"])
+def test_rows_that_see_nothing(mask):
+    test_values.test_rows_that_see_nothing(KERNEL, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_beyond_the_range_of_the_dtype(dtype):
+    test_values.test_scores_beyond_the_range_of_the_dtype(KERNEL, dtype)
+
+
+@pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+@pytest.mark.parametrize("layout", ["apple10", "legacy"])
+def test_quantised_caches(layout, codes):
+    call = draw(Spec([(33, 70)] * 2, (40, 32), torch.float16, "paged-cache", window=(-1, 0), codes=codes))
+    variant = tensorops.Variant(16, 2, 32, layout=tensorops.LAYOUTS[layout])
+    with observe(layout=layout):
+        call.check(launch.run(call.problem, tensorops.FORWARD, variant))
+
+
+def test_every_specialization_has_a_trial_that_is_its_own():
+    every = specializations(launch_of for n, case in DEFAULT[::3] for launch_of in problems(n, case))
+    assert len(every) > 20
+    for s in every:
+        test_proof.check_trial(s, "forward")
+
+
+def problems(number, case):
+    for spec, kernel, variant in launches(number, case):
+        yield draw(spec).problem, kernel, variant
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("return KEYS / 2 * r; }", "return 0; }"),  # which keys a lane has of v
+        ("return 8 * (t / 4) + 4 * r + t % 4; }", "return 8 * r + t; }"),  # the slots of another layout
+        ("        to[i] = T(0.0f);\n", ""),  # what lies beyond a row
+        ("if (is_seen(sees, fragment_of(i), element_of(i))) reached[r] |= of_key;", ""),  # NaN that queries see
+        ("if (HIDDEN) {", "if (false) {"),  # NaN that they do not see
+        ("false, OF_K, false,", "false, !OF_K, false,"),  # a transposed operand
+        ("UNROLL for (int i = 0; i < 16; ++i) destination[i] = c[i];", ""),  # what is not zeroed
+    ],
+)
+def test_the_proof_finds_planted_faults(old, new):
+    spec = Spec([(40, 70)], (13, 13), torch.float16, "varlen", window=(-1, 0))
+    (s,) = specializations([(draw(spec).problem, *KERNEL)])
+    source = s.source()
+    assert old in source
+    library = compiler.compile_shader(source.replace(old, new))
+    assert s.kernel.proof(s, library.attention_tensorops) is not None
+
+
+@pytest.mark.metal_full
+@pytest.mark.parametrize("layout", tensorops.LAYOUTS)
+def test_every_specialization_of_the_grid_passes_its_proof(layout, monkeypatch):
+    monkeypatch.setenv("METAL_HOST_LAYOUT", "7" if layout == "generic" else layout)
+    monkeypatch.setenv(proved.PROVE, "always")
+    every = specializations(launch_of for n, case in DEFAULT for launch_of in problems(n, case))
+    for s in every:
+        if s.variant.layout == tensorops.LAYOUTS[layout]:
+            assert compiler.kernel(s) is not None, compiler.failures
+
+
+@pytest.mark.skipif(not nvidia.can_assemble(), reason="needs libdevice of a CUDA toolkit")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_default_fits_the_registers(dim):
+    """Of a block that nothing hides a key of. Those with an edge, a few for each tile of queries, need some more."""
+    q = torch.empty(1, 64, 2, dim).half()
+    variant = tensorops.default(2, dim, dim)._replace(layout=tensorops.LAYOUTS["apple10"])
+    p = dense(q, q, q, CallOptions(causal=True, want_lse=True))
+    (s,) = specializations([(p, tensorops.FORWARD, variant)])
+    live = compiler.compile_shader(s.source(), kernels=[]).live_registers(tensorops.FORWARD.entry)
+    expected = tensorops.live_registers(variant, dim, dim)
+    assert expected <= tensorops.MAX_REGISTERS
+    assert expected <= live <= expected + 28
 
 
 @pytest.mark.metal_full

@@ -62,7 +62,7 @@ def live_registers(variant: Variant, head_dim: int, head_dim_v: int) -> int:
     row_tiles, key_tiles = variant.rows // 16, variant.keys // 32
     d, dv = head_dim // variant.slices, head_dim_v // variant.slices
     o, s = 16 * row_tiles * -(-dv // 32), 16 * row_tiles * key_tiles
-    q, operands = (0, 12) if variant.shared_q else (4 * row_tiles * -(-d // 16), 16)
+    q, operands = (0, 12) if variant.shared_q else (4 * row_tiles * -(-d // 16), 23 if d % 32 else 16)
     return o + s + q + operands + 25 + 6 * (row_tiles - 1) + 5 * variant.shared_q + 5 * (variant.slices - 1)
 
 
