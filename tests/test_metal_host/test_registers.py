@@ -59,6 +59,30 @@ def test_live_registers_are_the_live_values_and_little_else(n):
     assert live % 4 == 0
 
 
+# FACTOR times each of 16 numbers of the host are needed in every round of a loop.
+FACTORS = """#include <metal_stdlib>
+using namespace metal;
+#define UNROLL _Pragma("clang loop unroll(full)")
+kernel void factors(
+    device float* x, constant int* n, uint3 group [[threadgroup_position_in_grid]], ushort lane [[thread_index_in_simdgroup]]) {
+  for (int round = 0; round < n[0]; ++round) {
+    UNROLL for (int i = 0; i < 16; ++i) x[lane] = x[lane] * float(n[i] * int(FACTOR));
+  }
+}
+"""
+
+
+def test_only_what_a_launch_shares_is_uniform():
+    """What comes from the threadgroup's position or the lane takes a register of each lane; neither of them itself does."""
+    counted = {
+        factor: compile_shader(FACTORS.replace("FACTOR", factor)).live_registers("factors")
+        for factor in ("n[16]", "group.y", "lane")
+    }
+    assert counted["n[16]"] <= 12
+    assert counted["n[16]"] + 12 <= counted["group.y"] <= counted["n[16]"] + 20
+    assert counted["n[16]"] + 12 <= counted["lane"] <= counted["n[16]"] + 20
+
+
 MATRICES = """#include <metal_stdlib>
 #include <metal_simdgroup_matrix>
 using namespace metal;

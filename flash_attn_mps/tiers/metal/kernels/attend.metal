@@ -20,12 +20,13 @@ METAL_FUNC void online_softmax(
     thread State& state,
     Scoring scoring,
     MaskTile mask_tile,
+    int first_row,
     int first_key,
     int seqlen_k,
     Lane lane) {
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     // Scale, soft-cap, ALiBi, window, mask.
-    int query = query_of(state.first_row + 8 * r + lane.row);
+    int query = query_of(first_row + 8 * r + lane.row);
     Scoring of_row = state.scoring_of_row(scoring, r);
     float m = -INFINITY;
     UNROLL for (int n = 0; n < KEY_FRAGMENTS; ++n) {
@@ -87,15 +88,21 @@ METAL_FUNC void online_softmax(
 }
 
 // Lines 7 to 10 for the block of keys from `first_key` on. EDGE: the sequence's end or a side of the window lies in it.
-// MASKED: `mask_tile` is applied, in which what lies beyond an edge is hidden too.
+// MASKED: the mask is applied, in which what lies beyond an edge is hidden too.
 template <bool EDGE, bool MASKED, typename AnyKeys>
-METAL_FUNC void attend_block(thread State& state, AnyKeys keys, Scoring scoring, MaskTile mask_tile, int first_key, Lane lane) {
+METAL_FUNC void attend_block(thread State& state, AnyKeys keys, Scoring scoring, int first_key, Lane lane) {
   Accumulator s[ROW_FRAGMENTS][KEY_FRAGMENTS];
   Operand p[ROW_FRAGMENTS][KEY_FRAGMENTS];
   ushort visible[ROW_FRAGMENTS];
-  state.kept.move_to(state.first_row, first_key, lane);  // before s takes registers
+  bool needs_rows = EDGE || MASKED || HAS_ALIBI_SLOPES || HAS_DROPOUT;
+  int first_row = needs_rows ? anew(state.first_row) : state.first_row;
+  state.kept.move_to(first_row, first_key, lane);  // before s takes registers
   if (!state.take_s(s, lane)) compute_qk<EDGE>(s, state, keys, first_key, lane);
-  online_softmax<EDGE, MASKED>(s, p, visible, state, scoring, mask_tile, first_key, keys.seqlen, lane);
+  MaskTile mask_tile;
+#if HAS_MASK
+  if (MASKED) mask_tile.load(EDGE, scoring, first_row, first_key, keys.seqlen, lane);  // when k has left its registers
+#endif
+  online_softmax<EDGE, MASKED>(s, p, visible, state, scoring, mask_tile, first_row, first_key, keys.seqlen, lane);
   state.add_block_pv<EDGE, EDGE || MASKED>(p, visible, keys, first_key, lane);
 }
 
@@ -104,16 +111,12 @@ METAL_FUNC void attend_block(thread State& state, AnyKeys keys, Scoring scoring,
 template <typename AnyKeys>
 METAL_FUNC void dispatch_block(
     bool altered, thread State& state, AnyKeys keys, Scoring scoring, VisibleRange range, int first_key, Lane lane) {
-  MaskTile mask_tile;
   bool inner = range.contains(first_key, KEYS);
-#if HAS_MASK
-  if (altered) mask_tile.load(!inner, scoring, state.first_row, first_key, keys.seqlen, lane);
-#endif
   if (inner && !(HAS_MASK && altered)) {
-    attend_block<false, false>(state, keys, scoring, mask_tile, first_key, lane);
+    attend_block<false, false>(state, keys, scoring, first_key, lane);
   } else if (HAS_MASK && inner) {
-    attend_block<false, HAS_MASK != 0>(state, keys, scoring, mask_tile, first_key, lane);
+    attend_block<false, HAS_MASK != 0>(state, keys, scoring, first_key, lane);
   } else {
-    attend_block<true, HAS_MASK != 0>(state, keys, scoring, mask_tile, first_key, lane);
+    attend_block<true, HAS_MASK != 0>(state, keys, scoring, first_key, lane);
   }
 }

@@ -33,6 +33,10 @@ kernel void attention_forward(
   threadgroup QueryMemory q_memory;
   state.q.elements = q_memory.elements[simdgroup];
 #endif
+#if EXCHANGES
+  threadgroup Exchange exchanges[SIMDGROUPS];
+  state.products.exchange = exchanges + simdgroup;
+#endif
   device const T* q_head = q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = min(state.first_row + 8 * r + lane.row, sequence.seqlen_q - 1);
@@ -56,7 +60,7 @@ kernel void attention_forward(
   for (int run = group_range.visible_begin; run < group_range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
     BlockFlags flags;
     flags.visible = flags.altered = 0;
-    if (is_needed) flags = scan_mask<false>(range, scoring, state.first_row, run, KEYS, keys.seqlen, lane);
+    if (is_needed) flags = scan_mask<false>(range, scoring, anew(state.first_row), run, KEYS, keys.seqlen, lane);
     uint visible = visible_to_any(staging.votes, flags.visible, run / (BLOCKS_PER_RUN * KEYS) % 2, simdgroup, index);
     for (; visible; visible &= visible - 1) {
       uint block = ctz(visible);
@@ -76,7 +80,7 @@ kernel void attention_forward(
   if (!is_needed) range.visible_end = range.visible_begin;
 #if HAS_MASK
   for (int run = range.visible_begin; run < range.visible_end; run += BLOCKS_PER_RUN * KEYS) {
-    BlockFlags flags = scan_mask<false>(range, scoring, state.first_row, run, KEYS, keys.seqlen, lane);
+    BlockFlags flags = scan_mask<false>(range, scoring, anew(state.first_row), run, KEYS, keys.seqlen, lane);
     for (; flags.visible; flags.visible &= flags.visible - 1) {
       uint block = ctz(flags.visible);
       int first_key = run + int(block) * KEYS;
@@ -92,8 +96,9 @@ kernel void attention_forward(
   // Lines 12 to 15: o / l, and the log-sum-exp m + log(l). A query that saw no key has l = 0: zeros and -inf. Padding
   // rows get the same; their state is garbage.
   device T* out_head = out + sequence.batch * params[OUT_BATCH] + sequence.first_q * params[OUT_ROW] + head * params[OUT_HEAD];
+  int first_row = anew(state.first_row);
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
-    int row = state.first_row + 8 * r + lane.row;
+    int row = first_row + 8 * r + lane.row;
     RowStatistics statistics = statistics_of(state.m[r], row_sum(state.l[r]), scoring, head, in);
     if (row < sequence.rows_q) {
       bool is_query = row < sequence.seqlen_q;

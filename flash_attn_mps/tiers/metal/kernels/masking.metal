@@ -9,7 +9,7 @@
 
 // The key that column `column + e` of fragment n stands for.
 METAL_FUNC int key_of(int first_key, int n, int column, int e) {
-#if HAS_MASK
+#if KEYS_ARE_NEIGHBOURS
   return first_key + KEY_FRAGMENTS * (column + e) + n;
 #else
   return first_key + 8 * n + column + e;
@@ -140,7 +140,8 @@ struct BlockFlags {
   uint altered;  // the mask hides or changes some of its scores: it must be applied
 };
 constant constexpr int BLOCKS_PER_RUN = 32;   // as many as BlockFlags has bits
-constant constexpr int BLOCKS_IN_FLIGHT = 4;  // whose masks are loaded together
+constant constexpr int TILE_WORDS = ROW_FRAGMENTS * MASK_WORDS;
+constant constexpr int BLOCKS_IN_FLIGHT = TILE_WORDS <= 4 ? 4 : TILE_WORDS <= 8 ? 2 : 1;  // whose masks are loaded together
 
 // What the mask says of a run of blocks of ROWS queries and KEYS keys: of those of the queries from `first_row` on, whose keys
 // lie in `range`, each `step` keys after the one before, from `first_key` on; or, ALONG_QUERIES, with the sides exchanged. A block

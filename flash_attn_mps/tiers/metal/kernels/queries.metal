@@ -26,10 +26,17 @@ struct QueriesOf {
     UNROLL for (int i = 0; i < 2; ++i) Elements<S::W>::store(half_of(elements, r, i, lane), x + i * S::W);
     QueriesOf<typename S::Rest>::store(elements, r, from, lane);
   }
+  // COUNT of its fragments, from PART on.
+  template <int PART, int COUNT>
   METAL_FUNC static void load(thread Operand* to, threadgroup T* elements, int r, Lane lane) {
-    T x[2 * S::W];
-    UNROLL for (int i = 0; i < 2; ++i) Elements<S::W>::load(x + i * S::W, half_of(elements, r, i, lane));
-    UNROLL for (int i = 0; i < 2 * S::W; ++i) to[i / 2].thread_elements()[i % 2] = x[i];
+    T x[2 * COUNT];
+    if (COUNT == S::W) {
+      UNROLL for (int i = 0; i < 2; ++i) Elements<COUNT>::load(x + i * COUNT, half_of(elements, r, i, lane));
+    } else {
+      Elements<COUNT>::load(x, half_of(elements, r, PART > 0, lane));
+      Elements<COUNT>::load(x + COUNT, half_of(elements, r, PART > 0, lane) + COUNT);
+    }
+    UNROLL for (int i = 0; i < 2 * COUNT; ++i) to[i / 2].thread_elements()[i % 2] = x[i];
   }
 };
 template <int DIM, int ALIGNED, int FIRST>
@@ -45,9 +52,10 @@ struct Queries {
     SlabD::load_left(fragments, row, factor, lane);
     QueriesOf<SlabD>::store(elements, r, fragments, lane);
   }
-  template <typename S>
+  // COUNT fragments of a slab, from PART on.
+  template <typename S, int PART, int COUNT>
   METAL_FUNC void slab(thread Operand* to, int r, Lane lane) const thread {
-    QueriesOf<S>::load(to, elements, r, lane);
+    QueriesOf<S>::template load<PART, COUNT>(to, elements, r, lane);
   }
 };
 #else
@@ -57,9 +65,9 @@ struct Queries {
   METAL_FUNC void load(int r, device const T* row, float factor, Lane lane) thread {
     SlabD::load_left(fragments[r], row, factor, lane);
   }
-  template <typename S>
+  template <typename S, int PART, int COUNT>
   METAL_FUNC void slab(thread Operand* to, int r, Lane) const thread {
-    UNROLL for (int f = 0; f < S::W; ++f) to[f] = fragments[r][S::FRAGMENT + f];
+    UNROLL for (int f = 0; f < COUNT; ++f) to[f] = fragments[r][S::FRAGMENT + PART + f];
   }
 };
 #endif
