@@ -6,7 +6,7 @@
 // slots than elements, other layouts for other operands and types.
 #include "runtime.h"
 
-enum { LAYOUTS = 256, POOL = 1 << 20, DENSE = 1 << 16 };
+enum { LAYOUTS = 256, POOL = 1 << 22, DENSE = 1 << 16 };
 enum { INVALID = 0xffffffff, NAN_WORD = 0x7fc00000, POISON = 0x80808080 };
 enum role { LEFT, RIGHT, DESTINATION, ROWS, COLUMNS, LINEAR };  // include/msl/cooperative_tensor.h
 
