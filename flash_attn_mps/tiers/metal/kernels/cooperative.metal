@@ -33,9 +33,12 @@ METAL_FUNC Accumulator zeros() {
   return x;
 }
 
-// A lane has 16 rows' worth of fragments in these orders. Left operand, 16x16: element j of its row r of two is slot 4 r + j.
-// Destination and right operand, 16x32: that of a quarter's element t is slot_of(r, t). Right operand of q k^T, from rows of k:
-// element j of K_ELEMENTS of the lane's key i of K_KEYS is k_slot(i, j). Keys and rows of v are so many keys from the lane's first.
+// A slot is a lane's number for an element that it has.
+// * Left operand, 16x16: element j of the lane's row r of two is slot 4 r + j.
+// * Destination, and right operand from rows of v, 16x32: the quarter's neighbour t in row r is slot_of(r, t).
+// * Right operand from rows of k, which are its columns: a lane has K_KEYS keys, and K_ELEMENTS of each in a fragment; element j of key i
+//   is k_slot(i, j).
+// The lane's key i of k is k_key(i) behind its first of the block; its row r of v, of half a tile, is v_key(r) behind.
 #if LAYOUT == LAYOUT_LEGACY
 // Four 8x8 fragments: quarter n has columns 2 n, 2 n + 1, 2 n + 8, 2 n + 9 of each 16.
 constant constexpr int K_KEYS = 8, K_ELEMENTS = 2;
@@ -67,6 +70,7 @@ inline constexpr int p_element(int k) { return k % 4; }
 #endif
 
 #if EXCHANGES
+// Where a simdgroup hands the operands of a product out, and collects the result.
 struct Exchange {
   T left[16 * 16];
   T right[16 * 32];
@@ -74,11 +78,11 @@ struct Exchange {
 };
 #endif
 
+// c += a b, in slots. OF_K: b has rows of k, which are the columns of the right operand. Never in relaxed precision.
 struct Products {
 #if EXCHANGES
   threadgroup Exchange* exchange;
 
-  // c += a b, in slots of Apple10. Of k: b has the rows of k, which are the columns of the right operand.
   template <bool OF_K>
   METAL_FUNC void add(thread float (&c)[16], thread T (&a)[8], thread T (&b)[16], Lane lane) const thread {
     int first = 2 * lane.column;
@@ -117,7 +121,6 @@ struct Products {
       c[i] += exchange->product[32 * (lane.row + 8 * (i / 4 % 2)) + first + i % 4 + 16 * (i / 8)];
   }
 #else
-  // c += a b, in slots. Of k: b has the rows of k, which are the columns of the right operand.
   template <bool OF_K>
   METAL_FUNC void add(thread float (&c)[16], thread T (&a)[8], thread T (&b)[16], Lane) const thread {
     constexpr auto descriptor = mpp::tensor_ops::matmul2d_descriptor(
@@ -145,18 +148,17 @@ struct Slab {
   enum { COUNT = FRAGMENTS, BEGIN = FIRST, WIDTH = 16 * FRAGMENTS, ELEMENTS = 4 * FRAGMENTS, K_WIDTH = K_ELEMENTS * FRAGMENTS };
   typedef Slab<DIM, ALIGNED, LEAST, MOST, FIRST + WIDTH> Rest;
 
-  // Does a row have all neighbours `first` to `first + N - 1`, or none of them?
-  template <int N>
-  METAL_FUNC static bool is_in(int first) { return FIRST + WIDTH <= DIM || first < DIM; }
+  // Has a row all neighbours `first` to `first + N - 1`, or none of them? And if so, has it them?
   template <int N>
   METAL_FUNC static constexpr bool in_whole() { return FIRST + WIDTH <= DIM || DIM % N == 0; }
+  METAL_FUNC static bool is_in(int first) { return FIRST + WIDTH <= DIM || first < DIM; }
 
   // Part n, N neighbours, of the slab's columns of a row.
   template <int N, typename Row>
   METAL_FUNC static void load(thread T* to, Row row, int n) {
     constexpr int W = N < ALIGNED ? N : ALIGNED;
     int first = FIRST + N * n;
-    if (in_whole<N>() && is_in<N>(first)) {
+    if (in_whole<N>() && is_in(first)) {
       UNROLL for (int i = 0; i < N; i += W) Elements<W>::load(to + i, row + first + i);
     } else {
       UNROLL for (int i = 0; i < N; ++i) {
@@ -199,7 +201,7 @@ struct Slab {
     T x[N];
     UNROLL for (int t = 0; t < N; ++t) x[t] = T(from[FIRST / 8 + t / 2].thread_elements()[t % 2] * factor);
     int first = FIRST + N * (lane.column / 2);
-    if (in_whole<N>() && is_in<N>(first)) {
+    if (in_whole<N>() && is_in(first)) {
       UNROLL for (int i = 0; i < N; i += W) Elements<W>::store(row + first + i, x + i);
     } else if (!in_whole<N>()) {
       UNROLL for (int i = 0; i < N; ++i) if (first + i < DIM) row[first + i] = x[i];

@@ -83,7 +83,7 @@ struct Queries {
   }
 };
 
-// Line 8: s = q k^T for one tile of keys, a slab of the head dim after the other, so that few operands are in registers together.
+// Line 8: s = q k^T, a slab of the head dim after the other, so that few operands are in registers together.
 template <typename S>
 struct ScoresOf {
   template <typename AnyLaneRows>
@@ -91,35 +91,47 @@ struct ScoresOf {
       thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
       thread Queries& queries,
       AnyLaneRows rows,
+      Products products,
+      Lane lane) {
+    T q[ROW_FRAGMENTS][S::ELEMENTS];
+    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) queries.template get<S>(q[r], r, lane);
+    UNROLL for (int tile = 0; tile < KEY_TILES; ++tile) {
+      T k[S::COUNT][16];
+      S::load_k(k, rows, 8 * tile, lane);
+      UNROLL for (int f = 0; f < S::COUNT; ++f)
+        UNROLL for (int row_tile = 0; row_tile < ROW_TILES; ++row_tile) product(s, q, k[f], f, row_tile, tile, products, lane);
+    }
+    ScoresOf<typename S::Rest>::add(s, queries, rows, products, lane);
+  }
+
+  // Of fragment f.
+  METAL_FUNC static void product(
+      thread Accumulator (&s)[ROW_FRAGMENTS][KEY_FRAGMENTS],
+      thread T (&q)[ROW_FRAGMENTS][S::ELEMENTS],
+      thread T (&k)[16],
+      int f,
+      int row_tile,
       int tile,
       Products products,
       Lane lane) {
-    T k[S::COUNT][16], q[ROW_FRAGMENTS][S::ELEMENTS];
-    UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) queries.template get<S>(q[r], r, lane);
-    S::load_k(k, rows, 8 * tile, lane);
-    UNROLL for (int f = 0; f < S::COUNT; ++f) {
-      UNROLL for (int row_tile = 0; row_tile < ROW_TILES; ++row_tile) {
-        float c[16];
-        T a[8];
-        UNROLL for (int r = 0; r < 2; ++r) {
-          UNROLL for (int j = 0; j < 4; ++j) a[4 * r + j] = q[2 * row_tile + r][q_element(S::COUNT, f, j)];
-          UNROLL for (int t = 0; t < 8; ++t)
-            c[slot_of(r, t)] = s[2 * row_tile + r][fragment_of(8 * tile + t)].thread_elements()[element_of(8 * tile + t)];
-        }
-        products.template add<true>(c, a, k[f], lane);
-        UNROLL for (int r = 0; r < 2; ++r)
-          UNROLL for (int t = 0; t < 8; ++t)
-            s[2 * row_tile + r][fragment_of(8 * tile + t)].thread_elements()[element_of(8 * tile + t)] = c[slot_of(r, t)];
-      }
+    float c[16];
+    T a[8];
+    UNROLL for (int r = 0; r < 2; ++r) {
+      UNROLL for (int j = 0; j < 4; ++j) a[4 * r + j] = q[2 * row_tile + r][q_element(S::COUNT, f, j)];
+      UNROLL for (int t = 0; t < 8; ++t)
+        c[slot_of(r, t)] = s[2 * row_tile + r][fragment_of(8 * tile + t)].thread_elements()[element_of(8 * tile + t)];
     }
-    ScoresOf<typename S::Rest>::add(s, queries, rows, tile, products, lane);
+    products.template add<true>(c, a, k, lane);
+    UNROLL for (int r = 0; r < 2; ++r)
+      UNROLL for (int t = 0; t < 8; ++t)
+        s[2 * row_tile + r][fragment_of(8 * tile + t)].thread_elements()[element_of(8 * tile + t)] = c[slot_of(r, t)];
   }
 };
 template <int DIM, int ALIGNED, int LEAST, int MOST, int FIRST>
 struct ScoresOf<Slab<DIM, ALIGNED, LEAST, MOST, FIRST, 0>> {
   template <typename AnyLaneRows>
   METAL_FUNC static void add(
-      thread Accumulator (&)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread Queries&, AnyLaneRows, int, Products, Lane) {}
+      thread Accumulator (&)[ROW_FRAGMENTS][KEY_FRAGMENTS], thread Queries&, AnyLaneRows, Products, Lane) {}
 };
 
 // Line 10 for half a tile of keys, likewise: o += p v. A hidden key has p = 0, but 0 * NaN is NaN, and memory that no query sees
@@ -251,7 +263,7 @@ struct State {
     LaneRows<EDGE, decltype(keys.k)> rows;
     keys.k.base += slice * SLICE_D;
     rows.begin(keys.k, first_key + first_k_key(lane), keys.seqlen);
-    UNROLL for (int tile = 0; tile < KEY_TILES; ++tile) ScoresOf<SlabD>::add(s, q, rows, tile, products, lane);
+    ScoresOf<SlabD>::add(s, q, rows, products, lane);
 #if SLICES > 1
     add_slices(s, *slices, turn, slice, lane);
     turn = 1 - turn;
@@ -269,7 +281,8 @@ struct State {
     LaneRows<EDGE, decltype(keys.v)> rows;
     keys.v.base += slice * SLICE_DV;
     rows.begin(keys.v, first_key + first_v_key(lane), keys.seqlen);
-    simdgroup_barrier(mem_flags::mem_none);  // so that no compiler loads v while s is in registers
+    // So that no compiler loads v while s is in registers, or keeps q there from one block to the next.
+    simdgroup_barrier(SHARED_Q ? mem_flags::mem_threadgroup : mem_flags::mem_none);
     UNROLL for (int half_tile = 0; half_tile < 2 * KEY_TILES; ++half_tile)
       ValuesOf<SlabV>::template add<HIDDEN>(o, p, visible, rows, half_tile, products, lane);
   }
