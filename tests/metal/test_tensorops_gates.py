@@ -330,7 +330,8 @@ def test_doctor_and_report_have_the_words_of_the_gates():
         ({"macos": "15.6"}, "not used: needs macOS 26.2 or later, and this is macOS 15.6"),
         (
             {"chip": "Apple M1"},
-            "not used: the GPU (Apple M1) has no matrix units beside its ALUs, as M5 and later do",
+            "used only where tuning found them faster: "
+            "the GPU (Apple M1) has no matrix units beside its ALUs, as M5 and later do",
         ),
     ]:
         with mac(**how) as patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import subprocess
 
@@ -21,6 +22,7 @@ def name() -> str:
     return f"{chip}, {count()} cores"  # one name is sold with different numbers of cores
 
 
+_SYSCTL = "/usr/sbin/sysctl"
 _UNKNOWN_CORES = 16  # between an M1 and an M4 Max
 
 
@@ -79,8 +81,9 @@ def _brand() -> str:
 
 
 def _sysctl(name: str) -> str:
+    command = _SYSCTL if os.path.exists(_SYSCTL) else "sysctl"  # not every program's PATH has it
     try:
-        asked = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False)
+        asked = subprocess.run([command, "-n", name], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return asked.stdout.strip()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ...problem import AttentionProblem, Result
 from ..tier import Tier
-from . import launch, simdgroup, trial, tune, variants
+from . import compiler, launch, simdgroup, trial, tune, variants
 from . import tensorops_gate as gate
 from . import tensorops_probe as probe
 from .kernel import OPTIONAL_BUFFERS, SERVES, Choice, Grid, TunedKernel
@@ -168,7 +168,9 @@ _NOT_FASTEST = f"{simdgroup.TIER.name} is faster for such calls, as tuned or as 
 
 
 def limits(p: AttentionProblem) -> list[str]:
-    """Why another kernel is to compute `p`, or why no kernel can."""
+    """Why another kernel is to compute `p`, or why no kernel can; what closes the tier for all calls comes first."""
+    if p.q.device.type in compiler.device_types and (unmet := gate.unmet()):
+        return list(unmet)
     reasons, head_dim, head_dim_v = launch.limits(p), p.q.shape[-1], p.v.shape[-1]
     if p.q.itemsize != 2:
         reasons.append(f"matrix units multiply 16 bits, and q is {str(p.q.dtype).removeprefix('torch.')}")
@@ -179,10 +181,9 @@ def limits(p: AttentionProblem) -> list[str]:
 
 def _closed(p: AttentionProblem) -> list[str]:
     """Why the tier does not compute calls like `p` on this machine."""
-    reasons = gate.unmet()
-    if not reasons and variants.chosen(p, WAYS) != gate.NAME and not gate.is_forced():
-        reasons = gate.unsuited() or (_NOT_FASTEST,)
-    return list(reasons) or (probe.why_closed() if probe.layout() is None else [])
+    if variants.chosen(p, WAYS) != gate.NAME and not gate.is_forced():
+        return list(gate.unsuited()) or [_NOT_FASTEST]
+    return probe.why_closed() if probe.layout() is None else []
 
 
 def serve(p: AttentionProblem) -> Result | None:

@@ -72,6 +72,8 @@ def why_closed() -> list[str]:
 
 def described() -> str:
     """For commands: is the tier used on this machine, and how or why not?"""
+    if not gate.unmet() and gate.unsuited() and not gate.is_forced():
+        return f"used only where tuning found them faster: {'; '.join(gate.unsuited())}"
     reasons = why_closed()
     return f"not used: {'; '.join(reasons)}" if reasons else f"used, {layout()} layout of cooperative tensors"
 
