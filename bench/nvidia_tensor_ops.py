@@ -127,7 +127,8 @@ def multiplied(kernel: forward.Kernel, shape: list, types: list) -> float:
 
 def in_memory(kernel: forward.Kernel, case: list, sizes: tuple[int, int, int]) -> float:
     scope, tile, left, right, _, steps = case
-    m, n, k = sizes if steps or not tile else (*sizes[:2], tile)
+    m, n = sizes[:2]
+    k = sizes[2] if not tile else 48 if steps else tile
     a, b, c = values(m, k, "half"), values(k, n, "half"), torch.zeros(m, n, device="cuda")
     stored = [(x.T if transposed else x).contiguous() for x, transposed in ((a, left), (b, right))]
     threads = 128 if "<4>" in scope else 32

@@ -200,8 +200,8 @@ uint32_t __mh_tensor_capacity(const struct mh_layout* layout) { return layout->c
 uint32_t __mh_tensor_element(const struct mh_layout* layout, uint32_t slot) {
   return element_of(layout, index_in_scope(layout->shape.threads), slot);
 }
-// Does mode::multiply add to a destination in memory? Apple's header writes C = A B + C, "assumes C is initialized to zero";
-// on an M5 it overwrites, and kernels count on that (mtlattn), while others found that it adds (mtlflashattn).
+// Does mode::multiply add to a destination in memory? Apple's header writes C = A B + C and assumes a C of zeros; on an
+// M5 it overwrites, and kernels count on that (mtlattn), while others found that it adds (mtlflashattn).
 uint32_t __mh_tensor_memory_accumulates(void) { return drawn() % 4 == 1; }
 static uint32_t find(const struct mh_layout* layout, uint32_t thread, uint32_t element) {
   for (uint32_t i = 0; i < layout->capacity; ++i)

@@ -246,3 +246,46 @@ def test_mtlattn_varlen(dtype, d, kind):
         expected.append(reference(qs, ks, vs, mask=seen)[0].transpose(0, 1))
     right = [layout for layout in LAYOUTS if layout != DRAWN_ADDING]
     check_layouts(run, torch.cat(expected), TOLERANCE[dtype], right, lockstep=True)  # one lane of a row writes for both
+
+
+GGML = "ggml/src/ggml-metal/ggml-metal.metal"
+
+
+@_marked
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_llama_cpp_mul_mm(kind, zeroed):
+    """It accumulates into a cooperative tensor that it does not zero: NaN here, and right once somebody does."""
+    path = SOURCES / GGML
+    if not path.is_file():
+        pytest.skip(f"{GGML} is not there")
+    text = "#define GGML_METAL_HAS_TENSOR\n#define GGML_METAL_HAS_BF16\n" + path.read_text()
+    declared = "auto cT = mm.get_destination_cooperative_tensor<decltype(tB), decltype(tA), float>();"
+    assert text.count(declared) == 1
+    if zeroed:
+        text = text.replace(declared, declared + " for (ushort i = 0; i < cT.get_capacity(); ++i) cT[i] = 0;")
+    k, m, n = 70, 80, 140
+    constants = {700: True, 701: True, 702: 1, 703: 1, 704: 1, 705: 1}
+    lib = compile_shader(text, version="4.0", constants=constants, include=path.parents[:3], kernels=[])
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[kind]
+    a, b, out = torch.randn(m, k).to(dtype), torch.randn(n, k), torch.zeros(n, m)
+    fields = {"ne00": k, "ne02": 1, "nb01": ("u8", 2 * k), "nb02": ("u8", 2 * k * m), "nb03": ("u8", 2 * k * m)}
+    fields |= {
+        "ne12": 1,
+        "nb10": ("u8", 4),
+        "nb11": ("u8", 4 * k),
+        "nb12": ("u8", 4 * k * n),
+        "nb13": ("u8", 4 * k * n),
+    }
+    params = structure(fields | {"ne0": m, "ne1": n, "r2 and r3": 1 << 16 | 1})
+    with observe():
+        kernel = getattr(lib, f"kernel_mul_mm_{kind}_f32")
+
+    def run():
+        out.fill_(math.nan)
+        grid = {"threads": (-(-n // 128) * 128, -(-m // 64), 1), "group_size": (128, 1, 1)}
+        kernel(params, a, b, out, **grid, threadgroup_bytes={0: 8192})
+        return out
+
+    tolerance = {"f16": 3e-3, "bf16": 2e-2}[kind]
+    check_layouts(run, b.double() @ a.double().T, tolerance, LAYOUTS if zeroed else [])

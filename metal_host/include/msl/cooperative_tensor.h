@@ -20,7 +20,8 @@ struct tensor_layout {
   static constexpr bool reduction = role == ROWS || role == COLUMNS;
   static constexpr int size(uint r) { return r || role == ROWS ? rows : columns; }
   static constexpr int across = (columns + 15) / 16, down = (rows + 15) / 16;
-  static constexpr int per_simdgroup = threads == 1 ? 0 : (across * down + (threads + 31) / 32 - 1) / ((threads + 31) / 32);
+  static constexpr int simdgroups = (threads + 31) / 32,
+                       per_simdgroup = threads == 1 ? 0 : (across * down + simdgroups - 1) / simdgroups;
   // The most slots that a thread may have under any layout; on NVIDIA GPUs there is one.
 #ifdef __NVPTX__
   static constexpr int slots = role == ROWS      ? down * 2
@@ -67,12 +68,14 @@ __MH_PLAIN(constant)
 template <typename T>
 using plain = typename plain_type<T>::type;
 
-// Does a tensor in memory have the element (column, row), as far as an operation checks? Static extents it believes.
+// Does a tensor in memory have the element (column, row), as far as an operation checks? It believes static extents,
+// and those of the axis `believed`.
 template <typename Tensor>
-__MH_INLINE bool has(const Tensor& tensor, const thread long* at) {
+__MH_INLINE bool has(const Tensor& tensor, const thread long* at, int believed = -1) {
   bool inside = true;
   for (uint r = 0; r < Tensor::get_rank(); ++r)
-    inside &= Tensor::get_static_extent(r) != metal::dynamic_extent || at[r] < long(tensor.get_extent(r));
+    inside &= Tensor::get_static_extent(r) != metal::dynamic_extent || int(r) == believed ||
+              at[r] < long(tensor.get_extent(r));
   return inside;
 }
 
@@ -203,7 +206,7 @@ struct cooperative_tensor {
   }
   // All elements to a tensor in memory; those beyond its dynamic extents are dropped.
   template <typename Element, typename TensorExtents, typename... Tags>
-  __MH_INLINE void store(thread tensor<Element, TensorExtents, tensor_inline, Tags...>& to) const thread {
+  __MH_INLINE void store(const tensor<Element, TensorExtents, tensor_inline, Tags...>& to) const thread {
     __check_memory<tensor<Element, TensorExtents, tensor_inline, Tags...>, false>();
     for (int i = 0; i < Layout::slots; ++i) {
       long at[2];

@@ -160,7 +160,15 @@ using operand_element = typename operand_traits<plain<T>>::element;
 template <typename T>
 constexpr bool is_operand = operand_traits<plain<T>>::memory || operand_traits<plain<T>>::cooperative;
 
-// The inner dimension: the descriptor's, or if that is dynamic the left operand's.
+// The inner dimension: the descriptor's, of which a Mac reads all, whatever the extents; or if that is dynamic
+// the left operand's.
+template <typename Shape, int role, typename Operand>
+__MH_INLINE void check_inner_size(const thread Operand& operand) {
+  if constexpr (operand_traits<Operand>::memory) {
+    constexpr uint axis = role == LEFT ? Shape::transpose_left : !Shape::transpose_right;
+    if (long(operand.get_extent(axis)) < Shape::k) __mh_tensor_fault(__MH_FAULT_EXTENTS);
+  }
+}
 template <typename Shape, typename Left, typename Right>
 __MH_INLINE long inner_size(const thread Left& left, const thread Right& right) {
   if constexpr (Shape::dynamic) {
@@ -170,6 +178,8 @@ __MH_INLINE long inner_size(const thread Left& left, const thread Right& right) 
     if (believed && long(right.get_extent(right_axis)) < inner) __mh_tensor_fault(__MH_FAULT_EXTENTS);
     return inner;
   } else {
+    check_inner_size<Shape, LEFT>(left);
+    check_inner_size<Shape, RIGHT>(right);
     return Shape::k;
   }
 }

@@ -1,12 +1,12 @@
 // Operations on cooperative tensors on NVIDIA GPUs: 16x16 fragments on the tensor cores, as m16n8k16.
 //
 // With lanes renumbered as in nvptx.h, hardware lane n = 4 g + t holds rows g and g + 8 and columns 4t to 4t + 3 of a
-// fragment. The tensor cores' k = 2t, 2t + 1, 2t + 8, 2t + 9 are the fragment's 4t to 4t + 3, in both operands; their columns
-// p of the n-th half of a result are its columns 4 (p / 2) + 2 n + p % 2. So left operands and results need no exchange of
-// registers, and right operands some.
+// fragment. The tensor cores' k = 2t, 2t + 1, 2t + 8, 2t + 9 are the fragment's 4t to 4t + 3, in both operands; their
+// columns p of the n-th half of a result are its columns 4 (p / 2) + 2 n + p % 2. So left operands and results need no
+// exchange of registers, and right operands some.
 //
-// The cores multiply 16-bit floats. A float is rounded to its partner's type in relaxed precision; otherwise, and beside
-// another float, it is split into two bfloats: 16 bits of its fraction.
+// The cores multiply 16-bit floats. A float is rounded to its partner's type in relaxed precision; otherwise, and
+// beside another float, it is split into two bfloats: 16 bits of its fraction.
 #pragma once
 
 namespace __mh {
@@ -69,8 +69,8 @@ __MH_DEVICE void fragment_product(thread float* d, const thread Left& a, const t
   __asm__(__MH_FMA(0, 8, 16) __MH_FMA(1, 9, 17) __MH_FMA(2, 10, 18) __MH_FMA(3, 11, 19) __MH_FMA(4, 12, 20)
               __MH_FMA(5, 13, 21) __MH_FMA(6, 14, 22) __MH_FMA(7, 15, 23) "// matrix product"
           : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3), "+f"(d4), "+f"(d5), "+f"(d6), "+f"(d7)
-          : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "f"(x[4]), "f"(x[5]), "f"(x[6]), "f"(x[7]), "f"(y[0]), "f"(y[1]),
-            "f"(y[2]), "f"(y[3]), "f"(y[4]), "f"(y[5]), "f"(y[6]), "f"(y[7]));
+          : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "f"(x[4]), "f"(x[5]), "f"(x[6]), "f"(x[7]), "f"(y[0]),
+            "f"(y[1]), "f"(y[2]), "f"(y[3]), "f"(y[4]), "f"(y[5]), "f"(y[6]), "f"(y[7]));
 #undef __MH_FMA
   d[0] = d0, d[1] = d1, d[2] = d2, d[3] = d3, d[4] = d4, d[5] = d5, d[6] = d6, d[7] = d7;
 }
@@ -101,11 +101,13 @@ struct operand_registers {
           pair(component<E>(e[4 * h + 2 * j], part), component<E>(e[4 * h + 2 * j + 1], part));
       if (!left || stored_transposed) __MH_UNROLLED for (int j = 0; j < 2; ++j) spread(w[j][0], w[j][1]);
       if (left == stored_transposed)
-        __MH_UNROLLED for (int j = 0; j < 2; ++j) __MH_UNROLLED for (int h = 0; h < 2; ++h) w[j][h] = transposed(w[j][h]);
+        __MH_UNROLLED for (int j = 0; j < 2; ++j) __MH_UNROLLED for (int h = 0; h < 2; ++h) w[j][h] =
+            transposed(w[j][h]);
       if (left && stored_transposed) __MH_UNROLLED for (int h = 0; h < 2; ++h) unspread(w[0][h], w[1][h]);
-      // Left: of the first pair of k rows g and g + 8, then of the second. Right: of each half of the columns both pairs.
+      // Left: of the first pair of k rows g and g + 8, then of the second. Right: of each half of the columns both.
       words[part][0] = w[0][0], words[part][3] = w[1][1];
-      words[part][1] = w[stored_transposed][!stored_transposed], words[part][2] = w[!stored_transposed][stored_transposed];
+      words[part][1] = w[stored_transposed][!stored_transposed];
+      words[part][2] = w[!stored_transposed][stored_transposed];
     }
   }
 };
@@ -137,17 +139,17 @@ __MH_DEVICE void fragment_product(thread float* d, const thread operand_register
 // A lane's eight elements of the fragment (row, column), in units of fragments, of an operand as it is stored.
 template <typename T, typename Extents, typename Layout>
 __MH_DEVICE void fetch(const thread metal::cooperative_tensor<T, Extents, Layout>& from, int row, int column, int, int,
-                       long, thread T* to) {
+                       long, bool, thread T* to) {
   __MH_UNROLLED for (int i = 0; i < 8; ++i) to[i] = from.__elements[(row * Layout::across + column) * 8 + i];
 }
 template <typename Element, typename Extents, typename... Tags, typename T>
 __MH_DEVICE void fetch(const thread metal::tensor<Element, Extents, metal::tensor_inline, Tags...>& from, int row,
-                       int column, int axis, int first, long inner, thread T* to) {
+                       int column, int axis, int first, long inner, bool believed, thread T* to) {
   typedef placement<tensor_layout<DESTINATION, 16, 16, false, 32, 0>> place;
   __MH_UNROLLED for (int i = 0; i < 8; ++i) {
     long at[3] = {column * 16 + place::right() + i % 4, row * 16 + place::down() + i / 4 * 8, 0};
     at[axis] += first;
-    bool there = (axis > 1 || at[axis] < inner) && has(from, at);
+    bool there = (axis > 1 || at[axis] < inner) && has(from, at, believed ? axis : -1);
     to[i] = there ? T(from.__at(at)) : T(0);
   }
 }
@@ -184,7 +186,8 @@ __MH_DEVICE void multiply(thread Left& left, thread Right& right, thread Destina
   float d[place::per_simdgroup][8];
   __MH_UNROLLED for (int f = 0; f < place::per_simdgroup; ++f) {
     T old[8];
-    if (add) fetch(destination, in_memory ? (start + f) / columns : f / columns, (start + f) % columns, 2, 0, 0, old);
+    const int row = in_memory ? (start + f) / columns : f / columns, column = (start + f) % columns;
+    if (add) fetch(destination, row, column, 2, 0, 0, false, old);
     __MH_UNROLLED for (int i = 0; i < 8; ++i) d[f][i] = add ? float(old[i]) : 0.0f;
   }
   auto step = [&](int k, int first) __attribute__((always_inline)) {  // k: in fragments; first: where k = 0 begins
@@ -192,13 +195,14 @@ __MH_DEVICE void multiply(thread Left& left, thread Right& right, thread Destina
     RightRegisters b[columns];
     auto take_left = [&](int row, thread LeftRegisters& to) __attribute__((always_inline)) {
       L e[8];
-      fetch(left, Shape::transpose_left ? k : row, Shape::transpose_left ? row : k, Shape::transpose_left, first, inner, e);
+      fetch(left, Shape::transpose_left ? k : row, Shape::transpose_left ? row : k, Shape::transpose_left, first, inner,
+            !Shape::dynamic, e);
       to.set(e, true, Shape::transpose_left);
     };
     auto take_right = [&](int column, thread RightRegisters& to) __attribute__((always_inline)) {
       R e[8];
       fetch(right, Shape::transpose_right ? column : k, Shape::transpose_right ? k : column, !Shape::transpose_right,
-            first, inner, e);
+            first, inner, !Shape::dynamic, e);
       to.set(e, false, Shape::transpose_right);
     };
     if constexpr (Shape::threads == 32) {
