@@ -9,8 +9,8 @@ from flash_attn_mps.tiers.metal import decode, store, variants
 from tests.mac import mac
 from tests.metal_tiers import decode_serves_all, metal_on
 
-# Forced tier and variant: "auto" is what a CPU tensor gets, the cpu tier wherever that serves the call; "M5", what a call
-# gets on a Mac with tensor operations.
+# Forced tier and variant: "auto" is what a CPU tensor gets, the cpu tier wherever that serves the call; "M5", what
+# one gets on a Mac with tensor operations.
 M5 = "M5"
 TIERS = {
     "auto": (None, None),
