@@ -159,7 +159,7 @@ FORWARD = TunedKernel(
 WAYS = Choice(
     entry="attention_tiled",
     variants=(gate.NAME, simdgroup.TIER.name),
-    fits=lambda _, element_bytes, *__: element_bytes == 2,
+    fits=lambda _, element_bytes, *dims: element_bytes == 2 and _has_room(*dims),
     default=lambda *_: simdgroup.TIER.name if gate.unsuited() else gate.NAME,
     variable="MTLFLASHATTN_FORWARD",
     run=lambda p, way: (serve if way == gate.NAME else simdgroup.serve)(p),
