@@ -171,3 +171,13 @@ def test_the_command_tunes_it_and_then_which_kernel_to_use(monkeypatch, capsys):
     with machine(macos="15.5"):
         assert main(command.split()) == 0
         assert not re.search("^(tensorops|tiled) ", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_head_dims_without_room_stay_with_others():
+    q = torch.randn(1, 70, 2, 131).half()
+    p = describe.dense(q, q, q, describe.CallOptions())
+    with machine():
+        (reason,) = tiers.explain(p)["tensorops"]
+        assert reason.startswith("head dims 131 and 131 do not fit in registers")
+        assert not tune.keys(tensorops.WAYS, ["float16"], [131], ["short"], ["full"])
+        assert not tune.keys(tensorops.FORWARD, ["float16"], [131], ["short"], ["full"])
