@@ -13,6 +13,7 @@ import contextlib
 import math
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,12 +24,14 @@ import torch
 
 from flash_attn_mps import dispatch
 from flash_attn_mps.tiers import METAL
-from flash_attn_mps.tiers.metal import simdgroup, variants
+from flash_attn_mps.tiers.metal import simdgroup, store, tensorops, variants
 from tests.attention import oracle
+from tests.mac import mac
 from tests.metal.calls import STORAGES, Call, Sequence, Spec, draw
 from tests.metal_tiers import decode_serves_all, metal_on
 
-TIERS = ("auto", "torch", "decode", "simdgroup", "scalar")
+TIERS = ("auto", "torch", "decode", "simdgroup", "scalar", "tensorops")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DIMS = ((64, 64), (32, 32), (16, 16), (128, 128), (40, 40), (13, 13), (8, 24), (96, 64), (1, 1))
 LAYOUTS = ("contiguous", "transposed", "packed", "strided_last", "offset")
 SIZES = (1.0, 1.0, 1.0, 0.0, 1e-3, 8.0, 60.0, 1e3, 1e8)
@@ -37,13 +40,15 @@ SAME_QUERIES = ("dense", "cache", "paged-cache")  # storages in which all sequen
 
 def kind_of(r: random.Random) -> dict:
     """What a kernel is compiled for."""
-    dtype = r.choice((torch.float16, torch.bfloat16, torch.float32))
+    tier = r.choice((*TIERS, "simdgroup", "simdgroup"))
+    kernel = tensorops.FORWARD if tier == "tensorops" else simdgroup.FORWARD
+    dtype = r.choice((torch.float16, torch.bfloat16) if tier == "tensorops" else DTYPES)
     dims, storage = r.choice(DIMS), r.choice(("dense", "varlen", *STORAGES))
     masks = (None, None, None, "bool", "same", "float32") if storage in SAME_QUERIES else (None,)  # not for packed ones
-    tier = r.choice((*TIERS, "simdgroup", "simdgroup"))
     return {
         "tier": tier,
-        "variant": r.choice(simdgroup.FORWARD.fitting(dtype.itemsize, *dims)),
+        "variant": r.choice(kernel.fitting(dtype.itemsize, *dims)),
+        "registers": r.choice(("apple10", "apple10", "legacy", r.randrange(1, 1000))),  # where cooperative tensors lie
         "dtype": dtype,
         "dims": dims,
         "storage": storage,
@@ -102,19 +107,25 @@ def spec_of(kind: dict, r: random.Random) -> Spec:
 
 
 @contextlib.contextmanager
-def served_by(tier: str, variant: simdgroup.Variant) -> Iterator[None]:
-    """The tier computes every call; the Metal ones on the runner."""
-    with pytest.MonkeyPatch.context() as patch:
+def served_by(tier: str, variant: NamedTuple, registers: str | int) -> Iterator[None]:
+    """The tier computes every call; the Metal ones on the runner, that on tensor operations on an imitated M5."""
+    with contextlib.ExitStack() as machine:
+        patch = machine.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("MTLFLASHATTN_KERNEL", tier)
-        patch.setenv(simdgroup.FORWARD.variable, str(variant))
+        if tier == "tensorops":
+            patch.setenv(store.CACHE, machine.enter_context(tempfile.TemporaryDirectory()))
+            patch.setenv("METAL_HOST_LAYOUT", str(registers))
+            patch.setenv(tensorops.FORWARD.variable, str(variant))
+            machine.enter_context(mac())
+        else:
+            patch.setenv(simdgroup.FORWARD.variable, str(variant))
         variants.forget()
+        machine.callback(variants.forget)
         if tier == "decode":
             decode_serves_all(patch)
-        try:
-            with metal_on("cpu") if tier in METAL else contextlib.nullcontext():
-                yield
-        finally:
-            variants.forget()
+        if tier in METAL:
+            machine.enter_context(metal_on("cpu", version="4.0" if tier == "tensorops" else None))
+        yield
 
 
 def errors(call: Call, gradients: bool, r: random.Random) -> list[str]:
@@ -246,7 +257,7 @@ def fuzz(calls: int, kinds: int, seed: int, note: Callable[[str], object] = lamb
     for first in range(0, calls, each):
         kind = kind_of(r)
         note(f"{first} calls, {len(found.wrong)} wrong; next: {kind['tier']} {kind['storage']}")
-        with served_by(kind["tier"], kind["variant"]):
+        with served_by(kind["tier"], kind["variant"], kind["registers"]):
             for _ in range(min(each, calls - first)):
                 call_seed = r.getrandbits(32)
                 why = examine(kind, call_seed)
