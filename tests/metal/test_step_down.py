@@ -231,6 +231,7 @@ def test_miscompiled_kernels_do_not_pass(grid, entry, kind, monkeypatch):
         for s in specializations(grid)
         if s.kernel.entry == entry and (not matters or matters(s)) and old in s.source()
     )
+    assert compiler.kernel(s) is not None, compiler.failures
     compiled_by(monkeypatch, Fault(old, new))
     with pytest.warns(RuntimeWarning, match=f"{entry} gave a wrong result for a test problem"):
         assert compiler.kernel(s) is None
