@@ -53,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="another order of the threads")
     parser.add_argument("--lockstep", action="store_true", help="lanes of a simdgroup advance together")
+    parser.add_argument(
+        "--layout",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        help="of cooperative tensors: a name or seed",
+    )
     parser.add_argument("--partial", action="store_true", help="allow reductions that some lanes do not reach")
     parser.add_argument("--fast", action="store_true", help="without the checks")
     parser.add_argument("--resources", action="store_true", help="registers and spills on an NVIDIA GPU, by ptxas")
@@ -108,6 +113,7 @@ def _run(library: ShaderLibrary, options: argparse.Namespace) -> None:
         instrumented=not options.fast,
         seed=options.seed,
         lockstep=options.lockstep,
+        layout=options.layout,
         allow_partial_collectives=options.partial,
     ) as launches:
         kernel(

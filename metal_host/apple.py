@@ -3,8 +3,9 @@
 Apple's allocator cannot be asked here. What can be counted are the values that are alive together, once the code has the
 operands of Apple's GPUs:
 
-* a matrix product takes its operands as they are, two elements a lane, and adds in place; on NVIDIA's tensor cores every
-  fragment takes twice the registers (include/msl/nvptx.h, `__MH_APPLE`);
+* a matrix product takes its operands as they are, two elements a lane (eight of a cooperative tensor's 16x16 fragment), and
+  adds in place; on NVIDIA's tensor cores every fragment of 8x8 takes twice the registers (include/msl/nvptx.h,
+  `__MH_APPLE`);
 * the kernel and its functions are inlined into one, so that no register is held for a call;
 * what is loaded from constant memory, and computed from that alone, lies in uniform registers, which no lane pays for. They
   are filled once for a launch: what depends on the threadgroup's position is computed by its lanes;
@@ -84,8 +85,8 @@ def _blocks(ptx: str) -> list[_Block]:
         elif text and text[0] not in ".{}":
             if "matrix product" in line:
                 registers = tuple(dict.fromkeys(_REGISTER.findall(text)))
-                first, second = re.findall(r"fma\.rn\.f32 (%\w+),", text)
-                blocks[-1].instructions.append(_Instruction("product", (first, second), registers))
+                written = tuple(re.findall(r"fma\.rn\.f32 (%\w+),", text))
+                blocks[-1].instructions.append(_Instruction("product", written, registers))
                 continue
             for statement in filter(None, (part.strip() for part in text.split(";"))):
                 _add(blocks, statement)

@@ -22,7 +22,11 @@ from .frontend import Unit
 
 FAST_STACK = 128 << 10
 ARGUMENT = 1 << 20  # numbers of threadgroup memory from here on are [[threadgroup(n)]] arguments
-_RUNTIME_FLAGS = ["-std=gnu11", "-O2", "-fPIC", "-ffreestanding", "-fno-stack-protector", "-fno-optimize-sibling-calls"]
+# Words of a tensor are floats or integers (tensor.c): no strict aliasing.
+_RUNTIME_FLAGS = [
+    *("-std=gnu11", "-O2", "-fPIC", "-ffreestanding", "-fno-stack-protector", "-fno-optimize-sibling-calls"),
+    "-fno-strict-aliasing",
+]
 # Metal lets a vector be read where its elements are aligned; x86 would trap on a stricter assumption.
 _FAST = ["-O2", "-fno-optimize-sibling-calls", "-fmax-type-align=1"]
 # One callback for each access as the source has it: no vectors of the optimiser's, no access left out, no loop unrolled.

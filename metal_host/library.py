@@ -234,6 +234,8 @@ class KernelFunction:
         shape = self._shape(threads, group_size, args)
         mode = _mode.get()
         layout = layouts.number(mode.layout)
+        if bindings.on_gpu and layout:
+            raise RuntimeError("cooperative tensors have the layout 'apple10' on an NVIDIA GPU")
         if bindings.on_gpu:
             self._library.module(self._name).launch(self._name, bindings, shape)
             if errors is not None:

@@ -186,7 +186,15 @@ class Tokens:
 def library_templates() -> frozenset[str]:
     """The templates that Metal's library declares (include/)."""
     headers = Path(__file__).parent / "include" / "msl"
-    names = ("traits.h", "atomic.h", "simdgroup_matrix.h", "tensor.h", "cooperative_tensor.h", "matmul2d.h")
+    names = (
+        "traits.h",
+        "atomic.h",
+        "simdgroup_matrix.h",
+        "tensor.h",
+        "cooperative_tensor.h",
+        "tensor_ops.h",
+        "matmul2d.h",
+    )
     text = "".join((headers / name).read_text() for name in names)
     declared = re.findall(r"template\s*<[^;{}()]*>\s*(?:struct|class|using)\s+([a-z]\w+)", text)
     declared += re.findall(r"^__MH_(?:TRAIT|STRIP)\((\w+)", text, re.MULTILINE)

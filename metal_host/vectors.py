@@ -121,6 +121,11 @@ class Vectors:
         close = tokens.partner[i]
         if tokens[i - 1] not in ("(", ",") or tokens[close + 1] not in (")", ",") or close == i + 1:
             return
+        if tokens[i - 2] == ">" and tokens[close + 1] == ")" and self._makes_array(i - 2):
+            tokens.text[i - 1] = tokens.text[close + 1] = (
+                ""  # array<T, N>({a, b}): ambiguous beside the copy constructors
+            )
+            return
         elements = split(tokens, i + 1, close)
         inside = range(i + 1, close)
         if not 2 <= len(elements) <= 4 or not self._is_argument(i) or any(tokens[k] in (";", "{") for k in inside):
@@ -152,6 +157,13 @@ class Vectors:
         tokens.text[i] = "__mh_make<"
         tokens.text[close] = ">("
         tokens.append(end - 1, ")")
+
+    def _makes_array(self, close: int) -> bool:
+        """Is the '>' at token `close` that of `array<T, N>`?"""
+        tokens, start = self._tokens, close
+        while start > 0 and tokens[start] != "<":
+            start -= 1
+        return tokens[start - 1] == "array" and tokens.angle_close(start) == close
 
     def _is_type(self, start: int, end: int) -> bool:
         """Is (start..end-1) the name of a type that may be a vector?"""

@@ -543,23 +543,28 @@ def test_every_specialization_has_a_trial_that_is_its_own(grid):
     every = recorded(CALLS[grid]())
     assert len(every) > 100
     for s in every:
-        made = s.kernel.proof.trial(s)
-        assert launch.arguments(s.kernel, made.problem, s.variant, made.tensors, made.parameters)[0] == s
-        written = {name for name, buffer in s.kernel.buffers.items() if not buffer.type.startswith("const")}
-        written = {name for name in written if made.tensors[name] is not None}
-        if "partial_o" in s.buffers:  # in splits, or put together
-            written &= {"partial_o", "partial_m_l"} if s.kernel in decode.DECODE.values() else {"out", "lse"}
-        assert set(made.expected) == written
-        assert all(made.tensors[name].isnan().all() for name in made.expected)
-        for expected in made.expected.values():
-            assert expected.value.isfinite().any()
-            assert grid != "backward" or not expected.value.isnan().any()
-        threads, group = s.kernel.grid(made.problem, s.variant)
-        assert group == (s.threads, 1, 1), "what a pipeline is asked for is not what is launched"
-        assert math.prod(threads) // math.prod(group) >= 2, "one tile has no neighbour"
-        for x in (made.problem.k, made.problem.v):
-            memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
-            assert s.kv_format or memory.isnan().any(), "nothing that must not be read"
+        check_trial(s, grid)
+
+
+def check_trial(s, grid):
+    """The trial of a specialization is one, and shows what goes wrong."""
+    made = s.kernel.proof.trial(s)
+    assert launch.arguments(s.kernel, made.problem, s.variant, made.tensors, made.parameters)[0] == s
+    written = {name for name, buffer in s.kernel.buffers.items() if not buffer.type.startswith("const")}
+    written = {name for name in written if made.tensors[name] is not None}
+    if "partial_o" in s.buffers:  # in splits, or put together
+        written &= {"partial_o", "partial_m_l"} if s.kernel in decode.DECODE.values() else {"out", "lse"}
+    assert set(made.expected) == written
+    assert all(made.tensors[name].isnan().all() for name in made.expected)
+    for expected in made.expected.values():
+        assert expected.value.isfinite().any()
+        assert grid != "backward" or not expected.value.isnan().any()
+    threads, group = s.kernel.grid(made.problem, s.variant)
+    assert group == (s.threads, 1, 1), "what a pipeline is asked for is not what is launched"
+    assert math.prod(threads) // math.prod(group) >= 2, "one tile has no neighbour"
+    for x in (made.problem.k, made.problem.v):
+        memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+        assert s.kv_format or memory.isnan().any(), "nothing that must not be read"
 
 
 @pytest.mark.parametrize("grid", CALLS)

@@ -146,8 +146,8 @@ def test_it_is_asked_behind_decode_and_before_simdgroup():
 
 
 def test_the_command_tunes_it_and_then_which_kernel_to_use(monkeypatch, capsys):
-    default, fast = tensorops.FORWARD.default(2, 64, 64), tensorops.Variant(16, 2, 32, True)
-    usual = simdgroup.FORWARD.default(2, 64, 64)
+    default, fast = tensorops.FORWARD.default(2, 16, 16), tensorops.Variant(16, 2, 32)
+    usual = simdgroup.FORWARD.default(2, 16, 16)
     chosen = {
         simdgroup.FORWARD: [usual],
         tensorops.FORWARD: [default, fast],
@@ -156,18 +156,28 @@ def test_the_command_tunes_it_and_then_which_kernel_to_use(monkeypatch, capsys):
     seconds = {usual: 1e-3, default: 3e-3, fast: 2e-3, "tensorops": 2e-3, "simdgroup": 1e-3}
     monkeypatch.setattr(timing, "stopwatch", lambda _device: Clock(seconds))
     monkeypatch.setattr(tune, "candidates", lambda _key, kernel: chosen[kernel])
-    command = "tune --device cpu --dtype float16 float32 --head-dim 64 --length short --mask full --what variants"
+    command = "tune --device cpu --dtype float16 float32 --head-dim 16 --length short --mask full --what variants"
     with machine():
-        monkeypatch.setitem(seconds, simdgroup.FORWARD.default(4, 64, 64), 1e-3)
+        monkeypatch.setitem(seconds, simdgroup.FORWARD.default(4, 16, 16), 1e-3)
         assert main(command.split()) == 0
         printed = capsys.readouterr().out
-        assert re.search(rf"^tensorops +float16 +64 +short +full +{fast} ", printed, re.MULTILINE)
-        assert re.search(r"^tiled +float16 +64 +short +full +simdgroup ", printed, re.MULTILINE)
+        assert re.search(rf"^tensorops +float16 +16 +short +full +{fast} ", printed, re.MULTILINE)
+        assert re.search(r"^tiled +float16 +16 +short +full +simdgroup ", printed, re.MULTILINE)
         assert not re.search("^(tensorops|tiled) +float32 ", printed, re.MULTILINE)
-        q = torch.empty(1, 70, 2, 64).half()
+        q = torch.empty(1, 70, 2, 16).half()
         p = describe.dense(q, q, q, describe.CallOptions())
         assert variants.chosen(p, tensorops.FORWARD) == fast
         assert variants.chosen(p, tensorops.WAYS) == "simdgroup"
     with machine(macos="15.5"):
         assert main(command.split()) == 0
         assert not re.search("^(tensorops|tiled) ", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_head_dims_without_room_stay_with_others():
+    q = torch.randn(1, 70, 2, 131).half()
+    p = describe.dense(q, q, q, describe.CallOptions())
+    with machine():
+        (reason,) = tiers.explain(p)["tensorops"]
+        assert reason.startswith("head dims 131 and 131 do not fit in registers")
+        assert not tune.keys(tensorops.WAYS, ["float16"], [131], ["short"], ["full"])
+        assert not tune.keys(tensorops.FORWARD, ["float16"], [131], ["short"], ["full"])

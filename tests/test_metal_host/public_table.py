@@ -27,6 +27,8 @@ KERNELS = {
     "test_gpt_oss": "Hugging Face `gptoss_f32_sdpa_q8_d64`",
     "test_natten": "natten_mps, 1 to 3 dimensions, through its package",
     "test_prefill": "torch's prefill kernel",
+    "test_llama_cpp_mul_mm": "llama.cpp `kernel_mul_mm` with `GGML_METAL_HAS_TENSOR`: NaN, and right once its sum is zeroed",
+    "test_mtlattn_varlen": "mtlattn `attn_mpp_varlen`, in lockstep: right where products overwrite memory, told where they add",
     "test_mpp_attention[a10": "torch's `MppAttention.h`, a10: right under `apple10`, wrong under the other layouts",
     "test_mpp_attention[a9": "torch's `MppAttention.h`, a9: right under `legacy`, wrong under the other layouts",
     "test_mlx_steel_attention_nax": "MLX `steel_attention_nax` and `_dsplit`: right under `apple10`, wrong under the others",

@@ -5,6 +5,8 @@ import pytest
 from metal_host import survey
 from metal_host.__main__ import main
 
+from .test_cooperative_tensors import APPLE10, HEADER
+
 SOURCE = """#include <metal_stdlib>
 using namespace metal;
 constant float bias [[function_constant(0)]];
@@ -82,3 +84,15 @@ def test_survey(tmp_path, capsys, monkeypatch):
     assert "| kernels/strings.py:1 | | 1 | 1 | 1 | 1 | |" in out
     assert "'absent.h' file not found" in out
     assert page.read_text() == f"# Page\n<!-- survey -->\n\n{out}\n<!-- end -->\nafter\n"
+
+
+def test_layouts_of_cooperative_tensors(tmp_path, capsys):
+    path = tmp_path / "places.metal"
+    path.write_text(HEADER + APPLE10.replace("TB", "false"))
+    arguments = ["--version", "4.0", "--run", "places", "--arg", "zeros:int:3072", "--threads", "32", "--group", "32"]
+    printed = []
+    for layout in ("apple10", "3"):
+        assert main([str(path), *arguments, "--layout", layout]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] != printed[1]
+    assert main([str(path), *arguments, "--layout", "apple9"]) == 2

@@ -21,7 +21,8 @@ kernel void attention(device half* q, device half* k, device half* v, device flo
   const int queries = lengths[0], keys = lengths[1], first = simdgroup * ROWS;
   constexpr auto scores = matmul2d_descriptor(ROWS, KEYS, D, false, true, false, matmul2d_descriptor::mode::multiply);
   constexpr auto values =
-      matmul2d_descriptor(ROWS, D, KEYS, false, false, false, matmul2d_descriptor::mode::multiply_accumulate);
+      matmul2d_descriptor(ROWS, D, static_cast<int>(dynamic_extent), false, false, false,
+                          matmul2d_descriptor::mode::multiply_accumulate);
   matmul2d<scores, execution_simdgroup> qk;
   matmul2d<values, execution_simdgroup> pv;
   threadgroup half staged[2][ROWS * KEYS];
@@ -117,7 +118,8 @@ FAULTS = [
     Plant(
         "a destination taken for an operand",
         "qk.run(Q, right, S);",
-        "auto other = pv.get_left_input_cooperative_tensor<float, half, float>(S); qk.run(Q, right, S); S[0] = other[0];",
+        "constexpr auto next = matmul2d_descriptor(ROWS, D, KEYS); matmul2d<next, execution_simdgroup> op;"
+        " auto p = op.get_left_input_cooperative_tensor<float, half, float>(S); qk.run(Q, right, S); S[0] = p[0];",
         "layout",
     ),
     # what is not there
@@ -137,9 +139,16 @@ FAULTS = [
     ),
     Plant("static extents past the end", "V.slice(0, key)", "V.slice<D, KEYS>(0, key)", "extents"),
     Plant(
+        "a static inner dimension past the end",
+        "matmul2d_descriptor(ROWS, D, static_cast<int>(dynamic_extent),",
+        "matmul2d_descriptor(ROWS, D, KEYS,",
+        "extents",
+        "pv.run(P, part",
+    ),
+    Plant(
         "static extents smaller than the tile",
         "extents<int, KEYS, ROWS>()",
-        "extents<int, KEYS / 2, ROWS>()",
+        "extents<int, KEYS, ROWS / 2>()",
         "compiler",
         "pv.run(P, part",
     ),

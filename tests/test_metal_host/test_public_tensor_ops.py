@@ -2,7 +2,7 @@
 
 A kernel that moves registers by a layout which it knows must be right under that one and wrong under the others; one that
 asks for every element's place must be right under all. METAL_HOST_SOURCES names a folder with checkouts `mlx` and
-`kernels-community`, and `mtlflashattn`, the wheel of 0.2 unpacked; METAL_HOST_TORCH_INCLUDE the headers of a torch that has
+`kernels-community` and `mtlattn`, and `mtlflashattn`, the wheel of 0.2 unpacked; METAL_HOST_TORCH_INCLUDE the headers of a torch that has
 MppAttention.h, from 2.14. What is not there is skipped."""
 
 import ast
@@ -18,14 +18,15 @@ from .public_sources import MARKS, NAMES, SOURCES, TOLERANCE, inputs, library, r
 
 MPP_ATTENTION = "ATen/native/mps/kernels/MppAttention.h"
 LAYOUTS = [*layouts.NAMES, 0, 1, 2, 3]
+DRAWN_ADDING = 0  # with products that add to a destination in memory: a quarter of the seeds
 DRAWN_ALIKE = [1, 3]  # with destinations that may be operands: half of the seeds
 
 
-def check_layouts(run, expected, tolerance, right):
+def check_layouts(run, expected, tolerance, right, lockstep=False):
     """run(): its result in the current layout. It must be right in the layouts `right`, and in no others."""
     for layout in LAYOUTS:
         try:
-            with observe(layout=layout, allow_partial_collectives=True):
+            with observe(layout=layout, allow_partial_collectives=True, lockstep=lockstep):
                 got = run()
         except KernelFault as fault:
             assert layout not in right, fault
@@ -209,3 +210,82 @@ def test_mtlflashattn_tensor_ops(variant, d, causal):
 
     right = LAYOUTS if variant == "v2" else [*layouts.NAMES, *DRAWN_ALIKE]
     check_layouts(run, reference(q, k, v, causal), {"v2": 3e-3, "v2r": 2e-2}[variant], right)
+
+
+@_marked
+@pytest.mark.parametrize("kind", ["plain", "causal", "window"])
+@pytest.mark.parametrize("d", [64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mtlattn_varlen(dtype, d, kind):
+    """Its scores overwrite what is in threadgroup memory, as on an M5; where a product adds to that, it is told."""
+    lib = library("mtlattn/src/attn_mpp.metal", "mtlattn", {0: False}, [])
+    name = {torch.float16: "half", torch.bfloat16: "bfloat"}[dtype] + ("" if d == 128 else f"_d{d}")
+    heads, heads_k, lengths = 2, 1, [(20, 60), (1, 9)]
+    sequences = [inputs(dtype, heads, heads_k, *n, d) for n in lengths]
+    q, k, v = (torch.cat([t[0].transpose(0, 1) for t in ts]).contiguous() for ts in zip(*sequences, strict=True))
+    starts = [torch.tensor([0, *torch.tensor(n).cumsum(0)], dtype=torch.int32) for n in zip(*lengths, strict=True)]
+    out, lse, window = torch.zeros_like(q), torch.zeros(q.shape[0], heads), 24 if kind == "window" else 0
+    with observe():
+        kernel = getattr(lib, f"attn_mpp_varlen_{name}")
+
+    def run():
+        out.fill_(math.nan)
+        numbers = [heads * d, heads_k * d, heads_k * d, kind != "plain", heads // heads_k, window]
+        arguments = [q, k, v, out, *starts, heads, 1 / math.sqrt(d), *numbers, lse, 1, lse, 0, 0]
+        casts = dict.fromkeys((6, *range(8, 14), 15, 17, 18), "int32")
+        kernel(*arguments, threads=(2 * 128, 2, heads), group_size=(128, 1, 1), arg_casts=casts)
+        return out
+
+    expected = []
+    for qs, ks, vs in sequences:
+        rows = torch.arange(qs.shape[2])[:, None] + ks.shape[2] - qs.shape[2]
+        columns = torch.arange(ks.shape[2])
+        seen = (columns <= rows) | torch.tensor(kind == "plain")
+        if window:
+            seen &= columns > rows - window
+        expected.append(reference(qs, ks, vs, mask=seen)[0].transpose(0, 1))
+    right = [layout for layout in LAYOUTS if layout != DRAWN_ADDING]
+    check_layouts(run, torch.cat(expected), TOLERANCE[dtype], right, lockstep=True)  # one lane of a row writes for both
+
+
+GGML = "ggml/src/ggml-metal/ggml-metal.metal"
+
+
+@_marked
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_llama_cpp_mul_mm(kind, zeroed):
+    """It accumulates into a cooperative tensor that it does not zero: NaN here, and right once somebody does."""
+    path = SOURCES / GGML
+    if not path.is_file():
+        pytest.skip(f"{GGML} is not there")
+    text = "#define GGML_METAL_HAS_TENSOR\n#define GGML_METAL_HAS_BF16\n" + path.read_text()
+    declared = "auto cT = mm.get_destination_cooperative_tensor<decltype(tB), decltype(tA), float>();"
+    assert text.count(declared) == 1
+    if zeroed:
+        text = text.replace(declared, declared + " for (ushort i = 0; i < cT.get_capacity(); ++i) cT[i] = 0;")
+    k, m, n = 70, 80, 140
+    constants = {700: True, 701: True, 702: 1, 703: 1, 704: 1, 705: 1}
+    lib = compile_shader(text, version="4.0", constants=constants, include=path.parents[:3], kernels=[])
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[kind]
+    a, b, out = torch.randn(m, k).to(dtype), torch.randn(n, k), torch.zeros(n, m)
+    fields = {"ne00": k, "ne02": 1, "nb01": ("u8", 2 * k), "nb02": ("u8", 2 * k * m), "nb03": ("u8", 2 * k * m)}
+    fields |= {
+        "ne12": 1,
+        "nb10": ("u8", 4),
+        "nb11": ("u8", 4 * k),
+        "nb12": ("u8", 4 * k * n),
+        "nb13": ("u8", 4 * k * n),
+    }
+    params = structure(fields | {"ne0": m, "ne1": n, "r2 and r3": 1 << 16 | 1})
+    with observe():
+        kernel = getattr(lib, f"kernel_mul_mm_{kind}_f32")
+
+    def run():
+        out.fill_(math.nan)
+        grid = {"threads": (-(-n // 128) * 128, -(-m // 64), 1), "group_size": (128, 1, 1)}
+        kernel(params, a, b, out, **grid, threadgroup_bytes={0: 8192})
+        return out
+
+    tolerance = {"f16": 3e-3, "bf16": 2e-2}[kind]
+    check_layouts(run, b.double() @ a.double().T, tolerance, LAYOUTS if zeroed else [])

@@ -121,3 +121,41 @@ def test_registers_spills_and_shared_memory(staged, shared):
     assert used.spill_stores == used.spill_loads == used.stack == 0
     assert 32 < used.registers <= 255
     assert 32 < library.live_registers("attention") <= 128
+
+
+COOPERATIVE = """#include <metal_stdlib>
+#include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>
+using namespace metal;
+using namespace mpp::tensor_ops;
+kernel void k(device half* a, device half* b, device float* c, uint lane [[thread_index_in_simdgroup]]) {
+  constexpr auto descriptor =
+      matmul2d_descriptor(16, 32, 16, false, TRANSPOSED, true, matmul2d_descriptor::mode::multiply_accumulate);
+  matmul2d<descriptor, execution_simdgroup> operation;
+  auto left = operation.get_left_input_cooperative_tensor<half, half, float>();
+  auto right = operation.get_right_input_cooperative_tensor<half, half, float>();
+  auto sum = operation.get_destination_cooperative_tensor<decltype(left), decltype(right), float>();
+  _Pragma("clang loop unroll(full)") for (ushort i = 0; i < left.get_capacity(); ++i) left[i] = a[8 * lane + i];
+  _Pragma("clang loop unroll(full)") for (ushort i = 0; i < right.get_capacity(); ++i) right[i] = b[16 * lane + i];
+  _Pragma("clang loop unroll(full)") for (ushort i = 0; i < sum.get_capacity(); ++i) sum[i] = 0;
+  operation.run(left, right, sum);
+  _Pragma("clang loop unroll(full)") for (ushort i = 0; i < sum.get_capacity(); ++i) {
+    auto at = sum.get_multidimensional_index(i);
+    c[at[1] * 32 + at[0]] = sum[i];
+  }
+}
+"""
+
+
+@pytest.mark.parametrize(("transposed", "exchanges"), [(True, (8, 0)), (False, (8, 8))])
+def test_cooperative_tensors_are_registers(transposed, exchanges):
+    """On an NVIDIA GPU four products of m16n8k16; of a right operand every pair of registers goes to another lane, and what is
+    stored by k is transposed. With Apple's operands two fragments' products, of 8 elements each."""
+    lib = compile_shader(COOPERATIVE.replace("TRANSPOSED", str(transposed).lower()), version="4.0")
+    ptx = lib.module("k").ptx
+    copies = ptx.count("st.global.b32") // 16  # the function, and it again inside its entry
+    products = ptx.count("mma.sync.aligned.m16n8k16")
+    assert (products, ptx.count("shfl.sync"), ptx.count("movmatrix")) == tuple(copies * n for n in (4, *exchanges))
+    assert ".local" not in ptx
+    assert lib.apple_ptx("k").count("matrix product") == 2
+    # 16 registers of the sum, 4 of the left operand, and 4 of the right one's fragment that is multiplied last
+    assert 24 <= lib.live_registers("k") <= 32

@@ -18,13 +18,23 @@ struct tensor_layout {
   static constexpr int role = role_, columns = columns_, rows = rows_, threads = threads_;
   static constexpr bool transposed = transposed_;
   static constexpr bool reduction = role == ROWS || role == COLUMNS;
+  static constexpr int size(uint r) { return r || role == ROWS ? rows : columns; }
   static constexpr int across = (columns + 15) / 16, down = (rows + 15) / 16;
-  // The most slots that a thread may have under any layout.
+  static constexpr int simdgroups = (threads + 31) / 32,
+                       per_simdgroup = threads == 1 ? 0 : (across * down + simdgroups - 1) / simdgroups;
+  // The most slots that a thread may have under any layout; on NVIDIA GPUs there is one.
+#ifdef __NVPTX__
+  static constexpr int slots = role == ROWS      ? down * 2
+                               : role == COLUMNS ? across * 4
+                               : threads == 1    ? columns * rows
+                                                 : 8 * per_simdgroup;
+#else
   static constexpr int slots = role == LINEAR    ? (columns * rows + threads - 1) / threads
                                : role == ROWS    ? down * 16
                                : role == COLUMNS ? across * 16
                                : threads == 1    ? columns * rows
-                                                 : 16 * ((across * down + threads / 32 - 1) / (threads / 32));
+                                                 : 16 * per_simdgroup;
+#endif
   static_assert(threads > 1 || slots <= 12288, "the tensor is too large for one thread");
   static_assert(columns < 1 << 14 && rows < 1 << 14 && columns * rows <= 1 << 16, "the tensor is too large");
   static constexpr ulong key =
@@ -58,12 +68,14 @@ __MH_PLAIN(constant)
 template <typename T>
 using plain = typename plain_type<T>::type;
 
-// Does a tensor in memory have the element (column, row), as far as an operation checks? Static extents it believes.
+// Does a tensor in memory have the element (column, row), as far as an operation checks? It believes static extents,
+// and those of the axis `believed`.
 template <typename Tensor>
-__MH_INLINE bool has(const Tensor& tensor, const thread long* at) {
+__MH_INLINE bool has(const Tensor& tensor, const thread long* at, int believed = -1) {
   bool inside = true;
   for (uint r = 0; r < Tensor::get_rank(); ++r)
-    inside &= Tensor::get_static_extent(r) != metal::dynamic_extent || at[r] < long(tensor.get_extent(r));
+    inside &= Tensor::get_static_extent(r) != metal::dynamic_extent || int(r) == believed ||
+              at[r] < long(tensor.get_extent(r));
   return inside;
 }
 
@@ -117,7 +129,7 @@ struct cooperative_tensor {
 
   static constexpr rank_type get_rank() { return Extents::rank(); }
   static constexpr size_t get_static_extent(rank_type r) { return Extents::static_extent(r); }
-  index_type get_extent(rank_type r) const thread { return index_type(Extents::static_extent(r)); }
+  index_type get_extent(rank_type r) const thread { return index_type(Layout::size(r)); }
 
   __MH_INLINE thread_size_type get_capacity() const thread { return thread_size_type(__placement.capacity()); }
   __MH_INLINE thread ElementType& operator[](int slot) thread {
@@ -135,7 +147,7 @@ struct cooperative_tensor {
   __MH_INLINE array<index_type, Extents::rank()> get_multidimensional_index(int slot) const thread {
     int element = __placement.element(slot);
     array<index_type, Extents::rank()> index;
-    for (uint r = 0; r < Extents::rank(); ++r) index[r] = index_type(Extents::static_extent(r));
+    for (uint r = 0; r < Extents::rank(); ++r) index[r] = index_type(Layout::size(r));
     if (element < 0) return index;
     index[0] = index_type(Layout::reduction ? element : element % Layout::columns);
     if constexpr (Extents::rank() == 2) index[1] = index_type(element / Layout::columns);
@@ -194,7 +206,7 @@ struct cooperative_tensor {
   }
   // All elements to a tensor in memory; those beyond its dynamic extents are dropped.
   template <typename Element, typename TensorExtents, typename... Tags>
-  __MH_INLINE void store(thread tensor<Element, TensorExtents, tensor_inline, Tags...>& to) const thread {
+  __MH_INLINE void store(const tensor<Element, TensorExtents, tensor_inline, Tags...>& to) const thread {
     __check_memory<tensor<Element, TensorExtents, tensor_inline, Tags...>, false>();
     for (int i = 0; i < Layout::slots; ++i) {
       long at[2];
@@ -217,7 +229,7 @@ struct cooperative_tensor {
   }
   template <typename Tensor, bool broadcast>
   static constexpr bool __covers(uint r) {
-    return Tensor::get_static_extent(r) >= Extents::static_extent(r) ||
+    return Tensor::get_static_extent(r) >= size_t(Layout::size(r)) ||
            (broadcast && Tensor::get_static_extent(r) == 1);
   }
 

@@ -64,13 +64,14 @@ struct operand_words<metal::tensor<Element, Extents, metal::tensor_inline, Tags.
   // From first_k to inner - 1 at most along the inner dimension; what is outside the tensor is 0.
   __MH_INLINE void load(const thread Tensor& from, bool relaxed, long first_k, long inner) thread {
     constexpr int inner_axis = role == LEFT ? Shape::transpose_left : role == RIGHT ? !Shape::transpose_right : 2;
+    constexpr int believed = Shape::dynamic ? -1 : inner_axis;
     for (int i = 0; i < Layout::slots; ++i) {
       words[i] = 0;
       int element = int(__mh_tensor_element(layout, uint(i)));
       if (element < 0) continue;
       long at[3] = {element % Layout::columns, element / Layout::columns, 0};
       at[inner_axis] += first_k;
-      if ((inner_axis < 2 && at[inner_axis] >= inner) || !has(from, at)) continue;
+      if ((inner_axis < 2 && at[inner_axis] >= inner) || !has(from, at, believed)) continue;
       T value;
       if constexpr (role == DESTINATION) {  // the same threads store there: no barrier is needed between
         __MH_TENSOR_STORE(value = from.__at(at);)

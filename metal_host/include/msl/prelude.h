@@ -22,6 +22,7 @@
 #ifdef __MH_TENSORS
 #include "tensor.h"
 #include "cooperative_tensor.h"
+#include "tensor_ops.h"
 #include "matmul2d.h"
 #endif
 #ifdef __MH_LOGGING

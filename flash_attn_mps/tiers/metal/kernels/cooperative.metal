@@ -33,9 +33,12 @@ METAL_FUNC Accumulator zeros() {
   return x;
 }
 
-// A lane has 16 rows' worth of fragments in these orders. Left operand, 16x16: element j of its row r of two is slot 4 r + j.
-// Destination and right operand, 16x32: that of a quarter's element t is slot_of(r, t). Right operand of q k^T, from rows of k:
-// element j of K_ELEMENTS of the lane's key i of K_KEYS is k_slot(i, j). Keys and rows of v are so many keys from the lane's first.
+// A slot is a lane's number for an element that it has.
+// * Left operand, 16x16: element j of the lane's row r of two is slot 4 r + j.
+// * Destination, and right operand from rows of v, 16x32: the quarter's neighbour t in row r is slot_of(r, t).
+// * Right operand from rows of k, which are its columns: a lane has K_KEYS keys, and K_ELEMENTS of each in a fragment; element j of key i
+//   is k_slot(i, j).
+// The lane's key i of k is k_key(i) behind its first of the block; its row r of v, of half a tile, is v_key(r) behind.
 #if LAYOUT == LAYOUT_LEGACY
 // Four 8x8 fragments: quarter n has columns 2 n, 2 n + 1, 2 n + 8, 2 n + 9 of each 16.
 constant constexpr int K_KEYS = 8, K_ELEMENTS = 2;
@@ -44,10 +47,13 @@ inline constexpr int k_slot(int i, int j) { return 8 * j + i; }
 // Which of a lane's neighbours in a row of q is element j of fragment f of so many.
 inline constexpr int q_element(int fragments, int f, int j) { return 2 * fragments * (j % 2) + 2 * f + j / 2; }
 inline constexpr int k_key(int i) { return i; }
-inline constexpr int v_key(int half_tile, int r) { return 4 * half_tile + 2 * r; }
+inline constexpr int v_key(int r) { return 2 * r; }
 METAL_FUNC int first_k_key(Lane lane) { return KEYS / 4 * (lane.column / 2); }
 METAL_FUNC int first_v_key(Lane lane) { return KEYS / 4 * (lane.row / 2) + lane.row % 2; }
 METAL_FUNC int k_part(Lane lane) { return lane.row; }  // which neighbours of a row of k the lane has
+// Column k of p as a left operand is element j of which quarter?
+inline constexpr int p_quarter(int k) { return k % 8 / 2; }
+inline constexpr int p_element(int k) { return k % 2 + k / 8 * 2; }
 #else
 // Apple10: quarter n has columns 4 n to 4 n + 3 of each 16. The generic code hands elements out likewise, and collects them.
 constant constexpr int K_KEYS = 4, K_ELEMENTS = 4;
@@ -55,13 +61,16 @@ inline constexpr int slot_of(int r, int t) { return 8 * (t / 4) + 4 * r + t % 4;
 inline constexpr int k_slot(int i, int j) { return 4 * i + j; }
 inline constexpr int q_element(int, int f, int j) { return 4 * f + j; }
 inline constexpr int k_key(int i) { return KEYS / 2 * (i % 2) + 4 * (i / 2); }
-inline constexpr int v_key(int half_tile, int r) { return KEYS / 2 * r + 4 * half_tile; }
+inline constexpr int v_key(int r) { return KEYS / 2 * r; }
 METAL_FUNC int first_k_key(Lane lane) { return KEYS / 4 * (lane.row / 4) + lane.row % 4; }
 METAL_FUNC int first_v_key(Lane lane) { return first_k_key(lane); }
 METAL_FUNC int k_part(Lane lane) { return lane.column / 2; }
+inline constexpr int p_quarter(int k) { return k / 4; }
+inline constexpr int p_element(int k) { return k % 4; }
 #endif
 
 #if EXCHANGES
+// Where a simdgroup hands the operands of a product out, and collects the result.
 struct Exchange {
   T left[16 * 16];
   T right[16 * 32];
@@ -69,11 +78,11 @@ struct Exchange {
 };
 #endif
 
+// c += a b, in slots. OF_K: b has rows of k, which are the columns of the right operand. Never in relaxed precision.
 struct Products {
 #if EXCHANGES
   threadgroup Exchange* exchange;
 
-  // c += a b, in slots of Apple10. Of k: b has the rows of k, which are the columns of the right operand.
   template <bool OF_K>
   METAL_FUNC void add(thread float (&c)[16], thread T (&a)[8], thread T (&b)[16], Lane lane) const thread {
     int first = 2 * lane.column;
@@ -112,7 +121,6 @@ struct Products {
       c[i] += exchange->product[32 * (lane.row + 8 * (i / 4 % 2)) + first + i % 4 + 16 * (i / 8)];
   }
 #else
-  // c += a b, in slots. Of k: b has the rows of k, which are the columns of the right operand.
   template <bool OF_K>
   METAL_FUNC void add(thread float (&c)[16], thread T (&a)[8], thread T (&b)[16], Lane) const thread {
     constexpr auto descriptor = mpp::tensor_ops::matmul2d_descriptor(
@@ -131,27 +139,26 @@ struct Products {
 #endif
 };
 
-// Columns FIRST and up of rows of DIM elements, those of FRAGMENTS fragments of 16: two, or what is left, LEAST at least; none at
-// the end. Rows are aligned to ALIGNED elements. What lies beyond the row is zero.
-inline constexpr int slab_fragments(int left, int least) { return left <= 0 ? 0 : left > 16 ? 2 : least; }
+// Columns FIRST and up of rows of DIM elements, those of FRAGMENTS fragments of 16: LEAST to MOST. None: the end. Rows are aligned to
+// ALIGNED elements. What lies beyond the row is zero.
+inline constexpr int slab_fragments(int left, int least, int most) { return left <= 0 ? 0 : left > 16 ? most : least; }
 
-template <int DIM, int ALIGNED, int LEAST, int FIRST = 0, int FRAGMENTS = slab_fragments(DIM - FIRST, LEAST)>
+template <int DIM, int ALIGNED, int LEAST, int MOST, int FIRST = 0, int FRAGMENTS = slab_fragments(DIM - FIRST, LEAST, MOST)>
 struct Slab {
   enum { COUNT = FRAGMENTS, BEGIN = FIRST, WIDTH = 16 * FRAGMENTS, ELEMENTS = 4 * FRAGMENTS, K_WIDTH = K_ELEMENTS * FRAGMENTS };
-  typedef Slab<DIM, ALIGNED, LEAST, FIRST + WIDTH> Rest;
+  typedef Slab<DIM, ALIGNED, LEAST, MOST, FIRST + WIDTH> Rest;
 
-  // Does a row have all neighbours `first` to `first + N - 1`, or none of them?
-  template <int N>
-  METAL_FUNC static bool is_in(int first) { return FIRST + WIDTH <= DIM || first < DIM; }
+  // Has a row all neighbours `first` to `first + N - 1`, or none of them? And if so, has it them?
   template <int N>
   METAL_FUNC static constexpr bool in_whole() { return FIRST + WIDTH <= DIM || DIM % N == 0; }
+  METAL_FUNC static bool is_in(int first) { return FIRST + WIDTH <= DIM || first < DIM; }
 
   // Part n, N neighbours, of the slab's columns of a row.
   template <int N, typename Row>
   METAL_FUNC static void load(thread T* to, Row row, int n) {
     constexpr int W = N < ALIGNED ? N : ALIGNED;
     int first = FIRST + N * n;
-    if (in_whole<N>() && is_in<N>(first)) {
+    if (in_whole<N>() && is_in(first)) {
       UNROLL for (int i = 0; i < N; i += W) Elements<W>::load(to + i, row + first + i);
     } else {
       UNROLL for (int i = 0; i < N; ++i) {
@@ -178,15 +185,13 @@ struct Slab {
     }
   }
 
-  // Likewise of v: of each half of the keys.
+  // Likewise of v, of half a tile.
   template <typename AnyLaneRows>
-  METAL_FUNC static void load_v(thread T (&to)[2][16], AnyLaneRows rows, int tile, Lane lane) {
-    UNROLL for (int half_tile = 0; half_tile < 2; ++half_tile) {
-      UNROLL for (int r = 0; r < 2; ++r) {
-        T x[ELEMENTS];
-        load<ELEMENTS>(x, rows.at(tile + v_key(half_tile, r)), lane.column / 2);
-        UNROLL for (int t = 0; t < ELEMENTS; ++t) to[half_tile][slot_of(r, t)] = x[t];
-      }
+  METAL_FUNC static void load_v(thread T (&to)[16], AnyLaneRows rows, int half_tile, Lane lane) {
+    UNROLL for (int r = 0; r < 2; ++r) {
+      T x[ELEMENTS];
+      load<ELEMENTS>(x, rows.at(4 * half_tile + v_key(r)), lane.column / 2);
+      UNROLL for (int t = 0; t < ELEMENTS; ++t) to[slot_of(r, t)] = x[t];
     }
   }
 
@@ -196,7 +201,7 @@ struct Slab {
     T x[N];
     UNROLL for (int t = 0; t < N; ++t) x[t] = T(from[FIRST / 8 + t / 2].thread_elements()[t % 2] * factor);
     int first = FIRST + N * (lane.column / 2);
-    if (in_whole<N>() && is_in<N>(first)) {
+    if (in_whole<N>() && is_in(first)) {
       UNROLL for (int i = 0; i < N; i += W) Elements<W>::store(row + first + i, x + i);
     } else if (!in_whole<N>()) {
       UNROLL for (int i = 0; i < N; ++i) if (first + i < DIM) row[first + i] = x[i];
@@ -205,7 +210,7 @@ struct Slab {
   }
 };
 
-template <int DIM, int ALIGNED, int LEAST, int FIRST>
-struct Slab<DIM, ALIGNED, LEAST, FIRST, 0> {
+template <int DIM, int ALIGNED, int LEAST, int MOST, int FIRST>
+struct Slab<DIM, ALIGNED, LEAST, MOST, FIRST, 0> {
   METAL_FUNC static void store(device T*, thread Accumulator*, float, Lane) {}
 };

@@ -17,16 +17,16 @@ kernel void attention_forward(
   int head = int(group.y);
   // Line 3. Under a causal mask the last queries see most keys: they come first, so that no long tile is left for the end.
   int tile_index = HAS_WINDOW_RIGHT && !HAS_CU_SEQLENS_Q ? int(groups.x - 1 - group.x) : int(group.x);
-  Tile tile = tile_of(tile_index, int(group.z), ROWS * SIMDGROUPS, in);
+  Tile tile = tile_of(tile_index, int(group.z), GROUP_ROWS, in);
   Sequence sequence = tile.sequence;
   Scoring scoring = scoring_of(sequence, head, in);
-  int group_first_row = tile.index * ROWS * SIMDGROUPS;
+  int group_first_row = tile.index * GROUP_ROWS;
   if (group_first_row >= sequence.rows_q) return;
   bool has_queries = group_first_row < sequence.seqlen_q;  // of the group: else its rows are zeroed
 
   // Lines 4 and 5: load q; o = 0, l = 0, m = -inf.
   State state;
-  state.first_row = group_first_row + simdgroup * ROWS;
+  state.first_row = group_first_row + simdgroup / SLICES * ROWS;
   state.kept.begin(dropout_of(sequence, head, in));
   int last_row = min(state.first_row + ROWS, sequence.seqlen_q) - 1;
 #if SHARED_Q
@@ -37,7 +37,14 @@ kernel void attention_forward(
   threadgroup Exchange exchanges[SIMDGROUPS];
   state.products.exchange = exchanges + simdgroup;
 #endif
-  device const T* q_head = q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD];
+#if SLICES > 1
+  threadgroup SlicesOfScores slices;
+  state.slice = simdgroup;
+  state.slices = &slices;
+  state.turn = 0;
+#endif
+  device const T* q_head =
+      q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD] + state.slice * SLICE_D;
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = min(state.first_row + 8 * r + lane.row, sequence.seqlen_q - 1);
     if (has_queries) state.q.load(r, q_head + row * params[Q_ROW], scoring.sign, lane);
@@ -53,7 +60,7 @@ kernel void attention_forward(
 #if STAGED
   // All simdgroups of the group copy every block that one of them sees; those that see it compute.
   threadgroup Staging<KEYS, KEY_STEP> staging;
-  int group_last_row = min(group_first_row + ROWS * SIMDGROUPS, sequence.seqlen_q) - 1;
+  int group_last_row = min(group_first_row + GROUP_ROWS, sequence.seqlen_q) - 1;
   VisibleRange group_range = key_range_of(scoring, group_first_row, group_last_row, sequence.seqlen_k);
   if (!has_queries) group_range.visible_end = group_range.visible_begin;
 #if HAS_MASK
@@ -95,7 +102,8 @@ kernel void attention_forward(
 
   // Lines 12 to 15: o / l, and the log-sum-exp m + log(l). A query that saw no key has l = 0: zeros and -inf. Padding
   // rows get the same; their state is garbage.
-  device T* out_head = out + sequence.batch * params[OUT_BATCH] + sequence.first_q * params[OUT_ROW] + head * params[OUT_HEAD];
+  device T* out_head = out + sequence.batch * params[OUT_BATCH] + sequence.first_q * params[OUT_ROW] + head * params[OUT_HEAD] +
+      state.slice * SLICE_DV;
   int first_row = anew(state.first_row);
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = first_row + 8 * r + lane.row;
@@ -106,7 +114,7 @@ kernel void attention_forward(
       float factor = statistics.l > 0.0f ? keys.v_descale * statistics.rescale / statistics.l : 0.0f;
       SlabV::store(out_head + row * params[OUT_ROW], state.o[r], state.kept.dropout.scaled(factor), lane);
 #if HAS_LSE
-      if (lane.column == 0)
+      if (lane.column == 0 && state.slice == 0)
         lse[sequence.batch * params[LSE_BATCH] + sequence.first_q + head * params[LSE_HEAD] + row] =
             is_query ? log_sum_exp(statistics) : -INFINITY;
 #endif

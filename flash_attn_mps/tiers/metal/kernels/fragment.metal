@@ -13,11 +13,6 @@ typedef simdgroup_matrix<float, 8, 8> Accumulator;
 // Has a lane 2 KEY_FRAGMENTS neighbouring keys of a block (masking.metal)? Else two in each of its fragments.
 #define KEYS_ARE_NEIGHBOURS HAS_MASK
 
-// The same number, which all lanes of the simdgroup have. To compilers it is another: what is computed from it is computed
-// where it is needed, and does not wait in registers for loops to end.
-METAL_FUNC int anew(int x) { return simd_broadcast_first(x); }
-METAL_FUNC Lane anew(Lane lane) { return lane_of(simd_shuffle_xor(lane.index, ushort(0))); }
-
 METAL_FUNC Accumulator zeros() {
   return make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
 }

@@ -20,6 +20,16 @@ METAL_FUNC Lane lane_of(ushort index) {
   return lane;
 }
 
+// The same number, which all lanes of the simdgroup have. To compilers it is another: what is computed from it is computed
+// where it is needed, and does not wait in registers for loops to end.
+METAL_FUNC int anew(int x) { return simd_broadcast_first(x); }
+METAL_FUNC Lane anew(Lane lane) { return lane_of(simd_shuffle_xor(lane.index, ushort(0))); }
+
+// Which lane has quarter `quarter` of row `row`.
+METAL_FUNC ushort index_of(int row, int quarter) {
+  return ushort((row & 4) << 2 | (row & 3) << 1 | (quarter & 2) << 2 | (quarter & 1));
+}
+
 // The four lanes that share a row.
 METAL_FUNC float row_max(float x) {
   x = max(x, simd_shuffle_xor(x, ushort(1)));

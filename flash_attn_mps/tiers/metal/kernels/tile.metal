@@ -1,5 +1,9 @@
 // What a simdgroup of forward.metal holds, and how it computes with a block of keys: what attend.metal asks of a `State`.
 
+// A simdgroup has the whole of its rows.
+#define SLICES 1
+constant constexpr int GROUP_ROWS = ROWS * SIMDGROUPS, SLICE_D = HEAD_DIM, SLICE_DV = HEAD_DIM_V;
+
 // Line 8: s = q k^T for key fragments `begin` to `end` - 1, a slab of the head dim after the other, so that few fragments of k
 // and q are in registers together; and of a slab one of PARTS parts after the other.
 template <typename S>
@@ -84,6 +88,7 @@ struct State {
   float m[ROW_FRAGMENTS];  // running maximum of each row's scores
   float l[ROW_FRAGMENTS];  // this lane's part of the running sum of exp(s - m): the four lanes of a row are added at the end
   int first_row;
+  enum { slice = 0 };
   Kept kept;
 
   // s += q k^T. EDGE: there may be fewer keys than the block has.
