@@ -209,6 +209,13 @@ def test_a_probe_that_does_not_compile_closes_the_tier(error, known):
     assert known in warning
 
 
+def test_where_torch_has_no_device_nobody_is_warned(monkeypatch):
+    monkeypatch.setattr(compiler, "device_types", frozenset({"mps"}))
+    device = Device(known("apple10"))
+    assert asked(device) == (None, ["torch has no MPS device on this machine"], [])
+    assert not device.compiled
+
+
 def test_a_probe_that_does_not_run_closes_the_tier():
     device = Device(known("apple10"))
     device.run = lambda *_, **__: refused_by(ValueError("Threadgroup size exceeds 16"))("")
