@@ -70,11 +70,11 @@ inline constexpr int p_element(int k) { return k % 4; }
 #endif
 
 #if EXCHANGES
-// Where a simdgroup hands the operands of a product out, and collects the result.
+// Where a simdgroup hands the operands of a product out, and collects the result. In rows: of k too.
 struct Exchange {
-  T left[16 * 16];
-  T right[16 * 32];
-  float product[16 * 32];
+  alignas(16) T left[16 * 16];
+  alignas(16) T right[16 * 32];
+  alignas(16) float product[16 * 32];
 };
 #endif
 
@@ -86,11 +86,11 @@ struct Products {
   template <bool OF_K>
   METAL_FUNC void add(thread float (&c)[16], thread T (&a)[8], thread T (&b)[16], Lane lane) const thread {
     int first = 2 * lane.column;
-    UNROLL for (int i = 0; i < 8; ++i) exchange->left[16 * (lane.row + 8 * (i / 4)) + first + i % 4] = a[i];
-    UNROLL for (int i = 0; i < 16; ++i) {
-      int long_side = first + i % 4, short_side = lane.row + 8 * (i / 4 % 2);
-      int k = OF_K ? long_side : short_side, n = (OF_K ? short_side : long_side) + 16 * (i / 8);
-      exchange->right[32 * k + n] = b[i];
+    UNROLL for (int r = 0; r < 2; ++r) Elements<4>::store(exchange->left + 16 * (lane.row + 8 * r) + first, a + 4 * r);
+    UNROLL for (int i = 0; i < 4; ++i) {
+      int row = lane.row + 8 * (i % 2), half_tile = 16 * (i / 2);
+      int at = OF_K ? 16 * (row + half_tile) + first : 32 * row + half_tile + first;
+      Elements<4>::store(exchange->right + at, b + 4 * i);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     constexpr auto descriptor = mpp::tensor_ops::matmul2d_descriptor(
@@ -108,7 +108,7 @@ struct Products {
     UNROLL for (ushort i = 0; i < right.get_capacity(); ++i)
       if (right.is_valid_element(i)) {
         auto at = right.get_multidimensional_index(i);
-        right[i] = exchange->right[32 * at[1] + at[0]];
+        right[i] = exchange->right[OF_K ? 16 * at[0] + at[1] : 32 * at[1] + at[0]];
       }
     product.run(left, right, destination);
     UNROLL for (ushort i = 0; i < destination.get_capacity(); ++i)
@@ -117,8 +117,10 @@ struct Products {
         exchange->product[32 * at[1] + at[0]] = destination[i];
       }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    UNROLL for (int i = 0; i < 16; ++i)
-      c[i] += exchange->product[32 * (lane.row + 8 * (i / 4 % 2)) + first + i % 4 + 16 * (i / 8)];
+    UNROLL for (int i = 0; i < 4; ++i) {
+      float4 sum = *(threadgroup const float4*)(exchange->product + 32 * (lane.row + 8 * (i % 2)) + 16 * (i / 2) + first);
+      c[4 * i] += sum.x, c[4 * i + 1] += sum.y, c[4 * i + 2] += sum.z, c[4 * i + 3] += sum.w;
+    }
   }
 #else
   template <bool OF_K>
