@@ -36,6 +36,7 @@ def as_a_kernel_reads(p: AttentionProblem, values: list[str]) -> list[int]:
         buffers={**launch.FORWARD_BUFFERS, "read": Buffer("long")},
         optional=tuple(OPTIONAL_BUFFERS),
         grid=lambda _p, _variant: ((1, 1, 1), (1, 1, 1)),
+        threads=lambda _: 1,
     )
     lines = " ".join(f"read[{i}] = long({value});" for i, value in enumerate(values))
     text = f"kernel void probe(BUFFERS uint i [[thread_position_in_grid]]) {{ Inputs in = INPUTS; {lines} }}"

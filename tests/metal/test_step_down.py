@@ -14,12 +14,15 @@ import torch
 
 from flash_attn_mps import checks, flash_attention, tiers
 from flash_attn_mps.frontends import fa2
-from flash_attn_mps.tiers.metal import backward_kernels, compiler, proved, store, variants
+from flash_attn_mps.tiers.metal import backward_kernels, compiler, launch, proved, store, tensorops, variants
 from metal_host import compile_shader, observe
 
-from .test_proof import CALLS, Fault, compiled_by, recorded
+from .calls import Spec, draw
+from .test_proof import CALLS, CAUSAL, DEFAULT, DIMS, Fault, compiled_by, recorded
+from .test_proof import FAULTS as TILED
 
 HALF = "half"
+METAL4 = functools.partial(compile_shader, version="4.0")
 
 
 @pytest.fixture(autouse=True)
@@ -231,8 +234,40 @@ def test_miscompiled_kernels_do_not_pass(grid, entry, kind, monkeypatch):
         for s in specializations(grid)
         if s.kernel.entry == entry and (not matters or matters(s)) and old in s.source()
     )
+    assert compiler.kernel(s) is not None, compiler.failures
     compiled_by(monkeypatch, Fault(old, new))
     with pytest.warns(RuntimeWarning, match=f"{entry} gave a wrong result for a test problem"):
+        assert compiler.kernel(s) is None
+
+
+# The kernel on tensor operations reads what the tiled one reads of these.
+LARGE = Spec([(70, 70)], DIMS, std=(0.01, 1.0, 1e4))
+OF_TENSOROPS = {
+    kind: (fault.old, fault.new, fault.spec) for kind, fault in TILED.items() if fault.variant is DEFAULT
+} | {
+    "outputs summed in half": ("c[i] = destination[i];", "c[i] = float(half(destination[i]));", LARGE),
+    "another layout of results": ("return 8 * (t / 4) + 4 * r + t % 4;", "return 8 * r + t;", CAUSAL),
+    "another layout of keys": ("return 4 * i + j;", "return 4 * j + i;", CAUSAL),
+    "products that are not added": ("mode::multiply_accumulate", "mode::multiply", CAUSAL),
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.metal_full] * (kind not in ("swapped lanes", "outputs summed in half")))
+        for kind in OF_TENSOROPS
+    ],
+)
+def test_miscompiled_tensor_operations_do_not_pass(kind, monkeypatch):
+    old, new, spec = OF_TENSOROPS[kind]
+    variant = tensorops.FORWARD.default(2, *DIMS)._replace(layout=tensorops.LAYOUTS["apple10"])
+    (s,) = recorded([functools.partial(launch.run, draw(spec).problem, tensorops.FORWARD, variant)])
+    assert old in s.source()
+    compiled_by(monkeypatch, METAL4)
+    assert compiler.kernel(s) is not None, compiler.failures
+    compiled_by(monkeypatch, lambda source: METAL4(source.replace(old, new)))
+    with pytest.warns(RuntimeWarning, match="attention_tensorops gave a wrong result for a test problem"):
         assert compiler.kernel(s) is None
 
 

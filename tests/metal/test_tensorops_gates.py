@@ -2,6 +2,7 @@
 
 import functools
 import platform
+import re
 import sys
 import warnings
 from types import SimpleNamespace
@@ -10,15 +11,19 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flash_attn_mps import trace
+from flash_attn_mps.frontends.fa2 import flash_attn_func
 from flash_attn_mps.tiers.metal import (
     compiler,
     gpu,
     prove,
     proved,
     refusals,
+    specialization,
     store,
     tensorops_gate,
     tensorops_probe,
+    variants,
 )
 from flash_attn_mps.tools import machine
 from flash_attn_mps.tools.report import stages
@@ -202,6 +207,13 @@ def test_a_probe_that_does_not_compile_closes_the_tier(error, known):
     assert layout is None
     assert reason == f"its probe did not compile: {error}"
     assert known in warning
+
+
+def test_where_torch_has_no_device_nobody_is_warned(monkeypatch):
+    monkeypatch.setattr(compiler, "device_types", frozenset({"mps"}))
+    device = Device(known("apple10"))
+    assert asked(device) == (None, ["torch has no MPS device on this machine"], [])
+    assert not device.compiled
 
 
 def test_a_probe_that_does_not_run_closes_the_tier():
@@ -408,3 +420,32 @@ def test_below_metal_4_the_tier_is_closed_with_words():
     assert "Metal 4 is needed, and an older version is asked for" in reason
     assert "Unset PYTORCH_MPS_METAL_VERSION, or update torch." in warning
     assert not launches
+
+
+def test_the_trace_has_the_words_of_the_gates(monkeypatch):
+    monkeypatch.setattr(trace, "enabled", True)
+    monkeypatch.setattr(trace, "refusals", trace.Counter())
+    q = torch.randn(1, 70, 2, 32, dtype=torch.float16)
+    for how, words in [
+        ({"macos": "26.1"}, "needs macOS 26.2 or later, and this is macOS 26.1"),
+        ({"chip": "Apple M2"}, "the GPU (Apple M2) has no matrix units beside its ALUs, as M5 and later do"),
+    ]:
+        with mac(**how) as patch:
+            patch.setattr(compiler, "compile_shader", METAL4)
+            variants.forget()
+            flash_attn_func(q, q, q)
+            variants.forget()
+        assert re.search(rf"^tensorops +forward +{re.escape(words)} +1$", trace.table(), re.MULTILINE)
+
+
+def test_the_probe_makes_the_products_of_the_kernel():
+    """Of each kind, since a layout may depend on it: what the kernel asks for and the probe does not is not proved."""
+    text = dict(specialization.sources())["cooperative"]
+    found = re.findall(r"matmul2d_descriptor\(\s*([\w, ]+), mpp::tensor_ops::matmul2d_descriptor::mode::(\w+)\)", text)
+    made = set()
+    for how, mode in found:
+        *shape, transposed, relaxed = how.split(", ")
+        assert (shape, relaxed) == (["16", "32", "16", "false"], "false")
+        made |= {(of_k, mode) for of_k in (False, True) if transposed in ("OF_K", str(of_k).lower())}
+    assert made == {(case.transposed, case.mode) for case in tensorops_probe.CASES}
+    assert len(found) == text.count("matmul2d_descriptor(")

@@ -180,9 +180,6 @@ def _grid(p: AttentionProblem, variant: Variant) -> Grid:
     return (tiles * splits_of(p, variant) * threads, p.heads_k, batch), (threads, 1, 1)
 
 
-_COMBINE_THREADS = 128
-
-
 def _combine_grid(p: AttentionProblem, variant: Variant) -> Grid:
     tiles, batch = _tiles(p, variant.rows)
     rows = tiles * variant.rows if p.cu_seqlens_q is not None else p.max_seqlen_q * variant.heads_in_tile

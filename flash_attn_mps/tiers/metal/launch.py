@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -196,37 +197,38 @@ def problem_parameters(p: AttentionProblem) -> Parameters:
     mask_batch, mask_head, mask_row, mask_column = (0, 0, 0, 0) if p.mask is None else mask_strides(p.mask)
     k_descale_batch, k_descale_head = (0, 0) if p.k_descale is None else p.k_descale.stride()
     v_descale_batch, v_descale_head = (0, 0) if p.v_descale is None else p.v_descale.stride()
-    return Parameters(
-        seqlen_q=seqlen_q,
-        seqlen_k=p.max_seqlen_k,
-        total_q=p.q.shape[0],
-        batch=p.batch,
-        heads=heads,
-        heads_per_kv_head=heads // p.heads_k,
-        lse_batch=lse_batch,
-        lse_head=lse_head,
+    return Parameters(  # in the order of the fields: by name it would take three times as long
+        seqlen_q,
+        p.max_seqlen_k,
+        p.q.shape[0],
+        p.batch,
+        heads,
+        heads // p.heads_k,
+        lse_batch,
+        lse_head,
         # A window wider than the sequence stays a window: what a kernel is compiled for must not depend on the length.
-        window_left=min(p.window_left, p.max_seqlen_k),
-        window_right=min(p.window_right, seqlen_q),
-        softmax_scale=float_bits(0.0 if isinstance(scale, torch.Tensor) else scale),
-        softcap=float_bits(p.softcap),
-        seed=int(p.seed),
-        dropout_threshold=threshold(p.dropout_p) if p.dropout_p else 0,
-        dropout_scale=float_bits(1.0 / (1.0 - p.dropout_p)) if p.dropout_p else 0,
-        alibi_batch=heads if p.alibi_slopes is not None and p.alibi_slopes.dim() == 2 else 0,
-        page_size=page_size,
-        block_table_row=block_table_row,
-        mask_batch=mask_batch,
-        mask_head=mask_head,
-        mask_row=mask_row,
-        mask_column=mask_column,
-        k_descale_batch=k_descale_batch,
-        k_descale_head=k_descale_head,
-        v_descale_batch=v_descale_batch,
-        v_descale_head=v_descale_head,
+        min(p.window_left, p.max_seqlen_k),
+        min(p.window_right, seqlen_q),
+        float_bits(0.0 if isinstance(scale, torch.Tensor) else scale),
+        float_bits(p.softcap),
+        int(p.seed),
+        threshold(p.dropout_p) if p.dropout_p else 0,
+        float_bits(1.0 / (1.0 - p.dropout_p)) if p.dropout_p else 0,
+        heads if p.alibi_slopes is not None and p.alibi_slopes.dim() == 2 else 0,
+        page_size,
+        block_table_row,
+        mask_batch,
+        mask_head,
+        mask_row,
+        mask_column,
+        k_descale_batch,
+        k_descale_head,
+        v_descale_batch,
+        v_descale_head,
     )
 
 
+@functools.lru_cache(maxsize=256)
 def float_bits(value: float) -> int:
     """The bits of a float32, as a parameter has them."""
     if not value:

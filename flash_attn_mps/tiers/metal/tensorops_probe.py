@@ -130,6 +130,8 @@ def _ask() -> Answer:
         for name in LAYOUTS:
             if proved.holds(f"{line}-{name}"):
                 return Answer(name)
+    if reason := compiler.unavailable(next(iter(compiler.device_types))):
+        return Answer(None, (reason,))
     compiled = compiler.kernel(PROBE)
     if compiled is None:
         return Answer(None, (f"its probe did not compile: {compiler.failures[PROBE]}",))
