@@ -2,21 +2,24 @@
 
     python bench/nvidia_decode.py prepare DIRECTORY [--mlx CHECKOUT]
         anywhere, with the test extra and a torch that has DecodeAttention.h: compiles to PTX
-    python bench/nvidia_decode.py run DIRECTORY [--quick]
-        on a machine with a GPU, torch and ptxas; needs no compiler; some four minutes
+    python bench/nvidia_decode.py run DIRECTORY [--quick | --quantised]
+        on a machine with a GPU, torch and ptxas; needs no compiler; two to five minutes
+    python bench/nvidia_decode.py check DIRECTORY
+        there: small problems against float64, for compute-sanitizer
 
 Full attention, fp16, 32 query heads. For each problem `run` prints median times in microseconds: of PyTorch's kernels
 (`ATen/native/mps/kernels/DecodeAttention.h`, in one and two passes; they stop at 8 queries), of MLX's, of the tiled
 kernel (the better of staged and direct), and of ours: the default, and the best of other shapes and numbers of splits;
 then ratios, and the share of the card's memory bandwidth that reading k and v once comes to. Each launch reads caches
-that others have pushed out of the second-level cache. Last come geometric means. Times on an NVIDIA GPU rank kernels;
-they say nothing about a Mac.
+that others have pushed out of the second-level cache. Then quantised caches, beside the fp16 cache of as many keys.
+Last come geometric means. Times on an NVIDIA GPU rank kernels; they say nothing about a Mac.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import itertools
 import json
 import math
@@ -30,6 +33,7 @@ from typing import Any, NamedTuple
 import nvidia_forward as forward
 import torch
 
+from flash_attn_mps import quantised
 from flash_attn_mps.problem import AttentionProblem
 from flash_attn_mps.tiers.metal import decode, gpu, launch, simdgroup
 from flash_attn_mps.tiers.metal.decode import Variant
@@ -39,6 +43,9 @@ HEADS = 32
 DTYPE = torch.float16
 GROUPS, QUERIES, DIMS = (1, 4, 8), (1, 4, 16, 32), (64, 128)
 LENGTHS, BATCHES = (1024, 8192, 32768, 131072), (1, 16)
+CACHES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+DESCALE = 1 / 16
+CACHE_QUERIES, CACHE_LENGTHS = (1, 4), (8192, 32768, 131072)
 LARGEST_CACHE = 9 << 30  # bytes of k and v of one problem
 CORES = 132
 PEAK = 4.8e12  # bytes a second, of an H200
@@ -76,8 +83,20 @@ def shapes(quick: bool) -> Iterator[Shape]:
             yield shape
 
 
+def quantised_shapes() -> Iterator[Shape]:
+    for dim, group, batch, queries, keys in itertools.product(DIMS, GROUPS, BATCHES, CACHE_QUERIES, CACHE_LENGTHS):
+        shape = Shape(dim, group, batch, queries, keys)
+        if shape.bytes <= LARGEST_CACHE // 2:
+            yield shape
+
+
 def problem(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, splits: int = 0) -> AttentionProblem:
-    return AttentionProblem(q, k, v, shape.batch, shape.queries, k.shape[1], shape.head_dim**-0.5, num_splits=splits)
+    scale = shape.head_dim**-0.5
+    p = AttentionProblem(q, k, v, shape.batch, shape.queries, k.shape[1], scale, num_splits=splits)
+    if k.dtype not in quantised.FORMATS:
+        return p
+    descale = torch.full((shape.batch, HEADS // shape.group), DESCALE, device=q.device)
+    return dataclasses.replace(p, k_descale=descale, v_descale=descale)
 
 
 def tensors(shape: Shape, device: str, keys: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -147,6 +166,12 @@ def prepare(directory: Path, mlx: Path | None) -> None:
                 for specialization, _, (_, (threads, _, _)) in launches_of(p, variant, torch.empty_like(q)):
                     source = specialization.source()
                     keep(name_of(specialization), compile_shader(source), specialization.kernel.entry, threads)
+            if queries in CACHE_QUERIES:
+                for codes in CACHES:
+                    p = problem(shape, q, *(t[:, :1].to(codes).expand(k.shape) for t in (k, v)), splits)
+                    for specialization, _, (_, (threads, _, _)) in launches_of(p, variants(p)[0], torch.empty_like(q)):
+                        source = specialization.source()
+                        keep(name_of(specialization), compile_shader(source), specialization.kernel.entry, threads)
         for specialization, _, (_, (threads, _, _)) in tiled(problem(shape, q, k, v), torch.empty_like(q)):
             keep(name_of(specialization), compile_shader(specialization.source()), "attention_forward", threads)
     header = "#include <metal_stdlib>\nusing namespace metal;\n#include <c10/metal/utils.h>\n"
@@ -266,7 +291,9 @@ class Bench:
         for variant in variants(problem(shape, q, k, v)) if every else [default]:
             most = -(-shape.keys // (variant.units * variant.keys))
             automatic = decode.splits_of(problem(shape, q, k, v), variant)
-            for splits in sorted({automatic, *(automatic * 2, -(-automatic // 2))} if every else {automatic}):
+            for splits in sorted(
+                {automatic * 4, automatic * 2, automatic, -(-automatic // 2)} if every else {automatic}
+            ):
                 if not 1 <= splits <= min(most, decode.MAX_SPLITS) or (splits == 1 and variant != default):
                     continue
                 out = torch.empty_like(q)
@@ -325,7 +352,7 @@ class Bench:
         yield Contender("mlx 1", self.kernels[f"mlx_one_{dim}", None].launcher(values, grid, (1024, 1, 1)), out)
         for blocks in MLX_BLOCKS:
             firsts = [(f"mlx_first_{dim}_{blocks}_{32 * shape.group * queries}", (32, shape.group, queries))]
-            if shape.group == 8 and queries == 1:
+            if shape.group == 8 and queries == 1 and shape.batch == 1:  # it reads the keys of the first alone
                 firsts.append((f"mlx_gqa_{dim}", (32, 8, 1)))
             for name, group in firsts:
                 out = torch.empty_like(q)
@@ -357,6 +384,23 @@ class Bench:
         each = {
             contenders[0].name: [contender.go for contender in contenders] for contenders in zip(*sets, strict=True)
         }
+        return medians(each)
+
+    def measure_quantised(self, shape: Shape) -> dict[str, float]:
+        """Microseconds with a cache in fp16 and in each of `CACHES`."""
+        each: dict[str, list[Go]] = {}
+        for copy in range(max(1, min(8, -(-8 * SECOND_LEVEL // shape.bytes)))):
+            q, *kv = tensors(shape, "cuda")
+            found = [c._replace(name=f"fp16 {c.name}") for c in self.ours(shape, q, *kv, every=False)]
+            for dtype in CACHES:
+                name, cache = quantised.FORMATS[dtype].name, [(t / DESCALE).to(dtype) for t in kv]
+                ours = [c._replace(name=f"{name} {c.name}") for c in self.ours(shape, q, *cache, every=False)]
+                if copy == 0:
+                    same = [(quantised.decoded(t) * DESCALE).to(DTYPE) for t in cache]
+                    check(shape, [*self.ours(shape, q, *same, every=False), *ours])
+                found += ours
+            for contender in found:
+                each.setdefault(contender.name, []).append(contender.go)
         return medians(each)
 
 
@@ -412,7 +456,7 @@ def best(times: dict[str, float], *kinds: str) -> tuple[str, float] | None:
     return min(((name, times[name]) for name in found), key=lambda pair: pair[1], default=None)
 
 
-def run(directory: Path, quick: bool) -> None:
+def run(directory: Path, quick: bool, quantised_only: bool) -> None:
     bench = Bench(directory)
     print(torch.cuda.get_device_name(), flush=True)
     for (name, limit), kernel in bench.kernels.items():
@@ -420,8 +464,8 @@ def run(directory: Path, quick: bool) -> None:
             free = bench.kernels.get((name, LIMITS[1]))
             print(f"{name}: {kernel.resources()}" + (f"; without a limit {free.resources()}" if free else ""))
     ratios: dict[str, list[float]] = {}
-    for shape in shapes(quick):
-        times = bench.measure(shape, every=shape.batch == 1 and shape.keys in (8192, 131072))
+    for shape in () if quantised_only else shapes(quick):
+        times = bench.measure(shape, every=shape.batch == 1 and shape.keys in (1024, 8192, 131072))
         default, fastest = best(times, "*"), best(times, "*", *"0123456789")
         assert default is not None and fastest is not None
         share = shape.bytes / (default[1] * 1e-6) / PEAK
@@ -434,20 +478,58 @@ def run(directory: Path, quick: bool) -> None:
                 line += f"  {other[0]} {other[1]:8.1f} x{ratio:5.2f}"
         print(f"{line}  default {default[0]}, best {fastest[0]} {fastest[1]:.1f}", flush=True)
         torch.cuda.empty_cache()
+    for shape in () if quick else quantised_shapes():
+        times = bench.measure_quantised(shape)
+        fp16 = best(times, "fp16")
+        assert fp16 is not None
+        line = f"{shape} fp16 {fp16[1]:8.1f} ({shape.bytes / (fp16[1] * 1e-6) / PEAK:4.0%})"
+        for name in (quantised.FORMATS[dtype].name for dtype in CACHES):
+            ours = best(times, name)
+            assert ours is not None
+            ratios.setdefault(f"{name} to fp16, k{shape.keys}", []).append(ours[1] / fp16[1])
+            line += f"  {name} {ours[1]:8.1f} x{ours[1] / fp16[1]:5.2f} ({ours[0].split()[-1]})"
+        print(line, flush=True)
+        torch.cuda.empty_cache()
     for name, values in ratios.items():
         mean = math.exp(sum(map(math.log, values)) / len(values))
-        print(f"{name}: x{mean:.2f}, least x{min(values):.2f} ({len(values)} problems)")
+        print(f"{name}: x{mean:.2f}, {min(values):.2f} to {max(values):.2f} ({len(values)} problems)")
+
+
+def inspect(directory: Path) -> None:
+    """Lengths that fill no block, in splits and whole; arithmetic of the reference on the CPU."""
+    bench, worst = Bench(directory), 0.0
+    for dim, group, queries in itertools.product(DIMS, GROUPS, QUERIES):
+        shape = Shape(dim, group, 2, queries, 1003)
+        for dtype, splits in itertools.product((DTYPE, *(CACHES if queries in CACHE_QUERIES else ())), (1, 5)):
+            q, *kv = tensors(shape, "cpu")
+            cache = [(t / DESCALE).to(dtype) for t in kv] if dtype in CACHES else kv
+            values = [quantised.decoded(t) * DESCALE if dtype in CACHES else t for t in cache]
+            exact = torch.nn.functional.scaled_dot_product_attention(
+                *(t.double().transpose(1, 2) for t in (q, *values)), enable_gqa=True
+            ).transpose(1, 2)
+            p = problem(shape, *(t.cuda() for t in (q, *cache)), splits)
+            out = torch.full(q.shape, math.nan, dtype=DTYPE).cuda()
+            variant, *_ = decode.variants(p)
+            for limit in limits(32 * variant.simdgroups):
+                bench.launched(launches_of(p, variant, out), limit)()
+                error = (out.double().cpu() - exact).abs().max().item()
+                worst = max(worst, error)
+                assert error < 2e-3, (shape, dtype, splits, limit, error)
+    print(f"largest error {worst:.1e}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "run"))
+    parser.add_argument("what", choices=("prepare", "run", "check"))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--mlx", type=Path)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quantised", action="store_true", help="these problems alone")
     chosen = parser.parse_args()
     if chosen.what == "prepare":
         os.environ["METAL_HOST_FAST_MATRICES"] = "1"
         prepare(chosen.directory, chosen.mlx)
+    elif chosen.what == "check":
+        inspect(chosen.directory)
     else:
-        run(chosen.directory, chosen.quick)
+        run(chosen.directory, chosen.quick, chosen.quantised)

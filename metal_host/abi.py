@@ -85,7 +85,7 @@ class Launch(ctypes.Structure):
         ("allow_partial_collectives", c_uint32),
         ("lockstep", c_uint32),
         ("report_count", c_uint32),
-        ("unused", c_uint32),
+        ("layout", c_uint32),
         ("counters", Counters),
         ("reports", Report * MAX_REPORTS),
     ]

@@ -7,6 +7,7 @@ What no rule on tokens can decide, clang's own diagnostics do: they name the pla
 * `half4 * float` converts the scalar to the vector's elements in Metal; clang wants that written out.
 * Objects of a class cannot be assigned from constant memory, nor be a side of a conditional expression beside a temporary:
   they are read first.
+* The index of a vector may be an object that converts to an integer.
 * From float to bfloat there is no implicit conversion in Metal; clang has one, with a warning.
 """
 
@@ -24,7 +25,10 @@ _REFERENCE = re.compile(
     "bind reference in default address space|temporary object because of address space mismatch"
     f"|would make '[^']*thread [^']*' equal '{_ELSEWHERE}"
 )
-_OBJECT = re.compile(f"object parameter of type '[^']*thread [^']*' with an expression of type '{_ELSEWHERE}")
+_OBJECT = re.compile(
+    f"object parameter of type '[^']*thread [^']*' with an expression of type '{_ELSEWHERE}"
+    "|'this' object is in default address space, but method expects object in address space 'thread'"
+)
 _RANK = "scalar operand type has greater rank than the type of the vector element"
 _OPERANDS = r":\{(\d+):(\d+)-(\d+):(\d+)\}\{(\d+):(\d+)-(\d+):(\d+)\}: error: "
 _RANK_RANGES = re.compile(rf"{_OPERANDS}{_RANK}\D*\('([^']*)'")
@@ -32,7 +36,9 @@ _CONDITIONAL = "incompatible operand types \\(|conditional expression is ambiguo
 _CONDITIONAL_RANGES = re.compile(f"{_OPERANDS}(?:{_CONDITIONAL})")
 _ASSIGNMENT = "no viable overloaded '='"
 _ASSIGNMENT_RANGES = re.compile(f"{_OPERANDS}{_ASSIGNMENT}")
-_REPAIRABLE = re.compile(f"{_RANK}|{_CONDITIONAL}|{_ASSIGNMENT}")
+_SUBSCRIPT = "type '[^\n]*does not provide a subscript operator"
+_SUBSCRIPT_RANGES = re.compile(f"{_OPERANDS}{_SUBSCRIPT}")
+_REPAIRABLE = re.compile(f"{_RANK}|{_CONDITIONAL}|{_ASSIGNMENT}|{_SUBSCRIPT}")
 _MARKER = re.compile(r"^[ \t]*#[ \t]*(?:line[ \t]+)?\d+[^\n]*", re.MULTILINE)
 _TO_BFLOAT = re.compile(
     r"^(.*?): warning: (implicit conversion (?:loses floating-point precision|changes).*?to '(?:const )?bfloat\d?'.*)$",
@@ -42,6 +48,7 @@ _TO_BFLOAT = re.compile(
 # Parts of the library that few sources use (include/msl/prelude.h), and the words by which one does.
 _PARTS = {
     "MATRICES": re.compile(r"\b(?:half|float)[234]x[234]\b|\bpacked_|\bmatrix<"),
+    "TENSORS": re.compile(r"^#pragma metal_host tensors", re.MULTILINE),
     "LOGGING": re.compile(r"\bos_log"),
     "INTERNALS": re.compile(r"__metal_|__METAL_\w+_MATH__"),
 }
@@ -115,6 +122,9 @@ def _repair(flags: list[str], source: str, binding: Binding) -> str:
     for match in _ASSIGNMENT_RANGES.finditer(log):
         side = operands(match)[1]
         edits[side.start, side.stop] = "__mh_value"
+    for match in _SUBSCRIPT_RANGES.finditer(log):
+        side = operands(match)[1]
+        edits[side.start, side.stop] = "int"
     for (start, end), function in sorted(edits.items(), reverse=True):
         text = text[:start] + f"{function}({text[start:end].decode()})".encode() + text[end:]
     return text.decode()

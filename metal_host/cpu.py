@@ -77,7 +77,7 @@ def _runtime_files() -> list[Path]:
 
     def build(directory: Path) -> None:
         objects = []
-        for source in ("scheduler.c", "collective.c", "faults.c", "shadow.c"):
+        for source in ("scheduler.c", "collective.c", "tensor.c", "faults.c", "shadow.c"):
             objects.append(directory / f"{source}.o")
             _compile_c(source, objects[-1])
         objects.append(directory / "crash.c.o")
@@ -205,9 +205,9 @@ def _load(unit: Unit, path: Path, entries: dict[str, str], instrumented: bool) -
     return compiled
 
 
-def launch(compiled: Compiled, bindings: Bindings, shape: Shape, seed: int) -> abi.Counters:
+def launch(compiled: Compiled, bindings: Bindings, shape: Shape, seed: int, layout: int) -> abi.Counters:
     """Run a kernel of the fast build."""
-    request = prepare(compiled, bindings.addresses(), shape, seed)
+    request = prepare(compiled, bindings.addresses(), shape, seed, layout)
     threadgroup_arguments(request, compiled, bindings, margin=0)
     run(request)
     if request.report_count:
@@ -246,8 +246,8 @@ def run(request: abi.Launch) -> None:
         runtime().__getattr__("__mh_guarded_launch")(ctypes.byref(request))
 
 
-def prepare(compiled: Compiled, addresses: dict[int, int], shape: Shape, seed: int) -> abi.Launch:
-    request = abi.Launch(entry=compiled.entry, seed=seed, stacks=stacks_address(), stack_size=FAST_STACK)
+def prepare(compiled: Compiled, addresses: dict[int, int], shape: Shape, seed: int, layout: int) -> abi.Launch:
+    request = abi.Launch(entry=compiled.entry, seed=seed, stacks=stacks_address(), stack_size=FAST_STACK, layout=layout)
     for index, address in addresses.items():
         request.arguments[index] = address
     request.grid[:], request.group[:] = shape

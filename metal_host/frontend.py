@@ -21,7 +21,7 @@ from . import versions
 from .compiler import Binding, compile_source
 from .constants import Constants, Value
 from .kernels import SPACES, Instance, Kernel, Kernels, attributes, parse_arguments, split, string_value, template_names
-from .rewrite import drop_identifier_attributes, rewrite
+from .rewrite import drop_identifier_attributes, rewrite, vectors_of_bool
 from .strictness import check_body, check_kernel_calls, check_pointers, check_program_scope, check_tokens
 from .threadgroup import ThreadgroupVariable, rewrite_threadgroup_variables
 from .tokens import Tokens
@@ -170,6 +170,9 @@ def _function(unit: Unit, function: _Function, scope: _Scope) -> int:
     i = function.close + 1
     while tokens[i] in _QUALIFIERS:
         i += 1
+    if scope.class_name:
+        own = template_names(tokens, function.template[0] + 2, function.template[1]) if function.template else []
+        vectors_of_bool(tokens, range(function.parenthesis, function.close), own)
     if scope.class_name and not specifiers & {"static", "friend"}:
         _member_function(unit, function, range(function.close + 1, i), scope)
     is_kernel = "kernel" in specifiers  # as an attribute too
@@ -197,10 +200,19 @@ def _member_function(unit: Unit, function: _Function, qualifiers: range, scope: 
         for j in spaces:
             tokens.text[j] = "" if tokens[j] == "thread" else tokens.text[j]
             tokens.before.pop(j, None)
-    elif not spaces and not versions.has_generic_this(unit.version):
+    elif not spaces and versions.has_generic_this(unit.version):
+        return
+    else:
         returns_member = any(tokens[j] in ("&", "*") for j in range(function.first, function.name))
-        is_const = any(tokens[j] == "const" for j in qualifiers)
-        tokens.append(qualifiers.stop - 1, " __mh_this " if is_const and not returns_member else " thread ")
+        takes_temporaries = any(tokens[j] == "const" for j in qualifiers) and not returns_member
+        if not spaces:
+            tokens.append(qualifiers.stop - 1, " __mh_this " if takes_temporaries else " thread ")
+        elif takes_temporaries and [tokens[j] for j in spaces] == ["thread"] and _is_operator(tokens, function):
+            tokens.text[spaces[0]] = "__mh_this"
+
+
+def _is_operator(tokens: Tokens, function: _Function) -> bool:
+    return any(tokens[j] == "operator" for j in range(function.first, function.parenthesis))
 
 
 def _bind_temporaries(tokens: Tokens, start: int, end: int) -> None:

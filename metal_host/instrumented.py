@@ -26,6 +26,10 @@ _KINDS = {
     7: "index",
     8: "misaligned",
     9: "out of bounds",
+    10: "scope",
+    11: "extents",
+    12: "layout",
+    13: "index",
 }
 _CRASH = 9
 _OPERATIONS = {
@@ -35,6 +39,14 @@ _OPERATIONS = {
     4: "simdgroup matrix product",
     5: "simdgroup_barrier",
     6: "threadgroup_barrier",
+    7: "tensor operation",
+}
+_ACCESSES = ("simdgroup_load", "simdgroup_store", "load of a tensor", "store of a tensor")
+_TENSOR_MESSAGES = {
+    "scope": "tensor operation of {index} threads, where there are {size}",
+    "extents": "what lies outside a tensor's extents is taken",
+    "layout": "a cooperative tensor is taken for one of another layout",
+    "index": "slot {index} of a cooperative tensor whose capacity is {size}",
 }
 _NONE = 0xFFFFFFFF
 
@@ -47,11 +59,12 @@ def launch(
     seed: int,
     lockstep: bool,
     allow_partial_collectives: bool,
+    layout: int,
 ) -> abi.Counters:
     """Run a kernel of the instrumented build. Tensors are as after the launch also when it raises KernelFault."""
     arena = Arena(bindings)
     regions = list(arena.regions)
-    request = cpu.prepare(compiled, arena.addresses, shape, seed)
+    request = cpu.prepare(compiled, arena.addresses, shape, seed, layout)
     arguments = cpu.threadgroup_arguments(request, compiled, bindings, margin=_MARGIN)
     for variable in [*compiled.variables, *arguments]:
         start = variable.address
@@ -154,7 +167,7 @@ class Teller:
 
     def fault(self, r: abi.Report) -> Fault | None:
         kind = _KINDS[r.fault]
-        if kind == "index":
+        if kind == "index" and r.source:
             where = abi.UbsanLocation.from_address(r.source)
             message = f"index {r.index} is outside the array, {self._at(r)}"
             return Fault(kind, (where.file or b"").decode(), where.line, 0, message)
@@ -180,8 +193,10 @@ class Teller:
         elif kind == "divergent barrier":
             flags = " with other flags" * r.write
             state = f"waits at the barrier of {there}{flags}" if other_line else "has ended"
-            reached = f"threadgroup_barrier reached by {r.mask} of {r.size} threads as one"
+            reached = f"{_OPERATIONS[r.kind]} reached by {r.mask} of {r.size} threads as one"
             message = f"{reached}: thread {r.other_thread} {state}, {self._at(r)}"
+        elif kind in _TENSOR_MESSAGES:
+            message = f"{_TENSOR_MESSAGES[kind].format(index=r.index, size=r.size)}, {self._at(r)}"
         elif kind == "inactive lane":
             reads = f"lane {r.thread % 32} reads lane {r.other_thread}, which takes no part"
             message = f"{reads} (active: {r.mask:#010x}), {self._at(r)}"
@@ -205,7 +220,7 @@ class Teller:
     def _thread(thread: int) -> str:
         if thread < abi.MAX_THREADS:
             return f"thread {thread}"
-        return f"simdgroup {thread % 32} ({'simdgroup_store' if thread >= abi.MAX_THREADS + 32 else 'simdgroup_load'})"
+        return f"simdgroup {thread % 32} ({_ACCESSES[(thread - abi.MAX_THREADS) // 32]})"
 
     def _at(self, r: abi.Report, thread: bool = True) -> str:
         group = ", ".join(map(str, r.group))

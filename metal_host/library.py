@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import abi, apple, cpu, instrumented, nvidia, source, versions
+from . import abi, apple, cpu, instrumented, layouts, nvidia, source, versions
 from .bindings import Bindings
 from .constants import Value
 from .frontend import Unit, translate
@@ -26,6 +26,7 @@ class Mode:
     seed: int = 0
     lockstep: bool = False
     allow_partial_collectives: bool = False
+    layout: str | int | None = None
     log: list[Launch] | None = None
 
 
@@ -43,7 +44,12 @@ _mode: ContextVar[Mode] = ContextVar("mode", default=_DEFAULT)
 
 @contextmanager
 def observe(
-    *, instrumented: bool = True, seed: int = 0, lockstep: bool = False, allow_partial_collectives: bool = False
+    *,
+    instrumented: bool = True,
+    seed: int = 0,
+    lockstep: bool = False,
+    allow_partial_collectives: bool = False,
+    layout: str | int | None = None,
 ) -> Iterator[list[Launch]]:
     """Run the launches of a block under observation; yields the list that they are recorded in.
 
@@ -54,11 +60,14 @@ def observe(
         and two of them do not race. For kernels that leave out simdgroup barriers; needs the instrumented build.
     allow_partial_collectives: reductions, votes and shuffles may be reached by some lanes of a simdgroup
         only, which Metal defines but our kernels never mean.
+    layout: where the elements of cooperative tensors are: "apple10", "legacy", or a number, which draws a placement that the
+        interface allows; by default what METAL_HOST_LAYOUT says, else "apple10". Kernels need not be compiled again.
     """
     if lockstep and (seed or not instrumented):
         raise ValueError("lockstep is an order of its own, of instrumented launches: no seed, instrumented=True")
     log: list[Launch] = []
-    token = _mode.set(Mode(instrumented, seed, lockstep, allow_partial_collectives, log))
+    layouts.number(layout)  # refuses what is none
+    token = _mode.set(Mode(instrumented, seed, lockstep, allow_partial_collectives, layout, log))
     try:
         yield log
     finally:
@@ -224,6 +233,7 @@ class KernelFunction:
         bindings.finish()
         shape = self._shape(threads, group_size, args)
         mode = _mode.get()
+        layout = layouts.number(mode.layout)
         if bindings.on_gpu:
             self._library.module(self._name).launch(self._name, bindings, shape)
             if errors is not None:
@@ -237,9 +247,10 @@ class KernelFunction:
                 seed=mode.seed,
                 lockstep=mode.lockstep,
                 allow_partial_collectives=mode.allow_partial_collectives,
+                layout=layout,
             )
         else:
-            counters = cpu.launch(self._library.compiled(self._name), bindings, shape, mode.seed)
+            counters = cpu.launch(self._library.compiled(self._name), bindings, shape, mode.seed, layout)
         if mode.log is not None:
             mode.log.append(Launch(self._name, {n: getattr(counters, n) for n in abi.COUNTERS}))
         if errors is not None:

@@ -36,6 +36,9 @@ def rewrite(tokens: Tokens) -> None:
             tokens.text[i] = _RENAMED.get(text, tokens.text[i])
             if text == "constant" and not {"const", "constexpr"} & {tokens[i - 2], tokens[i - 1], tokens[i + 1]}:
                 tokens.prepend(i, "const ")  # Metal's constant objects are; OpenCL tells the two types apart
+            if text == "decltype" and tokens[i - 1] in ("<", ",") and tokens.partner[i + 1] == i + 3:
+                tokens.text[i] = "::metal::remove_addrspace_t<decltype"  # of an object's name: Metal's has none there
+                tokens.append(i + 3, ">")
             if text == "coherent" and tokens[i + 1] == "(":  # how far writes are seen: here at once
                 tokens.blank(i, tokens.partner[i + 1] + 1)
             vectors.word(i)
@@ -73,17 +76,35 @@ def _is_template_parameter(tokens: Tokens, i: int) -> bool:
 
 
 def _vector_aliases(tokens: Tokens) -> None:
-    """typedef vec<T, N> X, where T may be bool: clang has no vectors of bool, a class serves."""
+    """typedef vec<T, N> X, where T may be bool: clang has no vectors of bool, a class serves. `template <typename T> using X
+    = vec<T, N>` must stay what T can be deduced from: where it is named, bytes serve."""
+    templates = set()
     i = 0
     while i < len(tokens):
         alias = tokens[i] == "typedef" or (tokens[i] == "using" and tokens[i + 2] == "=" and tokens[i - 1] != ">")
         end = tokens.skip_to(i, len(tokens), ";") if alias else i + 1
+        of_template = tokens[i] == "using" and tokens[i + 2] == "=" and tokens[i - 1] == ">"
+        if of_template and "vec" in (tokens[j] for j in range(i, tokens.skip_to(i, len(tokens), ";"))):
+            templates.add(tokens[i + 1])
         for j in range(i, end):
             if tokens[j] == "vec" and tokens[j + 1] == "<" and (alias or tokens[j + 2] == "bool"):
                 if tokens[j - 1] == "::":
                     tokens.blank(j - 2, j)
                 tokens.text[j] = "__mh::vec_t"
+            if alias and tokens[j] in templates and tokens[j - 1] == "template" and tokens[j + 1] == "<":
+                tokens.append(j + 1, "__mh::vector_element<")
+                tokens.prepend(tokens.angle_close(j + 1), ">")
         i = end
+
+
+def vectors_of_bool(tokens: Tokens, parameters: range, own: list[str]) -> None:
+    """vec<T, N> among a member function's parameters, where T may be bool: not one of the function's `own` parameters, which
+    are deduced from it."""
+    for j in parameters:
+        if tokens.text[j] == "vec" and tokens[j + 1] == "<" and tokens[j + 2] not in own:
+            if tokens[j - 1] == "::":
+                tokens.blank(j - 2, j)
+            tokens.text[j] = "__mh::vec_t"
 
 
 def drop_identifier_attributes(tokens: Tokens) -> None:

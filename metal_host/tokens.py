@@ -186,7 +186,8 @@ class Tokens:
 def library_templates() -> frozenset[str]:
     """The templates that Metal's library declares (include/)."""
     headers = Path(__file__).parent / "include" / "msl"
-    text = "".join((headers / name).read_text() for name in ("traits.h", "atomic.h", "simdgroup_matrix.h"))
+    names = ("traits.h", "atomic.h", "simdgroup_matrix.h", "tensor.h", "cooperative_tensor.h", "matmul2d.h")
+    text = "".join((headers / name).read_text() for name in names)
     declared = re.findall(r"template\s*<[^;{}()]*>\s*(?:struct|class|using)\s+([a-z]\w+)", text)
     declared += re.findall(r"^__MH_(?:TRAIT|STRIP)\((\w+)", text, re.MULTILINE)
     return frozenset(f"{name}{suffix}" for name in declared for suffix in ("", "_t", "_v")) | {"vec"}

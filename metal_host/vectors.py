@@ -85,9 +85,18 @@ class Vectors:
                 tokens.append(i, ">")
         elif word == "vec" and tokens[i + 1] == "<" and tokens.text[i] == word:
             close = tokens.angle_close(i + 1)
+            if close > 0 and tokens.kind[close + 1] == "word" and tokens[close + 2] == "{":
+                self._listed(i, close)
             if close > 0 and tokens[close + 1] == "(" and not self._declares(i, close + 1):
                 tokens.prepend(i - 2 if previous == "::" and tokens[i - 2] == "metal" else i, "__mh_make<")
                 tokens.append(close, ">")
+
+    def _listed(self, i: int, close: int) -> None:
+        """`vec<T, N> v{a};`, which leaves the other elements 0. Token `close` is the last of the type."""
+        tokens, brace = self._tokens, close + 2
+        if tokens.partner[brace] > brace + 1:
+            tokens.text[brace] = f" = __mh_list<{tokens.join(i, close + 1)}>("
+            tokens.text[tokens.partner[brace]] = ")"
 
     def _declares(self, i: int, parenthesis: int) -> bool:
         """T (*name)(...), T (&name)[n], T(...) as the type of a function."""

@@ -19,6 +19,8 @@ def macros(version: str) -> dict[str, int]:
     defined["__HAVE_SIMDGROUP_MATRIX__"] = 1
     if version != "3.0":
         defined["__HAVE_BFLOAT__"] = 1
+    if major == "4":
+        defined["__HAVE_TENSOR__"] = 1
     return defined
 
 

@@ -12,16 +12,26 @@ import torch
 from .. import trace
 from ..problem import AttentionProblem, Result
 from . import cpu, reference
-from .metal import composed, decode, scalar, simdgroup
-from .tier import Gradients, Tier
+from .metal import composed, decode, scalar, simdgroup, tensorops
+from .tier import FORCE, Gradients, Tier
 
-__all__ = ["BY_NAME", "METAL", "ORDER", "Gradients", "Tier", "explain", "explain_gradients", "gradients", "run"]
+__all__ = [
+    "BY_NAME",
+    "FORCE",
+    "METAL",
+    "ORDER",
+    "Gradients",
+    "Tier",
+    "explain",
+    "explain_gradients",
+    "gradients",
+    "run",
+]
 
-ORDER: tuple[Tier, ...] = (decode.TIER, simdgroup.TIER, cpu.TIER, reference.TIER)
+ORDER: tuple[Tier, ...] = (decode.TIER, tensorops.TIER, simdgroup.TIER, cpu.TIER, reference.TIER)
 BY_NAME = {tier.name: tier for tier in (*ORDER, scalar.TIER)}  # scalar computes only where it is asked for by name
 METAL = frozenset(tier.name for tier in BY_NAME.values() if tier.metal)
 
-FORCE = "MTLFLASHATTN_KERNEL"
 _REFUSED = "its kernel does not work on this machine"
 _AUTO = "auto"
 _unknown: set[str] = set()

@@ -10,6 +10,8 @@ import torch
 
 from ..problem import FEATURES, AttentionProblem, Result
 
+FORCE = "MTLFLASHATTN_KERNEL"  # the environment's variable that names one tier for all calls
+
 
 class Gradients(NamedTuple):
     """The gradients of `problem.DIFFERENTIABLE`, in their shapes and dtypes; None where nobody asked for one."""

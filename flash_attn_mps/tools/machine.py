@@ -13,7 +13,7 @@ from ..tiers.metal import gpu
 
 def facts(device: torch.device | str) -> dict[str, str]:
     """Versions, system and the device's name."""
-    system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform()
+    system = f"macOS {gpu.macos() or platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform()
     return {
         "mtlflashattn": __version__,
         "torch": torch.__version__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import site
+import subprocess
 import sys
 import warnings
 from importlib import import_module, metadata
@@ -91,9 +92,20 @@ def _system():
     return {
         "mtlflashattn": ours.version if ours else "not installed as a distribution",
         "Python": f"{platform.python_version()}, {sys.executable}",
-        "platform": f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(),
+        "platform": f"macOS {_macos()}" if sys.platform == "darwin" else platform.platform(),
         "machine": machine,
     }
+
+
+def _macos():
+    """A Python that was built before macOS 26 is told 16 by `platform` there (python/cpython#135675); sysctl is not."""
+    try:
+        asked = subprocess.run(
+            ["sysctl", "-n", "kern.osproductversion"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return platform.mac_ver()[0]
+    return asked.stdout.strip()
 
 
 def _attention():
@@ -115,6 +127,7 @@ def _attention():
         warnings.simplefilter("ignore")  # who owns the names is said under "Our names"
         from flash_attn_mps import dispatch
         from flash_attn_mps.describe import CallOptions, dense
+        from flash_attn_mps.tiers.metal import tensorops_probe
 
     device = "mps" if mps.is_available() else "cpu"
     q = torch.empty(1, 64, 4, 64, dtype=torch.float16, device=device)
@@ -125,6 +138,7 @@ def _attention():
     for name, reasons in refusals.items():
         if reasons:
             found[f"tier {name} not used"] = "; ".join(reasons)
+    found["tensor operations"] = tensorops_probe.described()
     found["tuned variants"] = _tuned()
     return found
 

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["variants", "decode", "gradients", "sdpa"],
         choices=("variants", "decode", "gradients", "sdpa"),
-        help="the variants of the forward kernel; those of the decode kernel, and up to how many queries it is used; "
+        help="the variants of the forward kernels, and which of these to use; those of the decode kernel, and up to "
+        "how many queries it is used; "
         "those of the backward kernels, and whether to use these; the length from which to replace torch's attention "
         "(default: all)",
     )
@@ -60,9 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _forward(arguments, watch):
-    from flash_attn_mps.tiers.metal import simdgroup
+    """Which of the two kernels to use comes last, with their fastest variants."""
+    from flash_attn_mps.tiers.metal import simdgroup, tensorops, tensorops_probe
+    from flash_attn_mps.tiers.metal.kernel import Choice
 
-    return _variants([simdgroup.FORWARD], arguments, watch, arguments.mask)
+    kernels: list[Choice] = [simdgroup.FORWARD]
+    if tensorops_probe.layout() is not None:
+        kernels += [tensorops.FORWARD, tensorops.WAYS]
+    return _variants(kernels, arguments, watch, arguments.mask)
 
 
 def _backward(arguments, watch):

@@ -90,6 +90,9 @@ void mh_perform(struct mh_simdgroup* sg, uint32_t base, uint32_t lanes) {
     case MH_MATRIX:
       matrix_product(base, lanes), counters->matrix_products++;
       break;
+    case MH_TENSOR:
+      mh_perform_tensor(base, MH_LANES, lanes);
+      break;
     default:
       sg->epoch[0] += (first->flags & MH_MEM_DEVICE) != 0;
       sg->epoch[1] += (first->flags & MH_MEM_THREADGROUP) != 0;

@@ -38,14 +38,14 @@ void mh_check_barrier(void) {
   const struct mh_fiber* first = 0;
   uint32_t first_thread = 0;
   for (uint32_t t = 0; t < mh.threads && !first; ++t)
-    if (mh.fibers[t].waiting_in == MH_THREADGROUP_BARRIER) first = &mh.fibers[t], first_thread = t;
+    if (mh.fibers[t].waiting_in) first = &mh.fibers[t], first_thread = t;
   for (uint32_t t = 0; first && t < mh.threads; ++t) {
     const struct mh_fiber* fiber = &mh.fibers[t];
-    bool here = fiber->waiting_in == MH_THREADGROUP_BARRIER;
+    bool here = fiber->waiting_in != MH_NONE;
     if (here && fiber->site == first->site && fiber->flags == first->flags) continue;
     struct mh_report* r = mh_new_report(MH_DIVERGENT_BARRIER, first->site, here ? fiber->site : 0);
     if (r)
-      r->kind = MH_THREADGROUP_BARRIER, r->thread = first_thread, r->other_thread = t, r->mask = mh.at_barrier,
+      r->kind = first->waiting_in, r->thread = first_thread, r->other_thread = t, r->mask = mh.at_barrier,
       r->size = mh.threads, r->write = here && fiber->flags != first->flags;
   }
 }
@@ -55,7 +55,7 @@ void mh_check_collective(struct mh_simdgroup* sg, uint32_t base, uint32_t lanes)
   const struct mh_fiber* fiber = &mh.fibers[base + lane];
   // Metal defines votes, reductions and shuffles over the active lanes; barriers and matrices need all.
   if (mh.launch->allow_partial_collectives && fiber->waiting_in != MH_SIMDGROUP_BARRIER &&
-      fiber->waiting_in != MH_MATRIX)
+      fiber->waiting_in != MH_MATRIX && fiber->waiting_in != MH_TENSOR)
     return;
   uint32_t missing = (uint32_t)__builtin_ctz(sg->exists & ~lanes);
   const struct mh_fiber* other = &mh.fibers[base + missing];
@@ -64,6 +64,15 @@ void mh_check_collective(struct mh_simdgroup* sg, uint32_t base, uint32_t lanes)
     r->kind = fiber->waiting_in, r->thread = base + lane, r->other_thread = base + missing;
     r->mask = lanes, r->size = sg->exists;
   }
+}
+
+// Are the threads of a tensor operation's scope there? A scope of several simdgroups is the whole threadgroup.
+void mh_check_scope(uint32_t threads, uint64_t site) {
+  const struct mh_simdgroup* sg = &mh.simdgroup[__mh_self.thread / MH_LANES];
+  uint32_t there = threads > MH_LANES ? mh.threads : (uint32_t)__builtin_popcount(sg->exists);
+  if (threads == 1 || there == threads) return;
+  struct mh_report* r = mh_new_report(MH_SCOPE, site, 0);
+  if (r) r->size = there, r->index = threads;
 }
 
 // clang's check of array indices (-fsanitize=array-bounds).

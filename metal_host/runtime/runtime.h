@@ -19,13 +19,34 @@ void* memmove(void*, const void*, size_t);
 void* memset(void*, int, size_t);
 
 // Collectives; ../instrumented.py knows the numbers.
-enum mh_kind { MH_NONE, MH_SHUFFLE, MH_GATHER, MH_VOTE, MH_MATRIX, MH_SIMDGROUP_BARRIER, MH_THREADGROUP_BARRIER };
+enum mh_kind {
+  MH_NONE,
+  MH_SHUFFLE,
+  MH_GATHER,
+  MH_VOTE,
+  MH_MATRIX,
+  MH_SIMDGROUP_BARRIER,
+  MH_THREADGROUP_BARRIER,
+  MH_TENSOR,
+};
 enum { MH_MEM_DEVICE = 1, MH_MEM_THREADGROUP = 2 };
 
 // One threadgroup variable of a kernel: written by the compiler into section mh_tg (include/msl/cpu.h).
 struct mh_threadgroup_variable {
   uint64_t address, size, number, unused;
 };
+
+// What a thread brings to an operation on cooperative tensors (include/msl/cpu_tensor.h): of each operand its elements as
+// words, floats or int32s, in the order of its slots.
+enum mh_reduce { MH_PRODUCT, MH_SUM, MH_MAX, MH_MIN };
+struct mh_layout;
+struct mh_tensor_request {
+  const struct mh_layout* layouts[3];  // left, right, destination; of a reduction: source, none, destination
+  uint32_t* words[3];
+  uint32_t reduce, accumulate, integer, identity;
+};
+// Where elements are (tensor.c): ../layouts.py.
+enum { MH_LAYOUT_APPLE10, MH_LAYOUT_LEGACY, MH_LAYOUT_SEEDS };
 
 // A range of memory that the launch may touch. Instrumented launches only.
 enum mh_space { MH_DEVICE, MH_CONSTANT, MH_THREADGROUP, MH_STACK };
@@ -52,11 +73,15 @@ enum mh_fault {
   MH_INDEX,
   MH_MISALIGNED,
   MH_CRASH,
+  MH_SCOPE,
+  MH_EXTENTS,
+  MH_INCOMPATIBLE,
+  MH_SLOT,
 };
 struct mh_report {
   uint32_t fault, kind;           // enum mh_fault; enum mh_kind where a collective is at fault
   uint32_t size, write;           // of the access; write of a barrier: with other flags
-  uint32_t thread, other_thread;  // index in threadgroup; MH_MAX_THREADS and above: a simdgroup's matrix load or store
+  uint32_t thread, other_thread;  // index in threadgroup; MH_MAX_THREADS and above: a simdgroup's matrix or tensor
   uint32_t group[3], other_write;
   uint64_t site, other_site;  // return addresses inside the kernel's image
   uint64_t address, mask;
@@ -81,7 +106,7 @@ struct mh_launch {
   const uint64_t* sites;  // sorted; the places in the source that they belong to are equal for equal lines
   const uint32_t* site_lines;
   uint64_t site_count;
-  uint32_t allow_partial_collectives, lockstep, report_count, unused;
+  uint32_t allow_partial_collectives, lockstep, report_count, layout;
   struct mh_counters counters;
   struct mh_report reports[MH_MAX_REPORTS];
 };
@@ -117,7 +142,7 @@ struct mh_state {
   uint64_t random;
   void* scheduler;  // stack pointer of the launching context
   bool abandoned;
-  uint32_t atomic, matrix;  // the current access is an atomic's, or a simdgroup matrix's (1 load, 2 store)
+  uint32_t atomic, matrix;  // the current access is an atomic's, or a simdgroup matrix's (1 load, 2 store) or a tensor's (3, 4)
   struct mh_fiber fibers[MH_MAX_THREADS];
   struct mh_simdgroup simdgroup[MH_MAX_SIMDGROUPS];
 };
@@ -132,9 +157,14 @@ void mh_step(uint64_t site);                      // in lockstep: let the other 
 // collective.c
 void mh_perform(struct mh_simdgroup* simdgroup, uint32_t base, uint32_t lanes);
 
+// tensor.c
+void mh_forget_layouts(void);
+void mh_perform_tensor(uint32_t first, uint32_t count, uint32_t lanes);  // for threads [first, first + count)
+
 // faults.c
 struct mh_report* mh_new_report(enum mh_fault fault, uint64_t site, uint64_t other_site);
 void mh_check_barrier(void);
+void mh_check_scope(uint32_t threads, uint64_t site);
 void mh_check_collective(struct mh_simdgroup* simdgroup, uint32_t base, uint32_t lanes);
 
 // shadow.c

@@ -62,6 +62,7 @@ static void release_barrier(void) {
     sg->at_barrier = 0;
   }
   mh.at_barrier = 0;
+  mh_perform_tensor(0, mh.threads, ~0u);
   mh.epoch[0] += (flags & MH_MEM_DEVICE) != 0;
   mh.epoch[1] += (flags & MH_MEM_THREADGROUP) != 0;
   mh.launch->counters.threadgroup_barriers++;
@@ -137,9 +138,9 @@ static struct mh_fiber* park(enum mh_kind kind, uint64_t site) {
   return fiber;
 }
 
-void __mh_threadgroup_barrier(uint32_t flags) {
-  struct mh_fiber* fiber = park(MH_THREADGROUP_BARRIER, (uint64_t)__builtin_return_address(0));
-  fiber->flags = flags;
+static void wait_for_threadgroup(enum mh_kind kind, uint64_t site, uint32_t flags, const void* in) {
+  struct mh_fiber* fiber = park(kind, site);
+  fiber->flags = flags, fiber->in = in;
   uint32_t thread = __mh_self.thread;
   struct mh_simdgroup* sg = &mh.simdgroup[thread / MH_LANES];
   sg->ready &= ~(1u << thread % MH_LANES);
@@ -147,6 +148,10 @@ void __mh_threadgroup_barrier(uint32_t flags) {
   if (++mh.at_barrier == mh.live) release_barrier();
   run_next(&fiber->stack_pointer);
   fiber->waiting_in = MH_NONE;
+}
+
+void __mh_threadgroup_barrier(uint32_t flags) {
+  wait_for_threadgroup(MH_THREADGROUP_BARRIER, (uint64_t)__builtin_return_address(0), flags, 0);
 }
 
 // Every lane of the simdgroup brings (in, size), and gets what the kind says in out (collective.c).
@@ -192,6 +197,20 @@ void __mh_matrix_product(const float* operands, float* result) {
 void __mh_simdgroup_barrier(uint32_t flags) {
   mh.fibers[__mh_self.thread].flags = flags;
   collective(MH_SIMDGROUP_BARRIER, SITE, 0, 0, 0, 0);
+}
+// `threads` of the operation's scope: this one, its simdgroup, or the threadgroup.
+void __mh_tensor_operation(const struct mh_tensor_request* request, uint32_t threads) {
+  if (mh.launch->regions) mh_check_scope(threads, SITE);
+  if (threads == MH_LANES) {
+    collective(MH_TENSOR, SITE, request, 0, 0, 0);
+  } else if (threads > 1) {
+    wait_for_threadgroup(MH_TENSOR, SITE, 0, request);
+  } else {
+    struct mh_fiber* fiber = park(MH_TENSOR, SITE);
+    fiber->in = request;
+    mh_perform_tensor(__mh_self.thread, 1, ~0u);
+    fiber->waiting_in = MH_NONE;
+  }
 }
 
 // Identifiers, declared in include/msl/cpu.h; `which` is numbered as in ../kernels.py.
@@ -266,6 +285,7 @@ int __mh_launch(struct mh_launch* launch) {
   mh.group_serial = 0;
   mh.abandoned = false;
   mh.atomic = mh.matrix = 0;
+  mh_forget_layouts();
   for (int i = 0; i < 3; ++i) mh.group_count[i] = (launch->grid[i] + launch->group[i] - 1) / launch->group[i];
   for (uint32_t z = 0; z < mh.group_count[2]; ++z)
     for (uint32_t y = 0; y < mh.group_count[1]; ++y)

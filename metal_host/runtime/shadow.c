@@ -11,7 +11,7 @@
 struct access {
   uint32_t group;  // serial number of the threadgroup; 0: no access
   uint32_t group_epoch, simdgroup_epoch;
-  uint16_t thread;  // MH_MAX_THREADS + s and MH_MAX_THREADS + 32 + s: matrix loads and stores of simdgroup s
+  uint16_t thread;  // from MH_MAX_THREADS on, 32 for each kind of matrix access: simdgroup s's
   uint8_t atomic, write;
   int32_t site;  // relative to the kernel's entry
 };

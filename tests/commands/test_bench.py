@@ -221,7 +221,7 @@ class Checker(html.parser.HTMLParser):
 def test_the_page_stands_alone():
     text = page.render(FACTS, FIELD)
     found = Checker(text)
-    assert {"svg", "path", "table", "style"} <= set(found.tags)
+    assert {"svg", "rect", "table", "style"} <= set(found.tags)
     assert not {"script", "link", "img", "iframe"} & set(found.tags)
     assert not any(name in ("src", "href", "xlink:href") or name.startswith("on") for name, _ in found.attributes)
     assert "url(" not in text
@@ -237,9 +237,9 @@ def test_the_page_stands_alone():
 def test_bars_are_as_long_as_their_values():
     bars = [chart.Bar(str(value), 1, value, f"{value:g}", "") for value in (10.0, 5.0)]
     drawing = chart.bars([chart.Group("both", [*bars, chart.Bar("none", 2, None, "absent", "")])], "TF/s", "title")
-    radius = 3.0
-    long, short = (float(width) + radius for width in re.findall(r"<path d=\"M[\d.]+,[\d.]+h([\d.]+)q", drawing))
-    assert long == pytest.approx(2 * short, abs=0.2)
+    long, short = (float(width) for width in re.findall(r'<rect width="([\d.]+)%"', drawing))
+    assert long == pytest.approx(2 * short, abs=0.02)
+    assert long <= 80, "there is room for its value beside it, on a phone too"
     assert "none: absent" in drawing
     ticks = re.findall(r'class="tick">([^<]*)<', drawing)
     assert ticks == ["0", "2", "4", "6", "8", "10", "TF/s"]
@@ -251,8 +251,30 @@ def test_axes_have_a_few_round_ticks(top):
 
 
 def test_a_wrong_result_gets_no_bar():
-    assert page.render(FACTS, FIELD).count("<path") == 3
+    assert page.render(FACTS, FIELD).count("<rect") == 3
     assert "liar: wrong result" in page.render(FACTS, FIELD)
+
+
+def test_who_ran_nothing_of_a_kind_is_named_once_and_not_with_each_workload():
+    absent = [Measurement(workload, "decode", True, why_not="has 2048 queries") for workload in SMALL[:2]]
+    assert {m.workload.kind for m in absent} == {"prefill"}
+    html = page.render(FACTS, [*FIELD, *absent])
+    assert html.count("has 2048 queries") == 1
+    assert ">decode: has 2048 queries<" in html
+    ran = measured(SMALL[1], "decode", (1e-3,), ours=True)
+    assert page.render(FACTS, [*FIELD, absent[0], ran]).count("has 2048 queries") > 1
+
+
+def test_long_texts_of_a_table_are_broken_into_lines_and_numbers_are_not():
+    long = "RuntimeError: MPS backend out of memory (MPS allocated: 50.1 GB)"
+    html = page.rows(("", "before", "now"), [("memory", "1.5e3", long), ("time", "-", "12.0x")])
+    assert html.count("<th") == 3
+    assert 'class="word">memory<' in html
+    assert 'class="number" data-name="before">1.5e3<' in html
+    assert f'class="text" data-name="now">{long}<' in html
+    assert "<table class=texts>" in html, "on a phone the cells of a row are below each other"
+    assert "texts" not in page.rows(("case", "ms"), [("a", "1.0")])
+    assert "<th" not in page.rows(("", ""), [("a", "1.0")])
 
 
 def test_peak_memory_of_a_call():

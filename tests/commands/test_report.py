@@ -1,10 +1,12 @@
 """`mtlflashattn report`: every stage, what fails in one, what must not be in it, and what changed since another."""
 
 import copy
+import functools
 import getpass
 import json
 import math
 import os
+import re
 import socket
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from flash_attn_mps import timing
 from flash_attn_mps.sdpa import hazards as known_hazards
 from flash_attn_mps.tiers import reference
-from flash_attn_mps.tiers.metal import compiler, gpu, proved, store, tune
+from flash_attn_mps.tiers.metal import compiler, gpu, proved, simdgroup, store, tensorops, tune, variants
 from flash_attn_mps.tools.bench import workloads
 from flash_attn_mps.tools.bench.workloads import Workload
 from flash_attn_mps.tools.report import compare, hazards, page, probes, stages
@@ -21,6 +23,8 @@ from flash_attn_mps.tools.selftest import cases
 from flash_attn_mps.tools.selftest.cases import Case
 from flash_attn_mps.tools.selftest.unproved import unproved
 from flash_attn_shim.commands import main
+from metal_host import compile_shader
+from tests.mac import mac
 from tests.replaced_tiers import replace_tier
 
 from .test_bench import Checker
@@ -123,6 +127,35 @@ def test_every_probe_says_something(metal):
     for name in once:
         text = probes.found(found[name])
         assert text.endswith((" TF/s", " us", "written", "expected", "32", "ms")), (name, text)
+
+
+def test_where_there_are_tensor_operations_the_report_has_theirs(metal, small, cache, monkeypatch):
+    """Their rate, the kernel that uses them, and its tuning."""
+    kernels = []
+    winner = store.Winner("16x4x32", 1e-3, 2e-3)
+    monkeypatch.setattr(tune, "briefly", lambda p, kernel: kernels.append(kernel) or winner)
+
+    def clock(call, times):
+        call()
+        return 1e-3
+
+    for chip, kernel in (("Apple M5", tensorops.FORWARD), ("Apple M4", simdgroup.FORWARD)):
+        with mac(chip=chip) as patch:
+            patch.setattr(compiler, "compile_shader", functools.partial(compile_shader, version="4.0"))
+            found = probes.of("cpu", clock, 1e-9)
+            names = [f"16x32x16 products, {dtype}" for dtype in ("float16", "bfloat16")]
+            assert all(found[name]().endswith(" TF/s") for name in names)
+            if chip == "Apple M5":
+                pipeline = found["attention_tensorops, float16, head dim 64"]()
+                assert re.match(
+                    r"16x4x32: 128 threads of 128 at most, .* compiled in \d+ ms, proved in \d+ ms", pipeline
+                )
+            assert "attention_tensorops, float32, head dim 64" not in found
+            stages._tune("cpu", 10.0)
+            assert set(kernels) == {kernel}
+            kernels.clear()
+            variants.forget()
+    assert not any("tensorops" in name or "16x32x16" in name for name in probes.of("cpu", clock, 1e-9))
 
 
 def test_a_wrong_result_is_found_and_the_status_says_so(run, monkeypatch):
@@ -312,6 +345,19 @@ def test_a_report_of_another_shape_is_compared_as_far_as_it_goes(before):
             compare.changes(other, before)
             compare.changes(before, other)
             Checker(page.render(other, []))
+
+
+def test_a_stage_that_went_wrong_stands_out(before):
+    assert '<tr class="wrong">' not in page.render(before, None).partition("What this machine could do")[0]
+    wrong = copy.deepcopy(before)
+    wrong["selftest"]["failed"] = 1
+    wrong["hazards"]["rows"][0]["torch"] = stages.INFINITE
+    html = page.render(wrong, None)
+    assert '<tr class="wrong"><td class="word">selftest</td>' in html
+    assert "1e+300" not in html
+    assert ">infinite<" in html
+    assert not page.is_right(wrong)
+    assert page.is_right(before)
 
 
 def test_virtual_machines_are_told_apart(monkeypatch):

@@ -245,20 +245,28 @@ def one_of(p, b, lengths):
 
 
 @pytest.mark.parametrize(
-    ("groups", "most", "places", "expected"),
+    ("groups", "rounds", "places", "expected"),
     [
-        (1, 1, 20, 1),
-        (1, 100, 20, 17),
-        (8, 100, 20, 5),
-        (16, 100, 20, 1),
-        (30, 100, 20, 2),
-        (3, 2, 20, 2),
-        (3, 100, 20, 6),
+        (1, 1, 20, 1),  # nothing to divide
+        (1, 1000, 20, 20),
+        (8, 1000, 20, 5),  # two turns of 20
+        (16, 1000, 20, 1),  # nearly full
+        (30, 1000, 20, 2),  # three turns of half the work, not two of the whole
+        (3, 2, 20, 1),  # a second launch costs more
+        (3, 8, 20, 4),  # the fifth to seventh shorten no threadgroup
         (64, 9, 20, 1),
+        (1, 1000, 1000, 125),
     ],
 )
-def test_as_many_splits_as_fill_the_gpu(groups, most, places, expected):
-    assert decode.filling(groups, most, places) == expected
+def test_as_many_splits_as_fill_the_gpu(groups, rounds, places, expected):
+    assert decode.cheapest(groups, rounds, places, 64, 64) == expected
+
+
+def test_splits_whose_results_cost_more_than_they_save_are_not_made():
+    counts = [decode.cheapest(4, 64, 528, 32, beside) for beside in (0, 64, 1000, 10000)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == 32
+    assert counts[-1] < 16
 
 
 def few(batch=1, queries=1, keys=4096, dim=64, **fields):
@@ -281,7 +289,7 @@ def test_more_cores_more_splits(monkeypatch):
     for cores in (8, 40):
         monkeypatch.setattr(gpu, "cores", lambda cores=cores: cores)
         counts.append(decode.splits_of(few(keys=65536), variant))
-    assert counts == [7, 34]
+    assert counts == [16, 79]
     assert decode.splits_of(few(keys=65536, num_splits=3), variant) == 3
     rounds = -(-300 // (variant.units * variant.keys))
     assert decode.splits_of(few(keys=300, num_splits=100), variant) == rounds

@@ -3,6 +3,7 @@
 import itertools
 import re
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -114,9 +115,8 @@ def test_a_force_is_an_error_on_other_devices(monkeypatch, qkv):
 
 def test_an_unknown_value_warns_once_and_counts_as_auto(qkv, monkeypatch):
     monkeypatch.setenv("MTLFLASHATTN_KERNEL", "fastest")
-    with pytest.warns(
-        UserWarning, match="MTLFLASHATTN_KERNEL=fastest is not known.*decode, simdgroup, cpu, torch, scalar, auto"
-    ) as caught:
+    known = "decode, tensorops, simdgroup, cpu, torch, scalar, auto"
+    with pytest.warns(UserWarning, match=f"MTLFLASHATTN_KERNEL=fastest is not known.*{known}") as caught:
         served = [served_by(monkeypatch, *qkv)[0] for _ in range(3)]
     assert served == ["simdgroup"] * 3
     assert len(caught) == 1
@@ -198,7 +198,7 @@ def compilations(monkeypatch):
 
     def compile_(source):
         sources.append(source)
-        return mock.Mock()
+        return SimpleNamespace(attention_forward=lambda *_, **__: None)
 
     monkeypatch.setattr(compiler, "compile_shader", compile_)
     return sources
@@ -269,7 +269,7 @@ def test_kernels_that_are_kept_are_limited(compilations):
 def test_explain_gives_the_reasons_of_each_tier(qkv):
     p = dispatch.AttentionProblem(*qkv, 1, 20, 20, 0.25, dropout_p=0.5, want_probs=True)
     reasons = dispatch.explain(p)
-    assert list(reasons) == ["decode", "simdgroup", "cpu", "torch"]
+    assert list(reasons) == ["decode", "tensorops", "simdgroup", "cpu", "torch"]
     assert reasons["simdgroup"] == ["does not support probabilities"]
     assert reasons["torch"] == []
 

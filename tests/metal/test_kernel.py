@@ -64,6 +64,7 @@ ROW_SUMS = Kernel(
     },
     optional=("cu_seqlens_q", "seqused_q"),
     grid=grid,
+    threads=lambda variant: variant.threads,
     parameters=("times", "less"),
 )
 

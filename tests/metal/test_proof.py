@@ -238,11 +238,13 @@ class Limited:
         return call
 
 
+@pytest.mark.parametrize("prove", ["once", "off"])
 @pytest.mark.parametrize(
     ("most", "variant", "warned"),
     [(832, "8x8x16-direct", False), (512, "", False), (128, "8x8x16-direct", True), (64, "", True), (32, "", True)],
 )
-def test_pipelines_of_fewer_threads_get_smaller_groups(most, variant, warned, monkeypatch):
+def test_pipelines_of_fewer_threads_get_smaller_groups(most, variant, warned, prove, monkeypatch):
+    monkeypatch.setenv(proved.PROVE, prove)
     if variant:
         monkeypatch.setenv("MTLFLASHATTN_VARIANT", variant)
     limited = Limited(most)
@@ -548,6 +550,7 @@ def test_every_specialization_has_a_trial_that_is_its_own(grid):
             assert expected.value.isfinite().any()
             assert grid != "backward" or not expected.value.isnan().any()
         threads, group = s.kernel.grid(made.problem, s.variant)
+        assert group == (s.threads, 1, 1), "what a pipeline is asked for is not what is launched"
         assert threads[0] // group[0] >= 2, "one tile has no neighbour"
         for x in (made.problem.k, made.problem.v):
             memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
@@ -592,6 +595,24 @@ def test_faults_of_the_kernels_around_attention_are_found(grid, entry, old, new,
     assert compiler.kernel(s) is not None, compiler.failures
     compiled_by(monkeypatch, Fault(old, new))
     with pytest.warns(RuntimeWarning, match=f"{entry} gave a wrong result"):
+        assert compiler.kernel(s) is None
+
+
+@pytest.mark.parametrize("kv_format", ["e4m3", "e5m2"])
+def test_subnormal_codes_that_a_gpu_takes_for_zero_are_found(kv_format, monkeypatch):
+    decoded = "to[0] = even.x, to[1] = odd.x, to[2] = even.y, to[3] = odd.y;"
+    flushed = f"{decoded} for (int i = 0; i < 4; ++i) to[i] = abs(to[i]) < 6.104e-5h ? 0.0h : to[i];"
+    calls = (
+        partial(launch.run, test_quantised.drawn(case).problem, *test_quantised.KERNELS[case["kernel"]])
+        for case in test_quantised.CASES
+    )
+    of_format = [
+        s for s in recorded(calls) if s.kv_format == kv_format and {"k_descale", "v_descale"} <= set(s.buffers)
+    ]
+    s = min(of_format, key=lambda s: s.head_dim + s.head_dim_v)
+    assert compiler.kernel(s) is not None, compiler.failures
+    compiled_by(monkeypatch, Fault(decoded, flushed))
+    with pytest.warns(RuntimeWarning, match="gave a wrong result"):
         assert compiler.kernel(s) is None
 
 

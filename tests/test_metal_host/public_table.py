@@ -17,7 +17,7 @@ from metal_host import survey
 
 HERE = Path(__file__).parent
 KERNELS = {
-    "test_mlx_steel_attention": "MLX `steel_attention`",
+    "test_mlx_steel_attention[": "MLX `steel_attention`",
     "test_sdpa_vector[mlx": "MLX `sdpa_vector`",
     "test_sdpa_vector[candle": "candle `sdpa_vector`",
     "test_llama_cpp_flash_attn_ext[": "llama.cpp `kernel_flash_attn_ext`, in lockstep",
@@ -27,6 +27,13 @@ KERNELS = {
     "test_gpt_oss": "Hugging Face `gptoss_f32_sdpa_q8_d64`",
     "test_natten": "natten_mps, 1 to 3 dimensions, through its package",
     "test_prefill": "torch's prefill kernel",
+    "test_mpp_attention[a10": "torch's `MppAttention.h`, a10: right under `apple10`, wrong under the other layouts",
+    "test_mpp_attention[a9": "torch's `MppAttention.h`, a9: right under `legacy`, wrong under the other layouts",
+    "test_mlx_steel_attention_nax": "MLX `steel_attention_nax` and `_dsplit`: right under `apple10`, wrong under the others",
+    "test_mlx_steel_gemm_nax": "MLX `steel_gemm_fused_nax`: the same",
+    "test_quantised_gemm_nax": "Hugging Face `affine_qmm_t_nax`: the same",
+    "test_mtlflashattn_tensor_ops[v2-": "mtlflashattn `flash_attn_fwd_v2`: right under every layout",
+    "test_mtlflashattn_tensor_ops[v2r-": "mtlflashattn `flash_attn_fwd_v2r`: right under the layouts that the device calls compatible, and told under the others",
     "test_decode": "torch's decode kernels",
 }
 

@@ -326,3 +326,45 @@ def test_only_comments_and_strings_hold_other_characters():
     compile_shader("// caf\u00e9\nkernel void k(device float* o) { /* \u2014 */ }")
     with pytest.raises(SyntaxError, match=r"program_source:3: .*outside a comment"):
         compile_shader("// first\n// caf\u00e9\nkernel void caf\u00e9(device float* o) {}")
+
+
+def test_constants_as_objects_and_fragments_of_any_element(device):
+    """What MLX's and torch's kernels on cooperative tensors write: integral constants as operands and as indices, and vectors
+    behind an alias, whose elements may be bool."""
+    lib = compile_shader(
+        HEADER
+        + """
+    template <typename T, T v> struct constant_of {
+      constexpr operator T() const thread { return v; }
+    };
+    template <typename T, T a, typename U, U b> constexpr auto operator+(constant_of<T, a>, constant_of<U, b>) {
+      constexpr auto sum = a + b;
+      return constant_of<metal::remove_addrspace_t<decltype(sum)>, sum>{};
+    }
+    template <typename T, T a, typename U, U b> constexpr auto operator-(constant_of<T, a>, constant_of<U, b>) {
+      constexpr auto difference = a - b;
+      return constant_of<decltype(difference), difference>{};
+    }
+    struct Fragment {
+      template <typename U> using elements = typename metal::vec<U, 4>;
+      template <typename U> static void fill(thread elements<U>& to, U first) { to = elements<U>(0); to[0] = first; }
+    };
+    template <typename T> struct Tile {
+      typedef typename Fragment::template elements<T> storage;
+      storage value;
+      void row(thread metal::vec<T, 2>& out) const { out[0] = value[0]; }
+    };
+    kernel void k(device float* out) {
+      constexpr auto two = constant_of<int, 1>{} + constant_of<int, 1>{} + (constant_of<int, 2>{} - constant_of<int, 2>{});
+      metal::vec<float, 4> some{7.0f}, all{1.0f, 2.0f, 3.0f, 4.0f};
+      if constexpr (constant_of<int, 1>{} - constant_of<int, 1>{}) out[0] = -1;
+      out[1] = all[two], out[2] = some[0], out[3] = some[3];
+      Tile<bool> tile;
+      tile.value = 1;
+      out[0] = tile.value[2] ? 5.0f : 6.0f;
+    }""",
+        version="4.0",
+    )
+    out = torch.full((4,), -2.0, device=device)
+    lib.k(out, threads=1)
+    assert out.tolist() == [5, 3, 7, 0]

@@ -172,7 +172,7 @@ _INPUTS = {
 }
 _HEADERS = ("metal_stdlib", "metal_simdgroup_matrix")
 _SHARED = (
-    "codes",
+    *launch.LANE_SOURCES,
     "fragment",
     "scoring",
     "philox",
@@ -189,7 +189,7 @@ _SHARED = (
 ROWS = Kernel(
     entry="attention_backward_rows",
     headers=_HEADERS,
-    sources=("codes", "fragment", "scoring", "philox", "range", "keys", "held", "backward_rows"),
+    sources=(*launch.LANE_SOURCES, "fragment", "scoring", "philox", "range", "keys", "held", "backward_rows"),
     buffers={
         **_INPUTS,
         "out": Buffer("const T", row="head_dim_v"),

@@ -51,21 +51,42 @@ def kernel(specialization: Compilable) -> Any | None:
         failures[specialization] = str(error).strip()
         _warn_once(specialization, refusals.not_compiled(error))
         return None
-    if refusal := _prove(specialization, compiled, source):
-        failures[specialization] = f"{refusal.what}: {refusal.why}"
-        _warn_once(specialization, refusal)
+    if refusal := _too_many_threads(specialization, compiled) or _prove(specialization, compiled, source):
+        refuse(specialization, refusal)
         return None
     return compiled
 
 
+def refuse(specialization: Compilable, refusal: Refusal) -> None:
+    """It compiles, and is not to be used on this machine: kept, and said once."""
+    failures[specialization] = f"{refusal.what}: {refusal.why}"
+    _warn_once(specialization, refusal)
+
+
+def proofs_wanted(elsewhere: str = "off") -> str:
+    """`MTLFLASHATTN_PROVE`; `elsewhere` by default, with another compiler than torch's: whoever puts one here has tests
+    of their own for what it compiles."""
+    return proved.wanted("once" if compile_shader is _from_torch else elsewhere)
+
+
+def who() -> str:
+    """Who compiles, for the digest of a kernel."""
+    return "torch" if compile_shader is _from_torch else repr(compile_shader)
+
+
+def _too_many_threads(specialization: Compilable, compiled: Any) -> Refusal | None:
+    """Why it cannot be launched, where this GPU gives its pipeline fewer threads than a group has."""
+    most = getattr(compiled, "max_threads_per_threadgroup", None)
+    needed = specialization.threads
+    return None if most is None or most >= needed else refusals.too_many_threads(needed, most)
+
+
 def _prove(specialization: Compilable, compiled: Any, source: str) -> Refusal | None:
     """Why it is not to be used, if it has not proved itself here before."""
-    # Whoever puts another compiler here has tests of their own for what it compiles.
-    ours = compile_shader is _from_torch
-    proof, wanted = specialization.kernel.proof, proved.wanted("once" if ours else "off")
+    proof, wanted = specialization.kernel.proof, proofs_wanted()
     if proof is None or wanted == "off":
         return None
-    line = proved.digest(source, "torch" if ours else repr(compile_shader))
+    line = proved.digest(source, who())
     if wanted == "once" and proved.holds(line):
         return None
     refusal = proof(specialization, compiled)
@@ -93,7 +114,7 @@ def _warn_once(specialization: Compilable, refusal: Refusal) -> None:
     _warned.add(entry)
     warnings.warn(
         f"mtlflashattn: the Metal kernel {entry} {refusal.what} on this machine ({refusals.machine()}): {refusal.why}. "
-        f"Another variant of it, or plain PyTorch, serves such calls (same results, perhaps slower). "
+        f"Another variant or kernel, or plain PyTorch, serves such calls (same results, perhaps slower). "
         f"{refusals.advice(refusal)} {specialization}",
         RuntimeWarning,
         stacklevel=2,

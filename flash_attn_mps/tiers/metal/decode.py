@@ -50,17 +50,18 @@ MIN_KEYS = 65  # with fewer keys there is nothing to divide
 MAX_SPLITS = 128
 _MAX_ROWS = few.ROWS_OF_A_TILE
 ROWS = (8, 16, _MAX_ROWS)  # that a tile may have
-_THREADGROUP_BYTES = 20 << 10  # more only where nothing else fits: an Apple core has some 60 KB, for three threadgroups
+_THREADGROUP_BYTES = 15 << 10  # more only where nothing else fits: an Apple core has some 60 KB, for four threadgroups
 _MAX_REGISTERS = 112
 # By the bytes of an element: with up to so many `registers` a lane has at most some 100 live ones (docs/decode.md), and
-# an M1 core runs two threadgroups of eight simdgroups.
+# an M1 core runs four threadgroups of four simdgroups.
 _COMFORTABLE_REGISTERS = {2: 72, 4: 60}
-_SIMDGROUPS = 8  # of a threadgroup
-_GROUPS_PER_CORE = 2  # threadgroups that a core works on at a time
-# Of a split at least: rounds of all units; and keys for each row, so that writing the results of splits and reading
-# them again is less than a tenth of reading the keys and values.
-_ROUNDS = 2
-_KEYS_OF_A_ROW = 24
+_SIMDGROUPS = 4  # of a threadgroup
+_SIMDGROUPS_PER_CORE = 16  # that a core works on at a time
+# In products of fragments, as a simdgroup makes them where the GPU is full: the time of what a threadgroup does beside
+# its rounds, and of a second launch; and how many elements of results are written and read again in the time of one. By
+# the cost model of an M1 (docs/apple-model.md) and the latencies of memory; an H200 agrees (bench/nvidia_decode.py).
+_OUTSIDE, _SECOND_LAUNCH, _ELEMENTS = 64, 64, 115
+_COMBINE_THREADS = 256
 
 
 def registers(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> int:
@@ -139,23 +140,38 @@ def splits_of(p: AttentionProblem, variant: Variant) -> int:
     if p.num_splits > 1:
         return min(p.num_splits, MAX_SPLITS, -(-longest // a_round))
     tiles, batch = _tiles(p, variant.rows)
-    most = longest // max(_ROUNDS * a_round, _KEYS_OF_A_ROW * variant.rows)
-    return filling(tiles * batch * p.heads_k, max(1, min(most, MAX_SPLITS)), gpu.cores() * _GROUPS_PER_CORE)
+    head_dim, head_dim_v = p.q.shape[-1], p.v.shape[-1]
+    products = (variant.rows // 8) * (variant.keys // 8) * (variant.fragments(head_dim) + variant.fragments(head_dim_v))
+    rounds = -(-longest // a_round)
+    coarse = 1 << max(rounds.bit_length() - 6, 0)  # so that a longer cache is seldom another case
+    return cheapest(
+        tiles * batch * p.heads_k,
+        -(-rounds // coarse) * coarse,
+        gpu.cores() * max(_SIMDGROUPS_PER_CORE // variant.simdgroups, 1),
+        products,
+        _OUTSIDE + variant.rows * head_dim_v // _ELEMENTS,
+    )
 
 
 @functools.lru_cache(maxsize=4096)
-def filling(groups: int, most: int, places: int) -> int:
-    """The least number of splits, `most` at most, with which `groups` threadgroups keep `places` nearly as busy as any.
+def cheapest(groups: int, rounds: int, places: int, products: int, beside: int) -> int:
+    """Into how many parts to divide the `rounds` of each of `groups` threadgroups, of which `places` run at a time.
 
-    `places` threadgroups run at a time; a last turn that is not full is lost time. After FlashAttention-2's
-    num_splits_heuristic: https://github.com/Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp.
+    The least number that takes at most 3 % longer than the best; one where the groups alone fill the GPU. A part takes
+    `products` for each of its rounds and `beside` for the rest; the second launch takes one for each part. After
+    FlashAttention-2's num_splits_heuristic: https://github.com/Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp
     """
-    turns = [groups * splits / places for splits in range(1, most + 1)]
-    busy = [n / math.ceil(n) for n in turns]
-    if busy[0] >= 0.8 or turns[0] >= 2:
+    if groups >= 2 * places or groups / places / math.ceil(groups / places) >= 0.8:
         return 1
-    enough = 0.85 * max(busy)
-    return next(n + 1 for n, share in enumerate(busy) if share >= enough)
+
+    def time(splits: int) -> int:
+        turns = -(-groups * splits // places)
+        second = _SECOND_LAUNCH + splits if splits > 1 else 0
+        return turns * (-(-rounds // splits) * products + beside) + second
+
+    times = [time(splits) for splits in range(1, min(rounds, MAX_SPLITS) + 1)]
+    enough = 1.03 * min(times)
+    return next(n + 1 for n, each in enumerate(times) if each <= enough)
 
 
 def _grid(p: AttentionProblem, variant: Variant) -> Grid:
@@ -164,10 +180,13 @@ def _grid(p: AttentionProblem, variant: Variant) -> Grid:
     return (tiles * splits_of(p, variant) * threads, p.heads_k, batch), (threads, 1, 1)
 
 
+_COMBINE_THREADS = 128
+
+
 def _combine_grid(p: AttentionProblem, variant: Variant) -> Grid:
     tiles, batch = _tiles(p, variant.rows)
     rows = tiles * variant.rows if p.cu_seqlens_q is not None else p.max_seqlen_q * variant.heads_in_tile
-    return (rows * 128, p.heads_k, batch), (128, 1, 1)
+    return (rows * _COMBINE_THREADS, p.heads_k, batch), (_COMBINE_THREADS, 1, 1)
 
 
 _PARTIAL = {"partial_o": "float", "partial_m_l": "float2"}
@@ -208,7 +227,7 @@ def _decode(rows: int) -> TunedKernel:
         default=lambda *shape: shapes(rows, 1, *shape)[0],
         fallbacks=lambda _variant, *shape: shapes(rows, 1, *shape),
         variable="MTLFLASHATTN_DECODE_VARIANT",
-        worth_tuning=lambda variant: variant.simdgroups in (_SIMDGROUPS // 2, _SIMDGROUPS),
+        worth_tuning=lambda variant: variant.simdgroups in (_SIMDGROUPS, 2 * _SIMDGROUPS),
         label=f"of {rows} rows",
         length_of=_length,
         lengths=_LENGTHS,
@@ -217,6 +236,8 @@ def _decode(rows: int) -> TunedKernel:
         entry="attention_decode",
         headers=("metal_stdlib", "metal_simdgroup_matrix"),
         sources=(
+            *launch.LANE_SOURCES,
+            "fragment",
             *launch.FORWARD_SOURCES,
             "splits",
             "hidden",
@@ -240,7 +261,7 @@ DECODE = {rows: _decode(rows) for rows in ROWS}
 COMBINE = Kernel(
     entry="attention_combine",
     headers=("metal_stdlib",),
-    sources=("scoring", "range", "splits", "combine"),
+    sources=("codes", "scoring", "range", "splits", "combine"),
     buffers={
         **{name: Buffer(f"const {kind}") for name, kind in _PARTIAL.items()},
         "out": launch.FORWARD_BUFFERS["out"],
@@ -249,6 +270,7 @@ COMBINE = Kernel(
     optional=tuple(OPTIONAL_BUFFERS),
     parameters=_PARAMETERS,
     grid=_combine_grid,
+    threads=lambda _: _COMBINE_THREADS,
     proof=Proof(decode_trials.combine),
 )
 

@@ -14,7 +14,7 @@ from .specialization import Specialization
 from .trial import Expected, Trial
 
 _SPLITS = 3
-_SPLITS_TO_COMBINE = 6  # more than the simdgroups that take them in turn
+_SPLITS_TO_COMBINE = 10  # more than the simdgroups that take them in turn
 
 
 def decode(s: Specialization) -> Trial:

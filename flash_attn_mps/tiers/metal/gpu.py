@@ -34,7 +34,17 @@ def cores() -> int:
 @functools.cache
 def generation() -> int:
     """The number in "Apple M3 Max"; 0 where there is none to be found."""
-    found = re.search(r"Apple M(\d+)", _brand())
+    return _number_after("M")
+
+
+@functools.cache
+def phone_generation() -> int:
+    """The number in "Apple A18 Pro", a phone's chip, which Macs have too; 0 where there is none to be found."""
+    return _number_after("A")
+
+
+def _number_after(letter: str) -> int:
+    found = re.search(rf"Apple {letter}(\d+)", _brand())
     return int(found.group(1)) if found else 0
 
 
@@ -51,6 +61,16 @@ def is_virtual() -> bool:
 def os_build() -> str:
     """macOS's build, like "25B78": two builds of one version may compile a kernel differently. Elsewhere empty."""
     return _sysctl("kern.osversion") if _brand().startswith("Apple") else ""
+
+
+@functools.cache
+def macos() -> str:
+    """macOS's version, like "26.2"; elsewhere empty.
+
+    Not `platform.mac_ver()`: a Python that was built before macOS 26 gets a version of the old scheme there, 16
+    (python/cpython#135675). `sysctl` is macOS's own, and says what there is.
+    """
+    return _sysctl("kern.osproductversion") if _brand().startswith("Apple") else ""
 
 
 @functools.cache

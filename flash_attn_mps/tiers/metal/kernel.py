@@ -112,6 +112,10 @@ class Program:
         return self.entry
 
 
+def _threads(variant: Any) -> int:
+    return 32 * variant.simdgroups
+
+
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Kernel(Program):
     """One kernel that works on an `AttentionProblem`.
@@ -125,6 +129,7 @@ class Kernel(Program):
     # What its sources, shared with others, are told of it.
     defines: Mapping[str, int | str] = field(default_factory=dict)
     grid: Callable[[AttentionProblem, Any], Grid]  # of a problem and a variant
+    threads: Callable[[Any], int] = _threads  # of a group of that grid, of a variant
 
 
 # Classes of calls, and the longest that each has; "long" has all others, and this is a typical one.

@@ -44,8 +44,10 @@ def limits(p: AttentionProblem, widest: int = MAX_HEAD_DIM) -> list[str]:
     return reasons
 
 
-# What the kernels of the forward pass on simdgroup matrices begin with: loads, scores, what is visible, and keys.
-FORWARD_SOURCES = ("codes", "fragment", "scoring", "philox", "dropout", "range", "masking", "kept", "keys")
+# What kernels on matrix units begin with: who has which elements of a tile, and how they are loaded. Behind their own
+# fragments those of the forward pass have scores, what is visible, and keys.
+LANE_SOURCES = ("codes", "lanes", "elements")
+FORWARD_SOURCES = ("scoring", "philox", "dropout", "range", "masking", "kept", "keys")
 FORWARD_BUFFERS = {
     "q": Buffer("const T", row="head_dim"),
     "k": Buffer("const KV_T", row="head_dim"),

@@ -111,6 +111,11 @@ class Movement(NamedTuple):
     pairs: int  # of a thread: rows are aligned to as many elements
     buffers: tuple[str, ...]  # that are given
 
+    @property
+    def threads(self) -> int:
+        """Of a group, at most."""
+        return _THREADS
+
     def source(self) -> str:
         """The Metal source, ASCII."""
         defines = {

@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from . import compiler, launch, refusals
 from .refusals import Refusal
 from .specialization import Specialization
 from .trial import Expected, Trial
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,6 @@ def _refusal(
         if asked != specialization:
             raise AssertionError(f"its trial is for {asked}")
         threads, group_size = kernel.grid(p, variant)
-        most = getattr(compiled, "max_threads_per_threadgroup", None)
-        if most is not None and most < math.prod(group_size):
-            return refusals.too_many_threads(math.prod(group_size), most)
         compiled(*values, threads=threads, group_size=group_size)
         return found_wrong(tensors, trial.expected)
     except Exception as error:  # whatever happens here would happen in the caller's program
@@ -93,10 +92,10 @@ def _worst(got: torch.Tensor, expected: Expected) -> tuple[float, float]:
     return error.flatten()[at].item(), allowed.reshape(-1)[at].item()
 
 
-def apart(function: Callable[[], Refusal | None]) -> Refusal | None:
+def apart(function: Callable[[], Found]) -> Found:
     """In a thread of its own: there is no mode of the caller's there (autocast, a default device, inference, fake
     tensors, a dispatch mode that counts or records, a graph that is being captured)."""
-    result: list[Refusal | None] = []
+    result: list[Found] = []
     thread = threading.Thread(target=lambda: result.append(function()), name="mtlflashattn proof", daemon=True)
     try:
         thread.start()

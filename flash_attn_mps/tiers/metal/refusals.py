@@ -28,6 +28,7 @@ _KNOWN = (
     ("no torch.mps.compile_shader", "Update torch."),
     ("xpc_error", "Apple's compiler crashes on some large kernels."),
     ("internal error", "Apple's compiler crashes on some large kernels."),
+    ("metal 4 is needed", "Unset PYTORCH_MPS_METAL_VERSION, or update torch."),
 )
 
 
@@ -72,7 +73,7 @@ def advice(refusal: Refusal) -> str:
 
 def machine() -> str:
     """Like "Apple M3 Max, 40 cores, macOS 26.1 (25B78), torch 2.14.0"."""
-    system = f"macOS {platform.mac_ver()[0]} ({gpu.os_build()})" if gpu.os_build() else platform.system()
+    system = f"macOS {gpu.macos()} ({gpu.os_build()})" if gpu.os_build() else platform.system()
     return ", ".join(filter(None, (gpu.name(), system, f"torch {torch.__version__}")))
 
 

@@ -40,9 +40,6 @@ def _refusal(m: Movement, compiled: Any) -> Refusal | None:
         asked, values, threads, group_size = movement.arguments(m.kernel, *step.arguments(tensors))
         if asked != m:
             raise AssertionError(f"its trial is for {asked}")
-        most = getattr(compiled, "max_threads_per_threadgroup", None)
-        if most is not None and most < math.prod(group_size):
-            return refusals.too_many_threads(math.prod(group_size), most)
         compiled(*values, threads=threads, group_size=group_size)
         return prove.found_wrong(tensors, step.expected())
     except Exception as error:  # whatever happens here would happen in the caller's program

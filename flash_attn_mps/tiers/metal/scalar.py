@@ -30,10 +30,11 @@ def _trial(s: Specialization) -> trial.Trial:
 FORWARD = Kernel(
     entry="attention_scalar",
     headers=("metal_stdlib",),
-    sources=("scoring", "philox", "codes", "keys", "scalar"),
+    sources=("codes", "scoring", "philox", "keys", "scalar"),
     buffers=launch.FORWARD_BUFFERS,
     optional=tuple(OPTIONAL_BUFFERS),
     grid=_grid,
+    threads=lambda variant: variant.threads,
     proof=Proof(_trial),
 )
 

@@ -154,6 +154,8 @@ FORWARD = TunedKernel(
     entry="attention_forward",
     headers=("metal_stdlib", "metal_simdgroup_matrix"),
     sources=(
+        *launch.LANE_SOURCES,
+        "fragment",
         *launch.FORWARD_SOURCES,
         "staging",
         "queries",

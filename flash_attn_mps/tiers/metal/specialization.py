@@ -24,6 +24,11 @@ class Compilable(Protocol):
     @property
     def kernel(self) -> Program: ...
 
+    @property
+    def threads(self) -> int:
+        """Of a group, at most."""
+        ...
+
     def source(self) -> str: ...
 
     def _asdict(self) -> dict[str, Any]: ...
@@ -58,6 +63,11 @@ class Specialization(NamedTuple):
     mask: Mask | None
     scale_type: str
     variant: Any  # of the kernel's own type
+
+    @property
+    def threads(self) -> int:
+        """Of a group."""
+        return self.kernel.threads(self.variant)
 
     def source(self) -> str:
         """The Metal source, ASCII."""

@@ -56,9 +56,12 @@ class Outcome(NamedTuple):
 def keys(
     kernel: Choice, dtypes: Sequence[str], head_dims: Sequence[int], lengths: Sequence[str], masks: Sequence[str]
 ) -> list[Key]:
-    """All combinations; those that share their compiled kernels follow each other."""
+    """All combinations that have a variant; those that share their compiled kernels follow each other."""
     name = kernel.name
-    return [Key(name, t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths]
+    every = [
+        Key(name, t, d, d, length, mask) for t in dtypes for d in head_dims for mask in masks for length in lengths
+    ]
+    return [key for key in every if kernel.fitting(*_shape(key))]
 
 
 def candidates(key: Key, kernel: Choice) -> list[Any]:

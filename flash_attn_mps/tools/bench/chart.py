@@ -1,4 +1,7 @@
-"""Horizontal bars as SVG, for a page that brings the colours `--c0`, `--c1`, ... as CSS variables."""
+"""Horizontal bars as SVG, for a page that brings the colours `--c0`, `--c1`, ... as CSS variables.
+
+Widths are shares of the page's, and heights are pixels: on a phone bars are shorter and words as large as elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-_WIDTH, _LEFT, _RIGHT = 940, 320, 110
-_BAR, _GAP, _BETWEEN = 16, 3, 16
+_LONGEST = 78.0  # percent of the width; what is right of the longest bar is for its value
+_NAME, _BAR, _GAP, _BETWEEN = 20, 14, 3, 10
 
 
 class Bar(NamedTuple):
@@ -26,45 +29,33 @@ class Group(NamedTuple):
 
 
 def bars(groups: Sequence[Group], unit: str, title: str) -> str:
-    """Groups of bars below each other on one axis from zero, each bar with its value."""
+    """Groups of bars below their names on one axis from zero, each bar with its value."""
     top = max((bar.value or 0.0 for group in groups for bar in group.bars), default=0.0) or 1.0
     step = _step(top)
-    plot = _WIDTH - _LEFT - _RIGHT
-
-    def x(value: float) -> float:
-        return _LEFT + plot * value / top
-
-    parts, y = [], 8.0
+    parts, y = [], 0
     for group in groups:
-        height = len(group.bars) * (_BAR + _GAP) - _GAP
-        parts.append(_text(_LEFT - 12, y + height / 2, group.name, "end", "name"))
+        parts.append(_text(0.0, y + _NAME // 2, group.name, "start", "name"))
+        y += _NAME
         for bar in group.bars:
-            middle = y + _BAR / 2
+            middle = y + _BAR // 2
             if bar.value is None:
-                parts.append(_text(_LEFT + 6, middle, f"{bar.series}: {bar.label}", "start", "none"))
+                parts.append(_text(0.0, middle, f"{bar.series}: {bar.label}", "start", "none", 6, bar.hint))
             else:
-                width = max(1.5, x(bar.value) - _LEFT)
-                # Square at the axis, rounded at the end of the value.
-                r = min(3.0, width / 2)
-                shape = (
-                    f"M{_LEFT},{y:.1f}h{width - r:.1f}q{r},0 {r},{r}v{_BAR - 2 * r}q0,{r} -{r},{r}h-{width - r:.1f}z"
+                width = max(0.3, _LONGEST * bar.value / top)
+                parts.append(
+                    f'<rect width="{width:.2f}%" y="{y}" height="{_BAR}" rx="2" fill="var(--c{bar.colour})">'
+                    f"<title>{escape(bar.hint)}</title></rect>"
                 )
-                parts.append(f'<path d="{shape}" fill="var(--c{bar.colour})"><title>{escape(bar.hint)}</title></path>')
-                parts.append(_text(_LEFT + width + 6, middle, bar.label, "start", "value"))
+                parts.append(_text(width, middle, bar.label, "start", "value", 6))
             y += _BAR + _GAP
         y += _BETWEEN
-    bottom = y - _BETWEEN + 8
     axis = []
     for n in range(int(top / step + 1e-9) + 1):
-        axis.append(f'<line x1="{x(n * step):.1f}" x2="{x(n * step):.1f}" y1="0" y2="{bottom:.1f}" class="grid"/>')
-        axis.append(_text(x(n * step), bottom + 14, f"{n * step:g}", "middle", "tick"))
-    axis.append(_text(_WIDTH - _RIGHT + 12, bottom + 14, unit, "start", "tick"))
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {bottom + 26:.0f}" role="img" aria-label="{escape(title)}">'
-        + "".join(axis)
-        + "".join(parts)
-        + f'<line x1="{_LEFT}" x2="{_LEFT}" y1="0" y2="{bottom:.1f}" class="axis"/></svg>'
-    )
+        x = _LONGEST * n * step / top
+        axis.append(f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="{y}" class="{"grid" if n else "axis"}"/>')
+        axis.append(_text(x, y + 12, f"{n * step:g}", "middle" if n else "start", "tick"))
+    axis.append(_text(100.0, y + 12, unit, "end", "tick"))
+    return f'<svg height="{y + 24}" role="img" aria-label="{escape(title)}">{"".join(axis)}{"".join(parts)}</svg>'
 
 
 def _step(top: float) -> float:
@@ -77,8 +68,9 @@ def _step(top: float) -> float:
     return next(power * part for part in (2, 1, 0.5, 0.2) if top / (power * part) >= 3)
 
 
-def _text(x: float, y: float, text: str, anchor: str, kind: str) -> str:
+def _text(percent: float, y: int, text: str, anchor: str, kind: str, beside: int = 0, hint: str = "") -> str:
+    title = f"<title>{escape(hint)}</title>" if hint else ""
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" dominant-baseline="central" text-anchor="{anchor}" class="{kind}">'
-        f"{escape(text)}</text>"
+        f'<text x="{percent:.2f}%" y="{y}" dx="{beside}" dominant-baseline="central" text-anchor="{anchor}" '
+        f'class="{kind}">{escape(text)}{title}</text>'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
@@ -35,21 +36,28 @@ h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.
 p { margin: .25rem 0 .75rem; } .soft, figcaption { color: var(--soft); }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem 1rem; margin: 1rem 0;
   color: var(--soft); }
-dt, dd { margin: 0; } figure { margin: 0; overflow-x: auto; }
-svg { width: 100%; min-width: 40rem; height: auto; display: block; }
+dt, dd { margin: 0; } figure { margin: 0; }
+svg { width: 100%; display: block; }
 text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--ink); }
-text.tick, text.none { fill: var(--soft); } text.value { font-variant-numeric: tabular-nums; }
+text.tick, text.none { fill: var(--soft); } text.name { font-weight: 600; }
+text.value { font-variant-numeric: tabular-nums; }
 .grid { stroke: var(--line); } .axis { stroke: var(--soft); }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none; margin: 0 0 .5rem; padding: 0; }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
 details { margin-top: .5rem; } summary { cursor: pointer; color: var(--soft); }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child, td:last-child { text-align: left; }
-td:last-child { color: var(--soft); white-space: normal; overflow-wrap: anywhere; } tr.wrong td { color: var(--bad); }
-th[colspan] { text-align: left; padding-top: .8rem; } .scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: .5rem 0; }
+th, td { padding: .25rem .75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { padding-left: 0; } .number { text-align: right; white-space: nowrap; }
+.word { white-space: nowrap; } .remark { min-width: 14rem; color: var(--soft); }
+tr.wrong td { color: var(--bad); } th[colspan] { padding-top: .8rem; } .scroll { overflow-x: auto; }
 @media (max-width: 36rem) { body { padding: 1rem .75rem 3rem; } dl { grid-template-columns: 1fr; }
-  dd { margin-bottom: .3rem; overflow-wrap: anywhere; } }
+  dt { font-size: 13px; } dd { margin-bottom: .4rem; color: var(--ink); overflow-wrap: anywhere; }
+  .texts tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  .texts tr:has(th) { display: none; }
+  .texts td { display: block; padding: 0; border: 0; text-align: left; white-space: normal; overflow-wrap: anywhere; }
+  .texts td:first-child { font-weight: 600; }
+  .texts td[data-name]::before { content: attr(data-name) ": "; color: var(--soft); }
+  .remark { white-space: nowrap; } }
 """
 
 
@@ -84,12 +92,37 @@ def charts(measurements: Sequence[Measurement]) -> str:
 
 
 def rows(head: Sequence[str], body: Sequence[Sequence[str]], wrong: Callable[[int], bool] = lambda n: False) -> str:
-    """A table of texts; rows of which `wrong` is true, by their number, stand out."""
-    lines = ["<tr>" + "".join(f"<th>{escape(title)}</th>" for title in head) + "</tr>"]
+    """A table of texts; rows of which `wrong` is true, by their number, stand out.
+
+    On a phone, a table with long texts shows the cells of a row below each other.
+    """
+    kinds = [_kind([row[n] for row in body]) for n in range(len(head))]
+    lines = ["<tr>" + "".join(map(_th, head, kinds)) + "</tr>"] if any(head) else []
     for n, row in enumerate(body):
         kind = ' class="wrong"' if wrong(n) else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
-    return f"<div class=scroll><table>{''.join(lines)}</table></div>"
+        lines.append(f"<tr{kind}>" + "".join(map(_td, ("", *head[1:]), kinds, row)) + "</tr>")
+    texts = " class=texts" if "text" in kinds else ""
+    return f"<div class=scroll><table{texts}>{''.join(lines)}</table></div>"
+
+
+_NUMBER = re.compile(r"[-+\d.,]*(e[-+]?\d+)?[x%]?")
+_WORD = 24  # characters that are not broken into lines
+
+
+def _kind(column: Sequence[str]) -> str:
+    """The class of its cells."""
+    if all(_NUMBER.fullmatch(cell) for cell in column):
+        return "number"
+    return "word" if max(map(len, column)) <= _WORD else "text"
+
+
+def _th(title: str, kind: str) -> str:
+    return f'<th class="{kind}">{escape(title)}</th>'
+
+
+def _td(title: str, kind: str, cell: str) -> str:
+    name = f' data-name="{escape(title)}"' if title and cell else ""
+    return f'<td class="{kind}"{name}>{escape(cell)}</td>'
 
 
 def _variables(theme: int) -> str:
@@ -103,6 +136,7 @@ def _colours(measurements: Sequence[Measurement]) -> dict[str, int]:
 
 
 def _section(kind: str, by_name: Mapping[str, Sequence[Measurement]], colours: Mapping[str, int]) -> str:
+    by_name, absent = _without_absent(by_name)
     unit, metric = _metric(kind, [m for group in by_name.values() for m in group if m.seconds])
     title = f"{kind.capitalize()}: {KINDS[kind]}"
     groups = [
@@ -110,11 +144,22 @@ def _section(kind: str, by_name: Mapping[str, Sequence[Measurement]], colours: M
     ]
     present = dict.fromkeys(m.contender for group in by_name.values() for m in group)
     legend = "".join(f'<li><i style="background:var(--c{colours[n]})"></i>{escape(n)}</li>' for n in present)
+    notes = "".join(f"<p class=soft>{escape(f'{name}: {why}')}</p>" for name, why in absent.items())
     return (
         f"<section><h2>{escape(title)}</h2><p>{escape(_summary(by_name))}</p><ul class=legend>{legend}</ul>"
-        f"<figure>{chart.bars(groups, unit, title)}<figcaption>{unit}, longer is better</figcaption></figure>"
+        f"<figure>{chart.bars(groups, unit, title)}<figcaption>{unit}, longer is better</figcaption></figure>{notes}"
         f"<details open><summary>All figures</summary><div class=scroll>{_table(by_name)}</div></details></section>"
     )
+
+
+def _without_absent(
+    by_name: Mapping[str, Sequence[Measurement]],
+) -> tuple[Mapping[str, Sequence[Measurement]], dict[str, str]]:
+    """Without those who ran none of the workloads; who they are, and why not."""
+    every = [m for group in by_name.values() for m in group]
+    ran = {m.contender for m in every if m.seconds}
+    absent = {m.contender: m.why_not for m in reversed(every) if m.contender not in ran}
+    return {name: [m for m in group if m.contender in ran] for name, group in by_name.items()}, absent
 
 
 def _metric(kind: str, measured: Sequence[Measurement]) -> tuple[str, Callable[[Measurement], float]]:
@@ -164,7 +209,8 @@ def _summary(by_name: Mapping[str, Sequence[Measurement]]) -> str:
 
 
 def _table(by_name: Mapping[str, Sequence[Measurement]]) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in ("", *report.HEAD))
+    kinds = ("word", *("number" for _ in report.HEAD[:-1]), "remark")
+    head = "".join(map(_th, ("", *report.HEAD), kinds))
     rows = [f"<tr>{head}</tr>"]
     for name, group in by_name.items():
         rows.append(f'<tr><th colspan="{len(report.HEAD) + 1}">{escape(name)}</th></tr>')
@@ -172,7 +218,7 @@ def _table(by_name: Mapping[str, Sequence[Measurement]]) -> str:
             shown = (m.contender, *report.cells(group, m))
             rows.append(
                 ('<tr class="wrong">' if m.seconds and m.differs else "<tr>")
-                + "".join(f"<td>{escape(cell)}</td>" for cell in shown)
+                + "".join(f'<td class="{kind}">{escape(cell)}</td>' for kind, cell in zip(kinds, shown, strict=True))
                 + "</tr>"
             )
     return f"<table>{''.join(rows)}</table>"

@@ -7,13 +7,15 @@ from html import escape
 from typing import Any
 
 from ..bench import page, report
+from . import stages
 from .compare import Change
 
 
 def render(data: Mapping[str, Any], changes: Sequence[Change] | None) -> str:
     """The whole page. `changes`: since an earlier report; None if there is none."""
     device = data["machine"].get("device", "this machine")
-    body = [_section("In short", page.rows(("", ""), [line.partition(": ")[::2] for line in summary(data)]))]
+    lines = [line.partition(": ")[::2] for line in summary(data)]
+    body = [_section("In short", page.rows(("", ""), lines, lambda n: not _stage_is_right(data, lines[n][0])))]
     if changes is not None:
         body.append(_section("What changed since the report before", _changes(changes)))
     body += [_selftest(data), _hazards(data), _probes(data), _tune(data)]
@@ -49,15 +51,18 @@ def summary(data: Mapping[str, Any]) -> list[str]:
 
 def is_right(data: Mapping[str, Any]) -> bool:
     """Has every stage run, and did nothing of ours go wrong?"""
-    selftest, hazards, bench = (data.get(stage) for stage in ("selftest", "hazards", "bench"))
-    if any(isinstance(data.get(stage), dict) and "error" in data[stage] for stage in data):
+    return all(_stage_is_right(data, stage) for stage in data)
+
+
+def _stage_is_right(data: Mapping[str, Any], stage: str) -> bool:
+    found = data[stage]
+    if isinstance(found, dict) and "error" in found:
         return False
-    measured = [report.from_data(m) for m in bench or ()]
-    return (
-        not (selftest or {}).get("failed")
-        and not any(row["ours"] > row["allowed"] for row in (hazards or {}).get("rows", ()))
-        and not any(m.ours and m.seconds and m.differs for m in measured)
-    )
+    if stage == "selftest":
+        return not found["failed"]
+    if stage == "hazards":
+        return not any(row["ours"] > row["allowed"] for row in found["rows"])
+    return stage != "bench" or not any(m.ours and m.seconds and m.differs for m in map(report.from_data, found))
 
 
 def _selftest_words(found: Mapping[str, Any]) -> str:
@@ -75,7 +80,7 @@ def _hazards_words(found: Mapping[str, Any]) -> str:
 def _bench_words(found: Sequence[Mapping[str, Any]]) -> str:
     measured = [report.from_data(m) for m in found]
     wrong = sum(m.ours and bool(m.seconds) and m.differs for m in measured)
-    return f"{len({m.workload for m in measured})} workloads" + (f", {wrong} WRONG results of ours" if wrong else "")
+    return f"{len({m.workload for m in measured})} workloads" + (f", WRONG results of ours: {wrong}" if wrong else "")
 
 
 def _section(title: str, body: str) -> str:
@@ -104,7 +109,8 @@ def _selftest(data: Mapping[str, Any]) -> str:
         rows = [(f["case"], f["status"], f"{f['error, of allowed']:.3g}", f["detail"]) for f in found["failures"]]
         body += page.rows(("case", "outcome", "error, of allowed", ""), rows, lambda n: True)
     if found["refused"]:
-        body += page.rows(("kernel that is not used", ""), [(r["specialization"], r["why"]) for r in found["refused"]])
+        refused = [(r["specialization"], r["why"]) for r in found["refused"]]
+        body += "<p>Kernels that are not used here:</p>" + page.rows(("kernel", "why not"), refused)
     return _section("Is every result right?", body)
 
 
@@ -116,7 +122,7 @@ def _hazards(data: Mapping[str, Any]) -> str:
         (
             row["issue"],
             "yes" if row["holds"] else "no",
-            *(f"{row[who]:.2g}" for who in ("torch", "ours", "allowed")),
+            *(_error(row[who]) for who in ("torch", "ours", "allowed")),
             row["what"],
         )
         for row in found["rows"]
@@ -125,6 +131,11 @@ def _hazards(data: Mapping[str, Any]) -> str:
     note = "<p>PyTorch's attention is taken over here: torch's column is this project's.</p>"
     body = page.rows(head, rows, lambda n: found["rows"][n]["surprising"])
     return _section("Calls that PyTorch is known to get wrong", (note if found["taken over"] else "") + body)
+
+
+def _error(value: float) -> str:
+    """What raises, or gives NaN or another shape, is infinitely wrong."""
+    return f"{value:.2g}" if value < stages.INFINITE else "infinite"
 
 
 def _probes(data: Mapping[str, Any]) -> str:

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 
 from ... import describe, timing
-from ...tiers.metal import compiler, decode, launch, proved, simdgroup
+from ...tiers.metal import compiler, decode, launch, proved, simdgroup, tensorops, tensorops_probe
+from ...tiers.metal.kernel import Kernel
 
 _TEXT = Path(__file__).with_suffix(".metal")
+_TENSOR_TEXT = Path(__file__).with_name("tensor_probes.metal")  # whose headers older systems have not
 _REPEATS = 256
 _TYPES = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
+_HALVES = ("float16", "bfloat16")
 _ROUNDS = 5
 _KERNELS = ("attention_forward", "attention_decode")
 
@@ -31,6 +34,10 @@ def of(device: torch.device | str, watch: timing.Stopwatch, scale: float = 1.0) 
     }
     if compiler.unavailable(str(device)) is not None:
         return probes
+    kernels = list(_KERNELS)
+    if tensorops_probe.layout() is not None:
+        kernels.append(tensorops.FORWARD.entry)
+        probes |= {f"16x32x16 products, {t}": _bound(_tensor_products, device, watch, scale, t) for t in _HALVES}
     return probes | {
         "Metal": lambda: _language(device),
         "lanes of an 8x8 matrix": lambda: _lanes(device),
@@ -40,8 +47,8 @@ def of(device: torch.device | str, watch: timing.Stopwatch, scale: float = 1.0) 
         **{f"8x8 products, {t}": _bound(_products, device, watch, scale, t) for t in _TYPES},
         **{
             f"{name}, {t}, head dim {d}": _bound(_pipeline, device, name, t, d)
-            for name in _KERNELS
-            for t in _TYPES
+            for name in kernels
+            for t in (_HALVES if name == tensorops.FORWARD.entry else _TYPES)
             for d in (64, 128, 256)
         },
     }
@@ -78,8 +85,8 @@ def _matmul(device: torch.device | str, watch: timing.Stopwatch, scale: float, d
     return f"{2 * n**3 / _best(watch, lambda: x @ x, 1) / 1e12:.2f} TF/s"
 
 
-def _kernel(name: str, operand: str = "float") -> Any:
-    text = f"#define REPEATS {_REPEATS}\n#define T {operand}\n{_TEXT.read_text(encoding='ascii')}"
+def _kernel(name: str, operand: str = "float", file: Path = _TEXT) -> Any:
+    text = f"#define REPEATS {_REPEATS}\n#define T {operand}\n{file.read_text(encoding='ascii')}"
     return getattr(compiler.compile_shader(text), name)
 
 
@@ -134,13 +141,25 @@ def _products(device: torch.device | str, watch: timing.Stopwatch, scale: float,
     return f"{2 * 8**3 * 8 * _REPEATS * simdgroups / seconds / 1e12:.2f} TF/s"
 
 
+def _tensor_products(device: torch.device | str, watch: timing.Stopwatch, scale: float, dtype: str) -> str:
+    kernel, to = _kernel("products", _TYPES[dtype], _TENSOR_TEXT), torch.full((2,), 0.5, device=device)
+    simdgroups = max(2, int(scale * (1 << 13)))
+    seconds = _best(watch, lambda: kernel(to, threads=[32 * simdgroups], group_size=[64]), 1)
+    return f"{2 * 16 * 32 * 16 * 4 * _REPEATS * simdgroups / seconds / 1e12:.2f} TF/s"
+
+
 def _pipeline(device: torch.device | str, name: str, dtype: str, head_dim: int) -> str:
     """What Metal makes of a default kernel for causal attention, and how long that and its proof take."""
     q, k = (torch.zeros(1, rows, 2, head_dim, dtype=getattr(torch, dtype), device=device) for rows in (1, 128))
     p = describe.dense(q, k, k, describe.CallOptions(causal=True))
     tensors: dict[str, torch.Tensor | None] = {"q": q, "k": k, "v": k, "out": q, "lse": None}
-    if name == simdgroup.FORWARD.entry:
-        kernel, variant = simdgroup.FORWARD, simdgroup.FORWARD.default(q.itemsize, head_dim, head_dim)
+    kernel: Kernel
+    tiled = {one.entry: one for one in (simdgroup.FORWARD, tensorops.FORWARD)}
+    if name in tiled:
+        kernel = tiled[name]
+        variant = tiled[name].default(q.itemsize, head_dim, head_dim)
+        if name == tensorops.FORWARD.entry:
+            variant = tensorops.on_this_machine(variant)
     else:
         variant = next(decode.variants(p))
         kernel = decode.DECODE[variant.rows]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import describe, sdpa, timing
-from ...tiers.metal import compiler, gpu, simdgroup, tune
+from ...tiers.metal import compiler, gpu, simdgroup, tensorops, tensorops_probe, tune
 from .. import machine
 from ..bench import contenders, measure, workloads
 from ..bench import report as bench_report
@@ -28,7 +28,7 @@ from ..selftest.unproved import unproved
 from . import hazards, probes
 
 FORMAT = 1
-_INFINITE = 1e300
+INFINITE = 1e300  # as JSON takes it
 _CPU_SCALE = 1 / 256  # of the probes' sizes there
 
 
@@ -50,6 +50,8 @@ def facts(device: str) -> dict[str, str]:
         found["virtual"] = "yes: the GPU is that of a virtual machine, whose failures are not this project's"
     if reason := compiler.unavailable(device):
         found["Metal"] = f"not tested: {reason}"
+    else:
+        found["tensor operations"] = tensorops_probe.described()
     return found
 
 
@@ -76,7 +78,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return _INFINITE
+        return INFINITE
     if isinstance(value, str):
         return _without_folders(value)
     return value
@@ -160,7 +162,7 @@ def _tune(device: str, seconds: float) -> dict[str, Any]:
             if time.monotonic() < end:
                 q = torch.empty(1, _LONG, 1, head_dim, dtype=getattr(torch, dtype), device=device)
                 p = describe.dense(q, q, q, describe.CallOptions(causal=True))
-                winner = tune.briefly(p, simdgroup.FORWARD)
+                winner = tune.briefly(p, simdgroup.FORWARD if tensorops.TIER.limits(p) else tensorops.FORWARD)
                 rows.append({"call": f"{dtype}, head dim {head_dim}, causal, long", **winner._asdict()})
             progress.step()
     return {"winners": rows}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...tiers import BY_NAME, Tier, cpu
-from ...tiers.metal import backward_kernels, decode, few, simdgroup
+from ...tiers.metal import backward_kernels, decode, few, simdgroup, tensorops, tensorops_probe
 
 TILED = simdgroup.TIER  # a case of it that names a variant runs that: of the forward kernel, or of those of gradients
 
@@ -174,14 +174,30 @@ def cases(level: str, metal: bool) -> Iterator[Case]:
                             or backward_kernels.KEYS.worth_tuning(variant)
                         ):
                             yield from (case._replace(variant=name) for case in plain)
+    if metal and not tensorops_probe.why_closed():
+        yield from _of_tensorops(level)
     few = _USUAL if level == "full" else head_dims[:2]
-    # The tiled kernel is covered above. The cpu tier is PyTorch's own code, which needs no test on a Mac.
+    # The tiled kernels are covered above. The cpu tier is PyTorch's own code, which needs no test on a Mac.
     for name, tier in BY_NAME.items():
-        if name in (TILED.name, cpu.TIER.name) if metal else tier.metal:
+        if name in (TILED.name, tensorops.TIER.name, cpu.TIER.name) if metal else tier.metal:
             continue
         wide = [(decode.MAX_HEAD_DIM, decode.MAX_HEAD_DIM)] if tier is decode.TIER else []
         for dtype in DTYPES:
             yield from (Case(name, dtype, *dims, feature) for dims in [*few, *wide] for feature in _served(tier))
+
+
+def _of_tensorops(level: str) -> Iterator[Case]:
+    """Where the machine has tensor operations."""
+    dtypes, name = ("float16", "bfloat16"), tensorops.TIER.name
+    for dtype in dtypes:
+        for dims in _HEAD_DIMS[level]:
+            yield from (Case(name, dtype, *dims, feature) for feature in _served(tensorops.TIER))
+    wanted, of_variants, count = _VARIANTS[level]
+    for dtype in (d for d in dtypes if d in of_variants):
+        for dims in wanted:
+            for feature in _OF_VARIANTS[:count]:
+                case = Case(name, dtype, *dims, feature)
+                yield from (case._replace(variant=variant) for variant in variants(case))
 
 
 def _is_few(feature: Feature) -> bool:
@@ -197,8 +213,10 @@ def _served(tier: Tier) -> Iterator[str]:
 
 
 def variants(case: Case) -> dict[str, Any]:
-    """Those of the kernel that computes the case, by name: of the forward kernel, or of those of gradients."""
+    """Those of the kernel that computes the case, by name: of a forward kernel, or of those of gradients."""
     shape = getattr(torch, case.dtype).itemsize, case.head_dim, case.head_dim_v
+    if case.tier == tensorops.TIER.name:
+        return {str(variant): variant for variant in tensorops.FORWARD.fitting(*shape)}
     if not FEATURES[case.feature].gradients:
         return {str(variant): variant for variant in simdgroup.FORWARD.fitting(*shape)}
     of_queries = set(backward_kernels.QUERIES.fitting(*shape))

@@ -20,8 +20,14 @@ void __mh_count_transcendental();
 void __mh_atomic_access(uint on);
 void __mh_matrix_access(uint kind);
 uint __mh_lane_index();
+void __mh_check_slot(ulong layout, uint slot);
+void __mh_report_tensor(uint fault);
 #endif
 }
+
+// Of runtime/runtime.h.
+#define __MH_FAULT_EXTENTS 11
+#define __MH_FAULT_INCOMPATIBLE 12
 
 // How a kernel gets what it was launched with.
 struct __mh_context_t {
@@ -39,6 +45,7 @@ struct __mh_context_t {
   }
 
 #ifdef __MH_INSTRUMENTED
+#define __mh_tensor_fault(fault) __mh_report_tensor(fault)
 #define __MH_TRANSCENDENTAL __mh_count_transcendental(),
 #define __MH_ATOMIC(statement) \
   __mh_atomic_access(1);       \
@@ -50,11 +57,20 @@ struct __mh_context_t {
 #define __MH_MATRIX_STORE(statement) \
   __mh_matrix_access(2);             \
   statement __mh_matrix_access(0);
+#define __MH_TENSOR_LOAD(statement) \
+  __mh_matrix_access(3);            \
+  statement __mh_matrix_access(0);
+#define __MH_TENSOR_STORE(statement) \
+  __mh_matrix_access(4);             \
+  statement __mh_matrix_access(0);
 #else
+#define __mh_tensor_fault(fault)
 #define __MH_TRANSCENDENTAL
 #define __MH_ATOMIC(statement) statement;
 #define __MH_MATRIX_LOAD(statement) statement
 #define __MH_MATRIX_STORE(statement) statement
+#define __MH_TENSOR_LOAD(statement) statement
+#define __MH_TENSOR_STORE(statement) statement
 #endif
 
 inline __attribute__((always_inline)) uint __mh_lane() {

@@ -300,6 +300,9 @@ __MH_DEVICE ext<float, 2> matrix_product(ext<float, 2> a, ext<float, 2> b, ext<f
 
 #define __MH_MATRIX_LOAD(statement) statement
 #define __MH_MATRIX_STORE(statement) statement
+#define __MH_TENSOR_LOAD(statement) statement
+#define __MH_TENSOR_STORE(statement) statement
+#define __mh_tensor_fault(fault)
 
 // Declared as a global and turned to shared memory in the PTX (nvidia.py); the assembly keeps the optimiser from seeing
 // a pointer to global memory used as one to shared.

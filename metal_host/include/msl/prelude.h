@@ -19,6 +19,11 @@
 #include "simdgroup.h"
 #include "simdgroup_matrix.h"
 #include "atomic.h"
+#ifdef __MH_TENSORS
+#include "tensor.h"
+#include "cooperative_tensor.h"
+#include "matmul2d.h"
+#endif
 #ifdef __MH_LOGGING
 #include "logging.h"
 #endif

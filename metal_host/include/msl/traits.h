@@ -214,6 +214,10 @@ __MH_ADDRESS_SPACE(constant)
 __MH_ADDRESS_SPACE(threadgroup)
 #undef __MH_ADDRESS_SPACE
 template <typename T>
+struct remove_addrspace<const thread T> {  // decltype of a constant's name
+  typedef T type;
+};
+template <typename T>
 using remove_addrspace_t = typename remove_addrspace<T>::type;
 
 template <typename... T>
@@ -298,15 +302,16 @@ struct array {
   static constexpr size_t size() { return N; }
   static constexpr bool empty() { return N == 0; }
 #define __MH_ARRAY(space)                                                            \
-  constexpr space T& operator[](size_t i) space { return __element[i]; }             \
-  constexpr const space T& operator[](size_t i) const space { return __element[i]; } \
+  constexpr space T& operator[](size_t i) space& { return __element[i]; }             \
+  constexpr const space T& operator[](size_t i) const space& { return __element[i]; } \
   constexpr space T* data() space { return __element; }                              \
   constexpr const space T* data() const space { return __element; }
   __MH_ARRAY(thread)
   __MH_ARRAY(device)
   __MH_ARRAY(threadgroup)
 #undef __MH_ARRAY
-  constexpr const constant T& operator[](size_t i) const constant { return __element[i]; }
+  constexpr const constant T& operator[](size_t i) const constant& { return __element[i]; }
+  constexpr T operator[](size_t i) const&& { return __element[i]; }  // of a temporary
 
   array() = default;
   array(const array&) = default;

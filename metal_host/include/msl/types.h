@@ -116,6 +116,17 @@ struct vec_of<bool, N> {
   typedef bool_vector<N> type;
 };
 
+template <typename T>
+struct vector_element_of {
+  typedef T type;
+};
+template <>
+struct vector_element_of<bool> {
+  typedef uchar type;
+};
+template <typename T>
+using vector_element = typename vector_element_of<T>::type;
+
 template <typename T, int N>
 using vec_t = typename vec_of<T, N>::type;
 
@@ -266,7 +277,7 @@ constexpr T __mh_make(A... a) {
   return __mh::maker<T>::of(a...);
 }
 
-// What it makes of `T name = {x, y}` with fewer values than elements: the other elements are 0. Vectors are as in T(...).
+// What it makes of `T name = {x, y}`, where there may be fewer values than elements: the other elements are 0. Vectors are as in T(...).
 namespace __mh {
 template <typename... A>
 struct all_scalars {
@@ -287,15 +298,15 @@ struct list {
 };
 template <typename E>
 struct list<ext<E, 2>, true> {
-  static constexpr ext<E, 2> of(E a) { return ext<E, 2>{a, 0}; }
+  static constexpr ext<E, 2> of(E a, E b = 0) { return ext<E, 2>{a, b}; }
 };
 template <typename E>
 struct list<ext<E, 3>, true> {
-  static constexpr ext<E, 3> of(E a, E b = 0) { return ext<E, 3>{a, b, 0}; }
+  static constexpr ext<E, 3> of(E a, E b = 0, E c = 0) { return ext<E, 3>{a, b, c}; }
 };
 template <typename E>
 struct list<ext<E, 4>, true> {
-  static constexpr ext<E, 4> of(E a, E b = 0, E c = 0) { return ext<E, 4>{a, b, c, 0}; }
+  static constexpr ext<E, 4> of(E a, E b = 0, E c = 0, E d = 0) { return ext<E, 4>{a, b, c, d}; }
 };
 }  // namespace __mh
 template <typename V, typename... A>

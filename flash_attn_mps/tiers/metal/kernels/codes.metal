@@ -1,53 +1,56 @@
 // Keys and values in memory, of type KV_T: elements of T, or with KV_FORMAT codes of 8 bits (E4M3 and E5M2: OCP 8-bit Floating
-// Point Specification, revision 1.0). Loads decode them in registers. Every T holds every value of every format, so decoding is
-// exact; descales are applied where they cost nothing: that of k to the scale of the scores, that of v to the output.
+// Point Specification, revision 1.0). Loads decode them in registers, in units of KV_UNIT. Every T holds every value of every
+// format, so decoding is exact; the unit and descales are applied where they cost nothing: those of k to the scale of the
+// scores, those of v to the output.
 
 #define KV_IS_E4M3 1
 #define KV_IS_E5M2 2
 #define KV_IS_INT8 3
 
-#if KV_FORMAT
-// What a code is put together in, before it becomes a T.
-#if T_IS_HALF
-typedef half Wide;
-typedef ushort WideBits;
-enum { WIDE_MANTISSA = 10, WIDE_BIAS = 15 };
+#if KV_FORMAT == KV_IS_E4M3
+constant constexpr float KV_UNIT = 256.0f;
 #else
-typedef float Wide;
-typedef uint WideBits;
-enum { WIDE_MANTISSA = 23, WIDE_BIAS = 127 };
+constant constexpr float KV_UNIT = 1.0f;
 #endif
 
-// Without the instructions that round to a bfloat: it has room for all.
-METAL_FUNC T from_wide(WideBits bits) {
-#if T_IS_BFLOAT
-  return as_type<T>(ushort(bits >> 16));
+#if KV_FORMAT
+// Two codes as the halves of a word. An e4m3 goes where a half has its bits, which gives 2^-8 of its value, subnormal numbers
+// included: Apple's GPUs have them in half precision (MLX decodes in this way too), and the proof has them.
+METAL_FUNC half2 halves(uint bits) {
+  return as_type<half2>(bits);
+}
+
+// Four codes, the first in the lowest byte, two at a time: a shift costs four times what other operations on bits do.
+METAL_FUNC void decode(thread half* to, uint codes) {
+#if KV_FORMAT == KV_IS_INT8
+  uint above = codes ^ 0x80808080u;  // by 128
+  half2 even = halves((above & 0x00ff00ffu) | 0x64006400u) - half2(1152.0h);  // 0x6400 are 1024
+  half2 odd = halves((above >> 8 & 0x00ff00ffu) | 0x64006400u) - half2(1152.0h);
+#elif KV_FORMAT == KV_IS_E5M2
+  half2 even = halves(codes << 8 & 0xff00ff00u), odd = halves(codes & 0xff00ff00u);  // the upper half of a half
 #else
-  return as_type<T>(bits);
+  // NaN is the largest magnitude, 127: one more reaches the highest bit, which becomes that of the half's exponent.
+  uint magnitude = codes & 0x7f7f7f7fu;
+  magnitude |= (magnitude + 0x01010101u) & 0x80808080u;
+  half2 even = halves((magnitude << 7 & 0x7f807f80u) | (codes << 8 & 0x80008000u));
+  half2 odd = halves((magnitude >> 1 & 0x7f807f80u) | (codes & 0x80008000u));
+#endif
+  to[0] = even.x, to[1] = odd.x, to[2] = even.y, to[3] = odd.y;
+}
+
+// Without the instructions that round to a bfloat: it has room for all.
+METAL_FUNC T from_half(half x) {
+#if T_IS_BFLOAT
+  return as_type<T>(as_type<ushort2>(float(x)).y);
+#else
+  return T(x);
 #endif
 }
 
 METAL_FUNC T decoded(uchar code) {
-#if KV_FORMAT == KV_IS_INT8
-  return from_wide(as_type<WideBits>(Wide(as_type<char>(code))));
-#elif KV_FORMAT == KV_IS_E5M2 && T_IS_HALF
-  return as_type<T>(ushort(code << 8));  // the upper half of a half
-#else
-  constexpr int MANTISSA = KV_FORMAT == KV_IS_E4M3 ? 3 : 2, BIAS = KV_FORMAT == KV_IS_E4M3 ? 7 : 15;
-  constexpr WideBits ONE_MORE = WideBits((WIDE_BIAS - BIAS) << WIDE_MANTISSA);  // of the exponents of Wide
-  WideBits magnitude = code & 127;
-  WideBits bits = WideBits((magnitude << (WIDE_MANTISSA - MANTISSA)) + ONE_MORE);
-  // A subnormal m 2^(1 - BIAS) / 2^MANTISSA, of the normal number (1 + m / 2^MANTISSA) 2^-BIAS that `bits` are: a GPU may take
-  // subnormal operands for 0.
-  Wide subnormal = Wide(2) * (as_type<Wide>(bits) - as_type<Wide>(ONE_MORE));
-  if (magnitude >> MANTISSA == 0) bits = as_type<WideBits>(subnormal);
-#if KV_FORMAT == KV_IS_E4M3
-  if (magnitude == 127) bits |= WideBits((2 * WIDE_BIAS + 1) << WIDE_MANTISSA);  // NaN; there are no infinities
-#else
-  if (magnitude >= 124) bits |= WideBits((2 * WIDE_BIAS + 1) << WIDE_MANTISSA);  // infinity, NaN
-#endif
-  return from_wide(bits | WideBits(WideBits(code & 128) << (8 * sizeof(WideBits) - 8)));
-#endif
+  half x[4];
+  decode(x, code);
+  return from_half(x[0]);
 }
 
 // The code nearest to x: ties to even, the largest finite value beyond it. NaN stays NaN, which int8 does not have: 0.
@@ -76,11 +79,11 @@ struct Codes {
     Codes<N / 2>::load(to + N / 2, from + N / 2);
   }
 };
-#define CODES_IN_A(WORD)                                                      \
-  METAL_FUNC static void load(thread T* to, device const uchar* from) {       \
-    WORD word = *(device const WORD*)from;                                    \
-    _Pragma("clang loop unroll(full)") for (uint i = 0; i < sizeof(WORD); ++i) \
-      to[i] = decoded(uchar(word >> (8 * i) & 255));                          \
+#define CODES_IN_A(WORD)                                                                            \
+  METAL_FUNC static void load(thread T* to, device const uchar* from) {                             \
+    half x[4];                                                                                      \
+    decode(x, *(device const WORD*)from);                                                           \
+    _Pragma("clang loop unroll(full)") for (uint i = 0; i < sizeof(WORD); ++i) to[i] = from_half(x[i]); \
   }
 template <>
 struct Codes<1> {
@@ -98,10 +101,10 @@ template <>
 struct Codes<8> {
   METAL_FUNC static void load(thread T* to, device const uchar* from) {
     uint2 words = *(device const uint2*)from;
-    _Pragma("clang loop unroll(full)") for (uint i = 0; i < 4; ++i) {
-      to[i] = decoded(uchar(words.x >> (8 * i) & 255));
-      to[i + 4] = decoded(uchar(words.y >> (8 * i) & 255));
-    }
+    half x[8];
+    decode(x, words.x);
+    decode(x + 4, words.y);
+    _Pragma("clang loop unroll(full)") for (uint i = 0; i < 8; ++i) to[i] = from_half(x[i]);
   }
 };
 #endif

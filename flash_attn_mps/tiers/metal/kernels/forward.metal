@@ -33,6 +33,10 @@ kernel void attention_forward(
   threadgroup QueryMemory q_memory;
   state.q.elements = q_memory.elements[simdgroup];
 #endif
+#if EXCHANGES
+  threadgroup Exchange exchanges[SIMDGROUPS];
+  state.products.exchange = exchanges + simdgroup;
+#endif
   device const T* q_head = q + sequence.batch * params[Q_BATCH] + sequence.first_q * params[Q_ROW] + head * params[Q_HEAD];
   UNROLL for (int r = 0; r < ROW_FRAGMENTS; ++r) {
     int row = min(state.first_row + 8 * r + lane.row, sequence.seqlen_q - 1);

@@ -4,11 +4,6 @@
 // but 0 * NaN is NaN, and memory that no query sees may hold anything. So where keys may be hidden, at an edge or by a mask,
 // NaN and infinities in v are replaced by 0, and NaN is put into o for those queries alone that see them.
 
-// What `visible` holds of the scores of a row: bit 2 n + e for element e of fragment n.
-METAL_FUNC bool is_seen(ushort visible, int n, int e) {
-  return visible >> (2 * n + e) & 1;
-}
-
 template <int FIRST, int COUNT, int ALL>
 METAL_FUNC void spread_nonfinite(
     thread Accumulator (&o)[ROW_FRAGMENTS][ALL], thread ushort (&visible)[ROW_FRAGMENTS], thread Operand (&v)[COUNT], int n) {

@@ -3,14 +3,14 @@
 #if HAS_DROPOUT
 // Eights of keys whose random bits are made together: those of a block, or of as many as give every lane a byte to make.
 constant constexpr int KEPT_EIGHTS = KEY_FRAGMENTS * ROWS >= 32 ? KEY_FRAGMENTS : 32 / ROWS;
-constant constexpr int KEPT_ROW_BYTES = !HAS_MASK ? KEY_FRAGMENTS : KEY_FRAGMENTS < 4 ? 1 : KEY_FRAGMENTS / 4;
+constant constexpr int KEPT_ROW_BYTES = !KEYS_ARE_NEIGHBOURS ? KEY_FRAGMENTS : KEY_FRAGMENTS < 4 ? 1 : KEY_FRAGMENTS / 4;
 
 // Of a lane's keys in one of its rows: a bit for each of KEY_FRAGMENTS fragments and two elements.
 struct KeptRow {
   uint bytes[KEPT_ROW_BYTES];
 
   METAL_FUNC bool at(int n, int e) const thread {
-    int bit = HAS_MASK ? KEY_FRAGMENTS * e + n : 8 * n + e;
+    int bit = KEYS_ARE_NEIGHBOURS ? KEY_FRAGMENTS * e + n : 8 * n + e;
     return bytes[bit / 8] >> (bit % 8) & 1;
   }
 };
@@ -36,11 +36,11 @@ struct Kept {
     }
   }
 
-  // Under a mask a lane has 2 KEY_FRAGMENTS neighbouring keys, else two in each eight (masking.metal, key_of).
+  // Where KEYS_ARE_NEIGHBOURS a lane has 2 KEY_FRAGMENTS neighbouring keys, else two in each eight (masking.metal, key_of).
   METAL_FUNC KeptRow row(int r, int key, Lane lane) const thread {
     KeptRow kept;
     lane = anew(lane);
-    int first = key - first_key + (HAS_MASK ? KEY_FRAGMENTS * lane.column : lane.column);
+    int first = key - first_key + (KEYS_ARE_NEIGHBOURS ? KEY_FRAGMENTS * lane.column : lane.column);
     UNROLL for (int i = 0; i < KEPT_ROW_BYTES; ++i)
       kept.bytes[i] = block.byte(8 * r + lane.row, first / 8 + i) >> (first % 8);
     return kept;

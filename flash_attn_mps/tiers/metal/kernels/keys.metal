@@ -42,9 +42,9 @@ METAL_FUNC Keys keys_of(Sequence sequence, int head, device const KV_T* k, devic
   int head_k = head / int(params[HEADS_PER_KV_HEAD]);
   Keys keys;
   keys.seqlen = sequence.seqlen_k;
-  keys.v_descale = 1.0f;
+  keys.v_descale = KV_UNIT;
 #if HAS_V_DESCALE
-  keys.v_descale = in.v_descale[sequence.batch * params[V_DESCALE_BATCH] + head_k * params[V_DESCALE_HEAD]];
+  keys.v_descale *= in.v_descale[sequence.batch * params[V_DESCALE_BATCH] + head_k * params[V_DESCALE_HEAD]];
 #endif
   keys.k.base = k + head_k * params[K_HEAD];
   keys.v.base = v + head_k * params[V_HEAD];

@@ -9,7 +9,7 @@
 
 // The key that column `column + e` of fragment n stands for.
 METAL_FUNC int key_of(int first_key, int n, int column, int e) {
-#if HAS_MASK
+#if KEYS_ARE_NEIGHBOURS
   return first_key + KEY_FRAGMENTS * (column + e) + n;
 #else
   return first_key + 8 * n + column + e;

@@ -68,6 +68,7 @@ METAL_FUNC Scoring scoring_of(Sequence sequence, int head, Inputs in) {
 #else
   float scale = as_float(params[SOFTMAX_SCALE]);
 #endif
+  scale *= KV_UNIT;
 #if HAS_K_DESCALE
   long head_k = head / params[HEADS_PER_KV_HEAD];
   scale *= in.k_descale[sequence.batch * params[K_DESCALE_BATCH] + head_k * params[K_DESCALE_HEAD]];

@@ -76,7 +76,7 @@ METAL_FUNC uint visible_to_any(threadgroup Votes& votes, uint visible, int turn,
 #endif
 
 // The keys of the forward pass. Under a mask a fragment has every KEY_FRAGMENTS-th key (masking.metal, key_of).
-constant constexpr int KEY_STEP = HAS_MASK ? KEY_FRAGMENTS : 1;
+constant constexpr int KEY_STEP = KEYS_ARE_NEIGHBOURS ? KEY_FRAGMENTS : 1;
 
 struct StagedKeys {
   StagedRows<STAGED_K_ROW, KEY_STEP> k;
