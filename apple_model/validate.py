@@ -14,8 +14,8 @@ from .chips import CHIPS, Chip
 from .kernels import Kernel, torchs
 from .predict import Call, Prediction, predict
 
-# A source that does not name its chip: by the speed that its longest calls reach, twenty cores of M4's kind. What can be
-# judged is how times go with the shape.
+# Of a source that does not name its chip: by the speed that its longest calls reach, twenty cores of M4's kind. What
+# can be judged is how times go with the shape.
 UNSTATED = replace(CHIPS["M4 Pro"], name="unstated")
 MEASURED = Path(__file__).parent / "measured.tsv"
 NOISE = 1.03  # times that differ by less are not ranked
