@@ -1,6 +1,6 @@
 """Predicted speed of attention kernels on Apple's GPUs.
 
-    python -m apple_model defaults                              what a call gets where nothing was tuned
+    python -m apple_model defaults                              what a call gets, with features too, untuned
     python -m apple_model variants --chip "M1 Max" --dim 128    every variant of the kernel, the fastest first
     python -m apple_model training                              forward and backward
     python -m apple_model validate                              published times beside the model's
@@ -31,7 +31,7 @@ def main() -> None:
     chips, elements = options.chip or tables.JUDGED, options.dtype or ["fp16"]
     dims = options.dim or tables.HEAD_DIMS
     if options.what == "defaults":
-        print(tables.defaults(chips, elements, dims))
+        print(tables.defaults(chips, elements, dims), tables.of_features(elements, dims), sep="\n\n")
     elif options.what == "variants":
         call = Call(tables.CALL.batch, tables.CALL.heads, options.length, options.length, options.causal)
         for chip in chips:

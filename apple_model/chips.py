@@ -36,6 +36,7 @@ CHIPS = {
         Chip("M3 Ultra", 80, 1.39, APPLE9),
         Chip("M4", 10, 1.58, APPLE9),
         Chip("M4 iPad", 10, 1.47, APPLE9),
+        Chip("M4 Pro", 20, 1.58, APPLE9),
         Chip("M4 Max", 40, 1.58, APPLE9),
         Chip("M5 Pro", 20, 1.62, APPLE9),
     )

@@ -9,10 +9,11 @@ from pathlib import Path
 from flash_attn_mps.tiers.metal import simdgroup
 from flash_attn_mps.tiers.metal.simdgroup import Variant
 
+from . import features
 from .chips import CHIPS, Chip
 from .kernels import ELEMENTS, Kernel, gradients, ours
 from .predict import Call, predict
-from .validate import Row, mean_and_rms, ranked, rows
+from .validate import UNSTATED, Row, mean_and_rms, ranked, rows
 
 PAGE = Path(__file__).parent.parent / "docs" / "apple-model.md"
 JUDGED = ("M1", "M1 Max", "M3 Max", "M4 Max")
@@ -48,6 +49,20 @@ def defaults(chips: Sequence[str] = JUDGED, elements: Iterable[str] = ELEMENTS, 
                 if is_modelled(chip, element):
                     lines.append(_described(chip, ours(variant, element, head_dim), element))
     return markdown(HEADER, lines)
+
+
+def of_features(elements: Iterable[str] = ELEMENTS, dims: Iterable[int] = HEAD_DIMS) -> str:
+    """The variant that a call with some features gets, and its live registers."""
+    lines = []
+    for element in elements:
+        for head_dim in dims:
+            cells: list[object] = [head_dim, element]
+            for name in features.FEATURES:
+                p = features.problem(name, ELEMENTS[element], head_dim)
+                variant = features.default(p)
+                cells.append(f"{variant}: {features.live_registers(p, variant)}".replace("-direct", ""))
+            lines.append(cells)
+    return markdown(("head dim", "dtype", *features.FEATURES), lines)
 
 
 def _described(chip: Chip, kernel: Kernel, element: str, call: Call = CALL) -> list[object]:
@@ -128,18 +143,21 @@ def validation() -> str:
 def summary() -> str:
     """Errors by chip and kind of row, and how well tiles of one kernel are ranked."""
     found = _rows()
+    known = [r for r in found if r.chip is not UNSTATED]
+
+    def by_hand(r: Row) -> bool:
+        return r.kernel.name.startswith("MFA")
+
     kinds = {
-        "all": found,
-        "M1 Max": [r for r in found if r.chip.name == "M1 Max"],
-        "M3 to M5": [r for r in found if r.chip.name != "M1 Max"],
-        "M1 Max, kernels known from their code": [
-            r for r in found if r.chip.name == "M1 Max" and "MFA" not in r.kernel.name
-        ],
-        "M3 to M5, kernels known from their code": [
-            r for r in found if r.chip.name != "M1 Max" and "MFA" not in r.kernel.name
-        ],
-        "metal-flash-attention, written by hand": [r for r in found if "MFA" in r.kernel.name],
-        "one query": [r for r in found if r.call.queries == 1],
+        "all": known,
+        "in view when parameters were set": [r for r in known if r.in_view],
+        "held out": [r for r in known if not r.in_view],
+        "M1 Max, kernels known from their code": [r for r in known if r.chip.name == "M1 Max" and not by_hand(r)],
+        "M3 to M5, kernels known from their code": [r for r in known if r.chip.generation > 2 and not by_hand(r)],
+        "M1 Max, metal-flash-attention, written by hand": [r for r in known if r.chip.name == "M1 Max" and by_hand(r)],
+        "M4, metal-flash-attention, written by hand": [r for r in known if r.chip.name != "M1 Max" and by_hand(r)],
+        "one query": [r for r in known if r.call.queries == 1],
+        "chip not stated, as 20 cores of M4's kind": [r for r in found if r.chip is UNSTATED],
     }
     lines = []
     for name, members in kinds.items():
@@ -153,8 +171,10 @@ def summary() -> str:
     for r in found:
         if r.group:
             groups.setdefault(r.group, []).append((r.milliseconds, r.prediction.milliseconds))
-    counts = {name: ranked(pairs) for name, pairs in groups.items()}
-    counts["together"] = (sum(c[0] for c in counts.values()), sum(c[1] for c in counts.values()))
+    counts: dict[str, tuple[int, int]] = {}
+    for name, pairs in groups.items():
+        for kind in (name.partition(":")[0], "together"):
+            counts[kind] = tuple(map(sum, zip(counts.pop(kind, (0, 0)), ranked(pairs), strict=True)))
     lines = [[name, *pair] for name, pair in counts.items()]
     return errors + "\n\n" + markdown(("ranked", "pairs right", "wrong"), lines)
 
@@ -169,7 +189,13 @@ def _of_constant_share(members: list[Row]) -> list[float]:
 def write_page() -> None:
     """Put the tables into docs/apple-model.md, each between its two markers."""
     text = PAGE.read_text(encoding="utf-8")
-    tables = {"defaults": defaults(), "training": training(), "summary": summary(), "validation": validation()}
+    tables = {
+        "defaults": defaults(),
+        "features": of_features(),
+        "training": training(),
+        "summary": summary(),
+        "validation": validation(),
+    }
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         first, last = text.index(begin) + len(begin), text.index(end)

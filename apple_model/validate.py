@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from .chips import CHIPS, Chip
 from .kernels import Kernel, torchs
 from .predict import Call, Prediction, predict
 
+# Of a source that does not name its chip: by the speed that its longest calls reach, twenty cores of M4's kind. What
+# can be judged is how times go with the shape.
+UNSTATED = replace(CHIPS["M4 Pro"], name="unstated")
 MEASURED = Path(__file__).parent / "measured.tsv"
 NOISE = 1.03  # times that differ by less are not ranked
 
@@ -28,6 +31,7 @@ class Row:
     call: Call
     milliseconds: float
     floor: float
+    in_view: bool  # when the model's parameters were set
     group: str  # of rows that differ in the tile, or in the length, alone
     source: str
     prediction: Prediction
@@ -42,7 +46,8 @@ def rows(chips: dict[str, Chip] = CHIPS) -> list[Row]:
     found = []
     with MEASURED.open(encoding="utf-8") as file:
         for r in csv.DictReader(file, delimiter="\t"):
-            chip, floor, causal = chips[r["chip"]], float(r["floor"]), r["causal"] == "1"
+            chip = UNSTATED if r["chip"] == UNSTATED.name else chips[r["chip"]]
+            floor, causal = float(r["floor"]), r["causal"] == "1"
             call = Call(int(r["batch"]), int(r["heads"]), int(r["queries"]), int(r["keys"]), causal)
             kernel = _kernel(r["kernel"], r["tile"], r["element"], int(r["head_dim"]), causal)
             prediction = predict(chip, kernel, call, floor, longest_first=False)
@@ -54,6 +59,7 @@ def rows(chips: dict[str, Chip] = CHIPS) -> list[Row]:
                     call,
                     float(r["milliseconds"]),
                     floor,
+                    r["in_view"] == "1",
                     r["group"],
                     r["source"],
                     prediction,

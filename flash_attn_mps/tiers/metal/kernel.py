@@ -144,6 +144,10 @@ def _queries(p: AttentionProblem) -> int:
     return p.max_seqlen_q
 
 
+def _nothing(_p: AttentionProblem) -> int:
+    return 0
+
+
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Choice:
     """Between variants. Head dims decide which of them fit; which is fastest depends on the GPU.
@@ -154,8 +158,10 @@ class Choice:
     entry: str  # of what there are variants
     variants: tuple[Any, ...]
     fits: Callable[[Any, int, int, int], bool]  # variant, bytes of an element, head_dim, head_dim_v
-    default: Callable[[int, int, int], Any]  # one that fits: what this GPU should do well with
+    default: Callable[..., Any]  # of these three numbers, one that fits: what this GPU should do well with
     variable: str  # of the environment, which forces one
+    # Registers that a problem's features take beyond those of a plain one. Where there are any, `default` is told, too.
+    demands: Callable[[AttentionProblem], int] = _nothing
     gradients: frozenset[str] = frozenset()  # of which tensors it computes them; of none: it computes the output
     worth_tuning: Callable[[Any], bool] = _always  # is a variant one of those that `tune` times?
     label: str = ""  # what tells it from others with its entry, where `tune` keeps what it found

@@ -30,30 +30,55 @@ class Variant(NamedTuple):
 
 MAX_THREADGROUP_BYTES = 32 << 10
 MAX_REGISTERS = 128  # of a lane of an Apple GPU, 32 bits each
+_MOST_REGISTERS = MAX_REGISTERS - 4  # by `live_registers`, which is an estimate
+_SPARE = 6  # registers that a default leaves, for a window's sides and what the estimate errs by
 
 
 def fits(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> bool:
-    """Is there room for it, in memory and in registers? Queries leave the registers only where they must."""
+    """Is there room for it, in memory and in registers? Queries leave the registers only where they fill them."""
     shape = (element_bytes, head_dim, head_dim_v)
+    if variant.shared_q and live_registers(variant._replace(shared_q=False), *shape) + _SPARE <= MAX_REGISTERS:
+        return False
+    return _has_room(variant, *shape)
+
+
+def _has_room(variant: Variant, *shape: int) -> bool:
     if threadgroup_bytes(variant, *shape) > MAX_THREADGROUP_BYTES or (variant.staged and variant.simdgroups == 1):
         return False
-    if variant.shared_q and live_registers(variant._replace(shared_q=False), *shape) <= MAX_REGISTERS:
-        return False
-    return live_registers(variant, *shape) <= MAX_REGISTERS
+    # The smallest must do for odd head dims from 241 on, although a few values may be spilled there.
+    is_smallest = variant.rows == variant.keys == 8 and variant.shared_q and not variant.staged
+    return is_smallest or live_registers(variant, *shape) <= _MOST_REGISTERS
 
 
 def live_registers(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> int:
-    """About how many registers of a lane are alive together.
+    """About how many registers of a lane are alive together in a causal call.
 
     The two large parts are exact: o, and q where it is in registers. The rest is fitted to what the Metal runner counts
-    in the kernel's code (its `live_registers`); tests/metal/test_registers.py holds the two against each other.
+    in the kernel's code (its `live_registers`): tests/metal/test_registers.py holds the two against each other.
     """
     rows, keys = variant.rows // 8, variant.keys // 8
     o, q = 2 * rows * -(-head_dim_v // 8), element_bytes // 2 * rows * -(-head_dim // 8)
-    # Slabs of several widths (fragment.metal) take addresses of their own.
-    ragged = any(dim * element_bytes > 128 and dim * element_bytes % 128 for dim in (head_dim, head_dim_v))
-    rest = 5 * rows * keys + 10 * keys + 18 * rows + 10 * rows * variant.shared_q
-    return o + (0 if variant.shared_q else q) + rest // 4 + 8 * variant.staged + 7 * ragged + 40
+    # Slabs of each further width (fragment.metal) have addresses of their own.
+    widths = [_slab_widths(dim, 16 // element_bytes) - 1 for dim in (head_dim, head_dim_v)]
+    of_widths = sum(6 * (n > 0) + 5 * n // 2 for n in widths)
+    rest = 2 * rows * keys + 4 * rows + keys + 30 + 2 * rows * variant.shared_q
+    return o + (0 if variant.shared_q else q) + rest + 8 * variant.staged + of_widths
+
+
+def _slab_widths(dim: int, most: int) -> int:
+    """Of how many widths are the slabs of a row's fragments, up to `most` of them in one?"""
+    return (dim // 8 >= most) + (dim // 8 % most).bit_count() + (dim % 8 > 0)
+
+
+def demands(p: AttentionProblem) -> int:
+    """How many registers its features take beyond those of a causal call, as the runner counts them."""
+    return (
+        12 * (p.mask is not None)
+        + 10 * (p.dropout_p > 0)
+        + 8 * (p.cu_seqlens_q is not None or p.block_table is not None)
+        + 8 * (p.k.dtype is not p.q.dtype)
+        + 4 * (p.alibi_slopes is not None)
+    )
 
 
 def threadgroup_bytes(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> int:
@@ -73,22 +98,38 @@ def threadgroup_bytes(variant: Variant, element_bytes: int, head_dim: int, head_
 _PREFERRED = (
     Variant(16, 4, 32, False),
     Variant(16, 4, 16, False),
+    Variant(16, 4, 32, False, True),
     Variant(16, 4, 16, False, True),
+    Variant(16, 2, 32, False, True),
     *(
         Variant(8, simdgroups, keys, False, shared_q)
         for keys in (32, 16, 8)
         for simdgroups in (4, 2)
         for shared_q in (False, True)
     ),
+    *(Variant(8, 1, keys, False, True) for keys in (32, 16, 8)),
 )
-_ROOM_FOR_THREE = 20 << 10  # threadgroup bytes with which three groups are resident on a core of M1
+_ROOM_FOR_THREE = 20 << 10  # threadgroup bytes with which three groups are resident on a core of M1 ...
+_ROOM_FOR_TEN = 6 << 10  # ... and those of a simdgroup with which ten simdgroups are
 
 
 @functools.lru_cache(maxsize=512)
-def default(element_bytes: int, head_dim: int, head_dim_v: int) -> Variant:
-    """What should do well on any GPU where nothing was tuned."""
+def default(element_bytes: int, head_dim: int, head_dim_v: int, demanded: int = 0) -> Variant:
+    """What should do well on any GPU where nothing was tuned, with room for so many registers more (`demands`)."""
     shape = (element_bytes, head_dim, head_dim_v)
-    return next(v for v in _PREFERRED if fits(v, *shape) and threadgroup_bytes(v, *shape) <= _ROOM_FOR_THREE)
+    fitting = [v for v in _PREFERRED if _has_room(v, *shape) and _is_small(v, *shape)] or [
+        Variant(8, 4, 8, False, True)
+    ]
+    return next(
+        (v for v in fitting if live_registers(v, *shape) + max(demanded, _SPARE) <= MAX_REGISTERS),
+        min(fitting, key=lambda v: live_registers(v, *shape)),  # where all that takes registers comes together
+    )
+
+
+def _is_small(variant: Variant, *shape: int) -> bool:
+    """In threadgroup memory. At the largest head dims queries of 32 bits are not: then one simdgroup a group."""
+    room = min(_ROOM_FOR_THREE, _ROOM_FOR_TEN * variant.simdgroups)
+    return variant.simdgroups == 1 or threadgroup_bytes(variant, *shape) <= room
 
 
 def fallbacks(variant: Variant, element_bytes: int, head_dim: int, head_dim_v: int) -> list[Variant]:
@@ -138,6 +179,7 @@ FORWARD = TunedKernel(
     default=default,
     variable="MTLFLASHATTN_VARIANT",
     fallbacks=fallbacks,
+    demands=demands,
     proof=Proof(_trial),
 )
 

@@ -27,7 +27,8 @@ def chosen(
     `NotImplementedError` where the kernel's variable names a variant that these head dims do not allow.
     """
     q = p.q
-    call = (kernel, q.dtype, q.shape[-1], p.v.shape[-1], kernel.class_of(p), p.window_left >= 0, p.window_right >= 0)
+    shape = (q.dtype, q.shape[-1], p.v.shape[-1])
+    call = (kernel, *shape, kernel.class_of(p), p.window_left >= 0, p.window_right >= 0, kernel.demands(p))
     variant = _chosen.get(call)
     if variant is None:
         variant = _chosen[call] = _choose(p, kernel, tuned)
@@ -75,4 +76,5 @@ def _choose(p: AttentionProblem, kernel: Choice, tuned: Callable[[AttentionProbl
     if tuned is not None and key.length == "long" and os.environ.get(TUNE, "").lower() == "auto":
         winner = _stored[key] = tuned(p, kernel)
         return fitting[winner.variant]
-    return kernel.default(*shape)
+    demanded = kernel.demands(p)
+    return kernel.default(*shape, demanded) if demanded else kernel.default(*shape)
