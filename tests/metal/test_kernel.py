@@ -54,7 +54,7 @@ def grid(p, variant):
 ROW_SUMS = Kernel(
     entry="row_sums",
     headers=("metal_stdlib",),
-    sources=("scoring", "row_sums"),
+    sources=("codes", "scoring", "row_sums"),
     buffers={
         "out": Buffer("const T", row="head_dim_v"),
         "delta": Buffer("float"),
