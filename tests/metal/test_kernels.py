@@ -18,11 +18,17 @@ SCALAR_DIMS = [(8, 8), (64, 64), (13, 13), (40, 24), (1, 100)]
 SHAPES = 2  # for each case
 
 
-def numbered(kind, cases):
-    return [pytest.param(kind, n, case, id=f"{kind}{n}-{case_id(case)}") for n, case in enumerate(cases)]
+def numbered(kind, cases, by_default=1):
+    """Of `by_default` cases each the first is run by default."""
+    return [
+        pytest.param(
+            *(kind, n, case), id=f"{kind}{n}-{case_id(case)}", marks=[pytest.mark.metal_full] * (n % by_default > 0)
+        )
+        for n, case in enumerate(cases)
+    ]
 
 
-DEFAULT = numbered("tiled", grid.cases(**grid.VARIANTS)) + numbered("scalar", grid.cases(dims=SCALAR_DIMS))
+GRID = numbered("tiled", grid.cases(**grid.VARIANTS), 2) + numbered("scalar", grid.cases(dims=SCALAR_DIMS), 2)
 FULL = [
     *numbered("tiled", grid.cases(dims=grid.DIMS + grid.MORE_DIMS, **grid.VARIANTS)),
     *numbered("variant", grid.cases_of_every_variant()),
@@ -55,7 +61,7 @@ def run(kind, number, case):
         call.check(result)
 
 
-@pytest.mark.parametrize(("kind", "number", "case"), DEFAULT)
+@pytest.mark.parametrize(("kind", "number", "case"), GRID)
 def test_grid(kind, number, case):
     run(kind, number, case)
 
